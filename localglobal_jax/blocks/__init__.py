@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The grammar: an operator plus residual wiring, norm, MLP. One letter each.
+
+Every block is a module with the fields `features` (output width), `stride` (1 or 2), `drop_path`
+(rate) and `dtype`, and is called as ``block(x, train=...)`` on a grid [b, h, w, d].
+"""
+
+import flax.linen as nn
+
+from localglobal_jax.blocks.mbconv import MBConv
+from localglobal_jax.blocks.transformer import PlainTransformer, Transformer
+
+BLOCKS: dict[str, type[nn.Module]] = {"C": MBConv, "S": PlainTransformer, "T": Transformer}
+
+__all__ = ["BLOCKS", "MBConv", "PlainTransformer", "Transformer"]

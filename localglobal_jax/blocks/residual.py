@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What blocks are made of beside their operator: norms, pooling, shortcuts, scales, small nets."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Grid = Float[Array, "b h w d"]
+Pool = Literal["avg2", "max2", "avg", "max"]
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": partial(nn.gelu, approximate=False),  # the erf form, as the references have it
+    "silu": nn.silu,
+    "relu": nn.relu,
+    "tanh": jnp.tanh,
+    "none": lambda x: x,
+}
+
+
+def make_norm(kind: str, *, eps: float, train: bool, dtype: str, name: str) -> nn.Module:
+    """A "batch" or "layer" norm; statistics are float32.
+
+    Running statistics follow TensorFlow's rule: momentum 0.9 and the biased variance of the batch
+    (torch keeps the unbiased one; they differ by n / (n - 1)).
+    """
+    if kind == "batch":
+        return nn.BatchNorm(
+            use_running_average=not train, momentum=0.9, epsilon=eps, dtype=dtype, name=name
+        )
+    return nn.LayerNorm(epsilon=eps, dtype=dtype, name=name)
+
+
+def make_divisible(value: float, divisor: int = 8) -> int:
+    """Rounds to a multiple of `divisor`, never down by more than 10 % (MobileNet's rule)."""
+    rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * value else rounded
+
+
+def pool(x: Grid, kind: Pool) -> Grid:
+    """Halves a grid: windows of 2 ("avg2", "max2"), or of 3 with padding 1 ("avg", "max").
+
+    Averages count only the positions inside the grid.
+    """
+    window, padding = (2, "VALID") if kind.endswith("2") else (3, ((1, 1), (1, 1)))
+    if kind.startswith("max"):
+        return nn.max_pool(x, (window, window), (2, 2), padding)
+    return nn.avg_pool(x, (window, window), (2, 2), padding, count_include_pad=False)
+
+
+class Shortcut(nn.Module):
+    """The residual path of a block: pooled where the block strides, projected where it widens."""
+
+    features: int
+    stride: int
+    pool: Pool = "avg2"
+    use_bias: bool = True
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Grid) -> Grid:
+        if self.stride == 2:
+            x = pool(x, self.pool)
+        if x.shape[-1] != self.features:
+            x = nn.Dense(self.features, self.use_bias, dtype=self.dtype, name="project")(x)
+        return x
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drops the branch of an example (arXiv 1603.09382), scales up the others."""
+
+    rate: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b *rest"], *, train: bool) -> Float[Array, "b *rest"]:
+        if not train or self.rate == 0.0:
+            return x
+        shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+        kept = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.rate, shape)
+        return x * kept.astype(x.dtype) / (1.0 - self.rate)
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel on a branch (arXiv 2103.17239, CaiT)."""
+
+    initial: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.constant(self.initial), x.shape[-1:])
+        return x * scale.astype(x.dtype)
+
+
+class MLP(nn.Module):
+    """Two dense layers at every position."""
+
+    hidden: int
+    activation: str = "gelu"
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b *space d"]) -> Float[Array, "b *space d"]:
+        dense = partial(nn.Dense, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
+        y = ACTIVATIONS[self.activation](dense(self.hidden, name="hidden")(x))
+        return dense(x.shape[-1], name="output")(y)
+
+
+class SqueezeExcite(nn.Module):
+    """Channels gated by a global average of the grid (arXiv 1709.01507)."""
+
+    hidden: int
+    activation: str = "silu"
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Grid) -> Grid:
+        s = x.mean((1, 2), keepdims=True)
+        s = nn.Dense(self.hidden, dtype=self.dtype, name="reduce")(s)
+        s = nn.Dense(x.shape[-1], dtype=self.dtype, name="expand")(ACTIVATIONS[self.activation](s))
+        return x * nn.sigmoid(s)

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configs: parse their argument, apply overrides, check them, compare them. Imports no jax.
+
+A config is a Python file with ``get_config(arg) -> ml_collections.ConfigDict``. Three things can be
+wrong with one, and each is a `ValueError` that names the field, what was given and what is allowed:
+the argument (``FILE:size=tiny``), an override (``--config.optim.learning_rate=3e-4``), a value.
+"""
+
+import ast
+import difflib
+import importlib.util
+import json
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import pydantic
+from ml_collections import ConfigDict
+
+from localglobal_jax import schema
+
+# ---------------------------------------------------------------------------- did you mean
+
+
+def unknown(what: str, given: str, allowed: Iterable[str]) -> ValueError:
+    """The error for a name that is not one of `allowed`, with the nearest one suggested."""
+    allowed = sorted(allowed)
+    near = difflib.get_close_matches(given, allowed, n=1, cutoff=0.5)
+    hint = f'; did you mean "{near[0]}"?' if near else ""
+    return ValueError(f'unknown {what} "{given}"{hint} Known: {", ".join(allowed) or "none"}')
+
+
+# ---------------------------------------------------------------------------- reading
+
+
+def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
+    """Parses ``"size=tiny,steps=100"`` against `defaults`, whose types the values must have.
+
+    A bare name stands for ``name=True`` where the default is a bool.
+    """
+    values = dict(defaults)
+    for part in filter(None, (arg or "").split(",")):
+        key, equals, text = part.partition("=")
+        if key not in defaults:
+            raise unknown("config argument", key, defaults)
+        if not equals and not isinstance(defaults[key], bool):
+            raise ValueError(f'config argument "{key}" needs a value: write {key}=VALUE')
+        values[key] = parse_value(text, defaults[key], key) if equals else True
+    return ConfigDict(values)
+
+
+def parse_value(text: str, default: Any, field: str) -> Any:
+    """Reads a command-line `text` as a value of the type that `default` has (None: any type)."""
+    if isinstance(default, str):
+        return None if text == "None" else text
+    if isinstance(default, bool):
+        if text.lower() in ("true", "1", "yes", "on"):
+            return True
+        if text.lower() in ("false", "0", "no", "off"):
+            return False
+        raise ValueError(f"{field}={text}: expected true or false")
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text  # a bare word; the schema decides whether it may be one
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(default, int) and isinstance(value, float) and value == int(value):
+        return int(value)  # 1e3 steps
+    if isinstance(default, tuple) and isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    if isinstance(default, tuple):
+        return tuple(value) if isinstance(value, list | tuple) else (value,)
+    return value
+
+
+def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
+    """Loads ``FILE[:arg]`` and applies ``{"optim.learning_rate": "3e-4"}`` to it."""
+    module, arg = load_module(spec)
+    get_config: Callable[..., ConfigDict] = module.get_config
+    config = get_config(arg) if arg is not None else get_config()
+    for field, text in (overrides or {}).items():
+        override(config, field, text)
+    return config
+
+
+def load_module(spec: str) -> tuple[Any, str | None]:
+    """The module behind ``FILE[:arg]``, and ``arg``."""
+    path, _, arg = spec.partition(":")
+    file = pathlib.Path(path)
+    if not file.is_file():
+        folder = file.parent if file.parent.is_dir() else pathlib.Path("configs")
+        found = [str(p) for p in sorted(folder.glob("*.py"))]
+        raise unknown("config file", path, found)
+    found_spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
+    assert found_spec is not None and found_spec.loader is not None
+    module = importlib.util.module_from_spec(found_spec)
+    found_spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"{path} has no get_config(arg) -> ConfigDict: it is not a config file")
+    return module, arg or None
+
+
+def override(config: ConfigDict, field: str, text: str) -> None:
+    """Sets ``a.b.c`` of `config` to `text`, read as the type that the field has."""
+    *parents, leaf = field.split(".")
+    section: Any = config
+    known: Any = schema.Run
+    for depth, name in enumerate(parents):
+        known = _section_of(known, name)
+        if name not in section:
+            if known is None:
+                raise unknown("config key", ".".join(parents[: depth + 1]), section.keys())
+            section[name] = ConfigDict()
+        section = section[name]
+        if not isinstance(section, ConfigDict):
+            raise ValueError(f"config.{field}: {name} is a value, not a section")
+    defaults = {} if known is None else {k: f.default for k, f in known.model_fields.items()}
+    if leaf not in section and known is not None and leaf not in defaults:
+        raise unknown(f"config key in {'.'.join(parents) or 'the config'}:", leaf, defaults)
+    default = section[leaf] if leaf in section else defaults.get(leaf)
+    if isinstance(default, ConfigDict | pydantic.BaseModel):
+        raise ValueError(f"config.{field} is a section: set one of its keys, config.{field}.KEY")
+    with section.ignore_type():
+        section[leaf] = parse_value(text, default, f"config.{field}")
+
+
+def _section_of(section: Any, name: str) -> Any:
+    """The schema class of a sub-section, or None where the schema leaves it free (model)."""
+    if section is None or name not in section.model_fields:
+        return None
+    kind = section.model_fields[name].annotation
+    return kind if isinstance(kind, type) and issubclass(kind, pydantic.BaseModel) else None
+
+
+# ---------------------------------------------------------------------------- checking
+
+
+def check(config: ConfigDict | Mapping[str, Any]) -> schema.Run:
+    """`config` as a frozen, typed `schema.Run`, or a ValueError that lists every wrong field."""
+    tree = to_tree(config)
+    try:
+        return schema.Run.model_validate(_tuples(tree))
+    except pydantic.ValidationError as error:
+        problems = [_explain(e, tree) for e in error.errors(include_url=False)]
+    raise ValueError("the config is wrong:\n  " + "\n  ".join(problems))
+
+
+def _explain(error: Mapping[str, Any], tree: Mapping[str, Any]) -> str:
+    """One line for one pydantic error."""
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        section: Any = schema.Run
+        for name in error["loc"][:-1]:
+            section = _section_of(section, str(name)) or section
+        return f"config.{where}: " + str(
+            unknown("key", str(error["loc"][-1]), section.model_fields)
+        )
+    if error["type"] == "missing":
+        return f"config.{where} is missing"
+    given = error["input"]
+    return f"config.{where}={given!r} ({type(given).__name__}): {error['msg']}"
+
+
+# ---------------------------------------------------------------------------- trees
+
+
+def to_tree(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+    """A plain nested dict."""
+    return config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+
+
+def _tuples(tree: Any) -> Any:
+    """Lists as tuples, the inverse of what JSON does to a config."""
+    if isinstance(tree, Mapping):
+        return {key: _tuples(value) for key, value in tree.items()}
+    return tuple(map(_tuples, tree)) if isinstance(tree, list | tuple) else tree
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}} -> {"a.b": 1}``."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        nested = isinstance(value, Mapping) and value
+        flat.update(flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value})
+    return flat
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """``{field: (old, new)}`` for every field in which two configs differ."""
+    old, new = flatten(_tuples(old)), flatten(_tuples(new))
+    missing = "(not set)"
+    return {
+        key: (old.get(key, missing), new.get(key, missing))
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, missing) != new.get(key, missing)
+    }
+
+
+def to_json(run: schema.Run) -> str:
+    """The whole config with its defaults, as `config.json` holds it."""
+    return json.dumps(run.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
+
+
+def from_json(text: str) -> schema.Run:
+    """The inverse of `to_json`."""
+    return check(json.loads(text))

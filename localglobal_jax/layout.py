@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layouts: models in sequence, as data. ``"CCTT"`` is four stages; a letter is a block.
+
+A stage is a string of block letters: one letter repeats (``"C"``), a pattern that divides the
+depth repeats (``"CT"`` at depth 4 is C T C T), and a string as long as the depth is taken as it is.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+from jaxtyping import Array, Float
+
+from localglobal_jax import configlib
+from localglobal_jax.blocks import BLOCKS
+
+Options = Mapping[str, Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Blocks at one resolution: one letter each, their width, and the stride of the first."""
+
+    letters: str
+    width: int
+    stride: int
+
+
+def parse(
+    layout: str | Sequence[str],
+    depths: Sequence[int],
+    widths: Sequence[int],
+    strides: Sequence[int] | None = None,
+) -> tuple[Stage, ...]:
+    """The stages of a layout; strides default to 2. Raises ValueError where the lists disagree."""
+    strides = (2,) * len(layout) if strides is None else strides
+    for name, values in (("depths", depths), ("widths", widths), ("strides", strides)):
+        if len(values) != len(layout):
+            raise ValueError(
+                f'layout "{_show(layout)}" names {len(layout)} stages, '
+                f"but {name}={tuple(values)} has {len(values)}"
+            )
+        if min(values, default=1) < 1:
+            raise ValueError(f"{name}={tuple(values)}: every stage needs at least 1")
+    for letter in "".join(layout):
+        if letter not in BLOCKS:
+            raise configlib.unknown(f'block in layout "{_show(layout)}":', letter, BLOCKS)
+    stages = zip(layout, depths, widths, strides, strict=True)
+    return tuple(Stage(_repeat(*spec), width, stride) for *spec, width, stride in stages)
+
+
+def _show(layout: str | Sequence[str]) -> str:
+    return layout if isinstance(layout, str) else ",".join(layout)
+
+
+def _repeat(pattern: str, depth: int) -> str:
+    if not pattern or depth % len(pattern):
+        raise ValueError(
+            f'stage "{pattern}" of {len(pattern)} blocks cannot fill depth {depth}: '
+            "give a pattern whose length divides the depth, or all letters"
+        )
+    return pattern * (depth // len(pattern))
+
+
+def drop_path_rates(stages: Sequence[Stage], rate: float) -> list[tuple[float, ...]]:
+    """Stochastic depth growing linearly over all blocks, from 0 to `rate` (arXiv 1603.09382)."""
+    depths = [len(stage.letters) for stage in stages]
+    rates = np.linspace(0.0, rate, sum(depths))
+    return [tuple(map(float, part)) for part in np.split(rates, np.cumsum(depths)[:-1])]
+
+
+class BlockStage(nn.Module):
+    """One stage: its blocks in sequence, the first of which may change width and resolution."""
+
+    stage: Stage
+    options: Options
+    drop_path: tuple[float, ...]
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w d"], *, train: bool = False
+    ) -> Float[Array, "b i j e"]:
+        for i, letter in enumerate(self.stage.letters):
+            x = BLOCKS[letter](
+                features=self.stage.width,
+                stride=self.stage.stride if i == 0 else 1,
+                drop_path=self.drop_path[i],
+                dtype=self.dtype,
+                name=f"block{i + 1}",
+                **self.options.get(letter, {}),
+            )(x, train=train)
+        return x
+
+
+def check_options(options: Options) -> None:
+    """Raises ValueError for letters and fields that no block has."""
+    for letter, fields in options.items():
+        if letter not in BLOCKS:
+            raise configlib.unknown("block letter in blocks:", letter, BLOCKS)
+        known = {f.name for f in dataclasses.fields(BLOCKS[letter])}
+        known -= {"parent", "name", "features", "stride", "drop_path", "dtype"}
+        for field in fields:
+            if field not in known:
+                raise configlib.unknown(f"option of block {letter}:", field, known)

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses, per example; what to average over is the caller's decision."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def cross_entropy(
+    logits: Float[Array, "*b v"],
+    targets: Int[Array, "*b"] | Float[Array, "*b v"],
+    *,
+    label_smoothing: float = 0.0,
+) -> Float[Array, "*b"]:
+    """Cross-entropy of a softmax over the last axis, in nats, in float32 whatever comes in.
+
+    Args:
+      logits: any leading axes; v classes.
+      targets: class numbers in [0, v), or a distribution over the classes (MixUp, CutMix). A
+        number out of range gives a meaningless finite value or NaN: mask those positions.
+      label_smoothing: the part of every target that is spread evenly over all v classes
+        (arXiv 1512.00567, section 7).
+    """
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+    if jnp.issubdtype(targets.dtype, jnp.integer):
+        hit = jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
+    else:
+        hit = jnp.sum(targets.astype(jnp.float32) * log_p, axis=-1)
+    if label_smoothing:  # 0 * mean would be NaN where a class is switched off with -inf
+        return -((1 - label_smoothing) * hit + label_smoothing * jnp.mean(log_p, axis=-1))
+    return -hit

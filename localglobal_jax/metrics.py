@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Metrics as sums and counts, so that merging batches and hosts is addition and nothing else.
+
+An average of averages is wrong as soon as one batch is shorter. Here a metric is a pair
+``(sum, count)``; padding has weight zero; hits and counts are integers, hence exact in any order.
+"""
+
+import operator
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, Shaped
+
+Sums = dict[str, tuple[jax.Array, jax.Array]]
+
+
+def classification(
+    logits: Float[Array, "b v"], labels: Int[Array, "b"], mask: Shaped[Array, "b"]
+) -> Sums:
+    """Loss (nats), top-1 and, above five classes, top-5 accuracy of a padded batch.
+
+    ``mask`` is nonzero for real examples; what logits and labels hold elsewhere (NaN, -1) does not
+    matter. Of equal logits the class with the smaller number wins.
+    """
+    logits, mask = logits.astype(jnp.float32), mask.astype(bool)
+    labels = jnp.where(mask, labels, 0)
+    count = jnp.sum(mask, dtype=jnp.int32)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    _, top = jax.lax.top_k(logits, min(5, logits.shape[-1]))
+    hits = (top == labels[:, None]) & mask[:, None]
+    sums = {
+        "loss": (jnp.sum(jnp.where(mask, loss, 0)), count),
+        "accuracy": (jnp.sum(hits[:, 0], dtype=jnp.int32), count),
+    }
+    if logits.shape[-1] > 5:
+        sums["top5"] = (jnp.sum(hits, dtype=jnp.int32), count)
+    return sums
+
+
+def merge(a: Sums, b: Sums) -> Sums:
+    """Sums of both; ValueError if they do not hold the same metrics."""
+    if a.keys() != b.keys():
+        raise ValueError(
+            f"cannot merge metrics {sorted(a)} with {sorted(b)}: every batch must report the same"
+        )
+    return jax.tree.map(operator.add, a, b)
+
+
+def compute(sums: Mapping[str, tuple]) -> dict[str, float]:
+    """Python floats, sum / count (NaN where nothing was counted), and ``count``, an int."""
+    result = {}
+    for name, (total, count) in sums.items():
+        result[name] = float(total) / int(count) if int(count) else float("nan")
+    return result | {"count": max((int(count) for _, count in sums.values()), default=0)}

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Self-attention: GLOBAL, weights made from the content; with a bias, it knows the displacement.
+
+Legend: b batch, l m lengths, h w grid, d width, n heads, c width of a head.
+"""
+
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from localglobal_jax import arrays
+from localglobal_jax.reach import GLOBAL, Reach
+
+# ---------------------------------------------------------------------------- functions
+
+
+def attend(
+    query: Float[Array, "b l n c"],
+    key: Float[Array, "b m n c"],
+    value: Float[Array, "b m n v"],
+    *,
+    bias: Float[Array, "#b n #l m"] | Float[Array, "n l m"] | None = None,
+    mask: Bool[Array, "#b #n #l m"] | None = None,
+) -> Float[Array, "b l n v"]:
+    """Softmax attention, ``softmax(q.k / sqrt(c) + bias) v`` (arXiv 1706.03762, equation 1).
+
+    The bias is added after the scaling. Where `mask` is False a key gets no weight. The softmax is
+    in float32 whatever the inputs' dtype.
+    """
+    weights = attention_weights(query, key, bias=bias, mask=mask)
+    return jnp.einsum("bnlm,bmnv->blnv", weights.astype(value.dtype), value)
+
+
+def attention_weights(
+    query: Float[Array, "b l n c"],
+    key: Float[Array, "b m n c"],
+    *,
+    bias: Float[Array, "#b n #l m"] | Float[Array, "n l m"] | None = None,
+    mask: Bool[Array, "#b #n #l m"] | None = None,
+) -> Float[Array, "b n l m"]:
+    """The weights that `attend` gives to the values; each row sums to one, in float32."""
+    logits = jnp.einsum(
+        "blnc,bmnc->bnlm",
+        query * query.shape[-1] ** -0.5,
+        key,
+        preferred_element_type=jnp.float32,
+    )
+    if bias is not None:
+        logits = logits + bias.astype(logits.dtype).reshape((-1, *bias.shape[-3:]))
+    if mask is not None:
+        logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
+    return jax.nn.softmax(logits, axis=-1)
+
+
+def relative_positions(height: int, width: int) -> Int[np.ndarray, "l l 2"]:
+    """``(qy - ky, qx - kx)`` for every pair of positions of a grid, query first."""
+    grid = np.stack(np.meshgrid(np.arange(height), np.arange(width), indexing="ij"), -1)
+    flat = grid.reshape(-1, 2)
+    return flat[:, None] - flat[None, :]
+
+
+def relative_bias(
+    table: Float[Array, "2h-1 2w-1 n"], height: int, width: int
+) -> Float[Array, "n l l"]:
+    """Looks up ``w_{i-j}`` (CoAtNet, equation 3) for all pairs of a height x width grid."""
+    dy, dx = np.moveaxis(relative_positions(height, width), -1, 0)
+    return jnp.moveaxis(table[dy + height - 1, dx + width - 1], -1, 0)
+
+
+# ---------------------------------------------------------------------------- modules
+
+
+class RelativeBiasTable(nn.Module):
+    """A free bias per displacement and head: ``table [2h-1, 2w-1, n]``."""
+
+    heads: int
+
+    @nn.compact
+    def __call__(self, height: int, width: int) -> Float[Array, "n l l"]:
+        shape = (2 * height - 1, 2 * width - 1, self.heads)
+        table = self.param("table", nn.initializers.normal(0.02), shape)
+        return relative_bias(table, height, width)
+
+
+class RelativeBiasMLP(nn.Module):
+    """A bias per displacement made by a small MLP of its logarithm (log-CPB, arXiv 2111.09883).
+
+    As timm's ``rmlp`` models have it: inputs ``sign(d) ln(1 + |d|)`` of (dy, dx), not normalised by
+    the window, ReLU, both layers with bias, no squashing of the output. Works at any resolution.
+    """
+
+    heads: int
+    hidden: int = 512
+    dropout: float = 0.125
+
+    @nn.compact
+    def __call__(self, height: int, width: int, *, train: bool = False) -> Float[Array, "n l l"]:
+        dy, dx = np.meshgrid(
+            np.arange(1 - height, height), np.arange(1 - width, width), indexing="ij"
+        )
+        displacement = np.stack([dy, dx], -1).astype(np.float32)
+        x = jnp.asarray(np.sign(displacement) * np.log1p(np.abs(displacement)))
+        x = nn.relu(nn.Dense(self.hidden, name="hidden")(x))
+        x = nn.Dropout(self.dropout, deterministic=not train, name="dropout")(x)
+        table = nn.Dense(self.heads, name="output")(x)
+        return relative_bias(table, height, width)
+
+
+class RelativeAttention(nn.Module):
+    """Self-attention over a grid with a bias per displacement (CoAtNet, equation 3, "pre").
+
+    Attributes:
+      features: output width; None: that of the input.
+      heads: number of heads.
+      width: inner width, of all heads together; None: `features`.
+      bias: "table" (free parameters), "mlp" (log-CPB), or "none" (plain attention).
+      bias_hidden: hidden width of the "mlp".
+      use_bias: of the two projections.
+      dtype: of the computation; parameters are float32.
+    """
+
+    features: int | None = None
+    heads: int = 8
+    width: int | None = None
+    bias: Literal["table", "mlp", "none"] = "table"
+    bias_hidden: int = 512
+    use_bias: bool = True
+    dtype: str = "float32"
+
+    @property
+    def reach(self) -> Reach:
+        return GLOBAL
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w d"], *, train: bool = False
+    ) -> Float[Array, "b h w e"]:
+        b, h, w, d = x.shape
+        features = self.features or d
+        width = self.width or features
+        if width % self.heads:
+            raise ValueError(f"attention: width {width} is not divisible by {self.heads} heads")
+        # One product for all three; the head axis is explicit so that it can be sharded.
+        qkv = nn.DenseGeneral(
+            (3, self.heads, width // self.heads),
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            kernel_init=nn.initializers.xavier_uniform(),
+            name="qkv",
+        )(arrays.grid_to_sequence(x))
+        query, key, value = jnp.moveaxis(qkv, -3, 0)
+        bias = None
+        if self.bias == "table":
+            bias = RelativeBiasTable(self.heads, name="relative_bias")(h, w)
+        elif self.bias == "mlp":
+            bias = RelativeBiasMLP(self.heads, self.bias_hidden, name="relative_bias")(
+                h, w, train=train
+            )
+        y = attend(query, key, value, bias=bias).reshape(b, h, w, width)
+        return nn.Dense(
+            features,
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            kernel_init=nn.initializers.xavier_uniform(),
+            name="output",
+        )(y)

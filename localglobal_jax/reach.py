@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far an operator sees. Declared by each operator, proven by its Jacobian in the tests."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Reach:
+    """`radius`: positions in every direction that can move an output; None: all of them.
+
+    `windows`: an operator that also attends to windows or pooled summaries (focal) is neither
+    purely local nor purely global: BOTH, and its radius comes from its window sizes.
+    """
+
+    radius: int | None = None
+    windows: bool = False
+
+    @property
+    def name(self) -> str:
+        """LOCAL, GLOBAL or BOTH."""
+        if self.windows:
+            return "BOTH"
+        return "GLOBAL" if self.radius is None else "LOCAL"
+
+
+GLOBAL = Reach()
+
+
+def local(radius: int) -> Reach:
+    """A neighbourhood of `radius` positions in every direction."""
+    return Reach(radius)

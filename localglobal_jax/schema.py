@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every option of a run, with its type, its bounds and its reason, on one page.
+
+A config file (``configs/*.py``) builds an `ml_collections.ConfigDict`; `configlib.check` turns it
+into the frozen `Run` below or says which field is wrong. This file imports no jax, so that a
+launcher can check a thousand configs in a second. The ``model`` section is the one exception: its
+keys are the fields of the module that its ``name`` builds, and `models.create_model` checks them.
+"""
+
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(pydantic.BaseModel):
+    """A group of options: unknown names, wrong types and wrong signs are errors."""
+
+    model_config = pydantic.ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class Images(Section):
+    """Where images come from and what is done to them on the host. Order is f(seed, position)."""
+
+    name: str = "digits"  # a TFDS name: digits, fashion_mnist, cifar10, imagenet2012, ...
+    dir: str | None = None  # TFDS data directory; None: $TFDS_DATA_DIR or ~/tensorflow_datasets
+    mock: bool = False  # synthetic images of the right shape and number of classes, no data needed
+    train_split: str = "train"
+    eval_splits: tuple[str, ...] = ("test",)
+    image_size: tuple[PositiveInt, PositiveInt] = (8, 8)  # (height, width) the model sees
+    mean: tuple[float, ...] = (0.5,)  # per channel, of pixels in [0, 1]
+    std: tuple[PositiveFloat, ...] = (0.5,)
+    in_memory: bool | None = None  # decode once, keep as uint8; None: if it takes below 2 GiB
+    crop: Literal["none", "pad", "resized"] = "none"  # training crop; "resized": Inception's
+    pad: NonNegativeInt = 0  # pixels of zero padding around the image before a "pad" crop
+    area: tuple[PositiveFloat, PositiveFloat] = (0.08, 1.0)  # of a "resized" crop
+    flip: bool = False  # random left-right flips
+    randaugment_layers: NonNegativeInt = 0  # 0: off (arXiv 1909.13719)
+    randaugment_magnitude: Annotated[int, Field(ge=0, le=30)] = 15
+    erase: Fraction = 0.0  # probability of erasing a random rectangle (arXiv 1708.04896)
+    max_bad_records: NonNegativeInt = 0  # skip (mask) up to this many undecodable records
+    threads: PositiveInt = 4  # decoding threads of one host
+
+
+class Classification(Section):
+    """What a batch means: images and labels."""
+
+    name: Literal["classification"] = "classification"
+    label_smoothing: Fraction = 0.0
+    mixup: NonNegativeFloat = 0.0  # alpha of Beta(alpha, alpha); 0: off (arXiv 1710.09412)
+    cutmix: NonNegativeFloat = 0.0  # alpha; with both on, each batch takes one of them
+
+
+class Optim(Section):
+    """Optimizer, schedule and what is averaged. Matrices decay; biases, norms, tables do not."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: PositiveFloat = 1e-3  # the peak
+    schedule: Literal["cosine", "constant", "rsqrt"] = "cosine"
+    warmup_steps: NonNegativeInt = 0
+    end_learning_rate: NonNegativeFloat = 0.0  # where the cosine ends
+    b1: Fraction = 0.9
+    b2: Fraction = 0.999
+    eps: PositiveFloat = 1e-8
+    momentum: Fraction = 0.9  # of sgd
+    weight_decay: NonNegativeFloat = 0.0  # decoupled, multiplied by the learning rate
+    clip_norm: NonNegativeFloat = 1.0  # global norm of the gradient; 0: off
+    ema: Fraction = 0.0  # decay of the parameters' moving average, used in evaluation; 0: off
+    accumulate: PositiveInt = 1  # micro-batches per step, same numbers as one large batch
+
+
+class Checkpoints(Section):
+    """When the state is saved and what is kept. Saving is asynchronous."""
+
+    every: NonNegativeInt = 500  # steps; 0: only at the end
+    keep: PositiveInt = 2  # the newest n
+    keep_every: NonNegativeInt = 0  # also keep every k-th step for good; 0: off
+    best: str | None = None  # also keep the best by this metric, e.g. "test/accuracy"; "-": smaller
+
+
+class Evaluation(Section):
+    """When the evaluators run inside training (they always run at the end)."""
+
+    every: NonNegativeInt = 500  # steps; 0: only at the end
+    batch_size: PositiveInt | None = None  # None: the training batch size
+
+
+class Log(Section):
+    """What is written while training."""
+
+    every: PositiveInt = 50  # steps between two lines of metrics
+    tensorboard: bool = True
+    profile: tuple[NonNegativeInt, PositiveInt] | None = None  # (first step, steps) to trace
+
+
+class Parallel(Section):
+    """How the step is laid over devices (see `parallel.py`)."""
+
+    mesh: dict[str, int] = {"data": -1}  # axis -> devices; -1: all that are left
+
+
+class Run(Section):
+    """A whole run."""
+
+    seed: NonNegativeInt = 0
+    steps: PositiveInt = 1000  # optimizer updates
+    batch_size: PositiveInt = 128  # global, over all hosts and devices
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters stay float32
+    model: dict[str, Any]  # {"name": ..., **fields of the module}
+    task: Classification = Classification()
+    data: Images = Images()
+    optim: Optim = Optim()
+    checkpoint: Checkpoints = Checkpoints()
+    eval: Evaluation = Evaluation()
+    log: Log = Log()
+    parallel: Parallel = Parallel()
+
+
+# Fields that may differ between a run and its resumption: they change no number of the result.
+MAY_CHANGE = ("checkpoint", "log", "data.dir", "data.in_memory", "data.threads", "parallel")

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stands before the first block and after the last."""
+
+import flax.linen as nn
+from jaxtyping import Array, Float
+
+from localglobal_jax.blocks.residual import ACTIVATIONS, make_norm
+
+
+class ConvStem(nn.Module):
+    """Two 3x3 convolutions, the first with the stride; norm and activation only between them.
+
+    CoAtNet's S0 (table 3). Padding is 1 on both sides, as the references have it.
+    """
+
+    widths: tuple[int, int]
+    stride: int = 2
+    activation: str = "gelu"
+    use_bias: bool = False
+    norm_eps: float = 1e-5
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], *, train: bool = False
+    ) -> Float[Array, "b i j d"]:
+        for i, (width, stride) in enumerate(zip(self.widths, (self.stride, 1), strict=True)):
+            if i:
+                x = make_norm(
+                    "batch", eps=self.norm_eps, train=train, dtype=self.dtype, name="norm"
+                )(x)
+                x = ACTIVATIONS[self.activation](x)
+            x = nn.Conv(
+                width,
+                (3, 3),
+                (stride, stride),
+                padding=((1, 1), (1, 1)),
+                use_bias=self.use_bias,
+                dtype=self.dtype,
+                name=f"conv{i + 1}",
+            )(x)
+        return x
+
+
+class PoolingHead(nn.Module):
+    """Average over the grid and a linear classifier, in float32.
+
+    Attributes:
+      classes: number of logits; 0: no classifier, the pooled features are returned.
+      norm: "layer" or "batch"; `norm_first`: before the pooling (over the map) or after it.
+      hidden: width of a tanh layer before the classifier (after the norm); 0: none.
+    """
+
+    classes: int
+    norm: str = "layer"
+    norm_first: bool = False
+    norm_eps: float = 1e-6
+    hidden: int = 0
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w d"], *, train: bool = False
+    ) -> tuple[Float[Array, "b k"], Float[Array, "b e"]]:
+        """Returns the logits and the features they are made from."""
+        norm = make_norm(self.norm, eps=self.norm_eps, train=train, dtype="float32", name="norm")
+        x = norm(x).mean((1, 2)) if self.norm_first else norm(x.mean((1, 2)))
+        if self.hidden:
+            x = nn.tanh(nn.Dense(self.hidden, name="hidden")(x))
+        if not self.classes:
+            return x, x
+        return nn.Dense(self.classes, name="classifier")(x), x

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packaging. Bounds: the lowest versions the suite passes on, and the next that may break it."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(
+    r'__version__ = "(.+)"', (ROOT / "localglobal_jax/__init__.py").read_text(encoding="utf-8")
+).group(1)  # type: ignore[union-attr]
+
+INSTALL = [
+    "absl-py>=2.1",
+    "array_record>=0.8.3",
+    "flax>=0.12.8,<0.13",
+    "google-crc32c>=1.5",  # checks the records of TFRecord files without TensorFlow
+    "grain>=0.2.18",
+    "importlib_resources",  # tensorflow-datasets imports it without declaring it
+    "jax>=0.10.2,<0.13",
+    "jaxtyping>=0.3",
+    "matplotlib>=3.8",  # learning curves
+    "ml-collections>=1.1",
+    "numpy>=2",
+    "opencv-python-headless>=4.10",  # decoding and augmentation, several times faster than Pillow
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8,<0.13",
+    "pydantic>=2.9,<3",  # the schema of a run
+    "safetensors>=0.4",
+    "scikit-learn>=1.5",  # ships the embedded digits
+    "tensorboardX>=2.6.2",
+    "tensorflow-datasets>=4.9.10",
+]
+TEST = ["beartype>=0.19", "hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.5"]
+EXTRAS = {
+    "test": TEST,
+    "dev": [*TEST, "mypy>=1.13", "pre-commit>=4", "ruff>=0.9"],
+    "text": ["sacrebleu>=2.4", "sentencepiece>=0.2"],
+    "tf": ["tensorflow-cpu>=2.18"],  # only to prepare TFDS sets whose builders need it
+    "tpu": ["jax[tpu]>=0.10.2,<0.13"],
+    "cuda": ["jax[cuda12]>=0.10.2,<0.13"],
+    "wandb": ["wandb>=0.18"],
+}
+
+setup(
+    name="localglobal_jax",
+    version=VERSION,
+    description="JAX/Flax home of models that join convolution and self-attention: "
+    "MUSE, CoAtNet, VOLO, Focal Transformer",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["localglobal_jax*"]),
+    package_data={"localglobal_jax": ["py.typed"]},
+    install_requires=INSTALL,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["localglobal=localglobal_jax.__main__:main"]},
+)
