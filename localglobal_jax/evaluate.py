@@ -78,4 +78,4 @@ def load(path: str | pathlib.Path, step: int | None = None) -> tuple[nn.Module, 
     """
     _, state, metadata = stored.read(path, step)
     spec: dict[str, Any] = configlib.tuples(metadata["model"])
-    return create_model(**spec), state.get("average") or state["variables"]
+    return create_model(**spec), jax.device_put(state.get("average") or state["variables"])

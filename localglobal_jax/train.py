@@ -110,7 +110,8 @@ def check_batches(run: schema.Run, mesh: Mesh) -> None:
             f"batch_size={run.batch_size} is not divisible by optim.accumulate="
             f"{run.optim.accumulate} micro-batches"
         )
-    parallel.check_batch(run.batch_size // run.optim.accumulate, mesh, what="micro-batch")
+    what = "batch_size" if run.optim.accumulate == 1 else "batch_size / optim.accumulate"
+    parallel.check_batch(run.batch_size // run.optim.accumulate, mesh, what=what)
     parallel.check_batch(run.eval.batch_size or run.batch_size, mesh, what="eval.batch_size")
 
 
