@@ -24,7 +24,7 @@ def get_config(arg=None):
         dict(
             name="coatnet",
             layout="CT",
-            depths=(2, 2),
+            depths=(1, 2),
             widths=(32, 64),
             strides=(1, 2),
             stem=(16, 32),

@@ -3,6 +3,7 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -126,3 +127,20 @@ assert "tensorflow" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_corrupt_record_is_named_or_skipped(data_dir, tmp_path, capsys):
+    root = tmp_path / "tfds"
+    shutil.copytree(data_dir, root)
+    (file,) = root.rglob("digits-train*array_record*")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    workdir = tmp_path / "run"
+    command = ["train", DIGITS, f"--workdir={workdir}", f"--config.data.dir={root}"]
+    command += ["--config.steps=2", "--config.optim.warmup_steps=1"]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert file.name in error
+    assert not workdir.exists()
+    assert main([*command, "--config.data.max_bad_records=100"]) == 0
