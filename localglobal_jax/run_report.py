@@ -77,6 +77,17 @@ class Window:
         yield
         self._paused += time.perf_counter() - began
 
+    @contextmanager
+    def compiling(self, first: bool) -> Iterator[None]:
+        """Around the call of the step; the first one compiles, which is no training either."""
+        began = time.perf_counter()
+        yield
+        if first:
+            seconds = time.perf_counter() - began
+            self._paused += seconds
+            if parallel.host() == 0:
+                log.info("compiled in %.1f s", seconds)
+
     def add(self, sums: PyTree) -> None:
         """One step's metrics, still on the device."""
         if self._steps:

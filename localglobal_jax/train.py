@@ -58,6 +58,8 @@ def train(run: schema.Run, directory: str | pathlib.Path) -> dict[str, dict[str,
 
     step_fn = parallel.compile_step(update, mesh)
     evaluation = evaluate.Evaluation(task, mesh)
+    about = {"config": run.model_dump(mode="json"), "model": dict(task.model_spec)}
+    about["versions"] = versions()
 
     # ---- loop: evaluate, save, next batch, step, report (do not change the order)
     window = Window(run, task, start, restored.metadata["window"] if restored else None)
@@ -69,30 +71,26 @@ def train(run: schema.Run, directory: str | pathlib.Path) -> dict[str, dict[str,
     ):
         for step in range(start, run.steps + 1):
             last, new, results = step == run.steps, step > start, {}
+            stopping = stop.is_set()  # asked once: a signal may come between two lines
             if new and (last or due(step, run.eval.every)):
                 with window.paused():
                     results = evaluation(state.average or state.variables)
                 output.evaluation(step, results)
-            if new and (last or stop.is_set() or due(step, run.checkpoint.every)):
+            if new and (last or stopping or due(step, run.checkpoint.every)):
                 with window.paused():
                     output.flush()  # a checkpoint never knows more than the metrics beside it
-                    metadata = {
-                        "config": run.model_dump(mode="json"),
-                        "model": dict(task.model_spec),
-                        "window": window.partial(),
-                        "versions": versions(),
-                    }
                     named = {f"{s}/{k}": v for s, line in results.items() for k, v in line.items()}
+                    metadata = {**about, "window": window.partial()}
                     checkpoints.save(step, state, metadata=metadata, metrics=named)
             if last:
                 break
-            if stop.is_set():
+            if stopping:
                 raise Preempted(f"stopped at step {step} of {run.steps}; the state is saved")
             with window.waiting():
                 batch = next(batches)
-            with profiled(run.log.profile, step, directory):
+            with profiled(run.log.profile, step, directory), window.compiling(step == start):
                 state, sums = step_fn(state, parallel.global_batch(batch, mesh))
-                window.add(sums)
+            window.add(sums)
             if step + 1 == run.steps or due(step + 1, run.log.every):
                 output.training(step + 1, window.close(step + 1))
     return finish(run, task, directory, params)
