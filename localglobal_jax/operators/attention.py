@@ -64,7 +64,7 @@ def relative_positions(height: int, width: int) -> Int[np.ndarray, "l l 2"]:
 
 
 def relative_bias(
-    table: Float[Array, "2h-1 2w-1 n"], height: int, width: int
+    table: Float[Array, "dy dx n"], height: int, width: int
 ) -> Float[Array, "n l l"]:
     """Looks up ``w_{i-j}`` (CoAtNet, equation 3) for all pairs of a height x width grid."""
     dy, dx = np.moveaxis(relative_positions(height, width), -1, 0)
