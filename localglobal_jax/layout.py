@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from localglobal_jax import configlib
 from localglobal_jax.blocks import BLOCKS
+from localglobal_jax.blocks.residual import Rounding
 
 Options = Mapping[str, Mapping[str, Any]]
 
@@ -93,6 +94,12 @@ class BlockStage(nn.Module):
                 **self.options.get(letter, {}),
             )(x, train=train)
         return x
+
+
+def odd_grids(letter: str, options: Options) -> Rounding:
+    """How a block with stride 2 halves an odd grid; None: not at all, or it does not say."""
+    block = BLOCKS[letter](features=1, parent=None, **options.get(letter, {}))
+    return getattr(block, "odd_grids", None)
 
 
 def check_options(options: Options) -> None:

@@ -13,10 +13,11 @@ class ConvStem(nn.Module):
     CoAtNet's S0 (table 3). Padding is 1 on both sides, as the references have it.
     """
 
-    widths: tuple[int, int]
+    widths: tuple[int, ...]
     stride: int = 2
     activation: str = "gelu"
     use_bias: bool = False
+    norm: str = "batch"
     norm_eps: float = 1e-5
     dtype: str = "float32"
 
@@ -27,7 +28,7 @@ class ConvStem(nn.Module):
         for i, (width, stride) in enumerate(zip(self.widths, (self.stride, 1), strict=True)):
             if i:
                 x = make_norm(
-                    "batch", eps=self.norm_eps, train=train, dtype=self.dtype, name="norm"
+                    self.norm, eps=self.norm_eps, train=train, dtype=self.dtype, name="norm"
                 )(x)
                 x = ACTIVATIONS[self.activation](x)
             x = nn.Conv(
@@ -42,8 +43,24 @@ class ConvStem(nn.Module):
         return x
 
 
+class PatchStem(nn.Module):
+    """Non-overlapping patches, projected (arXiv 2010.11929): ViT's stem."""
+
+    width: int
+    patch: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], *, train: bool = False
+    ) -> Float[Array, "b i j d"]:
+        size = (self.patch, self.patch)
+        conv = nn.Conv(self.width, size, size, padding="VALID", dtype=self.dtype, name="project")
+        return conv(x)
+
+
 class PoolingHead(nn.Module):
-    """Average over the grid and a linear classifier, in float32.
+    """Average over the grid and a linear classifier, in the input's dtype.
 
     Attributes:
       classes: number of logits; 0: no classifier, the pooled features are returned.
@@ -62,7 +79,7 @@ class PoolingHead(nn.Module):
         self, x: Float[Array, "b h w d"], *, train: bool = False
     ) -> tuple[Float[Array, "b k"], Float[Array, "b e"]]:
         """Returns the logits and the features they are made from."""
-        norm = make_norm(self.norm, eps=self.norm_eps, train=train, dtype="float32", name="norm")
+        norm = make_norm(self.norm, eps=self.norm_eps, train=train, dtype=None, name="norm")
         x = norm(x).mean((1, 2)) if self.norm_first else norm(x.mean((1, 2)))
         if self.hidden:
             x = nn.tanh(nn.Dense(self.hidden, name="hidden")(x))
