@@ -45,6 +45,8 @@ def parse(
             )
         if min(values, default=1) < 1:
             raise ValueError(f"{name}={tuple(values)}: every stage needs at least 1")
+    if not set(strides) <= {1, 2}:
+        raise ValueError(f"strides={tuple(strides)}: the stride of a stage is 1 or 2")
     for letter in "".join(layout):
         if letter not in BLOCKS:
             raise configlib.unknown(f'block in layout "{_show(layout)}":', letter, BLOCKS)

@@ -80,7 +80,7 @@ def _key(module: CoAtNet, path: Path) -> str:
         theirs = INSIDE[letter][inside]
         if letter == "T" and inside == "norm" and block == 0:
             theirs = "norm1.norm"  # the first block of a stage pools after it
-        if letter == "C" and module.blocks["C"].get("squeeze_early"):
+        if letter == "C" and module.blocks.get("C", {}).get("squeeze_early"):
             theirs = theirs.replace("se.", "se_early.")
         prefix = f"stages.{stage}.blocks.{block}.{theirs}"
     elif middle == ["head", "norm"]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from flax.core import FrozenDict
+from flax.core import FrozenDict, freeze
 from jaxtyping import Array, Float
 
 from localglobal_jax import layout as layouts
@@ -62,6 +62,11 @@ class CoAtNet(nn.Module):
     head_norm_eps: float = 1e-6
     drop_path: float = 0.0
     dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        # hashable fields make a hashable module, which can be a static argument of jit
+        self.blocks = freeze(self.blocks)
+        super().__post_init__()
 
     def stages(self) -> tuple[layouts.Stage, ...]:
         """The parsed layout."""

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CoAtNet's tables: counts and trees of every name; its gradients; which images it takes.
+
+``python tests/models/coatnet_tables_test.py`` writes the golden trees anew, after a deliberate change.
+"""
+
+import difflib
+import gzip
+import hashlib
+import json
+import pathlib
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from localglobal_jax import accounting
+from localglobal_jax.models import create_model
+from localglobal_jax.models.coatnet_variants import FIGURES, LAYOUTS, VARIANTS
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+TIMM = json.loads(gzip.decompress((GOLDEN / "coatnet_models.json.gz").read_bytes()))
+TINY = {  # one of every letter, every optional parameter
+    "classes": 3,
+    "layout": ("C", "N", "TS", "T"),
+    "depths": (2, 1, 2, 1),
+    "widths": (8, 16, 16, 32),
+    "stem": (4, 8),
+    "blocks": {
+        "C": {"squeeze_early": True},
+        "N": {"layer_scale": 1e-5},
+        "S": {"head_width": 8, "layer_scale": 1e-5},
+        "T": {"head_width": 8, "widen_at": "output", "bias": "mlp", "bias_hidden": 4},
+    },
+    "head_hidden": 8,
+}
+
+
+@cache
+def counted(name, size=(224, 224), **fields):
+    image = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
+    return accounting.account(create_model(name, **fields), image)
+
+
+# ---------------------------------------------------------------------------- counts
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_counts_equal_timm(name):
+    theirs = TIMM[name]
+    ours = name.rsplit("_", 1)[0]
+    # of the one name that timm and the paper fill differently (heads of 32 and 64)
+    module = {"blocks": None} if ours == "coatnet_5" else {}
+    account = counted(ours, tuple(theirs["image_size"]), **module)
+    assert account.parameters == theirs["parameters"]
+    relative = account.multiply_adds / theirs["multiply_adds"]
+    if "rmlp" in name:  # theirs leave out the MLP of the relative positions
+        assert 1 < relative < 1.02
+    else:
+        assert relative == 1
+
+
+# Rounding: the paper prints two or three digits, and its S4 of CoAtNet-6 does not give its total.
+# With heads, stem and biases 1.350 B follow from the table: S3 1.19 B for 42 attention blocks of
+# 12 x 1536^2 and 0.05 B for MBConv, S4 2 x 12 x 2048^2 = 0.10 B. An S4 of 3072, CoAtNet-7's, would
+# give 1.48 B and 1,512 G instead of 1,480 (paper: 1.47 B, 1,521 G).
+PARAMETERS_OFF = {"coatnet_6": 0.082}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_counts_are_near_the_paper(name):
+    parameters, multiply_adds, size = FIGURES[name]
+    account = counted(name, (size, size))
+    assert account.parameters == pytest.approx(parameters, rel=PARAMETERS_OFF.get(name, 0.01))
+    # the paper's figures leave room: its coatnet_0 lacks what the pre-classifier layer and strided
+    # expansion at full resolution cost (timm counts as we do, to the last digit)
+    assert account.multiply_adds == pytest.approx(multiply_adds, rel=0.09)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_are_of_one_size(name):
+    assert counted(name).parameters == pytest.approx(25e6, rel=0.03)
+
+
+# ---------------------------------------------------------------------------- trees
+
+
+def tree(variables):
+    return [
+        f"{jax.tree_util.keystr(path, simple=True, separator='/')} {leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in jax.tree.leaves_with_path(variables)
+    ]
+
+
+def digest(lines):
+    return {"leaves": len(lines), "sha256": hashlib.sha256("\n".join(lines).encode()).hexdigest()}
+
+
+def tiny_tree():
+    fields = {**TINY, "blocks": None}
+    del fields["blocks"]
+    module = create_model("coatnet", **TINY)
+    image = jax.ShapeDtypeStruct((1, 64, 32, 3), jnp.float32)
+    return tree(accounting.account(module, image).shapes)
+
+
+def test_the_tree_of_a_small_model_is_as_published():
+    golden = (GOLDEN / "coatnet_tree.txt").read_text().splitlines()
+    changes = [line for line in difflib.ndiff(golden, tiny_tree()) if line[0] in "+-"]
+    assert not changes, "other people's checkpoints would break:\n" + "\n".join(changes)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_trees_are_as_published(name):
+    golden = json.loads((GOLDEN / "coatnet_trees.json").read_text())
+    assert digest(tree(counted(name).shapes)) == golden[name], (
+        f"the parameter tree of {name} changed: other people's checkpoints would break"
+    )
+
+
+# ---------------------------------------------------------------------------- numbers
+
+
+def test_a_gradient_step_equals_numerical_differentiation():
+    """All parameters, in training mode (batch statistics), float64."""
+    with jax.enable_x64(True):
+        module = create_model("coatnet", **TINY, dtype="float64")
+        x = jax.random.normal(jax.random.key(1), (3, 64, 32, 3), "float64")
+        variables = jax.jit(lambda: module.init(jax.random.key(0), x, train=False))()
+        variables = jax.tree.map(lambda leaf: leaf.astype("float64"), variables)
+        parameters, rest = variables["params"], {"batch_stats": variables["batch_stats"]}
+        key = jax.random.key(2)
+        # away from initialisation, where zeros would hide terms
+        parameters = jax.tree.map(
+            lambda leaf: leaf + 0.1 * jax.random.normal(key, leaf.shape, leaf.dtype), parameters
+        )
+
+        @jax.jit
+        def loss(parameters):
+            (logits, _), _ = module.apply(
+                {"params": parameters, **rest},
+                x,
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": jax.random.key(3)},
+            )
+            return -jax.nn.log_softmax(logits)[jnp.arange(3), jnp.arange(3)].mean()
+
+        gradient = jax.jit(jax.grad(loss))(parameters)
+        leaves, structure = jax.tree.flatten(parameters)
+        rng = np.random.default_rng(0)
+        for i, leaf in enumerate(leaves):  # every parameter array along a direction of its own
+            direction = rng.normal(size=leaf.shape)
+            step = 1e-5
+
+            def moved(by, i=i, leaf=leaf, direction=direction):
+                new = [*leaves[:i], leaf + by * direction, *leaves[i + 1 :]]
+                return loss(jax.tree.unflatten(structure, new))
+
+            numerical = (moved(step) - moved(-step)) / (2 * step)
+            exact = np.vdot(jax.tree.leaves(gradient)[i], direction)
+            np.testing.assert_allclose(exact, numerical, rtol=1e-5, atol=1e-8)
+
+
+def test_batch_statistics_follow_the_documented_rule():
+    """new = 0.9 old + 0.1 batch, with the biased variance of the batch."""
+    module = create_model("coatnet", **{**TINY, "layout": "C", "depths": (1,), "widths": (8,)})
+    x = 1 + 2 * jax.random.normal(jax.random.key(1), (3, 16, 16, 3))
+    variables = jax.jit(lambda: module.init(jax.random.key(0), x, train=False))()
+    kernel = variables["params"]["stem"]["conv1"]["kernel"]
+    y = jax.lax.conv_general_dilated(
+        x, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+    @partial(jax.jit, static_argnums=0)
+    def statistics(train, batch_stats):
+        _, new = module.apply(
+            {**variables, "batch_stats": batch_stats}, x, train=train, mutable=["batch_stats"]
+        )
+        return new.get("batch_stats", batch_stats)
+
+    old = jax.tree.map(lambda leaf: leaf + 0.5, variables["batch_stats"])
+    new = statistics(True, old)["stem"]["norm"]
+    before = old["stem"]["norm"]
+    np.testing.assert_allclose(
+        new["mean"], 0.9 * before["mean"] + 0.1 * y.mean((0, 1, 2)), rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_allclose(new["var"], 0.9 * before["var"] + 0.1 * y.var((0, 1, 2)), rtol=1e-5)
+    unchanged = statistics(False, old)
+    jax.tree.map(np.testing.assert_array_equal, unchanged, old)
+
+
+# ---------------------------------------------------------------------------- images
+
+
+def takes(size, **fields):
+    account = counted("coatnet_0", size, depths=(1, 1, 1, 1), **fields)
+    return account.multiply_adds > 0
+
+
+def test_images_it_takes():
+    assert takes((32, 96))
+    assert takes((63, 31))  # the stem rounds up
+    assert takes((16, 32), layout="TT", widths=(32, 64), strides=(2, 1), depths=(1, 1))
+
+
+@pytest.mark.parametrize("size", [(48, 32), (224, 100), (16, 16)])
+def test_images_it_refuses(size):
+    with pytest.raises(ValueError, match=rf"image {size[0]}x{size[1]}: stage . cannot halve"):
+        counted("coatnet_0", size)
+
+
+def test_the_sizes_that_a_refusal_suggests_are_taken():
+    with pytest.raises(ValueError, match="multiples of 32, for instance 192x32 or 224x64"):
+        counted("coatnet_0", (200, 40))
+    with pytest.raises(ValueError, match="patches of 16: use 32x48 or 48x48"):
+        counted("vit_rel", (40, 48))
+    assert counted("vit_rel", (32, 48)).multiply_adds
+
+
+if __name__ == "__main__":
+    (GOLDEN / "coatnet_tree.txt").write_text("\n".join(tiny_tree()) + "\n")
+    trees = {name: digest(tree(counted(name).shapes)) for name in VARIANTS}
+    (GOLDEN / "coatnet_trees.json").write_text(json.dumps(trees, indent=1) + "\n")
