@@ -26,8 +26,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def make_norm(kind: str, *, eps: float, train: bool, dtype: str | None, name: str) -> nn.Module:
-    """A "batch" or "layer" norm; statistics are float32 at least. dtype None: that of the input.
+def make_norm(kind: str, *, eps: float, train: bool, dtype: str, name: str) -> nn.Module:
+    """A "batch" or "layer" norm; statistics are float32 at least.
 
     Running statistics follow TensorFlow's rule: momentum 0.9 and the biased variance of the batch
     (torch keeps the unbiased one; they differ by n / (n - 1)).

@@ -78,6 +78,10 @@ class CoAtNet(nn.Module):
     ) -> tuple[Float[Array, "b classes"], dict[str, Array]]:
         stages = self.stages()
         patches = len(self.stem) == 1
+        if len(self.stem) > 2 or not self.stem:
+            raise ValueError(
+                f"stem={tuple(self.stem)}: two widths (convolutions) or one (patches) are allowed"
+            )
         layouts.check_options(self.blocks)
         check_grid(
             (x.shape[1], x.shape[2]),
@@ -108,14 +112,16 @@ class CoAtNet(nn.Module):
                 x, train=train
             )
             intermediates[f"stage{i}"] = x
+        wide = jnp.promote_types(self.dtype, jnp.float32)  # the head is never in bfloat16
         logits, features = PoolingHead(
             self.classes,
             norm=self.head_norm,
             norm_first=self.head_norm_first,
             norm_eps=self.head_norm_eps,
             hidden=self.head_hidden,
+            dtype=wide.name,
             name="head",
-        )(x.astype(jnp.promote_types(x.dtype, jnp.float32)), train=train)
+        )(x.astype(wide), train=train)
         return logits, {**intermediates, "features": features}
 
 

@@ -29,7 +29,7 @@ def attend(
     """Softmax attention, ``softmax(q.k / sqrt(c) + bias) v`` (arXiv 1706.03762, equation 1).
 
     The bias is added after the scaling. Where `mask` is False a key gets no weight. The softmax is
-    in float32 also for narrower inputs.
+    in float32 at least.
     """
     weights = attention_weights(query, key, bias=bias, mask=mask)
     return jnp.einsum("bnlm,bmnv->blnv", weights.astype(value.dtype), value)
