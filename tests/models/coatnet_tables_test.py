@@ -14,7 +14,7 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 import pytest
-from flax.core import FrozenDict
+from flax.core import FrozenDict, freeze
 
 from localglobal_jax import accounting
 from localglobal_jax.models import create_model
@@ -62,21 +62,22 @@ def test_counts_equal_timm(name):
         assert relative == 1
 
 
-# Rounding: the paper prints two or three digits, and its S4 of CoAtNet-6 does not give its total.
-# With heads, stem and biases 1.350 B follow from the table: S3 1.19 B for 42 attention blocks of
-# 12 x 1536^2 and 0.05 B for MBConv, S4 2 x 12 x 2048^2 = 0.10 B. An S4 of 3072, CoAtNet-7's, would
-# give 1.48 B and 1,512 G instead of 1,480 (paper: 1.47 B, 1,521 G).
-PARAMETERS_OFF = {"coatnet_6": 0.082}
+# The table as we have it does not give coatnet_6's totals: the arithmetic is in coatnet_variants.
+OFF = {"coatnet_6": {"parameters": 0.082, "multiply_adds": 0.037}}
 
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_counts_are_near_the_paper(name):
     parameters, multiply_adds, size = FIGURES[name]
-    account = counted(name, (size, size))
-    assert account.parameters == pytest.approx(parameters, rel=PARAMETERS_OFF.get(name, 0.01))
-    # the paper's figures leave room: its coatnet_0 lacks what the pre-classifier layer and strided
-    # expansion at full resolution cost (timm counts as we do, to the last digit)
-    assert account.multiply_adds == pytest.approx(multiply_adds, rel=0.09)
+    off = {"parameters": 0.01, "multiply_adds": 0.02} | OFF.get(name, {})
+    assert counted(name, (size, size)).parameters == pytest.approx(
+        parameters, rel=off["parameters"]
+    )
+    # The paper's figures are those of its formula, with the stride in the expansion. Named models
+    # stride in the depthwise convolution, as timm does, and cost up to 8 % more.
+    blocks = {**VARIANTS[name].get("blocks", {}), "C": {"stride_at": "expand"}}
+    account = counted(name, (size, size), blocks=freeze(blocks))
+    assert account.multiply_adds == pytest.approx(multiply_adds, rel=off["multiply_adds"])
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -128,7 +129,8 @@ def grids(size, **fields):
     (_, intermediates), _ = jax.eval_shape(
         lambda x: module.init_with_output(jax.random.key(0), x, train=False), x
     )
-    return [y.shape[1:3] for name, y in intermediates.items() if name != "features"]
+    stages = [f"stage{i + 1}" for i in range(len(module.stages()))]
+    return [intermediates[name].shape[1:3] for name in ("stem", *stages)]
 
 
 def test_grids_are_halved():
