@@ -17,11 +17,21 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from localglobal_jax import blocks, layout, models, operators
+    from localglobal_jax import accounting, blocks, convert, layout, models, operators
     from localglobal_jax.evaluate import load
     from localglobal_jax.models import create_model, list_models
 
-__all__ = ["blocks", "create_model", "layout", "list_models", "load", "models", "operators"]
+__all__ = [
+    "accounting",
+    "blocks",
+    "convert",
+    "create_model",
+    "layout",
+    "list_models",
+    "load",
+    "models",
+    "operators",
+]
 
 _FROM = {"create_model": "models", "list_models": "models", "load": "evaluate"}
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from localglobal_jax import configlib
 from localglobal_jax.blocks import BLOCKS
+from localglobal_jax.blocks.residual import Rounding
 
 Options = Mapping[str, Mapping[str, Any]]
 
@@ -44,6 +45,8 @@ def parse(
             )
         if min(values, default=1) < 1:
             raise ValueError(f"{name}={tuple(values)}: every stage needs at least 1")
+    if not set(strides) <= {1, 2}:
+        raise ValueError(f"strides={tuple(strides)}: the stride of a stage is 1 or 2")
     for letter in "".join(layout):
         if letter not in BLOCKS:
             raise configlib.unknown(f'block in layout "{_show(layout)}":', letter, BLOCKS)
@@ -93,6 +96,12 @@ class BlockStage(nn.Module):
                 **self.options.get(letter, {}),
             )(x, train=train)
         return x
+
+
+def odd_grids(letter: str, options: Options) -> Rounding:
+    """How a block with stride 2 halves an odd grid; None: not at all, or it does not say."""
+    block = BLOCKS[letter](features=1, parent=None, **options.get(letter, {}))
+    return getattr(block, "odd_grids", None)
 
 
 def check_options(options: Options) -> None:

@@ -13,10 +13,11 @@ class ConvStem(nn.Module):
     CoAtNet's S0 (table 3). Padding is 1 on both sides, as the references have it.
     """
 
-    widths: tuple[int, int]
+    widths: tuple[int, ...]
     stride: int = 2
     activation: str = "gelu"
     use_bias: bool = False
+    norm: str = "batch"
     norm_eps: float = 1e-5
     dtype: str = "float32"
 
@@ -27,7 +28,7 @@ class ConvStem(nn.Module):
         for i, (width, stride) in enumerate(zip(self.widths, (self.stride, 1), strict=True)):
             if i:
                 x = make_norm(
-                    "batch", eps=self.norm_eps, train=train, dtype=self.dtype, name="norm"
+                    self.norm, eps=self.norm_eps, train=train, dtype=self.dtype, name="norm"
                 )(x)
                 x = ACTIVATIONS[self.activation](x)
             x = nn.Conv(
@@ -40,6 +41,22 @@ class ConvStem(nn.Module):
                 name=f"conv{i + 1}",
             )(x)
         return x
+
+
+class PatchStem(nn.Module):
+    """Non-overlapping patches, projected (arXiv 2010.11929): ViT's stem."""
+
+    width: int
+    patch: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], *, train: bool = False
+    ) -> Float[Array, "b i j d"]:
+        size = (self.patch, self.patch)
+        conv = nn.Conv(self.width, size, size, padding="VALID", dtype=self.dtype, name="project")
+        return conv(x)
 
 
 class PoolingHead(nn.Module):

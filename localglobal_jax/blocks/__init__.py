@@ -7,9 +7,15 @@ Every block is a module with the fields `features` (output width), `stride` (1 o
 
 import flax.linen as nn
 
+from localglobal_jax.blocks.convnext import ConvNeXt
 from localglobal_jax.blocks.mbconv import MBConv
 from localglobal_jax.blocks.transformer import PlainTransformer, Transformer
 
-BLOCKS: dict[str, type[nn.Module]] = {"C": MBConv, "S": PlainTransformer, "T": Transformer}
+BLOCKS: dict[str, type[nn.Module]] = {
+    "C": MBConv,
+    "N": ConvNeXt,
+    "S": PlainTransformer,
+    "T": Transformer,
+}
 
-__all__ = ["BLOCKS", "MBConv", "PlainTransformer", "Transformer"]
+__all__ = ["BLOCKS", "ConvNeXt", "MBConv", "PlainTransformer", "Transformer"]

@@ -11,11 +11,13 @@ from localglobal_jax.blocks.residual import (
     DropPath,
     Grid,
     Pool,
+    Rounding,
     Shortcut,
     SqueezeExcite,
     make_divisible,
     make_norm,
     pool,
+    pool_rounding,
 )
 from localglobal_jax.operators.convolution import DepthwiseConv
 
@@ -33,7 +35,8 @@ class MBConv(nn.Module):
       pool: how the shortcut is halved. `main_pool`: how the main path is, if it pools.
       pre_activation: activation after the first norm.
       squeeze_ratio: of squeeze-excite's hidden width to the `expand_from` width ("input": to the
-        expanded width); 0: no squeeze-excite.
+        expanded width); 0: no squeeze-excite. Where it rounds to nothing, a sixteenth of the
+        expanded width is taken, at least 8.
       squeeze_early: squeeze-excite before the depthwise norm instead of after it.
       use_bias: of the projection and the shortcut; no other convolution has one.
     """
@@ -52,18 +55,27 @@ class MBConv(nn.Module):
     squeeze_early: bool = False
     squeeze_activation: str = "silu"
     use_bias: bool = True
+    norm: Literal["batch", "layer"] = "batch"
     norm_eps: float = 1e-5
     drop_path: float = 0.0
     dtype: str = "float32"
 
+    @property
+    def odd_grids(self) -> Rounding:
+        """How a stride of 2 halves an odd grid: both paths must round alike."""
+        main = pool_rounding(self.main_pool) if self.stride_at == "pool" else "up"
+        return main if main == pool_rounding(self.pool) else None
+
     @nn.compact
     def __call__(self, x: Grid, *, train: bool = False) -> Grid:
-        norm = partial(make_norm, "batch", eps=self.norm_eps, train=train, dtype=self.dtype)
+        norm = partial(make_norm, self.norm, eps=self.norm_eps, train=train, dtype=self.dtype)
         dense = partial(nn.Dense, use_bias=False, dtype=self.dtype)
         act = ACTIVATIONS[self.activation]
         from_output = self.expand_from == "output"
         width = make_divisible(self.expansion * (self.features if from_output else x.shape[-1]))
         squeeze = int(self.squeeze_ratio * (self.features if from_output else width))
+        if self.squeeze_ratio and not squeeze:
+            squeeze = make_divisible(width / 16, limit=0)
         excite = partial(
             SqueezeExcite, squeeze, self.squeeze_activation, self.dtype, name="squeeze_excite"
         )

@@ -14,9 +14,11 @@ from localglobal_jax import arrays
 
 Grid = Float[Array, "b h w d"]
 Pool = Literal["avg2", "max2", "avg", "max"]
+Rounding = Literal["up", "down"] | None
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(nn.gelu, approximate=False),  # the erf form, as the references have it
+    "gelu_tanh": partial(nn.gelu, approximate=True),
     "silu": nn.silu,
     "relu": nn.relu,
     "tanh": jnp.tanh,
@@ -25,7 +27,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def make_norm(kind: str, *, eps: float, train: bool, dtype: str, name: str) -> nn.Module:
-    """A "batch" or "layer" norm; statistics are float32.
+    """A "batch" or "layer" norm; statistics are float32 at least.
 
     Running statistics follow TensorFlow's rule: momentum 0.9 and the biased variance of the batch
     (torch keeps the unbiased one; they differ by n / (n - 1)).
@@ -37,10 +39,10 @@ def make_norm(kind: str, *, eps: float, train: bool, dtype: str, name: str) -> n
     return nn.LayerNorm(epsilon=eps, dtype=dtype, name=name)
 
 
-def make_divisible(value: float, divisor: int = 8) -> int:
-    """Rounds to a multiple of `divisor`, never down by more than 10 % (MobileNet's rule)."""
+def make_divisible(value: float, divisor: int = 8, limit: float = 0.9) -> int:
+    """Rounds to a multiple of `divisor`, never below `limit` of the value (MobileNet's rule)."""
     rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
-    return rounded + divisor if rounded < 0.9 * value else rounded
+    return rounded + divisor if rounded < limit * value else rounded
 
 
 def pool(x: Grid, kind: Pool) -> Grid:
@@ -52,6 +54,11 @@ def pool(x: Grid, kind: Pool) -> Grid:
     if kind.startswith("max"):
         return nn.max_pool(x, (window, window), (2, 2), padding)
     return nn.avg_pool(x, (window, window), (2, 2), padding, count_include_pad=False)
+
+
+def pool_rounding(kind: Pool) -> Rounding:
+    """How `pool` halves an odd grid."""
+    return "down" if kind.endswith("2") else "up"
 
 
 class Shortcut(nn.Module):

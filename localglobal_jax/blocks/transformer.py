@@ -12,9 +12,11 @@ from localglobal_jax.blocks.residual import (
     Grid,
     LayerScale,
     Pool,
+    Rounding,
     Shortcut,
     make_norm,
     pool,
+    pool_rounding,
 )
 from localglobal_jax.operators.attention import RelativeAttention
 
@@ -50,10 +52,21 @@ class Transformer(nn.Module):
     drop_path: float = 0.0
     dtype: str = "float32"
 
+    @property
+    def odd_grids(self) -> Rounding:
+        """How a stride of 2 halves an odd grid; with positions, it may not lose a row of them."""
+        rounding = pool_rounding(self.pool)
+        return rounding if rounding == "up" or self.bias == "none" else None
+
     @nn.compact
     def __call__(self, x: Grid, *, train: bool = False) -> Grid:
         norm = partial(make_norm, self.norm, eps=self.norm_eps, train=train, dtype=self.dtype)
         width = self.features if self.widen_at == "qkv" else x.shape[-1]
+        if width % self.head_width:
+            raise ValueError(
+                f"attention width {width} is not divisible by head_width={self.head_width}: "
+                "choose widths that are multiples of it"
+            )
 
         def branch(y: Grid, name: str) -> Grid:
             if self.layer_scale is not None:

@@ -2,38 +2,25 @@
 """CoAtNet (arXiv 2106.04803): convolution stages, then stages of relative attention.
 
 A convolutional stem (S0), then stages S1..S4 of blocks named by letters, each halving the grid;
-any layout of letters, depths and widths is a model. Named sizes follow the paper's table 3. Where
+any layout of letters, depths and widths is a model. Named ones are in `coatnet_variants`. Where
 paper and public code leave a choice, the defaults are those of timm's paper-style ``coatnet_0``
 (stride in the depthwise convolution, a tanh layer before the classifier).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from flax.core import FrozenDict
+from flax.core import FrozenDict, freeze
 from jaxtyping import Array, Float
 
 from localglobal_jax import layout as layouts
-from localglobal_jax.stems_heads import ConvStem, PoolingHead
+from localglobal_jax.models.coatnet_variants import VARIANTS
+from localglobal_jax.stems_heads import ConvStem, PatchStem, PoolingHead
 
-VARIANTS: dict[str, dict[str, Any]] = {  # the paper's table 3 (stem width, depths, widths)
-    "coatnet_0": {"stem": (64, 64), "depths": (2, 3, 5, 2), "widths": (96, 192, 384, 768)},
-    "coatnet_1": {"stem": (64, 64), "depths": (2, 6, 14, 2), "widths": (96, 192, 384, 768)},
-    "coatnet_2": {"stem": (128, 128), "depths": (2, 6, 14, 2), "widths": (128, 256, 512, 1024)},
-    "coatnet_3": {"stem": (192, 192), "depths": (2, 6, 14, 2), "widths": (192, 384, 768, 1536)},
-    "coatnet_4": {"stem": (192, 192), "depths": (2, 12, 28, 2), "widths": (192, 384, 768, 1536)},
-    "coatnet_5": {
-        "stem": (192, 192),
-        "depths": (2, 12, 28, 2),
-        "widths": (256, 512, 1280, 2048),
-        "blocks": {"T": {"head_width": 64}},
-    },
-}
-for _spec in VARIANTS.values():
-    _spec["head_hidden"] = _spec["widths"][-1]
+__all__ = ["VARIANTS", "CoAtNet"]
 
 
 class CoAtNet(nn.Module):
@@ -41,19 +28,20 @@ class CoAtNet(nn.Module):
 
     `intermediates` holds the output of "stem", every "stage1".. and "features", what the classifier
     reads. Each stride of 2 needs an even grid: with the default strides, height and width are
-    multiples of 32 (the stem alone may round up).
+    multiples of 32. The stem alone may round up, and blocks whose `odd_grids` say so.
 
     Attributes:
       classes: number of logits; 0: no classifier, "features" come out in place of logits.
       layout: a letter (or a string of letters) per stage; see `layout.parse` and `blocks.BLOCKS`.
       depths, widths, strides: per stage; strides None: 2 everywhere.
-      stem: widths of the two stem convolutions. `stem_stride`: of the first one.
-      stem_activation: between the two.
+      stem: widths of the two stem convolutions; a single width: patches, projected (`PatchStem`).
+      stem_stride: of the first convolution, or the size of a patch.
+      stem_activation, stem_norm, stem_norm_eps: between the two convolutions. `stem_bias`: of both.
       blocks: options per letter, e.g. ``{"T": {"head_width": 64}}``.
       head_hidden: width of the tanh layer before the classifier; 0: none.
-      head_norm, head_norm_first: see `PoolingHead`.
+      head_norm, head_norm_first, head_norm_eps: see `PoolingHead`.
       drop_path: stochastic depth of the last block, growing linearly from 0.
-      dtype: of the activations; parameters, norm statistics and logits are float32.
+      dtype: of the activations; parameters are float32, norm statistics and logits at least.
     """
 
     classes: int = 1000
@@ -61,15 +49,24 @@ class CoAtNet(nn.Module):
     depths: tuple[int, ...] = (2, 3, 5, 2)
     widths: tuple[int, ...] = (96, 192, 384, 768)
     strides: tuple[int, ...] | None = None
-    stem: tuple[int, int] = (64, 64)
+    stem: tuple[int, ...] = (64, 64)
     stem_stride: int = 2
     stem_activation: str = "gelu"
+    stem_bias: bool = False
+    stem_norm: str = "batch"
+    stem_norm_eps: float = 1e-5
     blocks: Mapping[str, Mapping[str, Any]] = FrozenDict()
     head_hidden: int = 0
     head_norm: str = "layer"
     head_norm_first: bool = False
+    head_norm_eps: float = 1e-6
     drop_path: float = 0.0
     dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        # hashable fields make a hashable module, which can be a static argument of jit
+        self.blocks = freeze(self.blocks)
+        super().__post_init__()
 
     def stages(self) -> tuple[layouts.Stage, ...]:
         """The parsed layout."""
@@ -80,11 +77,34 @@ class CoAtNet(nn.Module):
         self, x: Float[Array, "b h w channels"], *, train: bool = False
     ) -> tuple[Float[Array, "b classes"], dict[str, Array]]:
         stages = self.stages()
-        check_grid((x.shape[1], x.shape[2]), self.stem_stride, stages)
+        patches = len(self.stem) == 1
+        if len(self.stem) > 2 or not self.stem:
+            raise ValueError(
+                f"stem={tuple(self.stem)}: two widths (convolutions) or one (patches) are allowed"
+            )
         layouts.check_options(self.blocks)
-        x = ConvStem(
-            self.stem, self.stem_stride, self.stem_activation, dtype=self.dtype, name="stem"
-        )(x.astype(self.dtype), train=train)
+        check_grid(
+            (x.shape[1], x.shape[2]),
+            stages,
+            stem_stride=self.stem_stride,
+            patches=patches,
+            blocks=self.blocks,
+        )
+        stem = (
+            PatchStem(self.stem[0], self.stem_stride, self.dtype, name="stem")
+            if patches
+            else ConvStem(
+                self.stem,
+                self.stem_stride,
+                self.stem_activation,
+                use_bias=self.stem_bias,
+                norm=self.stem_norm,
+                norm_eps=self.stem_norm_eps,
+                dtype=self.dtype,
+                name="stem",
+            )
+        )
+        x = stem(x.astype(self.dtype), train=train)
         intermediates = {"stem": x}
         rates = layouts.drop_path_rates(stages, self.drop_path)
         for i, (stage, rate) in enumerate(zip(stages, rates, strict=True), start=1):
@@ -97,6 +117,7 @@ class CoAtNet(nn.Module):
             self.classes,
             norm=self.head_norm,
             norm_first=self.head_norm_first,
+            norm_eps=self.head_norm_eps,
             hidden=self.head_hidden,
             dtype=wide.name,
             name="head",
@@ -104,16 +125,40 @@ class CoAtNet(nn.Module):
         return logits, {**intermediates, "features": features}
 
 
-def check_grid(size: tuple[int, int], stem_stride: int, stages: tuple[layouts.Stage, ...]) -> None:
-    """Raises ValueError unless every strided stage finds a grid that it can divide."""
-    total = stem_stride * math.prod(stage.stride for stage in stages)
+def check_grid(
+    size: tuple[int, int],
+    stages: Sequence[layouts.Stage],
+    *,
+    stem_stride: int,
+    patches: bool,
+    blocks: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Raises ValueError unless every strided stage can halve its grid; says which sizes would do.
+
+    A convolutional stem rounds up, a stem of `patches` must divide. A block halves even grids, and
+    odd ones where it says so by `odd_grids`.
+    """
+    if patches and any(n % stem_stride for n in size):
+        raise ValueError(
+            f"image {size[0]}x{size[1]} does not divide into patches of {stem_stride}: use "
+            f"{_nearest(size, stem_stride)}"
+        )
     grid = [-(-n // stem_stride) for n in size]
+    total = stem_stride * math.prod(stage.stride for stage in stages)
     for i, stage in enumerate(stages, start=1):
-        if any(n % stage.stride for n in grid):
-            lower = [max(n // total, 1) * total for n in size]
+        if stage.stride == 1:
+            continue
+        odd = layouts.odd_grids(stage.letters[0], blocks)
+        if any((n % 2 and not odd) or n < 2 for n in grid):
             raise ValueError(
-                f"image {size[0]}x{size[1]}: stage {i} cannot halve a grid of {grid[0]}x{grid[1]}. "
-                f"With these strides height and width must be multiples of {total}, "
-                f"for instance {lower[0]}x{lower[1]} or {lower[0] + total}x{lower[1] + total}"
+                f"image {size[0]}x{size[1]}: stage {i} cannot halve its {grid[0]}x{grid[1]} grid; "
+                f"with these strides height and width must be multiples of {total}, "
+                f"for instance {_nearest(size, total)}"
             )
-        grid = [n // stage.stride for n in grid]
+        grid = [n // 2 if odd == "down" else -(-n // 2) for n in grid]
+
+
+def _nearest(size: tuple[int, int], multiple: int) -> str:
+    below = tuple(n // multiple * multiple for n in size)
+    above = tuple(-(-n // multiple) * multiple for n in size)
+    return " or ".join(f"{h}x{w}" for h, w in dict.fromkeys((below, above)) if h and w)

@@ -118,34 +118,61 @@ def test_an_example_does_not_depend_on_its_company():
     np.testing.assert_allclose(together[1:], alone, atol=1e-5)
 
 
-def test_gradient_is_the_numerical_one_in_float64():
+EVERYTHING = {  # every letter, every optional parameter
+    "classes": 3,
+    "layout": ("C", "N", "TS", "T"),
+    "depths": (1, 1, 2, 1),
+    "widths": (8, 16, 16, 32),
+    "stem": (4, 8),
+    "blocks": {
+        "C": {"squeeze_early": True, "stride_at": "pool"},
+        "N": {"layer_scale": 0.1},
+        "S": {"head_width": 8, "layer_scale": 0.1, "norm": "batch"},
+        "T": {"head_width": 8, "widen_at": "output", "bias": "mlp", "bias_hidden": 4},
+    },
+    "head_hidden": 8,
+}
+
+
+def test_a_gradient_step_equals_numerical_differentiation():
+    """All parameters, in training mode (batch statistics), float64."""
     with jax.enable_x64(True):
-        module = tiny(dtype="float64")
-        x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)))
-        variables = jax.jit(lambda k: module.init(k, x, train=False))(jax.random.key(1))
-        variables = jax.tree.map(lambda v: v.astype(jnp.float64), variables)
-
-        def loss(params):
-            (logits, _), _ = module.apply(
-                {**variables, "params": params}, x, train=True, mutable=["batch_stats"],
-                rngs={"dropout": jax.random.key(0)},
-            )  # fmt: skip
-            return -jax.nn.log_softmax(logits)[:, 1].mean()
-
-        loss = jax.jit(loss)
-        gradient = jax.jit(jax.grad(loss))(variables["params"])
-        rng = np.random.default_rng(1)
-        direction = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape)), gradient)
-        eps = 1e-5
-
-        def moved(sign):
-            return jax.tree.map(lambda p, d: p + sign * eps * d, variables["params"], direction)
-
-        numerical = (loss(moved(1)) - loss(moved(-1))) / (2 * eps)
-        analytic = sum(
-            jax.tree.leaves(jax.tree.map(lambda g, d: (g * d).sum(), gradient, direction))
+        module = create_model("coatnet", **EVERYTHING, dtype="float64")
+        x = jax.random.normal(jax.random.key(1), (3, 64, 32, 3), "float64")
+        variables = jax.jit(lambda: module.init(jax.random.key(0), x, train=False))()
+        variables = jax.tree.map(lambda leaf: leaf.astype("float64"), variables)
+        parameters, rest = variables["params"], {"batch_stats": variables["batch_stats"]}
+        key = jax.random.key(2)
+        # away from initialisation, where zeros would hide terms
+        parameters = jax.tree.map(
+            lambda leaf: leaf + 0.1 * jax.random.normal(key, leaf.shape, leaf.dtype), parameters
         )
-        np.testing.assert_allclose(numerical, analytic, rtol=1e-6)
+
+        @jax.jit
+        def loss(parameters):
+            (logits, _), _ = module.apply(
+                {"params": parameters, **rest},
+                x,
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": jax.random.key(3)},
+            )
+            return -jax.nn.log_softmax(logits)[jnp.arange(3), jnp.arange(3)].mean()
+
+        gradient = jax.jit(jax.grad(loss))(parameters)
+        leaves, structure = jax.tree.flatten(parameters)
+        rng = np.random.default_rng(0)
+        for i, leaf in enumerate(leaves):  # every parameter array along a direction of its own
+            direction = rng.normal(size=leaf.shape)
+            step = 1e-5
+
+            def moved(by, i=i, leaf=leaf, direction=direction):
+                new = [*leaves[:i], leaf + by * direction, *leaves[i + 1 :]]
+                return loss(jax.tree.unflatten(structure, new))
+
+            numerical = (moved(step) - moved(-step)) / (2 * step)
+            exact = np.vdot(jax.tree.leaves(gradient)[i], direction)
+            np.testing.assert_allclose(exact, numerical, rtol=1e-5, atol=1e-8)
 
 
 def test_every_model_is_listed():

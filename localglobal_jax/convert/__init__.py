@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Other people's weights: theirs to ours, and ours to another resolution or number of classes.
+
+A converter takes a state dict (any mapping name -> array; `weights.read_safetensors` reads one
+without torch) and returns ``(module, variables)``. It is strict both ways: a name that is missing
+or left over, or a shape that does not fit, is a ValueError that lists all of them.
+"""
+
+from localglobal_jax.convert import adapt, timm, weights
+
+__all__ = ["adapt", "timm", "weights"]

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our weights to another resolution or another number of classes, for fine-tuning.
+
+Both compare the variables with what the module would have in its new shape, so they are blind to
+the architecture: parameters are known by the end of their path.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from localglobal_jax.convert.weights import Path, Variables
+
+# End of the path of a parameter that is a picture of the grid -> its two space axes.
+PICTURES: dict[Path, tuple[int, int]] = {("relative_bias", "table"): (0, 1)}
+
+
+def resize(
+    module: nn.Module,
+    variables: Mapping[str, Any],
+    image_size: tuple[int, int],
+    *,
+    channels: int = 3,
+) -> Variables:
+    """The variables of `module` for images of `image_size` (height, width).
+
+    Relative tables [2h-1, 2w-1, heads] are resized bilinearly, as CoAtNet's authors do (arXiv
+    2106.04803, appendix A.2; half-pixel centres, no antialiasing), so displacement zero stays where
+    it was. The displacements' unit thereby stretches with the grid. A bias made by an MLP (log-CPB)
+    needs no resizing and stays.
+
+    Raises:
+      ValueError: another parameter depends on the resolution.
+    """
+    shapes = _flat(_shapes(module, image_size, channels))
+    flat = _flat(variables)
+    if shapes.keys() != flat.keys():
+        raise ValueError(
+            f"these are not variables of this module: {_list(shapes.keys() ^ flat.keys())}"
+        )
+    return traverse_util.unflatten_dict(
+        {path: _resize(path, leaf, shapes[path].shape) for path, leaf in flat.items()}
+    )
+
+
+def _resize(path: Path, leaf: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    if leaf.shape == shape:
+        return leaf
+    axes = next((axes for end, axes in PICTURES.items() if path[-len(end) :] == end), None)
+    kept = axes and all(
+        old == new or axis in axes
+        for axis, (old, new) in enumerate(zip(leaf.shape, shape, strict=True))
+    )
+    if not kept:
+        raise ValueError(
+            f"{'/'.join(path)} has shape {leaf.shape} and would need {shape}: it cannot be resized"
+        )
+    return jax.image.resize(leaf, shape, "bilinear", antialias=False)
+
+
+def reclassify(
+    module: nn.Module, variables: Mapping[str, Any], classes: int
+) -> tuple[nn.Module, Variables]:
+    """The module and variables with `classes` outputs (0: none), every classifier new and zero.
+
+    A classifier is a submodule whose name ends in "classifier", and classes are the last axis of
+    its parameters. A zero one gives all classes the same logit at first, and still has a gradient.
+
+    Raises:
+      ValueError: there is no classifier to replace.
+    """
+    flat = _flat(variables)
+    old = {path for path in flat if len(path) > 1 and path[-2].endswith("classifier")}
+    if not old:
+        raise ValueError(
+            f"no parameter belongs to a classifier: {_list(flat)}; to add one, initialise the "
+            "module with classes and put these variables into the result"
+        )
+    new = {
+        path: jnp.zeros((*leaf.shape[:-1], classes), leaf.dtype) if path in old else leaf
+        for path, leaf in flat.items()
+        if classes or path not in old
+    }
+    return module.clone(classes=classes), traverse_util.unflatten_dict(new)
+
+
+def _shapes(module: nn.Module, image_size: tuple[int, int], channels: int) -> Any:
+    image = jax.ShapeDtypeStruct((1, *image_size, channels), jnp.float32)
+    return jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False), image)
+
+
+def _flat(variables: Mapping[str, Any]) -> dict[Path, Any]:
+    return traverse_util.flatten_dict(dict(variables))
+
+
+def _list(paths: Iterable[Path]) -> str:
+    return ", ".join(sorted("/".join(path) for path in paths)) or "none"

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Another resolution, another number of classes."""
+
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from localglobal_jax.convert import adapt
+from localglobal_jax.models import create_model
+
+TINY = {
+    "classes": 3,
+    "layout": "CT",
+    "depths": (1, 2),
+    "widths": (8, 16),
+    "stem": (4, 8),
+    "blocks": {"T": {"head_width": 8}},
+}
+
+
+@cache
+def initialised(module):
+    x = jnp.zeros((1, 32, 32, 3))
+    return jax.jit(lambda: module.init(jax.random.key(0), x, train=False))()
+
+
+@partial(jax.jit, static_argnums=0)
+def apply(module, variables, x):
+    return module.apply(variables, x, train=False)
+
+
+def tiny(**fields):
+    module = create_model("coatnet", **{**TINY, **fields})
+    return module, initialised(module)
+
+
+def bilinear(table, height, width):
+    """tf.image.resize's rule, written out: half-pixel centres, edges repeated, no antialiasing."""
+    out = table
+    for axis, new in enumerate((height, width)):
+        old = out.shape[axis]
+        at = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
+        low = np.floor(at).astype(int)
+        high = np.minimum(low + 1, old - 1)
+        part = (at - low).reshape([-1 if i == axis else 1 for i in range(3)])
+        out = out.take(low, axis) * (1 - part) + out.take(high, axis) * part
+    return out
+
+
+@pytest.mark.parametrize("size", [(48, 48), (64, 32), (24, 40), (32, 8)])
+def test_tables_are_resized_bilinearly_and_nothing_else(size):
+    module, variables = tiny()
+    resized = adapt.resize(module, variables, size)
+    before, after = (traverse_util.flatten_dict(tree, sep="/") for tree in (variables, resized))
+    tables = [name for name in before if name.endswith("relative_bias/table")]
+    assert len(tables) == 2
+    for name in before:
+        if name not in tables:
+            assert after[name] is before[name]
+            continue
+        h, w = (2 * (n // 8) - 1 for n in size)
+        old = np.asarray(before[name])
+        np.testing.assert_allclose(after[name], bilinear(old, h, w), atol=1e-6)
+        # displacement zero stays displacement zero
+        np.testing.assert_allclose(after[name][h // 2, w // 2], old[3, 3], atol=1e-6)
+    logits, _ = apply(module, resized, jnp.ones((2, *size, 3)))
+    assert logits.shape == (2, 3)
+
+
+def test_the_same_size_changes_nothing():
+    module, variables = tiny()
+    resized = adapt.resize(module, variables, (32, 32))
+    assert jax.tree.all(jax.tree.map(lambda a, b: a is b, variables, resized))
+
+
+def test_a_bias_made_by_an_mlp_needs_no_resizing():
+    module, variables = tiny(blocks={"T": {"head_width": 8, "bias": "mlp", "bias_hidden": 4}})
+    resized = adapt.resize(module, variables, (64, 48))
+    assert jax.tree.all(jax.tree.map(lambda a, b: a is b, variables, resized))
+
+
+def test_what_cannot_be_resized_is_named():
+    module, variables = tiny()
+    with pytest.raises(ValueError, match=r"head/classifier/bias has shape \(3,\)"):
+        adapt.resize(module.clone(classes=4), variables, (32, 32))
+    with pytest.raises(ValueError, match=r"not variables of this module: .*stage3/block1"):
+        adapt.resize(create_model("coatnet_0"), variables, (32, 32))
+
+
+@pytest.mark.parametrize("classes", [7, 1])
+def test_a_new_classifier_is_zero_and_learns(classes):
+    module, variables = adapt.reclassify(*tiny(), classes)
+    x = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
+
+    def loss(params):
+        logits, _ = apply(module, {**variables, "params": params}, x)
+        return logits[:, 0].sum(), logits
+
+    (_, logits), gradient = jax.value_and_grad(loss, has_aux=True)(variables["params"])
+    np.testing.assert_array_equal(logits, np.zeros((2, classes)))
+    assert np.abs(gradient["head"]["classifier"]["kernel"][:, 0]).max() > 0
+
+
+def test_no_classifier_gives_the_features():
+    old, variables = tiny()
+    module, headless = adapt.reclassify(old, variables, 0)
+    x = jnp.ones((1, 32, 32, 3))
+    _, intermediates = apply(old, variables, x)
+    out, _ = apply(module, headless, x)
+    np.testing.assert_allclose(out, intermediates["features"], atol=1e-6)
+    with pytest.raises(ValueError, match="no parameter belongs to a classifier"):
+        adapt.reclassify(module, headless, 5)
