@@ -8,8 +8,14 @@ Every block is a module with the fields `features` (output width), `stride` (1 o
 import flax.linen as nn
 
 from localglobal_jax.blocks.mbconv import MBConv
+from localglobal_jax.blocks.outlooker import Outlooker
 from localglobal_jax.blocks.transformer import PlainTransformer, Transformer
 
-BLOCKS: dict[str, type[nn.Module]] = {"C": MBConv, "S": PlainTransformer, "T": Transformer}
+BLOCKS: dict[str, type[nn.Module]] = {
+    "C": MBConv,
+    "O": Outlooker,
+    "S": PlainTransformer,
+    "T": Transformer,
+}
 
-__all__ = ["BLOCKS", "MBConv", "PlainTransformer", "Transformer"]
+__all__ = ["BLOCKS", "MBConv", "Outlooker", "PlainTransformer", "Transformer"]
