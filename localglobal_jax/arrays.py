@@ -14,3 +14,8 @@ def sequence_to_grid(
 ) -> Shaped[Array, "b *space d"]:
     """The inverse of `grid_to_sequence` for the given `space`, e.g. ``(h, w)``."""
     return x.reshape(x.shape[0], *space, x.shape[-1])
+
+
+def per_channel(vector: Shaped[Array, "d"], x: Array) -> Shaped[Array, "..."]:
+    """A vector over the last axis with the rank of `x`: broadcasting that is written down."""
+    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)

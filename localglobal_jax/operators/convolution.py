@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from localglobal_jax import parallel
+from localglobal_jax import arrays, parallel
 from localglobal_jax.reach import Reach, local
 
 Padding = Sequence[tuple[int, int]]
@@ -26,7 +26,7 @@ def same_padding(window: Sequence[int]) -> Padding:
 
 def depthwise(
     x: Float[Array, "b *space d"],
-    kernel: Float[Array, "*window d"],
+    kernel: Float[Array, "*window _"],
     *,
     stride: int = 1,
     padding: Padding | None = None,
@@ -66,7 +66,7 @@ def _depthwise_shifted(x: Array, kernel: Array, stride: int, padding: Padding) -
         steps = (
             slice(o, o + (n - 1) * stride + 1, stride) for o, n in zip(offset, out, strict=True)
         )
-        term = padded[(slice(None), *steps)] * kernel[offset]
+        term = padded[(slice(None), *steps)] * arrays.per_channel(kernel[offset], x)
         total = term if total is None else total + term
     assert total is not None
     return total
@@ -118,5 +118,6 @@ class DepthwiseConv(nn.Module):
         kernel = self.param("kernel", init, shape)
         y = depthwise(x.astype(self.dtype), kernel.astype(self.dtype), stride=self.stride)
         if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, shape[-1:]).astype(self.dtype)
+            bias = self.param("bias", nn.initializers.zeros, shape[-1:])
+            y = y + arrays.per_channel(bias.astype(self.dtype), y)
         return y
