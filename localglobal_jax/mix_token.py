@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mix-token: CutMix on embedded tokens instead of pixels (token labelling, arXiv 2104.10858).
 
-In a training batch example i takes one box of tokens from example n - 1 - i. A network that gives
+In a training batch of n, over all devices, example i takes a box of tokens from example n - 1 - i,
+and it is the same box for all (theirs: one box per device, within its own examples). A network that gives
 logits for every token has those put back, so that they meet their own labels; the logits for the
 whole image meet a mixture of two labels, in the ratio of `kept_share`.
 

@@ -11,13 +11,13 @@ import localglobal_jax
 ROOT = pathlib.Path(localglobal_jax.__file__).parent
 FLOORS = [  # a room imports from floors below its own; files of one room see each other
     ["schema"],
-    ["arrays", "configlib", "digest", "parallel", "reach"],
+    ["arrays", "configlib", "digest", "mix_token", "parallel", "reach"],
     ["operators"],
     ["blocks"],
-    ["layout", "stems_heads"],
+    ["class_attention", "layout", "stems_heads"],
     ["models"],
     ["data", "losses", "metrics", "model_card", "optim", "reporting", "stored", "workdir"],
-    ["checkpoint", "tasks"],
+    ["checkpoint", "convert", "tasks"],
     ["evaluate", "run_report", "train_step"],
     ["train"],
     ["cli"],

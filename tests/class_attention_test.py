@@ -11,16 +11,17 @@ TOKENS = jax.random.normal(jax.random.key(0), (2, 3, 4, 8))
 
 def build(**fields):
     head = ClassAttentionHead(**{"classes": 5, "heads": 2, **fields})
-    variables = head.init(jax.random.key(1), TOKENS)
-    noise = lambda a: a + 0.3 * jax.random.normal(jax.random.key(a.size), a.shape)  # noqa: E731
-    return head, jax.tree.map(noise, variables)
+    rng = np.random.default_rng(1)
+    shapes = jax.eval_shape(head.init, jax.random.key(1), TOKENS)
+    draw = lambda a: jnp.asarray(0.5 * rng.normal(size=a.shape), a.dtype)  # noqa: E731
+    return head, jax.tree.map(draw, shapes)
 
 
 def test_only_the_class_token_is_changed_by_the_blocks():
     """The logits of the tokens come from the norm alone: class blocks do not reach them."""
     head, variables = build()
-    _, aux, _ = head.apply(variables, TOKENS)
-    p = variables["params"]
+    _, aux, _ = jax.jit(head.apply)(variables, TOKENS)
+    p = jax.tree.map(np.asarray, variables["params"])
     x = np.asarray(TOKENS)
     normed = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
     normed = normed * p["norm"]["scale"] + p["norm"]["bias"]
@@ -30,8 +31,8 @@ def test_only_the_class_token_is_changed_by_the_blocks():
 
 def test_the_class_token_sees_all_tokens_and_not_their_order():
     head, variables = build()
-    logits = lambda x: head.apply(variables, x)[0]  # noqa: E731
-    grad = jax.grad(lambda x: logits(x)[0, 0])(TOKENS)
+    logits = jax.jit(lambda x: head.apply(variables, x)[0])
+    grad = jax.jit(jax.grad(lambda x: logits(x)[0, 0]))(TOKENS)
     assert (np.abs(grad[0]).sum(-1) > 0).all()
     assert not grad[1].any()
     turned = TOKENS[:, ::-1].swapaxes(1, 2)
@@ -42,7 +43,7 @@ def test_the_class_token_sees_all_tokens_and_not_their_order():
 @pytest.mark.parametrize(("classes", "aux"), [(5, True), (5, False), (0, True)])
 def test_every_combination_of_outputs(blocks, classes, aux):
     head, variables = build(blocks=blocks, classes=classes, aux=aux)
-    logits, tokens, features = head.apply(variables, TOKENS)
+    logits, tokens, features = jax.eval_shape(head.apply, variables, TOKENS)
     assert logits.shape == (2, classes or 8)
     assert features.shape == (2, 8)
     assert (tokens is not None and tokens.shape == (2, 3, 4, 5)) == bool(classes and aux)
@@ -51,7 +52,7 @@ def test_every_combination_of_outputs(blocks, classes, aux):
 
 def test_logits_are_float32_whatever_the_blocks_compute_in():
     head, variables = build(dtype="bfloat16")
-    logits, aux, _ = head.apply(variables, TOKENS.astype(jnp.bfloat16))
+    logits, aux, _ = jax.eval_shape(head.apply, variables, TOKENS.astype(jnp.bfloat16))
     assert logits.dtype == aux.dtype == jnp.float32
 
 

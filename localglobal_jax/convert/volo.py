@@ -61,8 +61,8 @@ def load(kwargs: Mapping[str, Any], state_dict: Mapping[str, Any]) -> tuple[VOLO
     """The module that timm's ``VOLO(**kwargs)`` is, and the weights in `state_dict` as its own.
 
     The position embedding is resized if ``img_size`` (a number or (height, width)) is not that of
-    the weights. Dropout rates are accepted and dropped, except that of drop path: our VOLO has
-    none, as its published recipes have none.
+    the weights. Of the dropout rates only that of drop path is carried over (the published recipes
+    have no other); ``pooling_scale`` is what the downsamplings say.
 
     Raises ValueError for arguments that are unknown or have no counterpart, and for names that are
     missing, left over, or of another shape.
@@ -72,7 +72,7 @@ def load(kwargs: Mapping[str, Any], state_dict: Mapping[str, Any]) -> tuple[VOLO
     scale = module.patch * math.prod(strides)
     _, rows, columns, _ = _shape(state_dict, "pos_embed", (1, 1, 1, 1))
     _, channels, _, _ = _shape(state_dict, "patch_embed.conv.0.weight", (1, 3, 7, 7))
-    images = (1, rows * scale, columns * scale, channels)
+    images = (1, rows * scale, columns * scale, kwargs.get("in_chans", channels))
     # Only shapes: nothing of a random initialisation is computed or kept.
     expected = jax.eval_shape(
         module.init, jax.random.key(0), jax.ShapeDtypeStruct(images, jnp.float32)
@@ -234,15 +234,14 @@ def _match(module: VOLO, expected: Mapping[str, Any], state_dict: Mapping[str, A
 
 def _turn(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
     """torch's axes to ours (input before output, heads apart); None if they do not fit."""
-    ones, rest = array.shape[: -len(shape)], array.shape[-len(shape) :]
     if array.ndim > len(shape):  # the embeddings have a batch axis
-        return array.reshape(shape) if rest == shape and set(ones) == {1} else None
-    if array.ndim == 4:
+        fits = array.shape == (1,) * (array.ndim - len(shape)) + shape
+    elif array.ndim == 4:
         array = array.transpose(2, 3, 1, 0)
+        fits = array.shape == shape
     elif array.ndim == 2:
         array = array.T
-        if array.shape[0] != shape[0]:
-            return None
-    elif array.ndim == len(shape) and array.shape != shape:
-        return None
-    return array.reshape(shape) if array.size == np.prod(shape, dtype=int) else None
+        fits = array.shape == (shape[0], np.prod(shape[1:], dtype=int))
+    else:
+        fits = array.shape == (np.prod(shape, dtype=int),)
+    return array.reshape(shape) if fits else None

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-import functools
 import json
 import pathlib
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,46 +23,56 @@ TINY = {
     "stem": 4,
     "class_blocks": 1,
 }
+FOUR = {**TINY, "depths": (2, 2, 1, 1), "widths": (8, 12, 12, 16), "heads": (2, 3, 2, 4)}
 
 
 def images(*size, batch=2):
-    return jax.random.normal(jax.random.key(0), (batch, *size, 3))
+    rng = np.random.default_rng(0)
+    return jnp.asarray(rng.normal(size=(batch, *size, 3)), jnp.float32)
 
 
-@functools.cache
-def tiny(size=(48, 64), **overrides):
+def shapes_of(module, *size):
+    return jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *size, 3)))
+
+
+def tiny(*size, **overrides):
+    """A small VOLO with random weights: drawn by numpy, which compiles nothing."""
     module = create_model("volo", **{**TINY, **overrides})
-    return module, jax.jit(module.init)(jax.random.key(1), images(*size))
+    rng = np.random.default_rng(1)
+    draw = lambda a: jnp.asarray(rng.normal(size=a.shape) * a.size**-0.3, a.dtype)  # noqa: E731
+    variables = jax.tree.map(draw, shapes_of(module, *size))
+    variables["batch_stats"] = jax.tree.map(jnp.abs, variables["batch_stats"])
+    return module, variables
 
 
-def apply(module, variables, x, key=None):
-    """One training step's forward pass, or with key None, evaluation."""
-    if key is None:
-        return jax.jit(module.apply)(variables, x)
-    run = lambda v, x, k: module.apply(  # noqa: E731
-        v, x, train=True, rngs={"dropout": k}, mutable=["batch_stats"]
-    )
-    (logits, intermediates), state = jax.jit(run)(variables, x, jax.random.key(key))
-    return logits, intermediates, state
+def training(module):
+    """The forward pass of a training step: (variables, images, key) -> (output, statistics)."""
+
+    @jax.jit
+    def run(variables, x, key):
+        return module.apply(
+            variables, x, train=True, rngs={"dropout": key}, mutable=["batch_stats"]
+        )
+
+    return run
 
 
 @pytest.mark.parametrize("name", REFERENCE)
 def test_parameters_equal_the_reference(name):
     module = create_model(name.rpartition("_")[0])
-    size = REFERENCE[name]["input"]
-    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *size, 3)))
-    count = sum(x.size for x in jax.tree.leaves(shapes["params"]))
-    assert count == REFERENCE[name]["n_params"]
+    shapes = shapes_of(module, *REFERENCE[name]["input"])
+    assert sum(x.size for x in jax.tree.leaves(shapes["params"])) == REFERENCE[name]["n_params"]
 
 
 @pytest.mark.parametrize("size", [(48, 64), (72, 40), (61, 75), (16, 16)])
 def test_any_size_square_or_not_even_or_odd(size):
-    module, variables = tiny(size)
-    logits, intermediates = apply(module, variables, images(*size))
+    module = VOLO(**TINY)
+    logits, intermediates = jax.eval_shape(
+        module.init_with_output, jax.random.key(0), jnp.zeros((2, *size, 3))
+    )[0]
     stem = tuple((n + 1) // 2 // 4 for n in size)
     coarse = tuple(n // 2 for n in stem)
     assert logits.shape == (2, 5)
-    assert np.isfinite(logits).all()
     assert {k: v.shape[1:] for k, v in intermediates.items()} == {
         "stem": (*stem, 8),
         "stage1": (*stem, 8),
@@ -83,144 +93,139 @@ def test_any_size_square_or_not_even_or_odd(size):
 )
 def test_letters_strides_and_position_are_data(layout, strides, position):
     module = create_model(
-        "volo",
-        **{
-            **TINY,
-            "layout": layout,
-            "depths": (2, 2, 1, 1),
-            "widths": (8, 12, 12, 16),
-            "strides": strides,
-            "heads": (2, 3, 2, 4),
-            "position": position,
-        },
+        "volo", **{**FOUR, "layout": layout, "strides": strides, "position": position}
     )
-    x = images(64, 96, batch=1)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
-    logits, intermediates = jax.eval_shape(module.init_with_output, jax.random.key(0), x)[0]
-    grids = module.grids((64, 96))
+    (logits, intermediates), shapes = jax.eval_shape(
+        module.init_with_output, jax.random.key(0), jnp.zeros((1, 64, 96, 3))
+    )
+    shapes, grids = shapes["params"], module.grids((64, 96))
     assert logits.shape == (1, 5)
     assert ("position" in shapes) == bool(position)
     if position:
         assert shapes["position"].shape == (*grids[position], module.widths[position - 1])
-    for i, (grid, width) in enumerate(zip(grids[1:], module.widths, strict=True), start=1):
-        assert intermediates[f"stage{i}"].shape == (1, *grid, width)
-    for i, stage in enumerate(module.stages(), start=1):
+    has = {"C": "depthwise", "O": "outlook", "S": "attention", "T": "attention"}
+    for i, (stage, grid) in enumerate(zip(module.stages(), grids[1:], strict=True), start=1):
+        assert intermediates[f"stage{i}"].shape == (1, *grid, stage.width)
         changes = stage.stride > 1 or (i > 1 and stage.width != module.widths[i - 2])
         assert (f"downsample{i}" in shapes) == changes
         for j, letter in enumerate(stage.letters, start=1):
-            has = {"C": "depthwise", "O": "outlook", "S": "attention", "T": "attention"}
             assert has[letter] in shapes[f"stage{i}"][f"block{j}"]
 
 
 def test_options_of_a_letter_have_the_last_word():
-    module, variables = tiny(blocks={"S": {"expansion": 5.0, "head_width": 4}}, expansion=(2.0, 3.0))
-    stage1, stage2 = (variables["params"][f"stage{i}"]["block1"] for i in (1, 2))
+    options = {"S": {"expansion": 5.0, "head_width": 4}}
+    module = create_model("volo", **{**TINY, "blocks": options, "expansion": (2.0, 3.0)})
+    params = shapes_of(module, 32, 32)["params"]
+    stage1, stage2 = (params[f"stage{i}"]["block1"] for i in (1, 2))
     assert stage1["mlp"]["hidden"]["kernel"].shape == (8, 16)
     assert stage2["mlp"]["hidden"]["kernel"].shape == (12, 60)
     assert stage2["attention"]["qkv"]["kernel"].shape == (12, 3, 3, 4)
 
 
+def test_an_outlooker_can_stride_and_widen_like_any_block():
+    module = create_model(
+        "coatnet",
+        classes=5,
+        layout="CO",
+        depths=(1, 2),
+        widths=(8, 12),
+        stem=(4, 4),
+        blocks={"O": {"head_width": 4, "window": 5}},
+    )
+    shape = jax.ShapeDtypeStruct((1, 24, 16, 3), jnp.float32)
+    (_, found), variables = jax.eval_shape(module.init_with_output, jax.random.key(0), shape)
+    assert found["stage2"].shape == (1, 3, 2, 12)
+    weights = variables["params"]["stage2"]["block2"]["outlook"]["weights"]["kernel"]
+    assert weights.shape == (12, 3, 25, 25)
+
+
 def test_logits_are_the_class_and_in_evaluation_half_the_best_token():
-    module, variables = tiny()
-    x = images(48, 64)
-    logits, found = apply(module, variables, x)
+    module, variables = tiny(48, 64)
+    logits, found = jax.jit(module.apply)(variables, images(48, 64))
     expected = found["class_logits"] + 0.5 * found["aux_logits"].max((1, 2))
     np.testing.assert_allclose(logits, expected, rtol=1e-6)
-    logits, found, _ = apply(module, variables, x, key=0)
+    (logits, found), _ = training(module)(variables, images(48, 64), jax.random.key(0))
     np.testing.assert_array_equal(logits, found["class_logits"])
     np.testing.assert_array_equal(found["mix_box"], 0)
 
 
-def some_box(module, variables, x):
-    """A key whose box is neither empty nor everything, and what training gives with it."""
-    for key in range(20):
-        logits, found, _ = apply(module, variables, x, key)
+def test_mix_token_mixes_embedded_tokens_and_gives_each_image_its_logits_back():
+    module, variables = tiny(80, 72, mix_token=True)
+    x, run = images(80, 72, batch=3), training(module)
+    for key in range(20):  # until the box is neither nothing nor everything
+        (logits, found), _ = run(variables, x, jax.random.key(key))
         top, left, bottom, right = found["mix_box"].tolist()
-        if 0 < (bottom - top) * (right - left) < found["aux_logits"][0, ..., 0].size:
-            return logits, found
-    raise AssertionError("no box in 20 draws")
+        if 0 < (bottom - top) * (right - left) < 20:
+            break
+    # The same network with a stem whose output is mixed by hand: one token of the last grid is
+    # two of the stem's in each direction, and the ninth column of the stem never takes part.
+    box, mixed = found["mix_box"], np.array(found["stem"])
+    inside = np.s_[:, 2 * top : 2 * bottom, 2 * left : 2 * right]
+    mixed[inside] = np.array(found["stem"])[::-1][inside]
+    assert (mixed != found["stem"]).any()
 
+    def replace_stem(call, args, kwargs, context):
+        return jnp.asarray(mixed) if context.module.name == "stem" else call(*args, **kwargs)
 
-def test_mix_token_mixes_the_embedding_and_gives_the_tokens_their_logits_back():
-    module, variables = tiny((80, 64), mix_token=True)
-    plain, _ = tiny((80, 64))
-    x = images(80, 64, batch=4)
-    logits, found = some_box(module, variables, x)
-    box = found["mix_box"]
-    # What the network after the stem saw: tokens of 8 pixels, two to a token of the last grid.
-    # Mixing images by the same box and mixing back the logits must give the same, up to the seam
-    # of the stem's convolutions; so compare with a stem output mixed by hand instead.
-    stem = swap(found["stem"], box, scale=2)
-    bound = plain.bind(variables, rngs={"dropout": jax.random.key(0)}, mutable=["batch_stats"])
-    assert bound.grids((80, 64))[0] == stem.shape[1:3]
-    replaced = {"stem": lambda *_: stem}
-
-    def intercept(call, args, kwargs, context):
-        name = context.module.name
-        return replaced[name]() if name in replaced else call(*args, **kwargs)
-
-    with nn_intercept(intercept):
-        (expected, seen), _ = plain.apply(variables, x, train=True, mutable=["batch_stats"])
+    with nn.intercept_methods(replace_stem):
+        (expected, seen), _ = training(VOLO(**TINY))(variables, x, jax.random.key(0))
     np.testing.assert_allclose(logits, expected, atol=1e-5)
     np.testing.assert_allclose(found["aux_logits"], swap(seen["aux_logits"], box), atol=1e-5)
-    assert np.abs(swap(found["stem"], box, scale=2) - found["stem"]).max() > 0
-
-
-def nn_intercept(interceptor):
-    import flax.linen as nn
-
-    return nn.intercept_methods(interceptor)
 
 
 def test_gradients_reach_every_parameter_and_statistics_move():
-    module, variables = tiny(mix_token=True, drop_path=0.1)
-    x = images(48, 64, batch=4)
+    module, variables = tiny(48, 64, mix_token=True, drop_path=0.1)
+    run, x = training(module), images(48, 64)
 
-    def loss(params, key):
-        (logits, found), state = module.apply(
-            {**variables, "params": params},
-            x,
-            train=True,
-            rngs={"dropout": key},
-            mutable=["batch_stats"],
-        )
-        return (logits**2).sum() + (found["aux_logits"] ** 2).sum(), state
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        (logits, found), _ = run({**variables, "params": params}, x, jax.random.key(3))
+        return (logits**2).sum() + (found["aux_logits"] ** 2).sum()
 
-    (_, state), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(
-        variables["params"], jax.random.key(3)
-    )
-    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+    for path, grad in jax.tree_util.tree_leaves_with_path(gradient(variables["params"])):
         assert np.isfinite(grad).all(), path
         assert np.abs(grad).max() > 0, path
-    before, after = variables["batch_stats"], state["batch_stats"]
-    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), before, after)))
+    _, state = run(variables, x, jax.random.key(3))
+    moved = jax.tree.map(
+        lambda a, b: (a != b).any(), variables["batch_stats"], state["batch_stats"]
+    )
+    assert all(jax.tree.leaves(moved))
 
 
 def test_outlookers_have_no_drop_path_yet_count_in_its_schedule():
-    module, variables = tiny(depths=(2, 3), drop_path=1.0 - 1e-6)
-    (_, found), state = module.apply(
-        variables,
-        images(48, 64),
-        train=True,
-        rngs={"dropout": jax.random.key(0)},
-        mutable=["batch_stats", "intermediates"],
-        capture_intermediates=True,
+    seen = {}
+
+    def record(call, args, kwargs, context):
+        if type(context.module).__name__ == "DropPath":
+            seen["/".join(context.module.path)] = context.module.rate
+        return call(*args, **kwargs)
+
+    fields = {**FOUR, "layout": "OSOC", "strides": (1, 2, 1, 1), "drop_path": 0.5}
+    with nn.intercept_methods(record):
+        shapes_of(create_model("volo", **fields), 64, 64)
+    rates = {path.rpartition("/")[0]: rate for path, rate in seen.items()}
+    assert rates == pytest.approx(
+        {
+            "stage1/block1": 0.0,
+            "stage1/block2": 0.0,
+            "stage2/block1": 0.2,
+            "stage2/block2": 0.3,
+            "stage3/block1": 0.0,
+            "stage4/block1": 0.5,
+        }
     )
-    blocks = state["intermediates"]["stage1"]
-    assert all(blocks[f"block{j}"]["mlp_drop_path"]["__call__"][0].any() for j in (1, 2))
-    last = state["intermediates"]["stage2"]["block3"]  # the only block at the full rate
-    assert not last["mlp_drop_path"]["__call__"][0].any()
-    del found
 
 
 def test_another_size_needs_the_position_embedding_resized():
-    module, variables = tiny((64, 64))
+    module, variables = tiny(64, 64)
+    x = jnp.zeros((1, 48, 96, 3))
     with pytest.raises(ValueError, match=r"4x4 grid .* give 3x6 .* resize_position"):
-        module.apply(variables, images(48, 96))
+        jax.eval_shape(module.apply, variables, x)
     larger = module.resize_position(variables, (48, 96))
     assert larger["params"]["position"].shape == (3, 6, 12)
-    assert apply(module, larger, images(48, 96))[0].shape == (2, 5)
-    ramp = {**variables, "params": {"position": jnp.arange(4.0)[:, None, None] * jnp.ones((4, 4, 12))}}
+    assert jax.eval_shape(module.apply, larger, x)[0].shape == (1, 5)
+    ramp = {"params": {"position": jnp.zeros((4, 4, 12)) + jnp.arange(4.0)[:, None, None]}}
     resized = module.resize_position(ramp, (128, 64))["params"]["position"][:, 0, 0]
     np.testing.assert_allclose(resized, [0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3], atol=1e-6)
     same = module.resize_position(ramp, (64, 64))["params"]["position"]
@@ -228,13 +233,12 @@ def test_another_size_needs_the_position_embedding_resized():
 
 
 def test_half_precision_keeps_float32_parameters_and_logits():
-    module, variables = tiny(dtype="bfloat16")
+    module = VOLO(**TINY, dtype="bfloat16")
+    x = jnp.zeros((1, 48, 64, 3))
+    (logits, found), variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
     assert {a.dtype for a in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
-    logits, found = apply(module, variables, images(48, 64))
-    assert logits.dtype == jnp.float32
-    assert found["stage2"].dtype == jnp.bfloat16
-    exact = tiny()[0].apply(variables, images(48, 64))[0]
-    np.testing.assert_allclose(logits, exact, atol=0.05)
+    assert logits.dtype == found["aux_logits"].dtype == jnp.float32
+    assert found["stage1"].dtype == found["stage2"].dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -250,6 +254,5 @@ def test_half_precision_keeps_float32_parameters_and_logits():
     ],
 )
 def test_what_cannot_be_is_refused(overrides, size, message):
-    module = VOLO(**{**TINY, **overrides})
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *size, 3)))
+        shapes_of(VOLO(**{**TINY, **overrides}), *size)
