@@ -28,7 +28,10 @@ def naive(value, logits, stride):
         ]
         inside = [0 <= y < h and 0 <= x < w for y, x in places]
         seen = np.stack(
-            [value[(e, *at, head)] if ok else np.zeros(c) for at, ok in zip(places, inside)]  # noqa: B905
+            [
+                value[(e, *at, head)] if ok else np.zeros(c)
+                for at, ok in zip(places, inside, strict=True)
+            ]
         )
         weights = np.exp(logits[e, i, j, head] / np.sqrt(c))
         answers = weights / weights.sum(-1, keepdims=True) @ seen
