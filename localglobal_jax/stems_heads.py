@@ -87,3 +87,50 @@ class PoolingHead(nn.Module):
         if not self.classes:
             return x, x
         return nn.Dense(self.classes, dtype=self.dtype, name="classifier")(x), x
+
+
+class ConvPatchStem(nn.Module):
+    """Three convolutions at half resolution, then non-overlapping patches (VOLO, section 3.4).
+
+    7x7 with stride 2 and two 3x3, each with BatchNorm and ReLU and padded on both sides as the
+    authors pad; then a convolution that makes one token of `patch` x `patch` pixels. What does
+    not fill a patch is dropped.
+    """
+
+    hidden: int
+    width: int
+    patch: int = 8
+    norm_eps: float = 1e-5
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], *, train: bool = False
+    ) -> Float[Array, "b i j d"]:
+        for i, (window, stride) in enumerate(((7, 2), (3, 1), (3, 1)), start=1):
+            x = nn.Conv(
+                self.hidden,
+                (window, window),
+                (stride, stride),
+                padding=window // 2,
+                use_bias=False,
+                dtype=self.dtype,
+                name=f"conv{i}",
+            )(x)
+            x = nn.relu(
+                make_norm(
+                    "batch", eps=self.norm_eps, train=train, dtype=self.dtype, name=f"norm{i}"
+                )(x)
+            )
+        patch = (self.patch // 2, self.patch // 2)
+        return nn.Conv(self.width, patch, patch, padding="VALID", dtype=self.dtype, name="project")(
+            x
+        )
+
+
+def patch_grid(size: tuple[int, int], patch: int) -> tuple[int, int]:
+    """The grid that `ConvPatchStem` makes of images of `size` (height, width)."""
+    if patch < 2 or patch % 2:
+        raise ValueError(f"patch={patch}: half of it is done by the stem's stride, so it is even")
+    height, width = ((n + 1) // 2 // (patch // 2) for n in size)
+    return height, width

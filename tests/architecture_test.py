@@ -11,10 +11,10 @@ import localglobal_jax
 ROOT = pathlib.Path(localglobal_jax.__file__).parent
 FLOORS = [  # a room imports from floors below its own; files of one room see each other
     ["schema"],
-    ["arrays", "configlib", "digest", "parallel", "reach"],
+    ["arrays", "configlib", "digest", "mix_token", "parallel", "reach"],
     ["operators"],
     ["blocks"],
-    ["layout", "stems_heads"],
+    ["class_attention", "layout", "stems_heads"],
     ["models"],
     [
         "accounting",

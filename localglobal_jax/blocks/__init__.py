@@ -9,13 +9,15 @@ import flax.linen as nn
 
 from localglobal_jax.blocks.convnext import ConvNeXt
 from localglobal_jax.blocks.mbconv import MBConv
+from localglobal_jax.blocks.outlooker import Outlooker
 from localglobal_jax.blocks.transformer import PlainTransformer, Transformer
 
 BLOCKS: dict[str, type[nn.Module]] = {
     "C": MBConv,
     "N": ConvNeXt,
+    "O": Outlooker,
     "S": PlainTransformer,
     "T": Transformer,
 }
 
-__all__ = ["BLOCKS", "ConvNeXt", "MBConv", "PlainTransformer", "Transformer"]
+__all__ = ["BLOCKS", "ConvNeXt", "MBConv", "Outlooker", "PlainTransformer", "Transformer"]

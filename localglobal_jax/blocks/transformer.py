@@ -85,7 +85,7 @@ class Transformer(nn.Module):
             width=width,
             bias=self.bias,
             bias_hidden=self.bias_hidden,
-            use_bias=self.qkv_bias,
+            qkv_bias=self.qkv_bias,
             dtype=self.dtype,
             name="attention",
         )(y, train=train)

@@ -16,7 +16,10 @@ from flax import traverse_util
 from localglobal_jax.convert.weights import Path, Variables
 
 # End of the path of a parameter that is a picture of the grid -> its two space axes.
-PICTURES: dict[Path, tuple[int, int]] = {("relative_bias", "table"): (0, 1)}
+PICTURES: dict[Path, tuple[int, int]] = {
+    ("relative_bias", "table"): (0, 1),
+    ("position",): (0, 1),  # VOLO
+}
 
 
 def resize(
@@ -30,8 +33,8 @@ def resize(
 
     Relative tables [2h-1, 2w-1, heads] are resized bilinearly, as CoAtNet's authors do (arXiv
     2106.04803, appendix A.2; half-pixel centres, no antialiasing), so displacement zero stays where
-    it was. The displacements' unit thereby stretches with the grid. A bias made by an MLP (log-CPB)
-    needs no resizing and stays.
+    it was. The displacements' unit thereby stretches with the grid. VOLO's position embedding
+    [h, w, d] likewise. A bias made by an MLP (log-CPB) needs no resizing and stays.
 
     Raises:
       ValueError: another parameter depends on the resolution.

@@ -10,12 +10,13 @@ from typing import Any
 import flax.linen as nn
 
 from localglobal_jax import configlib
-from localglobal_jax.convert import timm_coatnet
+from localglobal_jax.convert import timm_coatnet, timm_volo
 from localglobal_jax.convert.weights import Variables
 
 FAMILIES: dict[str, Callable[..., tuple[nn.Module, Variables]]] = {
     "coatnet": timm_coatnet.load,
     "coatnext": timm_coatnet.load,
+    "volo": timm_volo.load,
 }
 
 
@@ -26,7 +27,7 @@ def load(
 
     Args:
       name_or_cfg: a timm model name (``coatnet_0_rw_224``; a leading ``timm/`` and a trailing
-        ``.tag`` do not matter), or the fields of timm's CoAtNet configuration as a dict.
+        ``.tag`` do not matter); the fields of timm's CoAtNet configuration as a dict; or "volo".
       state_dict: name -> array.
       **model_kwargs: what the timm model was created with (``img_size``, ``num_classes``, ...).
 

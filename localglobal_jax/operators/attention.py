@@ -117,7 +117,7 @@ class RelativeAttention(nn.Module):
       width: inner width, of all heads together; None: `features`.
       bias: "table" (free parameters), "mlp" (log-CPB), or "none" (plain attention).
       bias_hidden: hidden width of the "mlp".
-      use_bias: of the two projections.
+      qkv_bias: of the first projection; the output always has one.
       dtype: of the computation; parameters are float32.
     """
 
@@ -126,7 +126,7 @@ class RelativeAttention(nn.Module):
     width: int | None = None
     bias: Literal["table", "mlp", "none"] = "table"
     bias_hidden: int = 512
-    use_bias: bool = True
+    qkv_bias: bool = True
     dtype: str = "float32"
 
     @property
@@ -145,7 +145,7 @@ class RelativeAttention(nn.Module):
         # One product for all three; the head axis is explicit so that it can be sharded.
         qkv = nn.DenseGeneral(
             (3, self.heads, width // self.heads),
-            use_bias=self.use_bias,
+            use_bias=self.qkv_bias,
             dtype=self.dtype,
             kernel_init=nn.initializers.xavier_uniform(),
             name="qkv",
@@ -161,7 +161,6 @@ class RelativeAttention(nn.Module):
         y = attend(query, key, value, bias=bias).reshape(b, h, w, width)
         return nn.Dense(
             features,
-            use_bias=self.use_bias,
             dtype=self.dtype,
             kernel_init=nn.initializers.xavier_uniform(),
             name="output",
