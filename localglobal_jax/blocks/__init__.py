@@ -8,8 +8,32 @@ Every block is a module with the fields `features` (output width), `stride` (1 o
 import flax.linen as nn
 
 from localglobal_jax.blocks.mbconv import MBConv
-from localglobal_jax.blocks.transformer import PlainTransformer, Transformer
+from localglobal_jax.blocks.muse import MuseBlock
+from localglobal_jax.blocks.transformer import (
+    AdaptiveTransformer,
+    EquivariantTransformer,
+    FocalTransformerBlock,
+    PlainTransformer,
+    Transformer,
+)
 
-BLOCKS: dict[str, type[nn.Module]] = {"C": MBConv, "S": PlainTransformer, "T": Transformer}
+BLOCKS: dict[str, type[nn.Module]] = {
+    "A": AdaptiveTransformer,
+    "C": MBConv,
+    "E": EquivariantTransformer,
+    "F": FocalTransformerBlock,
+    "M": MuseBlock,
+    "S": PlainTransformer,
+    "T": Transformer,
+}
 
-__all__ = ["BLOCKS", "MBConv", "PlainTransformer", "Transformer"]
+__all__ = [
+    "BLOCKS",
+    "AdaptiveTransformer",
+    "EquivariantTransformer",
+    "FocalTransformerBlock",
+    "MBConv",
+    "MuseBlock",
+    "PlainTransformer",
+    "Transformer",
+]

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from localglobal_jax import arrays
+
 Grid = Float[Array, "b h w d"]
 Pool = Literal["avg2", "max2", "avg", "max"]
 
@@ -92,7 +94,7 @@ class LayerScale(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         scale = self.param("scale", nn.initializers.constant(self.initial), x.shape[-1:])
-        return x * scale.astype(x.dtype)
+        return x * arrays.per_channel(scale.astype(x.dtype), x)
 
 
 class MLP(nn.Module):

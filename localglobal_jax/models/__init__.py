@@ -7,15 +7,18 @@ from typing import Any
 import flax.linen as nn
 
 from localglobal_jax import configlib
-from localglobal_jax.models import coatnet
+from localglobal_jax.models import coatnet, focal
 from localglobal_jax.models.coatnet import CoAtNet
+from localglobal_jax.models.focal import FocalTransformer
 
 MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "coatnet": (CoAtNet, {}),
     **{name: (CoAtNet, spec) for name, spec in coatnet.VARIANTS.items()},
+    "focal": (FocalTransformer, {}),
+    **{name: (FocalTransformer, spec) for name, spec in focal.VARIANTS.items()},
 }
 
-__all__ = ["MODELS", "CoAtNet", "create_model", "list_models"]
+__all__ = ["MODELS", "CoAtNet", "FocalTransformer", "create_model", "list_models"]
 
 
 def list_models() -> list[str]:

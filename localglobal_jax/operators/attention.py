@@ -29,7 +29,7 @@ def attend(
     """Softmax attention, ``softmax(q.k / sqrt(c) + bias) v`` (arXiv 1706.03762, equation 1).
 
     The bias is added after the scaling. Where `mask` is False a key gets no weight. The softmax is
-    in float32 whatever the inputs' dtype.
+    in float32 at least.
     """
     weights = attention_weights(query, key, bias=bias, mask=mask)
     return jnp.einsum("bnlm,bmnv->blnv", weights.astype(value.dtype), value)
@@ -42,12 +42,12 @@ def attention_weights(
     bias: Float[Array, "#b n #l m"] | Float[Array, "n l m"] | None = None,
     mask: Bool[Array, "#b #n #l m"] | None = None,
 ) -> Float[Array, "b n l m"]:
-    """The weights that `attend` gives to the values; each row sums to one, in float32."""
+    """The weights that `attend` gives to the values; each row sums to one, in float32 at least."""
     logits = jnp.einsum(
         "blnc,bmnc->bnlm",
         query * query.shape[-1] ** -0.5,
         key,
-        preferred_element_type=jnp.float32,
+        preferred_element_type=jnp.promote_types(query.dtype, jnp.float32),
     )
     if bias is not None:
         logits = logits + bias.astype(logits.dtype).reshape((-1, *bias.shape[-3:]))
@@ -63,9 +63,7 @@ def relative_positions(height: int, width: int) -> Int[np.ndarray, "l l 2"]:
     return flat[:, None] - flat[None, :]
 
 
-def relative_bias(
-    table: Float[Array, "2h-1 2w-1 n"], height: int, width: int
-) -> Float[Array, "n l l"]:
+def relative_bias(table: Float[Array, "dy dx n"], height: int, width: int) -> Float[Array, "n l l"]:
     """Looks up ``w_{i-j}`` (CoAtNet, equation 3) for all pairs of a height x width grid."""
     dy, dx = np.moveaxis(relative_positions(height, width), -1, 0)
     return jnp.moveaxis(table[dy + height - 1, dx + width - 1], -1, 0)
