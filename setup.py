@@ -56,5 +56,5 @@ setup(
     package_data={"localglobal_jax": ["py.typed"]},
     install_requires=INSTALL,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["localglobal=localglobal_jax.__main__:main"]},
+    entry_points={"console_scripts": ["localglobal=localglobal_jax.cli:main"]},
 )

@@ -106,11 +106,11 @@ def override(config: ConfigDict, field: str, text: str) -> None:
     *parents, leaf = field.split(".")
     section: Any = config
     known: Any = schema.Run
-    for depth, name in enumerate(parents):
+    for name in parents:
+        if known is not None and name not in known.model_fields:
+            raise unknown("config section", name, known.model_fields)
         known = _section_of(known, name)
         if name not in section:
-            if known is None:
-                raise unknown("config key", ".".join(parents[: depth + 1]), section.keys())
             section[name] = ConfigDict()
         section = section[name]
         if not isinstance(section, ConfigDict):
@@ -140,7 +140,7 @@ def check(config: ConfigDict | Mapping[str, Any]) -> schema.Run:
     """`config` as a frozen, typed `schema.Run`, or a ValueError that lists every wrong field."""
     tree = to_tree(config)
     try:
-        return schema.Run.model_validate(_tuples(tree))
+        return schema.Run.model_validate(tuples(tree))
     except pydantic.ValidationError as error:
         problems = [_explain(e, tree) for e in error.errors(include_url=False)]
     raise ValueError("the config is wrong:\n  " + "\n  ".join(problems))
@@ -170,11 +170,11 @@ def to_tree(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
     return config.to_dict() if isinstance(config, ConfigDict) else dict(config)
 
 
-def _tuples(tree: Any) -> Any:
+def tuples(tree: Any) -> Any:
     """Lists as tuples, the inverse of what JSON does to a config."""
     if isinstance(tree, Mapping):
-        return {key: _tuples(value) for key, value in tree.items()}
-    return tuple(map(_tuples, tree)) if isinstance(tree, list | tuple) else tree
+        return {key: tuples(value) for key, value in tree.items()}
+    return tuple(map(tuples, tree)) if isinstance(tree, list | tuple) else tree
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -188,7 +188,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """``{field: (old, new)}`` for every field in which two configs differ."""
-    old, new = flatten(_tuples(old)), flatten(_tuples(new))
+    old, new = flatten(tuples(old)), flatten(tuples(new))
     missing = "(not set)"
     return {
         key: (old.get(key, missing), new.get(key, missing))

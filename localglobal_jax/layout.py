@@ -48,7 +48,7 @@ def parse(
         if letter not in BLOCKS:
             raise configlib.unknown(f'block in layout "{_show(layout)}":', letter, BLOCKS)
     stages = zip(layout, depths, widths, strides, strict=True)
-    return tuple(Stage(_repeat(*spec), width, stride) for *spec, width, stride in stages)
+    return tuple(Stage(_repeat(p, depth), width, stride) for p, depth, width, stride in stages)
 
 
 def _show(layout: str | Sequence[str]) -> str:

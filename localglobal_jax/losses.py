@@ -3,12 +3,12 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 
 def cross_entropy(
     logits: Float[Array, "*b v"],
-    targets: Int[Array, "*b"] | Float[Array, "*b v"],
+    targets: Integer[Array, "*b"] | Float[Array, "*b v"],
     *,
     label_smoothing: float = 0.0,
 ) -> Float[Array, "*b"]:

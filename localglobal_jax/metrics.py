@@ -11,13 +11,13 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Integer, Shaped
 
 Sums = dict[str, tuple[jax.Array, jax.Array]]
 
 
 def classification(
-    logits: Float[Array, "b v"], labels: Int[Array, "b"], mask: Shaped[Array, "b"]
+    logits: Float[Array, "b v"], labels: Integer[Array, "b"], mask: Shaped[Array, "b"]
 ) -> Sums:
     """Loss (nats), top-1 and, above five classes, top-5 accuracy of a padded batch.
 

@@ -71,6 +71,18 @@ def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.A
     }
 
 
+def compile_init(init: Callable[[], Any], mesh: Mesh) -> Callable[[], Any]:
+    """jit of a function without arguments that makes a replicated state.
+
+    Runs once, so it is compiled without optimisation: five times faster for XLA's random numbers.
+    """
+    return jax.jit(
+        init,
+        out_shardings=replicated(mesh),
+        compiler_options={"xla_backend_optimization_level": 0},
+    )
+
+
 def compile_step(step: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     """jit of ``(state, batch) -> (state, metrics)``; the state is donated and stays replicated."""
     same = replicated(mesh)

@@ -13,6 +13,7 @@ import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class Section(pydantic.BaseModel):
@@ -35,9 +36,10 @@ class Images(Section):
     mean: tuple[float, ...] = (0.5,)  # per channel, of pixels in [0, 1]
     std: tuple[PositiveFloat, ...] = (0.5,)
     in_memory: bool | None = None  # decode once, keep as uint8; None: if it takes below 2 GiB
-    crop: Literal["none", "pad", "resized"] = "none"  # training crop; "resized": Inception's
+    # Training crop. "resized" is Inception's; evaluation then sees the middle 7/8, else everything.
+    crop: Literal["none", "pad", "resized"] = "none"
     pad: NonNegativeInt = 0  # pixels of zero padding around the image before a "pad" crop
-    area: tuple[PositiveFloat, PositiveFloat] = (0.08, 1.0)  # of a "resized" crop
+    area: tuple[Share, Share] = (0.08, 1.0)  # of a "resized" crop, as a share of the image
     flip: bool = False  # random left-right flips
     randaugment_layers: NonNegativeInt = 0  # 0: off (arXiv 1909.13719)
     randaugment_magnitude: Annotated[int, Field(ge=0, le=30)] = 15

@@ -43,7 +43,7 @@ class ConvStem(nn.Module):
 
 
 class PoolingHead(nn.Module):
-    """Average over the grid and a linear classifier, in float32.
+    """Average over the grid and a linear classifier.
 
     Attributes:
       classes: number of logits; 0: no classifier, the pooled features are returned.
@@ -56,19 +56,20 @@ class PoolingHead(nn.Module):
     norm_first: bool = False
     norm_eps: float = 1e-6
     hidden: int = 0
+    dtype: str = "float32"
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "b h w d"], *, train: bool = False
     ) -> tuple[Float[Array, "b k"], Float[Array, "b e"]]:
         """Returns the logits and the features they are made from."""
-        norm = make_norm(self.norm, eps=self.norm_eps, train=train, dtype="float32", name="norm")
+        norm = make_norm(self.norm, eps=self.norm_eps, train=train, dtype=self.dtype, name="norm")
         x = norm(x).mean((1, 2)) if self.norm_first else norm(x.mean((1, 2)))
         if self.hidden:
-            x = nn.tanh(nn.Dense(self.hidden, name="hidden")(x))
+            x = nn.tanh(nn.Dense(self.hidden, dtype=self.dtype, name="hidden")(x))
         if not self.classes:
             return x, x
-        return nn.Dense(self.classes, name="classifier")(x), x
+        return nn.Dense(self.classes, dtype=self.dtype, name="classifier")(x), x
 
 
 class PatchEmbed(nn.Module):

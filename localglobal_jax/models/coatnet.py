@@ -7,6 +7,7 @@ paper and public code leave a choice, the defaults are those of timm's paper-sty
 (stride in the depthwise convolution, a tanh layer before the classifier).
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -79,7 +80,7 @@ class CoAtNet(nn.Module):
         self, x: Float[Array, "b h w channels"], *, train: bool = False
     ) -> tuple[Float[Array, "b classes"], dict[str, Array]]:
         stages = self.stages()
-        check_grid(x.shape[1:3], self.stem_stride, stages)
+        check_grid((x.shape[1], x.shape[2]), self.stem_stride, stages)
         layouts.check_options(self.blocks)
         x = ConvStem(
             self.stem, self.stem_stride, self.stem_activation, dtype=self.dtype, name="stem"
@@ -91,33 +92,28 @@ class CoAtNet(nn.Module):
                 x, train=train
             )
             intermediates[f"stage{i}"] = x
+        wide = jnp.promote_types(self.dtype, jnp.float32)  # the head is never in bfloat16
         logits, features = PoolingHead(
             self.classes,
             norm=self.head_norm,
             norm_first=self.head_norm_first,
             hidden=self.head_hidden,
+            dtype=wide.name,
             name="head",
-        )(x.astype(jnp.float32), train=train)
+        )(x.astype(wide), train=train)
         return logits, {**intermediates, "features": features}
 
 
 def check_grid(size: tuple[int, int], stem_stride: int, stages: tuple[layouts.Stage, ...]) -> None:
-    """Raises ValueError unless every strided stage finds an even grid; says which sizes would do."""
+    """Raises ValueError unless every strided stage finds a grid that it can divide."""
+    total = stem_stride * math.prod(stage.stride for stage in stages)
     grid = [-(-n // stem_stride) for n in size]
-    total = stem_stride
-    for stage in stages:
-        total *= stage.stride
     for i, stage in enumerate(stages, start=1):
-        if stage.stride > 1 and any(n % stage.stride or n < stage.stride for n in grid):
-            below = [n // total * total for n in size]
-            nearest = " or ".join(
-                f"{h}x{w}"
-                for h, w in ({*((below[0], below[1]),), (below[0] + total, below[1] + total)})
-                if h and w
-            )
+        if any(n % stage.stride for n in grid):
+            lower = [max(n // total, 1) * total for n in size]
             raise ValueError(
-                f"image {size[0]}x{size[1]}: stage {i} cannot halve its {grid[0]}x{grid[1]} grid; "
-                f"with these strides height and width must be multiples of {total}, "
-                f"for instance {nearest}"
+                f"image {size[0]}x{size[1]}: stage {i} cannot halve a grid of {grid[0]}x{grid[1]}. "
+                f"With these strides height and width must be multiples of {total}, "
+                f"for instance {lower[0]}x{lower[1]} or {lower[0] + total}x{lower[1] + total}"
             )
         grid = [n // stage.stride for n in grid]

@@ -159,9 +159,10 @@ class FocalTransformer(nn.Module):
                 name=f"stage{i + 1}",
             )(x, train=train)
             intermediates[f"stage{i + 1}"] = x
+        wide = jnp.promote_types(self.dtype, jnp.float32)  # the head is never in bfloat16
         logits, features = PoolingHead(
-            self.classes, norm="layer", norm_first=True, norm_eps=1e-5, name="head"
-        )(x.astype(jnp.float32), train=train)
+            self.classes, norm="layer", norm_first=True, norm_eps=1e-5, dtype=wide.name, name="head"
+        )(x.astype(wide), train=train)
         return logits, {**intermediates, "features": features}
 
     def _check(self, size: tuple[int, int]) -> None:

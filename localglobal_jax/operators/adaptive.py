@@ -54,6 +54,7 @@ def adaptive_convolution(
     padding = window_padding(window, causal=causal)
     inside = jnp.ones(query.shape[:-2], bool) if mask is None else mask
     scaled = query * query.shape[-1] ** -0.5
+    wide = jnp.promote_types(query.dtype, jnp.float32)
     # Two passes of shifted slices and one softmax between them. A single pass with a running
     # maximum needs no logits at once, but differentiating it keeps every partial sum of the values:
     # window x width numbers per position instead of window x heads.
@@ -64,9 +65,9 @@ def adaptive_convolution(
         arrays.shifted(key, window, padding),
         strict=True,
     ):
-        logit = (scaled * k).sum(-1, dtype=jnp.float32)
-        logit = logit + arrays.per_channel(w.astype(jnp.float32), logit)
-        logits.append(jnp.where(near[..., None], logit, jnp.finfo(jnp.float32).min))
+        logit = (scaled * k).sum(-1, dtype=wide)
+        logit = logit + arrays.per_channel(w.astype(wide), logit)
+        logits.append(jnp.where(near[..., None], logit, jnp.finfo(wide).min))
     weights = jax.nn.softmax(jnp.stack(logits), axis=0).astype(value.dtype)
     total = jnp.zeros_like(value)
     for weight, v in zip(weights, arrays.shifted(value, window, padding), strict=True):
@@ -95,7 +96,7 @@ class AdaptiveConv(nn.Module):
       window: its side; the same in every space dimension.
       causal: the window ends at the position itself (sequences).
       use_bias: of the two projections.
-      dtype: of the computation; parameters and the softmax are float32.
+      dtype: of the computation; parameters are float32, the softmax at least that.
     """
 
     features: int | None = None

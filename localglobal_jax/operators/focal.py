@@ -40,15 +40,14 @@ def attend_windows(
     *,
     scale: float | None = None,
 ) -> Float[Array, "b i j l n c"]:
-    """Softmax attention inside each window, in float32.
+    """Softmax attention inside each window, in float32 at least.
 
     `bias` and `mask` are added to the logits after `scale`, by default 1 / sqrt(c).
     """
     scale = scale or query.shape[-1] ** -0.5
-    logits = jnp.einsum(
-        "bijlnc,bijmnc->bijnlm", query * scale, key, preferred_element_type=jnp.float32
-    )
-    logits = logits + bias.astype(jnp.float32)[None]
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    logits = jnp.einsum("bijlnc,bijmnc->bijnlm", query * scale, key, preferred_element_type=wide)
+    logits = logits + bias.astype(wide)[None]
     if mask is not None:
         logits = logits + mask[None]
     weights = jax.nn.softmax(logits, axis=-1)

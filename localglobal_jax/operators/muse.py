@@ -60,6 +60,7 @@ class SharedValueConv(nn.Module):
         if self.padding is None and any(side % 2 == 0 for side in self.windows):
             raise ValueError(f"muse: windows {self.windows} must be odd to be centred")
         parts, rank = [], value.ndim - 2
+        wide = jnp.promote_types(self.dtype, jnp.float32)
         for i, side in enumerate(self.windows):
             window = (side,) * rank
             padding = same_padding(window) if self.padding is None else self.padding[i]
@@ -68,7 +69,7 @@ class SharedValueConv(nn.Module):
                     (self.heads, side**rank), use_bias=False, dtype=self.dtype, name=f"kernel{side}"
                 )(value)
                 # Over the whole window: what falls outside the grid keeps its share, as in MUSE.
-                kernel = jax.nn.softmax(logits.astype(jnp.float32), -1).astype(value.dtype)
+                kernel = jax.nn.softmax(logits.astype(wide), -1).astype(value.dtype)
                 parts.append(dynamic(value, kernel, window=window, padding=padding))
             else:
                 shape = (*window, value.shape[-1])

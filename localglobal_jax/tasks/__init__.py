@@ -1,1 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Tasks: where models meet data. One file each; `task.py` says what a task is."""
+
+from localglobal_jax import schema
+from localglobal_jax.tasks import classification
+from localglobal_jax.tasks.task import Batch, Evaluator, Loss, Sums, Task, Variables
+
+TASKS = {"classification": classification.create}
+
+__all__ = ["TASKS", "Batch", "Evaluator", "Loss", "Sums", "Task", "Variables", "create_task"]
+
+
+def create_task(run: schema.Run, *, shard: tuple[int, int] = (0, 1)) -> Task:
+    """The task that `run` describes, as host `shard[0]` of `shard[1]` sees it."""
+    return TASKS[run.task.name](run, shard=shard)

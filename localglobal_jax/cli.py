@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line. Parses, calls, prints; exit codes: 0 done, 42 preempted (state saved),
+2 the user's config or input is wrong, 3 training diverged, 1 anything else."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from typing import Any
+
+from localglobal_jax import __version__
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    argv, overrides = take_overrides(argv)
+    args = parser().parse_args(argv)
+    args.overrides = overrides
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s", force=True)
+    for noisy in ("absl", "jax", "orbax"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        if overrides and not hasattr(args, "config"):
+            raise ValueError(f"{args.command} takes no --config.{next(iter(overrides))}")
+        return args.run(args) or 0
+    except ValueError as error:
+        if os.environ.get("LOCALGLOBAL_DEBUG"):
+            raise
+        print(f"localglobal {args.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def take_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Takes ``--config.a.b=v`` (or ``--config.a.b v``) out of `argv`."""
+    rest, overrides, i = [], {}, 0
+    while i < len(argv):
+        if argv[i].startswith("--config."):
+            field, equals, value = argv[i].removeprefix("--config.").partition("=")
+            if not equals:
+                i += 1
+                value = argv[i] if i < len(argv) else "true"
+            overrides[field] = value
+        else:
+            rest.append(argv[i])
+        i += 1
+    return rest, overrides
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands."""
+    top = argparse.ArgumentParser(
+        prog="localglobal",
+        description="Train and use models that join convolution and self-attention.",
+        epilog="Exit codes: 0 done, 42 preempted (state saved, start again to resume), "
+        "2 wrong config or input, 3 diverged, 1 anything else. LOCALGLOBAL_DEBUG=1: tracebacks.",
+    )
+    top.add_argument("--version", action="version", version=f"localglobal_jax {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, help: str, example: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=help, description=help, epilog=f"Example: localglobal {name} {example}"
+        )
+        sub.set_defaults(run=run)
+        sub.add_argument("--json", action="store_true", help="one JSON object on stdout")
+        return sub
+
+    def add_config(sub: argparse.ArgumentParser, required: bool = True) -> None:
+        sub.add_argument("--config", required=required, metavar="FILE[:ARG]",
+                         help="a config file; override fields with --config.a.b=VALUE")  # fmt: skip
+
+    digits = "--config configs/coatnet_digits.py"
+    sub = command("train", train, "train, or resume, a run", f"{digits} --workdir runs/digits")
+    add_config(sub)
+    sub.add_argument("--workdir", required=True, metavar="DIR", help="where everything is written")
+
+    sub = command("evaluate", evaluate, "evaluate a checkpoint", "--workdir runs/digits")
+    sub.add_argument("--workdir", required=True, metavar="DIR")
+    sub.add_argument("--step", type=int, help="default: the newest")
+
+    sub = command("prepare", prepare, "prepare a data set, check it, print counts", digits)
+    add_config(sub, required=False)
+    sub.add_argument("name", nargs="?", metavar="NAME", help="a TFDS name, instead of --config")
+    sub.add_argument("--dir", metavar="DIR", help="TFDS data directory")
+    sub.add_argument("--source", metavar="DIR", help="files already downloaded")
+    sub.add_argument("--from_tfrecord", metavar="DIR", help="convert a TFRecord data set")
+
+    sub = command("inspect", inspect, "what is in a checkpoint", "runs/digits --verify")
+    sub.add_argument("path", metavar="PATH", help="a workdir, or a checkpoint in it")
+    sub.add_argument("--verify", action="store_true", help="re-check the digest of every leaf")
+
+    sub = command("models", models, "list the named models", "")
+    return top
+
+
+# ---------------------------------------------------------------------------- commands
+
+
+def train(args: argparse.Namespace) -> int:
+    from localglobal_jax import configlib
+    from localglobal_jax import train as loop
+    from localglobal_jax.run_report import Diverged
+
+    run = configlib.check(configlib.load(args.config, args.overrides))
+    try:
+        results = loop.train(run, args.workdir)
+    except loop.Preempted as stop:
+        print(f"localglobal train: {stop}; start again to resume", file=sys.stderr)
+        return 42
+    except Diverged as stop:
+        print(f"localglobal train: {stop}", file=sys.stderr)
+        return 3
+    if args.json:
+        print(json.dumps(results))
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    from localglobal_jax import evaluate as evaluation
+
+    step, results = evaluation.evaluate(args.workdir, args.step)
+    if args.json:
+        print(json.dumps({"step": step, **results}))
+        return
+    for split, metrics in results.items():
+        shown = "  ".join(f"{name} {value:.5g}" for name, value in metrics.items())
+        print(f"step {step}  {split}  {shown}")
+
+
+def prepare(args: argparse.Namespace) -> None:
+    from localglobal_jax import configlib
+    from localglobal_jax.data import prepare as data
+
+    name, directory = args.name, args.dir
+    if args.config:
+        options = configlib.check(configlib.load(args.config, args.overrides)).data
+        name, directory = options.name, directory or options.dir
+    if args.from_tfrecord:
+        counts = data.from_tfrecord(args.from_tfrecord, directory)
+    elif name:
+        counts = data.prepare(name, directory, source=args.source)
+    else:
+        raise ValueError("name a data set: --config FILE, a TFDS NAME, or --from_tfrecord DIR")
+    print(json.dumps(counts) if args.json else "\n".join(f"{k}: {v}" for k, v in counts.items()))
+
+
+def inspect(args: argparse.Namespace) -> int:
+    from localglobal_jax import stored
+
+    found = stored.inspect(args.path, verify=args.verify)
+    bad = [step for step in found["steps"] if step["error"]]
+    if args.json:
+        print(json.dumps(found))
+        return 1 if bad else 0
+    print(found["directory"])
+    for step in found["steps"]:
+        if step["error"]:
+            print(f"step {step['step']}: DAMAGED: {step['error']}")
+            continue
+        metrics = "  ".join(f"{k} {v:.5g}" for k, v in step["metrics"].items())
+        verified = "  digests verified" if step["verified"] else ""
+        print(
+            f"step {step['step']}: {len(step['leaves'])} arrays, {step['bytes']:,} bytes{verified}"
+        )
+        print(f"  {metrics}" if metrics else "  (no metrics)")
+    if not bad and found["steps"]:
+        last = found["steps"][-1]
+        print("\n".join(f"  {k}  {v['dtype']}{v['shape']}" for k, v in last["leaves"].items()))
+    return 1 if bad else 0
+
+
+def models(args: argparse.Namespace) -> None:
+    from localglobal_jax import models as library
+
+    names = library.list_models()
+    print(json.dumps(names) if args.json else "\n".join(names))

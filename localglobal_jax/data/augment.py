@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Crops, flips and erasing of images on the host: uint8 in, uint8 out, NumPy and OpenCV only.
+
+First what a whole batch takes at once, given its random numbers; then what one image takes, given a
+generator. OpenCV's own threads are off: images are already spread over threads one by one.
+"""
+
+import math
+
+import cv2
+import numpy as np
+
+cv2.setNumThreads(0)
+
+TRIES = 10  # to fit a random rectangle before giving up
+ASPECT = (3 / 4, 4 / 3)  # of a resized crop
+ERASED_AREA = (0.02, 0.4)  # arXiv 1708.04896, section 4.1.1
+ERASED_ASPECT = (0.3, 1 / 0.3)
+
+
+# ---------------------------------------------------------------------------------- whole batches
+
+
+def pad_crop(images: np.ndarray, pad: int, uniform: np.ndarray) -> np.ndarray:
+    """Pads by ``pad`` zeros on each side, then cuts each image at a random offset.
+
+    ``images: [b, h, w, c]``, ``uniform: [b, 2]`` in [0, 1) -> ``[b, h, w, c]``.
+    """
+    b, h, w, c = images.shape
+    padded = np.zeros((b, h + 2 * pad, w + 2 * pad, c), images.dtype)
+    padded[:, pad : pad + h, pad : pad + w] = images
+    top, left = (uniform * (2 * pad + 1)).astype(np.intp).T
+    out = np.empty_like(images)
+    for i in range(b):  # plain slices: twice as fast as one fancy index over all pixels
+        out[i] = padded[i, top[i] : top[i] + h, left[i] : left[i] + w]
+    return out
+
+
+def flip(images: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+    """Mirrors left and right where ``uniform [b]`` is below a half."""
+    images = images.copy()
+    chosen = uniform < 0.5
+    images[chosen] = images[chosen, :, ::-1]
+    return images
+
+
+# ------------------------------------------------------------------------------------- one image
+
+
+def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """``[h, w, c] -> [*size, c]``; averages areas to shrink, else cubic."""
+    if image.shape[:2] == tuple(size):
+        return image
+    shrink = size[0] <= image.shape[0] and size[1] <= image.shape[1]
+    how = cv2.INTER_AREA if shrink else cv2.INTER_CUBIC
+    out = cv2.resize(image, (size[1], size[0]), interpolation=how)
+    return out.reshape(*size, image.shape[2])  # OpenCV drops a single channel
+
+
+def center_crop(image: np.ndarray, size: tuple[int, int], fraction: float) -> np.ndarray:
+    """The middle ``fraction`` of the image in the aspect of ``size``, resized to ``size``.
+
+    The same as resizing the short side to ``size / fraction`` and cutting out the centre.
+    """
+    h, w = image.shape[:2]
+    scale = min(h / size[0], w / size[1]) * fraction
+    ch, cw = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+    top, left = (h - ch) // 2, (w - cw) // 2
+    return resize(image[top : top + ch, left : left + cw], size)
+
+
+def random_resized_crop(
+    image: np.ndarray,
+    size: tuple[int, int],
+    area: tuple[float, float],
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """A random rectangle of the image, resized (Inception, arXiv 1409.4842, section 6).
+
+    Its share of the image is uniform in ``area``, its aspect log-uniform in `ASPECT`.
+    """
+    h, w = image.shape[:2]
+    for _ in range(TRIES):
+        pixels = h * w * rng.uniform(*area)
+        aspect = math.exp(rng.uniform(*np.log(ASPECT)))
+        ch, cw = round(math.sqrt(pixels / aspect)), round(math.sqrt(pixels * aspect))
+        if 0 < ch <= h and 0 < cw <= w:
+            top, left = rng.integers(h - ch + 1), rng.integers(w - cw + 1)
+            return resize(image[top : top + ch, left : left + cw], size)
+    return center_crop(image, size, 1.0)
+
+
+def random_erase(image: np.ndarray, probability: float, rng: np.random.Generator) -> np.ndarray:
+    """Fills a random rectangle with random pixels (arXiv 1708.04896, algorithm 1)."""
+    if rng.random() >= probability:
+        return image
+    h, w, c = image.shape
+    for _ in range(TRIES):
+        pixels = h * w * rng.uniform(*ERASED_AREA)
+        aspect = rng.uniform(*ERASED_ASPECT)
+        eh, ew = round(math.sqrt(pixels * aspect)), round(math.sqrt(pixels / aspect))
+        if 0 < eh <= h and 0 < ew <= w:
+            top, left = rng.integers(h - eh + 1), rng.integers(w - ew + 1)
+            image = image.copy()
+            noise = rng.integers(0, 256, (eh, ew, c), np.uint8)
+            image[top : top + eh, left : left + ew] = noise
+            return image
+    return image

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MixUp and CutMix of a batch on the device. Pure functions.
+
+Both add a part of another image and the same part of its label; they differ in the shape of the
+part: MixUp takes a share of every pixel, CutMix every pixel of a rectangle.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def mix(
+    key: jax.Array,
+    images: jax.Array,
+    labels: jax.Array,
+    mask: jax.Array,
+    *,
+    mixup: float,
+    cutmix: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Mixes each example with its partner, the batch read backwards.
+
+    MixUp: arXiv 1710.09412, section 1; CutMix: arXiv 1905.04899, eq. 1 and 2. ``mixup`` and
+    ``cutmix`` are the alphas of Beta(alpha, alpha), 0 for off; with both on, the batch takes one of
+    the two at random. One share and one rectangle per batch, as in the papers' code; the share of a
+    label is the share of pixels that really came with it, once the rectangle is cut at the border.
+
+    ``images: [b, h, w, c]`` floating, ``labels: [b, classes]``, ``mask: [b]``. An example whose
+    partner is masked stays as it is: the partner's pixels may be padding and its label is void.
+    """
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(f"mix takes normalised floating images, not {images.dtype}")
+    if not (mixup or cutmix):
+        return images, labels
+    which, share_key, box_key = jax.random.split(key, 3)
+    _, h, w, _ = images.shape
+    use_cutmix = cutmix > 0 and (mixup == 0 or jax.random.bernoulli(which))
+    alpha = jnp.where(use_cutmix, cutmix, mixup)
+    share = jax.random.beta(share_key, alpha, alpha)  # of the partner
+    part = jnp.where(use_cutmix, _box(box_key, share, h, w), share)  # [h, w], of the partner
+    part = part[None, :, :, None].astype(images.dtype)
+    weight = part.mean(dtype=labels.dtype)
+    live = mask * mask[::-1] > 0  # [b]; the others are their own partner
+    other_images = jnp.where(live[:, None, None, None], images[::-1], images)
+    other_labels = jnp.where(live[:, None], labels[::-1], labels)
+    return (
+        images + part * (other_images - images),
+        labels + weight * (other_labels - labels),
+    )
+
+
+def _box(key: jax.Array, area: jax.Array, h: int, w: int) -> jax.Array:
+    """1 inside, 0 outside a rectangle of the image's aspect: ``[h, w]``; its centre is anywhere."""
+    centre = jax.random.uniform(key, (2,)) * jnp.array([h, w])
+    half = jnp.sqrt(area) * jnp.array([h, w]) / 2
+    low, high = jnp.round(centre - half), jnp.round(centre + half)
+    rows, columns = jnp.arange(h), jnp.arange(w)
+    inside_rows = (rows >= low[0]) & (rows < high[0])
+    inside_columns = (columns >= low[1]) & (columns < high[1])
+    return (inside_rows[:, None] & inside_columns[None, :]).astype(jnp.float32)

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run tells people: at its start, while it goes, at its end. Rank 0 speaks, others count."""
+
+import logging
+import math
+import pathlib
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from localglobal_jax import metrics, model_card, optim, parallel, reporting, schema
+from localglobal_jax.tasks import Task
+from localglobal_jax.workdir import write_atomically
+
+log = logging.getLogger(__name__)
+
+
+class Diverged(Exception):
+    """The loss is not a finite number (exit code 3)."""
+
+
+def announce(run: schema.Run, task: Task, params: PyTree, start: int) -> None:
+    """Parameters, data, devices and what is about to happen."""
+    if parallel.host():
+        return
+    log.info("%s", reporting.parameter_table(params))
+    log.info("data     %s", task.summary)
+    log.info("devices  %s", parallel.describe())
+    done = f", resumed at step {start}" if start else ""
+    log.info("run      %d steps of %d %s%s", run.steps, run.batch_size, task.items, done)
+
+
+class Window:
+    """Sums the metrics of the steps between two reports, and says where the time went.
+
+    At most one step is in flight beyond the one being waited for, so that the clock tells what the
+    device does. `partial` sums go into every checkpoint: a run that resumes inside a window reports
+    the same means as one that was never stopped.
+    """
+
+    def __init__(
+        self, run: schema.Run, task: Task, start: int, partial: Mapping[str, Any] | None = None
+    ):
+        self._run, self._items = run, task.items
+        self._schedule = optim.make_schedule(run.optim, run.steps)
+        self._open(start)
+        if partial and partial["sums"]:
+            self._first = partial["first"]
+            self._sums.append({k: (v[0], v[1]) for k, v in partial["sums"].items()})
+
+    def _open(self, step: int) -> None:
+        self._first, self._began = step, time.perf_counter()
+        self._steps = 0  # of this process
+        self._waited = self._paused = 0.0
+        self._sums: list[PyTree] = []
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the wait for input."""
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is not training."""
+        began = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - began
+
+    def add(self, sums: PyTree) -> None:
+        """One step's metrics, still on the device."""
+        if self._steps:
+            jax.block_until_ready(self._sums[-1])
+        self._sums.append(sums)
+        self._steps += 1
+
+    def _total(self) -> dict[str, tuple[Any, Any]]:
+        total, *rest = jax.device_get(self._sums) or [{}]
+        for sums in rest:
+            total = metrics.merge(total, sums)
+        self._sums = [total] if total else []
+        return total
+
+    def partial(self) -> dict[str, Any]:
+        """What `__init__` needs to go on, as JSON: float32 survives it exactly."""
+        sums = {k: [np.asarray(v).item() for v in pair] for k, pair in self._total().items()}
+        return {"first": self._first, "sums": sums}
+
+    def close(self, step: int) -> dict[str, float]:
+        """The means over the window; raises Diverged if the loss is not finite."""
+        line = metrics.compute(self._total())
+        del line["count"]
+        if not math.isfinite(line["loss"]):
+            raise Diverged(
+                f"the loss became {line['loss']} between steps {self._first} and {step}; the "
+                "checkpoints before it are kept. Lower optim.learning_rate, warm up longer, or clip"
+            )
+        seconds = time.perf_counter() - self._began - self._paused
+        line["learning_rate"] = float(self._schedule(step - 1))
+        line[f"{self._items}_per_second"] = self._run.batch_size * self._steps / seconds
+        line["seconds_left"] = (self._run.steps - step) * seconds / self._steps
+        line["input_wait"] = self._waited / seconds
+        self._open(step)
+        return line
+
+
+class Output:
+    """The metrics file, TensorBoard and the progress line; nothing but on rank 0."""
+
+    def __init__(self, run: schema.Run, task: Task, directory: pathlib.Path, start: int):
+        self._items, self._steps = task.items, run.steps
+        self._writer = self._progress = None
+        if parallel.host() == 0:
+            self._writer = reporting.Writer(
+                directory, resume_step=start, tensorboard=run.log.tensorboard
+            )
+            self._progress = reporting.Progress()
+
+    def training(self, step: int, line: Mapping[str, float]) -> None:
+        """Reports the steps of a window."""
+        if self._writer and self._progress:
+            self._writer.write(step, "train", line)
+            self._progress.show(
+                reporting.progress_line(
+                    step,
+                    self._steps,
+                    loss=line["loss"],
+                    rate=line[f"{self._items}_per_second"],
+                    items=self._items,
+                    seconds=line["seconds_left"],
+                    waiting=line["input_wait"],
+                )
+            )
+
+    def evaluation(self, step: int, results: Mapping[str, Mapping[str, float]]) -> None:
+        """Reports what the evaluators said."""
+        if self._writer and self._progress:
+            for split, line in results.items():
+                self._writer.write(step, split, line)
+                shown = "  ".join(f"{name} {value:.5g}" for name, value in line.items())
+                self._progress.print(f"step {step}  {split}: {shown}")
+
+    def flush(self) -> None:
+        """Returns once everything is on the disk."""
+        if self._writer:
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Flushes and closes."""
+        if self._writer and self._progress:
+            self._progress.close()
+            self._writer.close()
+
+
+def versions() -> dict[str, str]:
+    """Of what the numbers depend on."""
+    packages = ("localglobal_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {name: metadata.version(name) for name in packages}
+
+
+def finish(
+    run: schema.Run, task: Task, directory: pathlib.Path, params: PyTree
+) -> dict[str, dict[str, float]]:
+    """Writes `model_card.md` and the learning curve; returns the last metrics by split."""
+    last: dict[str, dict[str, float]] = {}
+    for line in reporting.read_metrics(directory):
+        last[line["split"]] = {k: v for k, v in line.items() if k != "split"}
+    if parallel.host() == 0:
+        curve = reporting.learning_curve(directory)
+        card = model_card.model_card(
+            name=f"{run.model['name']} on {run.data.name}",
+            summary=f"A {run.task.name} model trained with localglobal_jax.",
+            config=run.model_dump(mode="json"),
+            data={"name": run.data.name, "training": task.summary},
+            parameters=sum(x.size for x in jax.tree.leaves(params)),
+            steps=run.steps,
+            metrics=last,
+            versions=versions(),
+            environment={"python": platform.python_version(), "devices": parallel.describe()},
+            command=shlex.join(["localglobal", *sys.argv[1:]]) if sys.argv[1:] else None,
+            curve=curve.name,
+        )
+        write_atomically(directory / "model_card.md", card)
+        log.info("wrote %s and %s", directory / "model_card.md", curve)
+    return last

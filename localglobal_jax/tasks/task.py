@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A task says what a batch means: its loss, its data, its evaluators. The loop knows no more."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+HostBatch = Mapping[str, np.ndarray]
+Batch = Mapping[str, Array]
+Variables = Mapping[str, PyTree]
+Sums = Mapping[str, tuple[Array, Array]]  # name -> (sum, count), mergeable over batches and hosts
+
+
+class Loss(NamedTuple):
+    """What one batch says. Sums, not means, so that micro-batches and padding add up exactly."""
+
+    total: Float[Array, ""]  # summed over examples; the gradient is that of total / weight
+    weight: Float[Array, ""]  # examples (or tokens) that count
+    metrics: Sums
+    collections: Variables  # the model's other variables after this batch, e.g. batch_stats
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """One split to evaluate.
+
+    `metrics` is pure and compiled once. `size` is the number of examples that the result must be
+    made of; evaluation fails if it is not.
+    """
+
+    batches: Callable[[], Iterator[HostBatch]]
+    metrics: Callable[[Variables, Batch], Sums]
+    size: Callable[[], int]  # asked after the last batch, when the bad records are known
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Everything the loop needs. Functions are pure but for the batches they yield."""
+
+    model: nn.Module
+    model_spec: Mapping[str, Any]  # what `create_model` needs to build the same module again
+    inputs: tuple[jax.ShapeDtypeStruct, ...]  # of one example batch, to initialise the model
+    loss: Callable[[Variables, Batch, jax.Array], Loss]  # training mode, with a random key
+    train_batches: Callable[[int, int], Iterator[HostBatch]]  # of steps start..stop, this host's
+    evaluators: Mapping[str, Evaluator]
+    items: str  # what is counted per second: "images", "tokens"
+    summary: str  # one line for people: the data and its sizes

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The train step: a pure function from a state and a batch to the next state and its metrics."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int, PyTree
+
+from localglobal_jax import optim, schema
+from localglobal_jax.tasks import Batch, Loss, Task, Variables
+
+
+class State(flax.struct.PyTreeNode):
+    """All that changes during training. Randomness is a function of (seed, step), not state."""
+
+    step: Int[Array, ""]
+    variables: Variables  # "params", and e.g. "batch_stats"
+    optimizer: optax.OptState
+    average: Variables  # moving average of the variables; empty if optim.ema is 0
+
+
+def init_state(task: Task, optimizer: optax.GradientTransformation, run: schema.Run) -> State:
+    """The state at step 0; pure, so that `jax.eval_shape` gives its shapes for free."""
+    zeros = [jnp.zeros(x.shape, x.dtype) for x in task.inputs]
+    variables = task.model.init(jax.random.key(run.seed), *zeros, train=False)
+    return State(
+        step=jnp.zeros((), jnp.int32),
+        variables=variables,
+        optimizer=optimizer.init(variables["params"]),
+        average=jax.tree.map(jnp.copy, variables) if run.optim.ema else {},
+    )
+
+
+def train_step(
+    state: State,
+    batch: Batch,
+    *,
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    options: schema.Optim,
+    seed: int,
+) -> tuple[State, PyTree]:
+    """One update: the gradient of the mean loss over all examples of the global batch."""
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    gradient, loss = accumulated_gradient(
+        task.loss, state.variables, batch, key, options.accumulate
+    )
+    params = state.variables["params"]
+    updates, opt_state = optimizer.update(gradient, state.optimizer, params)
+    variables = {**loss.collections, "params": optax.apply_updates(params, updates)}
+    average = state.average
+    if options.ema:
+        average = optim.ema(average, variables, options.ema, state.step)
+    one = jnp.ones((), jnp.float32)
+    sums = {**loss.metrics, "gradient_norm": (optax.global_norm(gradient), one)}
+    return State(state.step + 1, variables, opt_state, average), sums
+
+
+def accumulated_gradient(
+    loss_fn: Callable[[Variables, Batch, jax.Array], Loss],
+    variables: Variables,
+    batch: Batch,
+    key: jax.Array,
+    parts: int,
+) -> tuple[PyTree, Loss]:
+    """Gradient of total / weight over `parts` micro-batches, one after the other.
+
+    The same numbers as one large batch, but for BatchNorm, whose statistics are per micro-batch.
+    """
+
+    def part(variables: Variables, batch: Batch, key: jax.Array) -> tuple[PyTree, Loss]:
+        def total(params: PyTree) -> tuple[Array, Loss]:
+            loss = loss_fn({**variables, "params": params}, batch, key)
+            return loss.total, loss
+
+        return jax.grad(total, has_aux=True)(variables["params"])
+
+    if parts == 1:
+        gradient, loss = part(variables, batch, key)
+    else:
+        # Every parts-th example: each device keeps its share of every micro-batch.
+        split = jax.tree.map(
+            lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch
+        )
+
+        def body(collections: Variables, xs: tuple[Batch, jax.Array]) -> tuple[Any, Any]:
+            gradient, loss = part({**variables, **collections}, *xs)
+            return loss.collections, (gradient, loss._replace(collections={}))
+
+        collections = {k: v for k, v in variables.items() if k != "params"}
+        collections, summands = jax.lax.scan(
+            body, collections, (split, jax.random.split(key, parts))
+        )
+        gradient, loss = jax.tree.map(lambda x: x.sum(0), summands)
+        loss = loss._replace(collections=collections)
+    return jax.tree.map(lambda g: g / loss.weight, gradient), loss

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The edges people script against: exit codes, messages, and that a refused run touches nothing."""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from localglobal_jax.cli import main, take_overrides
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+DIGITS = f"--config={CONFIGS / 'coatnet_digits.py'}:size=tiny"
+
+
+def test_take_overrides():
+    argv = ["train", "--config", "f.py", "--config.a.b=1", "--config.c", "x", "--workdir", "d"]
+    rest, overrides = take_overrides(argv)
+    assert rest == ["train", "--config", "f.py", "--workdir", "d"]
+    assert overrides == {"a.b": "1", "c": "x"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--config.optim.lr=1"], 'unknown config key in optim: "lr"'),
+        (["--config.stepz=1"], 'did you mean "steps"'),
+        (["--config.steps=many"], "config.steps='many' (str)"),
+        (["--config.batch_size=-8"], "config.batch_size=-8"),
+        (["--config.model.depths=(1,)"], 'layout "CT" names 2 stages, but depths=(1,) has 1'),
+        (["--config.model.layout=CX"], 'unknown block in layout "CX": "X"'),
+        (["--config.model.name=coatnot"], 'unknown model "coatnot"; did you mean "coatnet"'),
+        (["--config.model.dephts=(1, 1)"], 'did you mean "depths"'),
+        (["--config.model.classes=3"], "digits has 10 classes"),
+        (["--config.data.image_size=(7, 8)"], "must be multiples of 2, for instance 6x8"),
+        (["--config.data.name=digit"], "digits"),
+        (["--config.data.name=fashion_mnist"], "localglobal prepare fashion_mnist"),
+        (["--config.data.train_split=trian"], "train"),
+        (["--config.batch_size=33"], "batch_size=33 is not divisible by the 2 devices"),
+        (["--config.optim.accumulate=5"], "not divisible by optim.accumulate=5"),
+        (["--config.optim.accumulate=32"], "batch_size / optim.accumulate=1 is not divisible"),
+        (["--config.optim.warmup_steps=100"], "longer than the run"),
+        (["--config.parallel.mesh={'data': 3}"], "does not fit 2 device"),
+    ],
+)
+def test_a_wrong_run_is_exit_code_2_and_touches_nothing(
+    overrides, message, data_dir, tmp_path, capsys
+):
+    workdir = tmp_path / "run"
+    command = ["train", DIGITS, f"--workdir={workdir}", f"--config.data.dir={data_dir}"]
+    assert main([*command, *overrides]) == 2
+    assert message in capsys.readouterr().err
+    assert not workdir.exists()
+
+
+def test_wrong_config_files(tmp_path, capsys):
+    assert main(["train", f"--config={CONFIGS}/coatnet_digit.py", "--workdir=x"]) == 2
+    assert "coatnet_digits.py" in capsys.readouterr().err
+    assert main(["train", f"{DIGITS},sise=tiny", "--workdir=x"]) == 2
+    assert 'did you mean "size"' in capsys.readouterr().err
+    (tmp_path / "c.py").write_text("x = 1\n")
+    assert main(["train", f"--config={tmp_path / 'c.py'}", "--workdir=x"]) == 2
+    assert "has no get_config" in capsys.readouterr().err
+
+
+def test_a_workdir_of_another_config_is_refused_and_left_alone(data_dir, tmp_path, capsys):
+    command = ["train", DIGITS, f"--workdir={tmp_path}", f"--config.data.dir={data_dir}"]
+    assert main([*command, "--config.steps=2", "--config.optim.warmup_steps=1"]) == 0
+
+    def files():
+        return {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in tmp_path.rglob("*")}
+
+    before = files()
+    assert main([*command, "--config.steps=3", "--config.optim.warmup_steps=1"]) == 2
+    error = capsys.readouterr().err
+    assert "steps: 2 there, 3 now" in error
+    assert files() == before
+
+    assert main(["evaluate", f"--workdir={tmp_path}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["test"]["count"] == 360
+    assert main(["inspect", str(tmp_path), "--verify", "--json"]) == 0
+    (step,) = json.loads(capsys.readouterr().out)["steps"]
+    assert step["verified"]
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert "variables/params/stem/conv1/kernel" in capsys.readouterr().out
+
+
+def test_no_workdir_no_checkpoint(tmp_path, capsys):
+    assert main(["evaluate", f"--workdir={tmp_path}"]) == 2
+    assert "is not a workdir" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert "no checkpoint" in capsys.readouterr().err
+
+
+def test_prepare_prints_counts(data_dir, capsys):
+    assert main(["prepare", "digits", f"--dir={data_dir}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"test": 360, "train": 1437}
+    assert main(["prepare"]) == 2
+    assert "name a data set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "prepare", "inspect", "models"])
+def test_every_command_has_help_with_an_example(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"Example: localglobal {command}" in capsys.readouterr().out
+
+
+def test_models_are_listed(capsys):
+    assert main(["models", "--json"]) == 0
+    assert "coatnet_0" in json.loads(capsys.readouterr().out)
+
+
+def test_help_and_import_are_light_and_tensorflow_is_not_needed(data_dir, tmp_path):
+    code = f"""
+import sys
+import localglobal_jax
+from localglobal_jax import cli
+assert "jax" not in sys.modules
+code = cli.main(["train", {DIGITS!r}, "--workdir={tmp_path}", "--config.data.dir={data_dir}",
+                 "--config.steps=1", "--config.optim.warmup_steps=1"])
+assert code == 0, code
+assert "tensorflow" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_corrupt_record_is_named_or_skipped(data_dir, tmp_path, capsys):
+    root = tmp_path / "tfds"
+    shutil.copytree(data_dir, root)
+    (file,) = root.rglob("digits-train*array_record*")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    workdir = tmp_path / "run"
+    command = ["train", DIGITS, f"--workdir={workdir}", f"--config.data.dir={root}"]
+    command += ["--config.steps=2", "--config.optim.warmup_steps=1"]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert file.name in error
+    assert not workdir.exists()
+    assert main([*command, "--config.data.max_bad_records=100"]) == 0

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ml_collections import ConfigDict
+
+from localglobal_jax import configlib, schema
+
+CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
+BASE = {"model": {"name": "coatnet"}}
+
+
+def test_parse_arg_gives_the_types_of_the_defaults():
+    arg = configlib.parse_arg(
+        "size=tiny,steps=100,lr=1,fast", size="b", steps=1, lr=0.1, fast=False
+    )
+    assert arg.to_dict() == {"size": "tiny", "steps": 100, "lr": 1.0, "fast": True}
+    with pytest.raises(ValueError, match=r'"sise"; did you mean "size"'):
+        configlib.parse_arg("sise=tiny", size="b")
+    with pytest.raises(ValueError, match="write size=VALUE"):
+        configlib.parse_arg("size", size="b")
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_is_right_small_and_has_a_tiny_size(file):
+    configlib.check(configlib.load(str(file)))
+    tiny = configlib.check(configlib.load(f"{file}:size=tiny"))
+    assert tiny.steps <= 100
+    assert len(file.read_text().splitlines()) <= 90
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "value"),
+    [
+        ("steps", "1e3", 1000),
+        ("optim.learning_rate", "3e-4", 3e-4),
+        ("optim.learning_rate", "1", 1.0),
+        ("data.flip", "true", True),
+        ("data.eval_splits", "test,train[:10%]", ("test", "train[:10%]")),
+        ("data.image_size", "(16, 24)", (16, 24)),
+        ("data.dir", "/data", "/data"),
+        ("log.profile", "(10, 5)", (10, 5)),
+        ("parallel.mesh", '{"data": 2}', {"data": 2}),
+        ("checkpoint.best", "None", None),
+    ],
+)
+def test_override(field, text, value):
+    config = ConfigDict(BASE)
+    configlib.override(config, field, text)
+    run = configlib.check(config)
+    for name in field.split("."):
+        run = getattr(run, name)
+    assert run == value
+    assert type(run) is type(value)
+
+
+def test_override_reaches_into_the_model():
+    config = ConfigDict({"model": {"name": "coatnet", "depths": (2, 2), "blocks": {"T": {}}}})
+    configlib.override(config, "model.depths", "(3, 4)")
+    configlib.override(config, "model.blocks.T.head_width", "16")
+    model = configlib.check(config).model
+    assert model["depths"] == (3, 4)
+    assert model["blocks"]["T"]["head_width"] == 16
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "message"),
+    [
+        ("optim.lerning_rate", "1", r'lerning_rate".*did you mean "learning_rate"'),
+        ("optm.learning_rate", "1", r'"optm"; did you mean "optim"'),
+        ("stepz", "1", r'did you mean "steps"'),
+        ("optim", "1", "is a section"),
+        ("steps.x", "1", "is a value, not a section"),
+        ("data.flip", "maybe", "expected true or false"),
+    ],
+)
+def test_override_refuses(field, text, message):
+    config = ConfigDict({**BASE, "steps": 10})
+    with pytest.raises(ValueError, match=message):
+        configlib.override(config, field, text)
+        configlib.check(config)
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"steps": "ten"}, r"config.steps='ten' \(str\)"),
+        ({"steps": -1}, r"config.steps=-1.*greater than 0"),
+        ({"steps": True}, r"config.steps=True \(bool\)"),
+        ({"optim": {"learning_rate": float("nan")}}, r"config.optim.learning_rate=nan"),
+        ({"optim": {"name": "adam"}}, r"config.optim.name='adam'.*'adamw'"),
+        ({"optim": {"warmup": 3}}, r'config.optim.warmup: unknown key.*"warmup_steps"'),
+        ({"dtype": "float16"}, "bfloat16"),
+        ({"model": None}, "config.model=None"),
+        ({"task": {"name": "clasification"}}, "config.task.name"),
+    ],
+)
+def test_check_names_the_field(tree, message):
+    with pytest.raises(ValueError, match=message):
+        configlib.check({**BASE, **tree})
+
+
+def test_check_lists_every_problem_at_once():
+    with pytest.raises(ValueError, match=r"config.steps(.|\n)*config.data.pad"):
+        configlib.check({**BASE, "steps": 0, "data": {"pad": -1}})
+
+
+JUNK = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=5),
+    st.lists(st.integers(), max_size=3),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+)
+FIELDS = [
+    field
+    for field in configlib.flatten(configlib.check(BASE).model_dump())
+    if not field.startswith("model")
+]
+
+
+@given(field=st.sampled_from(FIELDS), value=JUNK)
+def test_junk_in_any_field_is_a_value_error_that_names_it(field, value):
+    tree = json.loads(configlib.to_json(configlib.check(BASE)))
+    *parents, leaf = field.split(".")
+    section = tree
+    for name in parents:
+        section = section[name]
+    section[leaf] = value
+    try:
+        configlib.check(tree)
+    except ValueError as error:
+        assert f"config.{field}" in str(error)
+
+
+@given(st.sampled_from([f.name for f in CONFIGS]))
+def test_json_roundtrip(name):
+    run = configlib.check(configlib.load(str(CONFIGS[0].with_name(name))))
+    assert configlib.from_json(configlib.to_json(run)) == run
+
+
+def test_difference():
+    a, b = {"x": {"y": 1, "z": [1, 2]}}, {"x": {"y": 2, "z": (1, 2)}, "w": 0}
+    assert configlib.difference(a, b) == {"w": ("(not set)", 0), "x.y": (1, 2)}
+
+
+def test_missing_config_file_suggests_one():
+    with pytest.raises(ValueError, match=r'did you mean ".*coatnet_digits.py"'):
+        configlib.load(str(CONFIGS[0].with_name("coatnet_digit.py")))
+
+
+def test_configs_load_without_jax():
+    code = (
+        "import sys; from localglobal_jax import configlib; "
+        f"configlib.check(configlib.load({str(CONFIGS[0])!r})); "
+        "assert not {'jax', 'tensorflow'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_may_change_names_real_fields():
+    flat = configlib.flatten(configlib.check(BASE).model_dump())
+    for free in schema.MAY_CHANGE:
+        assert any(f == free or f.startswith(f"{free}.") for f in flat)

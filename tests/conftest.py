@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two fake devices, no silent rank promotion, shapes and types checked: before jax is imported."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=2"
+    # most of the suite's time is compiling; what runs is tiny
+    + " --xla_backend_optimization_level=0"
+)
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import jaxtyping
+
+jaxtyping.install_import_hook(
+    ["localglobal_jax.operators", "localglobal_jax.arrays", "localglobal_jax.losses"],
+    "beartype.beartype",
+)
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """The embedded digits, prepared once."""
+    from localglobal_jax.data.prepare import prepare
+
+    directory = tmp_path_factory.mktemp("tfds")
+    prepare("digits", str(directory))
+    return str(directory)

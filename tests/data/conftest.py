@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small data sets on disk, written with TFDS itself, and ways to damage them."""
+
+import json
+import pathlib
+import struct
+
+import pytest
+
+
+def write_tfds(root, name, examples, *, channels=1, classes=10, shape=(None, None)):
+    """A prepared array_record set with the one split "train" of ``[(image bytes, label), ...]``."""
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import registered
+
+    with registered.skip_registration():
+
+        class Small(tfds.core.GeneratorBasedBuilder):
+            VERSION = tfds.core.Version("1.0.0")
+
+            def _info(self):
+                image = tfds.features.Image(shape=(*shape, channels), encoding_format=None)
+                label = tfds.features.ClassLabel(num_classes=classes)
+                features = tfds.features.FeaturesDict({"image": image, "label": label})
+                return tfds.core.DatasetInfo(builder=self, features=features)
+
+            def _split_generators(self, dl_manager):
+                return {"train": self._generate_examples()}
+
+            def _generate_examples(self):
+                for i, (image, label) in enumerate(examples):
+                    yield i, {"image": image, "label": label}
+
+    Small.name = name
+    tfds.disable_progress_bar()
+    Small(data_dir=str(root)).download_and_prepare(
+        file_format="array_record", download_dir=root / "downloads"
+    )
+    return pathlib.Path(root, name, "1.0.0")
+
+
+def frame(record):
+    """One record in TFRecord framing, written down from the format, not from our reader."""
+    import google_crc32c
+
+    def mask(data):
+        crc = google_crc32c.value(data)
+        return struct.pack("<I", (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF)
+
+    length = struct.pack("<Q", len(record))
+    return length + mask(length) + record + mask(record)
+
+
+def as_tfrecord(prepared, target):
+    """The TFRecord twin of an array_record directory, as TensorFlow would have written it."""
+    from array_record.python import array_record_module
+
+    target.mkdir(parents=True)
+    for path in prepared.iterdir():
+        if ".array_record" in path.name:
+            reader = array_record_module.ArrayRecordReader(str(path))
+            framed = b"".join(frame(record) for record in reader.read_all())
+            reader.close()
+            (target / path.name.replace("array_record", "tfrecord")).write_bytes(framed)
+        else:
+            text = path.read_text().replace('"array_record"', '"tfrecord"')
+            (target / path.name).write_text(text)
+    assert json.loads((target / "dataset_info.json").read_text())["fileFormat"] == "tfrecord"
+    return target
+
+
+@pytest.fixture
+def make_tfds():
+    return write_tfds
+
+
+@pytest.fixture
+def make_tfrecord():
+    return as_tfrecord

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from localglobal_jax import parallel
+
+
+def test_mesh_takes_all_devices():
+    assert dict(parallel.make_mesh().shape) == {"data": 2}
+    assert dict(parallel.make_mesh({"data": -1, "model": 2}).shape) == {"data": 1, "model": 2}
+
+
+@pytest.mark.parametrize(
+    "shape", [{"data": 3}, {"data": 1}, {"model": 2}, {"data": -1, "x": -1}, {"data": 0}]
+)
+def test_mesh_that_does_not_fit_is_refused(shape):
+    with pytest.raises(ValueError, match=r"parallel\.mesh"):
+        parallel.make_mesh(shape)
+
+
+def test_batch_must_divide():
+    mesh = parallel.make_mesh()
+    parallel.check_batch(4, mesh)
+    with pytest.raises(ValueError, match=r"batch_size=5 is not divisible by the 2 .* use 4 or 6"):
+        parallel.check_batch(5, mesh)
+    with pytest.raises(ValueError, match="use 2"):
+        parallel.check_batch(1, mesh)
+
+
+def test_global_batch_is_split_over_devices():
+    batch = {"x": np.arange(8).reshape(4, 2)}
+    x = parallel.global_batch(batch, parallel.make_mesh())["x"]
+    np.testing.assert_array_equal(x, batch["x"])
+    assert {s.data.shape for s in x.addressable_shards} == {(2, 2)}
+
+
+def test_by_platform_takes_this_platforms_and_differentiates():
+    def f(x):
+        return parallel.by_platform(x, cpu=lambda x: 2 * x, default=lambda x: 3 * x)
+
+    assert f(1.0) == 2.0
+    assert jax.grad(jax.jit(f))(1.0) == 2.0
+    lowered = jax.jit(f).trace(jnp.ones(())).lower(lowering_platforms=("tpu",)).as_text()
+    assert "3.0" in lowered
+    assert "2.0" not in lowered

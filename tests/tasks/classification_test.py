@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole little runs through the classification task, with everything turned on, on other sets."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from localglobal_jax import configlib, evaluate, parallel, train
+from localglobal_jax.tasks import classification, create_task
+
+CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "coatnet_digits.py"
+
+
+def make_run(data_dir, **overrides):
+    base = {"steps": "2", "optim.warmup_steps": "1", "data.dir": str(data_dir), "eval.every": "0"}
+    return configlib.check(configlib.load(f"{CONFIG}:size=tiny", {**base, **overrides}))
+
+
+EVERYTHING = {
+    "dtype": "bfloat16",
+    "optim.accumulate": "2",
+    "optim.ema": "0.9",
+    "task.mixup": "0.8",
+    "task.cutmix": "1.0",
+    "task.label_smoothing": "0.1",
+    "data.flip": "true",
+    "data.randaugment_layers": "2",
+    "data.erase": "0.25",
+    "model.drop_path": "0.2",
+}
+
+
+def test_everything_on_and_the_same_twice(data_dir, tmp_path):
+    run = make_run(data_dir, **EVERYTHING)
+    train.train(run, tmp_path / "a")
+    train.train(run, tmp_path / "b")
+    (_, a), (_, b) = evaluate.load(tmp_path / "a"), evaluate.load(tmp_path / "b")
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    assert {x.dtype for x in jax.tree.leaves(a)} == {jnp.dtype("float32")}
+
+
+def test_bfloat16_follows_float32(data_dir):
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        task = create_task(make_run(data_dir, dtype=dtype, **{"model.drop_path": "0"}))
+        batch = next(task.train_batches(0, 1))
+        variables = task.model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), train=False)
+        loss = jax.jit(task.loss)(variables, batch, jax.random.key(0))
+        losses[dtype] = float(loss.total / loss.weight)
+    assert losses["float32"] != losses["bfloat16"]
+    np.testing.assert_allclose(losses["float32"], losses["bfloat16"], rtol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "classes"), [("cifar10", 32, 10), ("imagenet2012", 64, 1000)]
+)
+def test_standard_names_train_on_tfds_mock_data(name, size, classes, tmp_path):
+    split = "validation" if name == "imagenet2012" else "test"
+    run = make_run(
+        tmp_path / "data",
+        batch_size="4",
+        **{
+            "data.name": name,
+            "data.image_size": f"({size}, {size})",
+            "data.crop": "resized",
+            "data.eval_splits": split,
+            "checkpoint.best": f"{split}/accuracy",
+        },
+    )
+    with tfds.testing.mock_data(num_examples=6, policy=tfds.testing.MockPolicy.USE_CODE):
+        result = train.train(run, tmp_path / "run")
+    assert result[split]["count"] == 6
+    assert evaluate.load(tmp_path / "run")[0].classes == classes
+
+
+def test_mock_images_need_no_data(tmp_path):
+    run = make_run(tmp_path / "nothing", **{"data.mock": "true"})
+    assert train.train(run, tmp_path / "run")["test"]["count"] == 256
+
+
+def test_two_devices_give_the_loss_and_gradient_of_one(data_dir):
+    run = make_run(data_dir, **{"model.drop_path": "0"})
+    task = create_task(run)
+    batch = next(task.train_batches(0, 1))
+    variables = task.model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), train=False)
+
+    def gradient(params, batch):
+        loss = task.loss({**variables, "params": params}, batch, jax.random.key(0))
+        return loss.total / loss.weight
+
+    both = parallel.global_batch(batch, parallel.make_mesh())
+    assert len(both["image"].addressable_shards) == 2
+    step = jax.jit(jax.value_and_grad(gradient))
+    one, two = step(variables["params"], batch), step(variables["params"], both)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), one, two)
+
+
+def test_normalize_is_per_channel():
+    options = configlib.check(
+        {"model": {"name": "m"}, "data": {"mean": (0.0, 0.5, 1.0), "std": (1.0, 0.5, 2.0)}}
+    ).data
+    image = jnp.full((1, 1, 1, 3), 255, jnp.uint8)
+    np.testing.assert_allclose(classification.normalize(image, options)[0, 0, 0], [1, 1, 0])

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole runs, in real processes: killed, stopped, resumed, and compared bit by bit."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from localglobal_jax import load, stored
+
+CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "coatnet_digits.py"
+TIMES = {"images_per_second", "seconds_left", "input_wait"}
+
+
+def start(workdir, data_dir, *overrides):
+    command = [
+        *(sys.executable, "-m", "localglobal_jax", "train", "--json"),
+        *(f"--config={CONFIG}:size=tiny", f"--workdir={workdir}", f"--config.data.dir={data_dir}"),
+        *("--config.steps=45", "--config.log.every=7", "--config.log.tensorboard=false"),
+        *overrides,
+    ]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process):
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    return json.loads(out)
+
+
+def wait_for(process, condition):
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.002)
+
+
+def reached(workdir, step):
+    """Has a line of this step or a later one been written?"""
+    file = workdir / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return any(json.loads(line)["step"] >= step for line in lines if line.endswith("}"))
+
+
+def metrics(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def assert_same_run(a, b):
+    assert metrics(a) == metrics(b)
+    steps = [sorted(p.name for p in (d / "checkpoints").iterdir()) for d in (a, b)]
+    assert steps[0] == steps[1]
+    (step, x, _), (other, y, _) = stored.read(a), stored.read(b)
+    assert step == other == 45
+    assert jax.tree.structure(x) == jax.tree.structure(y)
+    for (path, u), v in zip(
+        jax.tree_util.tree_leaves_with_path(x), jax.tree.leaves(y), strict=True
+    ):
+        np.testing.assert_array_equal(u, v, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, data_dir):
+    """A run that nobody disturbed."""
+    workdir = tmp_path_factory.mktemp("reference")
+    finish(start(workdir, data_dir))
+    return workdir
+
+
+def test_a_run_leaves_what_the_readme_says(reference):
+    assert {p.name for p in reference.iterdir()} == {
+        *("checkpoints", "config.json", "learning_curve.png", "metrics.jsonl", "model_card.md")
+    }
+    assert [line["step"] for line in metrics(reference) if line["split"] == "train"] == [
+        *(7, 14, 21, 28, 35, 42, 45)
+    ]
+    module, variables = load(reference)
+    logits, _ = module.apply(variables, np.zeros((1, 8, 8, 1), np.float32), train=False)
+    assert logits.shape == (1, 10)
+
+
+def test_killed_while_training_and_while_saving_it_ends_with_the_same_bits(
+    reference, data_dir, tmp_path
+):
+    process = start(tmp_path, data_dir)
+    wait_for(process, lambda: reached(tmp_path, 14))
+    process.kill()  # past the checkpoint of step 10: its steps are repeated
+    process.communicate()
+
+    process = start(tmp_path, data_dir)
+    checkpoints = tmp_path / "checkpoints"
+
+    def saving():
+        return any("orbax-checkpoint-tmp" in p.name for p in checkpoints.iterdir())
+
+    wait_for(process, lambda: reached(tmp_path, 20) and saving())
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+    finish(start(tmp_path, data_dir))
+    assert_same_run(reference, tmp_path)
+
+
+def test_asked_to_stop_it_saves_and_exits_with_42(reference, data_dir, tmp_path):
+    process = start(tmp_path, data_dir)
+    wait_for(process, lambda: reached(tmp_path, 14))
+    process.terminate()
+    _, err = process.communicate()
+    assert process.returncode == 42, err
+    assert "the state is saved" in err
+    stopped = max(stored.inspect(tmp_path)["steps"], key=lambda s: s["step"])["step"]
+    assert 14 <= stopped < 45
+    result = finish(start(tmp_path, data_dir, "--config.checkpoint.keep=2"))
+    assert result["test"]["count"] == 360
+    assert metrics(reference) == metrics(tmp_path)
+
+
+def test_finished_it_only_says_so_again(reference, data_dir):
+    before = (reference / "metrics.jsonl").read_text()
+    assert finish(start(reference, data_dir))["test"]["step"] == 45
+    assert (reference / "metrics.jsonl").read_text() == before
+
+
+def test_divergence_is_exit_code_3_and_keeps_the_good_checkpoint(data_dir, tmp_path):
+    process = start(
+        tmp_path,
+        data_dir,
+        *("--config.optim.learning_rate=1e30", "--config.optim.clip_norm=0"),
+        *("--config.optim.warmup_steps=12", "--config.optim.name=sgd"),
+    )
+    _, err = process.communicate()
+    assert process.returncode == 3, err
+    assert "between steps" in err
