@@ -1,6 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shapes: grids to sequences and back. b batch, h w grid, l length, d width."""
+"""Shapes: grids to sequences and back, to windows and back, and their shifted copies.
 
+Legend: b batch, h w grid, l length, i j windows, y x positions in a window, d width.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+
+import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
 
@@ -19,3 +26,46 @@ def sequence_to_grid(
 def per_channel(vector: Shaped[Array, "d"], x: Array) -> Shaped[Array, "..."]:
     """A vector over the last axis with the rank of `x`: broadcasting that is written down."""
     return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
+
+
+def pad_to_multiple(x: Shaped[Array, "b h w d"], window: int) -> Shaped[Array, "b H W d"]:
+    """Zeros below and to the right, until height and width are multiples of `window`."""
+    bottom, right = (-n % window for n in x.shape[1:3])
+    return jnp.pad(x, ((0, 0), (0, bottom), (0, right), (0, 0)))
+
+
+def window_partition(x: Shaped[Array, "b h w d"], window: int) -> Shaped[Array, "b i j y x d"]:
+    """Cuts a grid into windows of window x window; height and width must be multiples of it."""
+    b, h, w, d = x.shape
+    if h % window or w % window:
+        raise ValueError(
+            f"window_partition: a {h}x{w} grid is not made of {window}x{window} windows; "
+            "pad it first (pad_to_multiple)"
+        )
+    return x.reshape(b, h // window, window, w // window, window, d).swapaxes(2, 3)
+
+
+def window_merge(x: Shaped[Array, "b i j y x d"]) -> Shaped[Array, "b h w d"]:
+    """The inverse of `window_partition`."""
+    b, i, j, y, x_, d = x.shape
+    return x.swapaxes(2, 3).reshape(b, i * y, j * x_, d)
+
+
+def shifted(
+    x: Shaped[Array, "b *space"],
+    window: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+) -> Iterator[Shaped[Array, "b *space"]]:
+    """For every offset o of a window, row by row: ``x[i + o - before]``, zeros outside.
+
+    The window covers the axes after the batch; those left over (heads, width) come along.
+
+    `padding` is (before, after) per space dimension with ``before + after = window - 1``. These are
+    slices of one padded copy: accelerators stream them, where a gather would go element by element.
+    """
+    space = x.shape[1 : 1 + len(window)]
+    rest = ((0, 0),) * (x.ndim - 1 - len(window))
+    padded = jnp.pad(x, ((0, 0), *padding, *rest))
+    for offset in product(*map(range, window)):
+        steps = (slice(o, o + n) for o, n in zip(offset, space, strict=True))
+        yield padded[(slice(None), *steps)]

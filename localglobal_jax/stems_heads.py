@@ -134,3 +134,40 @@ def patch_grid(size: tuple[int, int], patch: int) -> tuple[int, int]:
         raise ValueError(f"patch={patch}: half of it is done by the stem's stride, so it is even")
     height, width = ((n + 1) // 2 // (patch // 2) for n in size)
     return height, width
+
+
+class PatchEmbed(nn.Module):
+    """A strided convolution with bias, and a LayerNorm of its output: Swin's and Focal's embedding.
+
+    Attributes:
+      kernel, stride, padding: of the convolution, the same in both directions.
+      norm: whether the output is normed. `pre_norm`: whether the input is, over all of an example
+        (GroupNorm of one group).
+    """
+
+    features: int
+    kernel: int
+    stride: int
+    padding: int = 0
+    norm: bool = True
+    pre_norm: bool = False
+    norm_eps: float = 1e-5
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], *, train: bool = False
+    ) -> Float[Array, "b i j d"]:
+        if self.pre_norm:
+            x = nn.GroupNorm(1, epsilon=self.norm_eps, dtype=self.dtype, name="pre_norm")(x)
+        x = nn.Conv(
+            self.features,
+            (self.kernel,) * 2,
+            (self.stride,) * 2,
+            padding=((self.padding, self.padding),) * 2,
+            dtype=self.dtype,
+            name="conv",
+        )(x)
+        if self.norm:
+            x = make_norm("layer", eps=self.norm_eps, train=train, dtype=self.dtype, name="norm")(x)
+        return x

@@ -9,15 +9,37 @@ import flax.linen as nn
 
 from localglobal_jax.blocks.convnext import ConvNeXt
 from localglobal_jax.blocks.mbconv import MBConv
+from localglobal_jax.blocks.muse import MuseBlock
 from localglobal_jax.blocks.outlooker import Outlooker
-from localglobal_jax.blocks.transformer import PlainTransformer, Transformer
+from localglobal_jax.blocks.transformer import (
+    AdaptiveTransformer,
+    EquivariantTransformer,
+    FocalTransformerBlock,
+    PlainTransformer,
+    Transformer,
+)
 
 BLOCKS: dict[str, type[nn.Module]] = {
+    "A": AdaptiveTransformer,
     "C": MBConv,
+    "E": EquivariantTransformer,
+    "F": FocalTransformerBlock,
+    "M": MuseBlock,
     "N": ConvNeXt,
     "O": Outlooker,
     "S": PlainTransformer,
     "T": Transformer,
 }
 
-__all__ = ["BLOCKS", "ConvNeXt", "MBConv", "Outlooker", "PlainTransformer", "Transformer"]
+__all__ = [
+    "BLOCKS",
+    "AdaptiveTransformer",
+    "ConvNeXt",
+    "EquivariantTransformer",
+    "FocalTransformerBlock",
+    "MBConv",
+    "MuseBlock",
+    "Outlooker",
+    "PlainTransformer",
+    "Transformer",
+]

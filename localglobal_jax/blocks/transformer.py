@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""T and S: self-attention and an MLP, each with its norm and residual."""
+"""T, S, A, E and F: an operator and an MLP, each with its norm and residual."""
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 
@@ -18,19 +18,22 @@ from localglobal_jax.blocks.residual import (
     pool,
     pool_rounding,
 )
+from localglobal_jax.operators.adaptive import AdaptiveConv, EquivariantAttention
 from localglobal_jax.operators.attention import RelativeAttention
+from localglobal_jax.operators.focal import FocalAttention, PoolMethod
+from localglobal_jax.operators.focal_nearest import NearestFocalAttention
+from localglobal_jax.operators.focal_windows import fit_window
 
 
-class Transformer(nn.Module):
-    """T: ``x + Attention(Norm(x))``, then ``x + MLP(Norm(x))``, with relative bias (CoAtNet, A.1).
+class TransformerBlock(nn.Module):
+    """``x + Operator(Norm(x))``, then ``x + MLP(Norm(x))``; the letters below name the operator.
 
     With stride 2 the main path is normed, then pooled; the shortcut is the un-normed input, pooled
-    and projected: ``Proj(Pool(x)) + Attention(Pool(Norm(x)))``.
+    and projected: ``Proj(Pool(x)) + Operator(Pool(Norm(x)))`` (CoAtNet, A.1).
 
     Attributes:
       head_width: width of one head; the number of heads follows from it.
       widen_at: "qkv" (paper) or "output" (timm's ``_rw``), where a change of width happens.
-      bias: of the attention, see `RelativeAttention`.
       norm: "layer" or "batch".
       layer_scale: initial value of LayerScale on both branches; None: no LayerScale.
     """
@@ -40,8 +43,6 @@ class Transformer(nn.Module):
     head_width: int = 32
     expansion: float = 4.0
     widen_at: Literal["qkv", "output"] = "qkv"
-    bias: Literal["table", "mlp", "none"] = "table"
-    bias_hidden: int = 512
     pool: Pool = "avg2"
     norm: Literal["layer", "batch"] = "layer"
     norm_eps: float = 1e-6
@@ -56,7 +57,11 @@ class Transformer(nn.Module):
     def odd_grids(self) -> Rounding:
         """How a stride of 2 halves an odd grid; with positions, it may not lose a row of them."""
         rounding = pool_rounding(self.pool)
-        return rounding if rounding == "up" or self.bias == "none" else None
+        return rounding if rounding == "up" else None
+
+    def operator(self, grid: tuple[int, int], **options: Any) -> nn.Module:
+        """The operator for a grid; `options`: features, heads, width, dtype and name."""
+        raise TypeError(f"{type(self).__name__} has no operator: use a block with a letter")
 
     @nn.compact
     def __call__(self, x: Grid, *, train: bool = False) -> Grid:
@@ -79,13 +84,11 @@ class Transformer(nn.Module):
         y = norm(name="norm")(x)
         if self.stride == 2:
             y = pool(y, self.pool)
-        y = RelativeAttention(
-            self.features,
+        y = self.operator(
+            (y.shape[1], y.shape[2]),
+            features=self.features,
             heads=width // self.head_width,
             width=width,
-            bias=self.bias,
-            bias_hidden=self.bias_hidden,
-            qkv_bias=self.qkv_bias,
             dtype=self.dtype,
             name="attention",
         )(y, train=train)
@@ -95,7 +98,78 @@ class Transformer(nn.Module):
         return x + branch(y, "mlp")
 
 
+class Transformer(TransformerBlock):
+    """T: attention with a bias per displacement (CoAtNet, A.1).
+
+    `bias` and `bias_hidden` are those of `RelativeAttention`.
+    """
+
+    bias: Literal["table", "mlp", "none"] = "table"
+    bias_hidden: int = 512
+
+    @property
+    def odd_grids(self) -> Rounding:
+        return pool_rounding(self.pool) if self.bias == "none" else super().odd_grids
+
+    def operator(self, grid: tuple[int, int], **options: Any) -> nn.Module:
+        return RelativeAttention(
+            bias=self.bias, bias_hidden=self.bias_hidden, qkv_bias=self.qkv_bias, **options
+        )
+
+
 class PlainTransformer(Transformer):
     """S: the same without a bias: attention that does not know where things are."""
 
     bias: Literal["table", "mlp", "none"] = "none"
+
+
+class AdaptiveTransformer(TransformerBlock):
+    """A: content-adaptive convolution, with a window of `window` positions a side."""
+
+    window: int = 7
+
+    def operator(self, grid: tuple[int, int], **options: Any) -> nn.Module:
+        return AdaptiveConv(window=self.window, use_bias=self.qkv_bias, **options)
+
+
+class EquivariantTransformer(TransformerBlock):
+    """E: translation-equivariant attention; its table belongs to one grid size."""
+
+    def operator(self, grid: tuple[int, int], **options: Any) -> nn.Module:
+        return EquivariantAttention(use_bias=self.qkv_bias, **options)
+
+
+class FocalTransformerBlock(TransformerBlock):
+    """F: focal attention (arXiv 2107.00641, section 3.2).
+
+    Attributes:
+      window, expand, levels, focal_window, shift, scale: see `FocalAttention`.
+      focal_pool: how windows are pooled, its `pool`.
+      nearest: keys per level of `NearestFocalAttention`; 0: neighbours by rolls.
+      grid: the grid that windows are chosen for: one that fills it shrinks to it and has no
+        neighbours. None: the grid at hand; then parameters serve grids of this size alone.
+    """
+
+    norm_eps: float = 1e-5
+    window: int = 7
+    expand: int = 3
+    levels: int = 2
+    focal_window: int = 3
+    shift: int = 0
+    focal_pool: PoolMethod = "fc"
+    scale: float | None = None
+    nearest: int = 0
+    grid: tuple[int, int] | None = None
+
+    def operator(self, grid: tuple[int, int], **options: Any) -> nn.Module:
+        window, expand, shift = fit_window(self.grid or grid, self.window, self.expand, self.shift)
+        options |= {
+            "window": window,
+            "levels": self.levels,
+            "pool": self.focal_pool,
+            "qkv_bias": self.qkv_bias,
+            "scale": self.scale,
+        }
+        if self.nearest:
+            return NearestFocalAttention(count=self.nearest, grid=self.grid, **options)
+        return FocalAttention(expand=expand, shift=shift, focal_window=self.focal_window, **options)

@@ -1,16 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
 """The vocabulary. Every operator maps ``[b, *space, d] -> [b, *space, d]`` and declares its reach.
 
-| operator                  | file           | letter | reach  | weights           |
-|---------------------------|----------------|--------|--------|-------------------|
-| depthwise convolution     | convolution.py | C      | LOCAL  | static            |
-| outlook attention         | outlook.py     | O      | LOCAL  | from the content  |
-| attention, relative bias  | attention.py   | T      | GLOBAL | from the content  |
-| attention, plain          | attention.py   | S      | GLOBAL | from the content  |
+| operator                        | file             | letter | reach  | weights          |
+|---------------------------------|------------------|--------|--------|------------------|
+| depthwise convolution           | convolution.py   | C      | LOCAL  | static           |
+| content-adaptive convolution    | adaptive.py      | A      | LOCAL  | from the content |
+| outlook attention               | outlook.py       | O      | LOCAL  | from the content |
+| attention, relative bias        | attention.py     | T      | GLOBAL | from the content |
+| attention, plain                | attention.py     | S      | GLOBAL | from the content |
+| translation-equivariant         | adaptive.py      | E      | GLOBAL | from the content |
+| attention + convolution + FFN   | muse.py          | M      | GLOBAL | from the content |
+| focal attention                 | focal.py         | F      | BOTH   | from the content |
+| focal attention, nearest keys   | focal_nearest.py | F      | BOTH   | from the content |
 
 Each file has pure functions first (the mathematics), then modules (the parameters).
 """
 
-from localglobal_jax.operators import attention, convolution, outlook
+from localglobal_jax.operators import (
+    adaptive,
+    attention,
+    convolution,
+    focal,
+    focal_nearest,
+    focal_windows,
+    muse,
+    outlook,
+)
 
-__all__ = ["attention", "convolution", "outlook"]
+__all__ = [
+    "adaptive",
+    "attention",
+    "convolution",
+    "focal",
+    "focal_nearest",
+    "focal_windows",
+    "muse",
+    "outlook",
+]

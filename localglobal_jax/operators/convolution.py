@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Convolution: LOCAL, static weights, translation-equivariant.
+"""Convolution: LOCAL, translation-equivariant; weights static, or dynamic: made at each position.
 
 A convolution that mixes channels is `flax.linen.Conv` with explicit padding, a 1x1 convolution is
 `flax.linen.Dense`. What is left, and written here, is the depthwise one: each channel by itself.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import product
 
@@ -82,6 +83,34 @@ def _depthwise_grouped(x: Array, kernel: Array, stride: int, padding: Padding) -
         dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
         feature_group_count=x.shape[-1],
     )
+
+
+def dynamic(
+    x: Float[Array, "b *space d"],
+    kernel: Float[Array, "b *space n k"],
+    *,
+    window: Sequence[int],
+    padding: Padding | None = None,
+) -> Float[Array, "b *space d"]:
+    """Depthwise convolution whose kernel is another one at every position (arXiv 1901.10430).
+
+    ``y[i, c] = sum_j kernel[i, head of c, j] x[i + j - padding, c]``, zeros outside; j runs over
+    the window row by row, and heads are n equal runs of channels. LOCAL.
+    """
+    if x.shape[-1] % kernel.shape[-2] or kernel.shape[-1] != math.prod(window):
+        raise ValueError(
+            f"dynamic: kernel {kernel.shape} does not fit x {x.shape} and window {tuple(window)}; "
+            "it must end in [heads that divide the width, positions of the window]"
+        )
+    padding = same_padding(window) if padding is None else padding
+    heads = x.reshape(*x.shape[:-1], kernel.shape[-2], -1)
+    total = jnp.zeros_like(heads)
+    for j, moved in enumerate(arrays.shifted(heads, window, padding)):
+        total = total + kernel[..., j, None] * moved
+    return total.reshape(x.shape)
+
+
+# ---------------------------------------------------------------------------- modules
 
 
 class DepthwiseConv(nn.Module):

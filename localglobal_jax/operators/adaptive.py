@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two operators between convolution and attention, each with one property of the other.
+
+- Content-adaptive convolution (A): a convolution's window, an attention's weights. LOCAL, weights
+  made from the content, translation-equivariant as any convolution is.
+- Translation-equivariant attention (E): attention whose bias is a function of the displacement
+  around a torus. GLOBAL, weights made from the content, and it commutes exactly with cyclic shifts.
+
+Legend: b batch, l length, h w grid, d width, n heads, c width of a head.
+"""
+
+import math
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from localglobal_jax import arrays
+from localglobal_jax.operators.attention import attend, relative_bias
+from localglobal_jax.reach import GLOBAL, Reach, local
+
+# ---------------------------------------------------------------------------- functions
+
+
+def window_padding(window: Sequence[int], *, causal: bool = False) -> tuple[tuple[int, int], ...]:
+    """How many positions before and after a window's own one: k // 2, or all of them before it."""
+    if causal:
+        return tuple((k - 1, 0) for k in window)
+    return tuple((k // 2, k - 1 - k // 2) for k in window)
+
+
+def adaptive_convolution(
+    query: Float[Array, "b *space n c"],
+    key: Float[Array, "b *space n c"],
+    value: Float[Array, "b *space n v"],
+    bias: Float[Array, "*window _"],
+    *,
+    causal: bool = False,
+    mask: Bool[Array, "b *space"] | None = None,
+) -> Float[Array, "b *space n v"]:
+    """``y_i = sum_{j in N(i)} softmax_j(q_i.k_j / sqrt(c) + w_{j-i}) v_j``, N(i) a window around i.
+
+    `bias` is w, [*window, n], row by row from the first position before i. Positions outside the
+    grid, and those where `mask` is False, get no weight. `causal` (sequences): windows end at i.
+    """
+    window = bias.shape[:-1]
+    if len(window) != query.ndim - 3 or (causal and len(window) != 1):
+        raise ValueError(
+            f"adaptive_convolution: bias {bias.shape} with query {query.shape}: a bias "
+            "[*window, heads] has one window dimension per space dimension; causal, exactly one"
+        )
+    padding = window_padding(window, causal=causal)
+    inside = jnp.ones(query.shape[:-2], bool) if mask is None else mask
+    scaled = query * query.shape[-1] ** -0.5
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    # Two passes of shifted slices and one softmax between them. A single pass with a running
+    # maximum needs no logits at once, but differentiating it keeps every partial sum of the values:
+    # window x width numbers per position instead of window x heads.
+    logits = []
+    for w, near, k in zip(
+        bias.reshape(math.prod(window), -1),
+        arrays.shifted(inside, window, padding),
+        arrays.shifted(key, window, padding),
+        strict=True,
+    ):
+        logit = (scaled * k).sum(-1, dtype=wide)
+        logit = logit + arrays.per_channel(w.astype(wide), logit)
+        logits.append(jnp.where(near[..., None], logit, jnp.finfo(wide).min))
+    weights = jax.nn.softmax(jnp.stack(logits), axis=0).astype(value.dtype)
+    total = jnp.zeros_like(value)
+    for weight, v in zip(weights, arrays.shifted(value, window, padding), strict=True):
+        total = total + weight[..., None] * v
+    return total
+
+
+def cyclic_bias(table: Float[Array, "h w n"]) -> Float[Array, "n l l"]:
+    """``table[(qy - ky) mod h, (qx - kx) mod w]`` for all pairs of positions of an h x w grid."""
+    height, width, _ = table.shape
+    # Displacements -(h-1) .. h-1 in order are the table's rows 1 .. h-1, 0, 1 .. h-1.
+    table = jnp.concatenate([table[1:], table], 0)
+    table = jnp.concatenate([table[:, 1:], table], 1)
+    return relative_bias(table, height, width)
+
+
+# ---------------------------------------------------------------------------- modules
+
+
+class AdaptiveConv(nn.Module):
+    """Content-adaptive convolution over a sequence [b, l, d] or a grid [b, h, w, d].
+
+    Attributes:
+      features: output width; None: that of the input.
+      heads: number of heads. `width`: inner width of all together; None: `features`.
+      window: its side; the same in every space dimension.
+      causal: the window ends at the position itself (sequences).
+      use_bias: of the two projections.
+      dtype: of the computation; parameters are float32, the softmax at least that.
+    """
+
+    features: int | None = None
+    heads: int = 8
+    width: int | None = None
+    window: int = 7
+    causal: bool = False
+    use_bias: bool = True
+    dtype: str = "float32"
+
+    @property
+    def reach(self) -> Reach:
+        return local(self.window - 1 if self.causal else self.window // 2)
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b *space d"],
+        *,
+        mask: Bool[Array, "b *space"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "b *space e"]:
+        features = self.features or x.shape[-1]
+        width = self.width or features
+        qkv = project(x, self.heads, width, self.use_bias, dtype=self.dtype)
+        shape = (self.window,) * (x.ndim - 2) + (self.heads,)
+        bias = self.param("bias", nn.initializers.normal(0.02), shape)
+        query, key, value = qkv
+        y = adaptive_convolution(query, key, value, bias, causal=self.causal, mask=mask)
+        return finish(y, features, self.use_bias, self.dtype)
+
+
+class EquivariantAttention(nn.Module):
+    """Self-attention with a bias per displacement modulo the size: ``bias [*space, n]``.
+
+    No position is special, so rolling the input rolls the output and changes nothing else. On a
+    picture, which is no torus, this means: the far edge is a neighbour of the near one (moving by
+    -1 and by h - 1 are one displacement), and a shift that pushes content over an edge is not a
+    cyclic shift, so only what stays inside moves along. Where that hurts, pad the grid on one side
+    by the largest displacement that matters, or use a `AdaptiveConv`. The table belongs to one grid
+    size. Fields as in `AdaptiveConv`.
+    """
+
+    features: int | None = None
+    heads: int = 8
+    width: int | None = None
+    use_bias: bool = True
+    dtype: str = "float32"
+
+    @property
+    def reach(self) -> Reach:
+        return GLOBAL
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b *space d"], *, train: bool = False
+    ) -> Float[Array, "b *space e"]:
+        features = self.features or x.shape[-1]
+        width = self.width or features
+        space = x.shape[1:-1]
+        qkv = project(
+            arrays.grid_to_sequence(x), self.heads, width, self.use_bias, dtype=self.dtype
+        )
+        table = self.param("bias", nn.initializers.normal(0.02), (*space, self.heads))
+        bias = cyclic_bias(table.reshape(space[0], -1, self.heads))  # a sequence is a grid l x 1
+        y = attend(*qkv, bias=bias)
+        return finish(
+            y.reshape(x.shape[0], *space, *y.shape[2:]), features, self.use_bias, self.dtype
+        )
+
+
+def project(
+    x: Float[Array, "b *space d"], heads: int, width: int, use_bias: bool, *, dtype: str
+) -> Float[Array, "3 b *space n c"]:
+    """Query, key and value, stacked; makes the submodule "qkv" of the module that calls it."""
+    if width % heads:
+        raise ValueError(f"attention: width {width} is not divisible by {heads} heads")
+    qkv = nn.DenseGeneral(
+        (3, heads, width // heads),
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=nn.initializers.xavier_uniform(),
+        name="qkv",
+    )(x)
+    return jnp.moveaxis(qkv, -3, 0)
+
+
+def finish(
+    y: Float[Array, "b *space n c"], features: int, use_bias: bool, dtype: str
+) -> Float[Array, "b *space e"]:
+    """Joins the heads and projects them; makes the submodule "output"."""
+    return nn.Dense(
+        features,
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=nn.initializers.xavier_uniform(),
+        name="output",
+    )(y.reshape(*y.shape[:-2], -1))

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The "fast" focal attention of the authors' second models: each window and its nearest keys.
+
+In place of rolled maps and padded regions, every window attends to the `count` positions of the
+map nearest to its centre, and to the `count` pooled windows nearest to it: nothing wraps, nothing
+is masked, and near an edge a window sees farther inwards. The bias is a small MLP of the
+displacement, so no parameter depends on the size of the map. There is no paper on these models;
+this follows what their published code computes for two levels.
+
+Legend: b batch, h w grid, i j windows, l queries of a window, m keys, n heads, c head width.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from localglobal_jax import arrays
+from localglobal_jax.operators import focal_windows as windows
+from localglobal_jax.operators.focal import PoolMethod, WindowPool, attend_windows
+from localglobal_jax.reach import Reach
+
+# ---------------------------------------------------------------------------- functions
+
+
+def nearest(
+    tiles: tuple[int, int], cells: tuple[int, int], factor: int, count: int
+) -> tuple[Int[np.ndarray, "k m"], Int[np.ndarray, "k m 2"]]:
+    """The `count` cells nearest to each of k = i * j windows, and (dy, dx), centre minus cell.
+
+    A window is `factor` cells wide. Distances are Euclidean; ties go to the cell that comes first,
+    row by row (the reference leaves them to its sorting routine).
+    """
+    centres = _positions(tiles) * factor + factor // 2
+    displacement = centres[:, None] - _positions(cells)[None]
+    order = np.argsort((displacement**2).sum(-1), axis=1, kind="stable")[:, :count]
+    return order, np.take_along_axis(displacement, order[..., None], 1)
+
+
+def _positions(grid: tuple[int, int]) -> np.ndarray:
+    return np.stack(np.meshgrid(*map(np.arange, grid), indexing="ij"), -1).reshape(-1, 2)
+
+
+# ---------------------------------------------------------------------------- modules
+
+
+class NearestFocalAttention(nn.Module):
+    """Attention of every window to its nearest positions and its nearest pooled windows.
+
+    Fields as in `FocalAttention`; `count` is the number of keys per level (fewer where the map has
+    fewer). The collection "nearest" may hold ``window_index`` and ``pooled1_index`` [i*j, m] that
+    replace the choice among equally near keys: converted weights keep the choice they were trained
+    with. `grid` is the map they were made for; on any other they are not used.
+    """
+
+    features: int | None = None
+    heads: int = 8
+    width: int | None = None
+    window: int = 7
+    count: int = 128
+    levels: int = 2
+    pool: PoolMethod = "fc"
+    qkv_bias: bool = True
+    scale: float | None = None
+    grid: tuple[int, int] | None = None
+    dtype: str = "float32"
+
+    @property
+    def reach(self) -> Reach:
+        """No fixed radius: on a map of no more than `count` positions it is everything."""
+        return Reach(None, windows=True)
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w d"], *, train: bool = False
+    ) -> Float[Array, "b h w e"]:
+        windows.check(self.window, 0, self.levels, 1, 0)
+        if self.levels > 2:
+            raise ValueError(
+                f"focal, nearest keys: levels {self.levels}; only 1 and 2 are defined "
+                "(the reference reads the wrong cells at a third level)"
+            )
+        features = self.features or x.shape[-1]
+        width = self.width or features
+        if width % self.heads:
+            raise ValueError(f"focal: width {width} is not divisible by {self.heads} heads")
+        head = (self.heads, width // self.heads)
+        space = x.shape[1:3]
+        normal = nn.initializers.normal(0.02)
+        qkv = nn.DenseGeneral(
+            (3, *head), use_bias=self.qkv_bias, dtype=self.dtype, kernel_init=normal, name="qkv"
+        )
+
+        padded = arrays.pad_to_multiple(x, self.window)
+        fine = qkv(padded).reshape(*padded.shape[:3], 3 * width)
+        own = arrays.window_partition(fine[..., :width], self.window)
+        tiles = (own.shape[1], own.shape[2])
+        # Keys come from the map itself: the padding that completes the last windows is never one.
+        keys = [(fine[:, : space[0], : space[1], width:], self.window, 1)]
+        if self.levels > 1:
+            pool = WindowPool(self.pool, self.dtype, name="pool1")
+            cells = qkv(pool(windows.coarse_windows(padded, self.window, 1)))
+            cells = cells.reshape(*cells.shape[:3], 3 * width)[..., width:]
+            keys.append((cells, 1, self.window))
+
+        chosen, biases = [], []
+        for name, (cells, factor, scale) in zip(("window", "pooled1"), keys, strict=False):
+            size = (cells.shape[1], cells.shape[2])
+            index, bias = self._choose(
+                name,
+                tiles,
+                size,
+                factor=factor,
+                scale=scale,
+                hidden=head[1],
+                stored=self.grid == space,
+            )
+            flat = cells.reshape(x.shape[0], -1, 2 * width)
+            # Near the edges the choice follows no fixed stride: here a gather is right.
+            chosen.append(jnp.take(flat, index, axis=1, mode="clip"))
+            biases.append(bias)
+        joined = jnp.concatenate(chosen, 2).reshape(x.shape[0], *tiles, -1, 2, *head)
+        y = attend_windows(
+            own.reshape(x.shape[0], *tiles, self.window**2, *head),
+            joined[..., 0, :, :],
+            joined[..., 1, :, :],
+            jnp.concatenate(biases, -1).reshape(*tiles, self.heads, self.window**2, -1),
+            scale=self.scale,
+        )
+        y = arrays.window_merge(y.reshape(*y.shape[:3], self.window, self.window, width))
+        y = y[:, : space[0], : space[1]]
+        return nn.Dense(features, dtype=self.dtype, kernel_init=normal, name="output")(y)
+
+    def _choose(
+        self,
+        name: str,
+        tiles: tuple[int, int],
+        cells: tuple[int, int],
+        *,
+        factor: int,
+        scale: int,
+        hidden: int,
+        stored: bool,
+    ) -> tuple[Array, Array]:
+        """Indices [i*j, m] of the keys in the flat map, and their biases [i*j, n, l, m]."""
+        index, displacement = nearest(tiles, cells, factor, self.count)
+        chosen, away = jnp.asarray(index), jnp.asarray(displacement)
+        if stored and self.has_variable("nearest", f"{name}_index"):
+            chosen = self.get_variable("nearest", f"{name}_index")
+            cell = jnp.stack([chosen // cells[1], chosen % cells[1]], -1)
+            away = jnp.asarray(_positions(tiles) * factor + factor // 2)[:, None] - cell
+        inside = _positions((self.window, self.window)) - self.window // 2
+        between = (away * scale)[:, None] + jnp.asarray(inside)[None, :, None]
+        normal = nn.initializers.normal(0.02)
+        bias = nn.Dense(hidden, kernel_init=normal, name=f"{name}_bias_hidden")(
+            between.astype(jnp.float32)
+        )
+        bias = nn.Dense(self.heads, kernel_init=normal, name=f"{name}_bias_output")(nn.relu(bias))
+        return chosen, bias.transpose(0, 3, 1, 2)
