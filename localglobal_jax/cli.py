@@ -91,7 +91,16 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("path", metavar="PATH", help="a workdir, or a checkpoint in it")
     sub.add_argument("--verify", action="store_true", help="re-check the digest of every leaf")
 
-    sub = command("models", models, "list the named models", "")
+    sub = command("models", models, "named models: sizes beside the papers'", "coatnet_0 volo_d1")
+    sub.add_argument("names", nargs="*", metavar="NAME", help="default: all")
+
+    example = "timm coatnet_0_rw_224.safetensors --out runs/coatnet_0_rw"
+    sub = command("convert", convert, "other people's weights to a checkpoint of ours", example)
+    sub.add_argument("source", choices=("timm", "focal"))
+    sub.add_argument("weights", metavar="FILE", help="a .safetensors file, or a hub name")
+    sub.add_argument("--name", help="timm's name of the model (default: that of the file)")
+    sub.add_argument("--args", metavar="JSON", default="{}", help="arguments of the original model")
+    sub.add_argument("--out", required=True, metavar="DIR")
     return top
 
 
@@ -171,8 +180,52 @@ def inspect(args: argparse.Namespace) -> int:
     return 1 if bad else 0
 
 
+def convert(args: argparse.Namespace) -> None:
+    from localglobal_jax import conversion
+
+    try:
+        arguments = json.loads(args.args)
+    except ValueError as error:
+        raise ValueError(f"--args {args.args} is not JSON: {error}") from None
+    report = conversion.convert_file(
+        args.source, args.weights, args.out, name=args.name, arguments=arguments
+    )
+    print(json.dumps(report) if args.json else "\n".join(f"{k}: {v}" for k, v in report.items()))
+
+
 def models(args: argparse.Namespace) -> None:
+    import jax
+
+    from localglobal_jax import accounting, configlib
     from localglobal_jax import models as library
 
-    names = library.list_models()
-    print(json.dumps(names) if args.json else "\n".join(names))
+    rows: list[dict[str, Any]] = []
+    for name in args.names or library.named_models():
+        if name not in library.MODELS:
+            raise configlib.unknown("model", name, library.MODELS)
+        parameters, multiply_adds, size = library.FIGURES.get(name, (None, None, 224))
+        counted = accounting.account(
+            library.create_model(name), jax.ShapeDtypeStruct((1, size, size, 3), "float32")
+        )
+        rows.append(
+            {
+                "name": name,
+                "image_size": size,
+                "parameters": counted.parameters,
+                "multiply_adds": counted.multiply_adds,
+                "paper_parameters": parameters,
+                "paper_multiply_adds": multiply_adds,
+            }
+        )
+    if args.json:
+        print(json.dumps(rows))
+        return
+    print(f"{'':<22} {'size':>4} {'parameters':>14} {'paper':>8} {'GFLOPs':>8} {'paper':>7}")
+    for row in rows:
+        paper_m = f"{row['paper_parameters'] / 1e6:.4g} M" if row["paper_parameters"] else ""
+        paper_g = f"{row['paper_multiply_adds'] / 1e9:.1f}" if row["paper_multiply_adds"] else ""
+        print(
+            f"{row['name']:<22} {row['image_size']:>4} {row['parameters']:>14,} {paper_m:>8} "
+            f"{row['multiply_adds'] / 1e9:>8.2f} {paper_g:>7}"
+        )
+    print("GFLOPs are multiply-adds of one image; counted from shapes, nothing is allocated.")

@@ -113,6 +113,7 @@ class Run(Section):
     batch_size: PositiveInt = 128  # global, over all hosts and devices
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters stay float32
     model: dict[str, Any]  # {"name": ..., **fields of the module}
+    init: str | None = None  # fine-tune from the variables of this workdir or checkpoint
     task: Classification = Classification()
     data: Images = Images()
     optim: Optim = Optim()

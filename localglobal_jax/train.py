@@ -16,10 +16,10 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from localglobal_jax import checkpoint, evaluate, optim, parallel, schema, workdir
+from localglobal_jax import checkpoint, conversion, evaluate, optim, parallel, schema, workdir
 from localglobal_jax.run_report import Output, Window, announce, finish, versions
 from localglobal_jax.tasks import Batch, create_task
-from localglobal_jax.train_step import State, init_state, train_step
+from localglobal_jax.train_step import State, init_state, start_from, train_step
 
 
 class Preempted(Exception):
@@ -42,11 +42,15 @@ def train(run: schema.Run, directory: str | pathlib.Path) -> dict[str, dict[str,
     init = parallel.compile_init(lambda: init_state(task, optimizer, run), mesh)
     template = parallel.with_sharding(jax.eval_shape(init), parallel.replicated(mesh))
 
+    pretrained = conversion.pretrained(run.init, task.model, task.inputs[0]) if run.init else None
+
     # ---- state: restored, or made
     workdir.claim(run, directory)
     checkpoints = checkpoint.Checkpoints(directory / "checkpoints", run.checkpoint)
     restored = checkpoints.restore(template)
     start, state = (restored.step, restored.state) if restored else (0, init())
+    if pretrained and not restored:
+        state = start_from(state, pretrained)
     params = template.variables["params"]
     announce(run, task, params, start)
 

@@ -35,6 +35,12 @@ def init_state(task: Task, optimizer: optax.GradientTransformation, run: schema.
     )
 
 
+def start_from(state: State, variables: Variables) -> State:
+    """A state at step 0 with other variables, to fine-tune; the optimizer starts afresh."""
+    average = jax.tree.map(jnp.copy, variables) if state.average else {}
+    return state.replace(variables=variables, average=average)
+
+
 def train_step(
     state: State,
     batch: Batch,

@@ -29,6 +29,7 @@ FLOORS = [  # a room imports from floors below its own; files of one room see ea
     ],
     ["checkpoint", "convert", "tasks"],
     ["evaluate", "run_report", "train_step"],
+    ["conversion"],
     ["train"],
     ["cli"],
     ["__main__"],

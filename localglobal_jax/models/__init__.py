@@ -2,12 +2,13 @@
 """Every model by name. A name is a class and the fields that the paper's table gives it."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 
 from localglobal_jax import configlib
-from localglobal_jax.models import coatnet, focal, volo
+from localglobal_jax.models import coatnet, coatnet_variants, focal, volo
 from localglobal_jax.models.coatnet import CoAtNet
 from localglobal_jax.models.focal import FocalTransformer
 from localglobal_jax.models.volo import VOLO
@@ -21,12 +22,43 @@ MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     **{name: (FocalTransformer, spec) for name, spec in focal.VARIANTS.items()},
 }
 
-__all__ = ["MODELS", "VOLO", "CoAtNet", "FocalTransformer", "create_model", "list_models"]
+# What the papers print: parameters, multiply-adds (None: not given), image size.
+FIGURES: dict[str, tuple[float, float | None, int]] = {
+    **coatnet_variants.FIGURES,
+    **volo.FIGURES,
+    **focal.FIGURES,
+}
+
+__all__ = [
+    "FIGURES",
+    "MODELS",
+    "VOLO",
+    "CoAtNet",
+    "FocalTransformer",
+    "create_model",
+    "list_models",
+]
+
+
+def describe(module: nn.Module) -> dict[str, Any]:
+    """The name and fields that make `create_model` build `module` again; plain data."""
+    name = next(name for name, (cls, _) in MODELS.items() if cls is type(module))  # the bare one
+    fields = {f.name for f in dataclasses.fields(module)} - {"parent", "name"}
+    return {"name": name, **{f: _plain(getattr(module, f)) for f in sorted(fields)}}
+
+
+def _plain(value: Any) -> Any:
+    return {k: _plain(v) for k, v in value.items()} if isinstance(value, Mapping) else value
 
 
 def list_models() -> list[str]:
     """The names that `create_model` knows."""
     return sorted(MODELS)
+
+
+def named_models() -> list[str]:
+    """Those of a definite size: all but the bare classes."""
+    return [name for name, (_, spec) in sorted(MODELS.items()) if spec or name in FIGURES]
 
 
 def create_model(name: str, **overrides: Any) -> nn.Module:

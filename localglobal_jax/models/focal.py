@@ -35,6 +35,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
         for size, spec in _SIZES.items()
     },
 }
+# Parameters, multiply-adds, image size; the paper's table 2 and the repository.
+FIGURES: dict[str, tuple[float, float | None, int]] = {
+    "focal_tiny": (29.1e6, 4.9e9, 224),
+    "focal_small": (51.1e6, 9.4e9, 224),
+    "focal_base": (89.8e6, 16.4e9, 224),
+    "focal_tiny_useconv": (30.8e6, None, 224),
+    "focal_small_useconv": (53.1e6, None, 224),
+    "focalv2_tiny": (30.2e6, None, 224),
+    "focalv2_small": (51.5e6, None, 224),
+    "focalv2_base": (91.2e6, None, 224),
+}
 
 
 class FocalTransformer(nn.Module):

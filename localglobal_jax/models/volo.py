@@ -33,6 +33,11 @@ VARIANTS: dict[str, dict[str, Any]] = {  # the paper's table 2
     "volo_d4": {"depths": (8, 8, 16, 4), **_D4},
     "volo_d5": {"depths": (12, 12, 20, 4), **_D4, "stem": 128, "expansion": 4.0},
 }
+# Parameters, multiply-adds (not in our facts), image size; the paper's table 2.
+FIGURES: dict[str, tuple[float, float | None, int]] = {
+    f"volo_d{i}": (parameters, None, 224)
+    for i, parameters in enumerate((27e6, 59e6, 86e6, 193e6, 296e6), start=1)
+}
 
 
 class VOLO(nn.Module):

@@ -22,6 +22,7 @@ from localglobal_jax.operators.convolution import DepthwiseConv
 from localglobal_jax.operators.focal import FocalAttention
 from localglobal_jax.operators.focal_nearest import NearestFocalAttention
 from localglobal_jax.operators.muse import Muse
+from localglobal_jax.operators.outlook import Outlook
 
 FOCAL = FocalAttention(4, heads=2, window=2, expand=1, levels=3, focal_window=3)
 NEAREST = NearestFocalAttention(4, heads=2, window=2, count=9)
@@ -34,6 +35,9 @@ TABLE = {  # operator, space, input-adaptive, translation-equivariant, reach, ra
     "adaptive causal": (
         *(AdaptiveConv(4, heads=2, window=4, causal=True), SEQUENCE, True, True, "LOCAL", 3),
     ),
+    "outlook": (Outlook(4, heads=2, stride=1), GRID, True, True, "LOCAL", 2),
+    # with a stride the weights are shared by cells of the grid: only shifts by whole cells commute
+    "outlook, stride 2": (Outlook(4, heads=2, stride=2), GRID, True, False, "LOCAL", 2),
     "relative": (RelativeAttention(4, heads=2), GRID, True, False, "GLOBAL", None),
     "relative, mlp": (RelativeAttention(4, heads=2, bias="mlp"), GRID, True, False, "GLOBAL", None),
     "plain": (RelativeAttention(4, heads=2, bias="none"), GRID, True, True, "GLOBAL", None),
