@@ -47,6 +47,13 @@ class Images(Section):
     max_bad_records: NonNegativeInt = 0  # skip (mask) up to this many undecodable records
     threads: PositiveInt = 4  # decoding threads of one host
 
+    @pydantic.field_validator("area")
+    @classmethod
+    def _ordered(cls, area: tuple[float, float]) -> tuple[float, float]:
+        if area[0] > area[1]:
+            raise ValueError("give (smallest, largest)")
+        return area
+
 
 class Classification(Section):
     """What a batch means: images and labels."""
@@ -72,7 +79,7 @@ class Optim(Section):
     weight_decay: NonNegativeFloat = 0.0  # decoupled, multiplied by the learning rate
     clip_norm: NonNegativeFloat = 1.0  # global norm of the gradient; 0: off
     ema: Fraction = 0.0  # decay of the parameters' moving average, used in evaluation; 0: off
-    accumulate: PositiveInt = 1  # micro-batches per step, same numbers as one large batch
+    accumulate: PositiveInt = 1  # micro-batches per step; the gradient is that of the whole batch
 
 
 class Checkpoints(Section):
@@ -81,7 +88,9 @@ class Checkpoints(Section):
     every: NonNegativeInt = 500  # steps; 0: only at the end
     keep: PositiveInt = 2  # the newest n
     keep_every: NonNegativeInt = 0  # also keep every k-th step for good; 0: off
-    best: str | None = None  # also keep the best by this metric, e.g. "test/accuracy"; "-": smaller
+    # Also keep the best by this metric, e.g. "test/accuracy" or "-test/loss" (smaller is better),
+    # among the steps at which evaluation and saving meet.
+    best: str | None = None
 
 
 class Evaluation(Section):
@@ -108,7 +117,7 @@ class Parallel(Section):
 class Run(Section):
     """A whole run."""
 
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # beyond, jax.random.key repeats itself
     steps: PositiveInt = 1000  # optimizer updates
     batch_size: PositiveInt = 128  # global, over all hosts and devices
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters stay float32
@@ -123,5 +132,9 @@ class Run(Section):
     parallel: Parallel = Parallel()
 
 
-# Fields that may differ between a run and its resumption: they change no number of the result.
-MAY_CHANGE = ("checkpoint", "log", "data.dir", "data.in_memory", "data.threads", "parallel")
+# Fields that may differ between a run and its resumption: they change nothing that is computed,
+# but for the order in which another number of devices adds up, and records that were bad.
+MAY_CHANGE = (
+    *("checkpoint", "eval", "log", "parallel"),
+    *("data.dir", "data.in_memory", "data.max_bad_records", "data.threads"),
+)
