@@ -12,6 +12,17 @@ from typing import Any
 from localglobal_jax import __version__
 
 
+def console() -> int:
+    """The console script: `main`, in a process whose large allocations use large pages."""
+    # On CPU, XLA asks the system for its temporary memory anew at every step. In pages of 4 KiB
+    # page faults took half of the CPU time of a training step here (345 images/s against 563 with
+    # large pages), and glibc reads this setting only when a process starts.
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    return main()
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)

@@ -85,7 +85,12 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
     """Loads ``FILE[:arg]`` and applies ``{"optim.learning_rate": "3e-4"}`` to it."""
     module, arg = load_module(spec)
     get_config: Callable[..., ConfigDict] = module.get_config
-    config = get_config(arg) if arg is not None else get_config()
+    try:
+        config = get_config(arg) if arg is not None else get_config()
+    except ValueError:
+        raise
+    except Exception as error:  # whatever a user's file may do
+        raise ValueError(f"{spec}: get_config failed: {type(error).__name__}: {error}") from error
     if not isinstance(config, ConfigDict):
         raise ValueError(
             f"{spec}: get_config returned {config!r}, not an ml_collections.ConfigDict"

@@ -62,6 +62,7 @@ class Classification(Section):
     label_smoothing: Fraction = 0.0
     mixup: NonNegativeFloat = 0.0  # alpha of Beta(alpha, alpha); 0: off (arXiv 1710.09412)
     cutmix: NonNegativeFloat = 0.0  # alpha; with both on, each batch takes one of them
+    token_weight: NonNegativeFloat = 0.5  # of the loss of all tokens, if the model has their logits
 
 
 class Optim(Section):

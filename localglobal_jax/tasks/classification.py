@@ -2,13 +2,14 @@
 """Classification: a batch is images and labels."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from localglobal_jax import arrays, losses, metrics, schema
+from localglobal_jax import arrays, losses, metrics, mix_token, schema
 from localglobal_jax.data import images, loader, mixing
 from localglobal_jax.models import create_model
 from localglobal_jax.tasks.task import Batch, Evaluator, HostBatch, Loss, Task, Variables
@@ -89,7 +90,12 @@ def normalize(image: UInt8[Array, "b h w c"], options: schema.Images) -> Float[A
 def loss(
     model: nn.Module, run: schema.Run, variables: Variables, batch: Batch, key: jax.Array
 ) -> Loss:
-    """Cross-entropy of a training batch, on mixed images if MixUp or CutMix are on."""
+    """Cross-entropy of a training batch, on mixed images if MixUp or CutMix are on.
+
+    A model that classifies every token too ("aux_logits", VOLO) gets the mean loss of its tokens
+    added (arXiv 2104.10858, equation 3); without label maps of a teacher, a token's label is its
+    image's. Where it mixed tokens of two images ("mix_box"), the class logits meet both labels.
+    """
     mix_key, dropout_key = jax.random.split(key)
     image, mask = normalize(batch["image"], run.data), batch["mask"]
     target = jax.nn.one_hot(batch["label"], model.classes)
@@ -97,14 +103,23 @@ def loss(
         image, target = mixing.mix(
             mix_key, image, target, mask, mixup=run.task.mixup, cutmix=run.task.cutmix
         )
-    (logits, _), collections = model.apply(
+    (logits, found), collections = model.apply(
         variables,
         image,
         train=True,
         rngs={"dropout": dropout_key},
         mutable=[name for name in variables if name != "params"],
     )
-    each = losses.cross_entropy(logits, target, label_smoothing=run.task.label_smoothing)
+    cross_entropy = partial(losses.cross_entropy, label_smoothing=run.task.label_smoothing)
+    class_target = target
+    if "mix_box" in found:
+        own = mix_token.kept_share(found["mix_box"], found["aux_logits"].shape[1:3])
+        class_target = own * target + (1 - own) * target[::-1]
+    each = cross_entropy(logits, class_target)
+    if "aux_logits" in found:
+        token_target = jnp.broadcast_to(target[:, None, None], found["aux_logits"].shape)
+        tokens = cross_entropy(found["aux_logits"], token_target).mean((1, 2))
+        each = each + run.task.token_weight * tokens
     total, weight = jnp.sum(each * mask), jnp.sum(mask)
     sums = metrics.classification(logits, batch["label"], mask)
     return Loss(total, weight, {**sums, "loss": (total, weight)}, collections)
