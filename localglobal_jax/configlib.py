@@ -197,7 +197,8 @@ def check_fields(cls: type, values: Mapping[str, Any], what: str) -> None:
         if name not in known:
             raise unknown(f"option of {what}:", name, known)
         try:
-            plain = tuples(value) if isinstance(value, Mapping) else value  # a FrozenDict is no dict
+            # pydantic takes no FrozenDict for a mapping
+            plain = tuples(value) if isinstance(value, Mapping) else value
             pydantic.TypeAdapter(hints[name]).validate_python(plain, strict=True)
         except pydantic.ValidationError as error:
             reason = "; ".join(e["msg"] for e in error.errors(include_url=False))
