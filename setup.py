@@ -32,11 +32,12 @@ INSTALL = [
     "tensorboardX>=2.6.2",
     "tensorflow-datasets>=4.9.10",
 ]
-TEST = ["beartype>=0.19", "hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.5"]
+TEXT = ["sacrebleu>=2.4", "sentencepiece>=0.2"]
+TEST = [*TEXT, "beartype>=0.19", "hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.5"]
 EXTRAS = {
     "test": TEST,
     "dev": [*TEST, "mypy>=1.13", "pre-commit>=4", "ruff>=0.9"],
-    "text": ["sacrebleu>=2.4", "sentencepiece>=0.2"],
+    "text": TEXT,
     "tf": ["tensorflow-cpu>=2.18"],  # only to prepare TFDS sets whose builders need it
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],
     "cuda": ["jax[cuda12]>=0.10.2,<0.13"],
