@@ -14,6 +14,7 @@ VERSION = re.search(
 INSTALL = [
     "absl-py>=2.1",
     "array_record>=0.8.3",
+    "etils[epath]>=1.7",
     "flax>=0.12.8,<0.13",
     "google-crc32c>=1.5",  # checks the records of TFRecord files without TensorFlow
     "grain>=0.2.18",
@@ -27,13 +28,19 @@ INSTALL = [
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8,<0.13",
     "pydantic>=2.9,<3",  # the schema of a run
-    "safetensors>=0.4",
     "scikit-learn>=1.5",  # ships the embedded digits
     "tensorboardX>=2.6.2",
     "tensorflow-datasets>=4.9.10",
 ]
 TEXT = ["sacrebleu>=2.4", "sentencepiece>=0.2"]
-TEST = [*TEXT, "beartype>=0.19", "hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.5"]
+TEST = [
+    *TEXT,
+    "beartype>=0.19",
+    "hypothesis>=6.100",
+    "pytest>=8",
+    "pytest-xdist>=3.5",
+    "safetensors>=0.4",  # reads the reference weights, as an independent check of our reader
+]
 EXTRAS = {
     "test": TEST,
     "dev": [*TEST, "mypy>=1.13", "pre-commit>=4", "ruff>=0.9"],
@@ -57,5 +64,5 @@ setup(
     package_data={"localglobal_jax": ["py.typed"]},
     install_requires=INSTALL,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["localglobal=localglobal_jax.cli:main"]},
+    entry_points={"console_scripts": ["localglobal=localglobal_jax.cli:console"]},
 )

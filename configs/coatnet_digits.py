@@ -12,7 +12,7 @@ from localglobal_jax.configlib import parse_arg
 
 
 def get_config(arg=None):
-    arg = parse_arg(arg, size="demo", data="real")
+    arg = parse_arg(arg, size=("demo", "tiny"), data=("real", "mock"))
     config = ConfigDict()
     config.seed = 0
     config.steps = 500

@@ -13,23 +13,22 @@ from localglobal_jax.configlib import parse_arg
 
 
 def get_config(arg=None):
-    arg = parse_arg(arg, size="demo", data="real")
+    arg = parse_arg(arg, size=("demo", "tiny"), data=("real", "mock"))
     config = ConfigDict()
     config.seed = 0
-    config.steps = 2800  # six epochs
+    config.steps = 3300  # seven epochs
     config.batch_size = 128
 
     # 28x28 pixels: the stem halves them, convolution sees 14x14, attention 7x7
     config.model = ConfigDict(
         dict(
             name="coatnet",
-            layout="CT",
-            depths=(1, 2),
-            widths=(32, 64),
+            layout=("CC", "CTT"),
+            depths=(2, 3),
+            widths=(32, 96),
             strides=(1, 2),
             stem=(16, 32),
-            blocks=dict(T=dict(head_width=16)),
-            drop_path=0.05,
+            blocks=dict(C=dict(stride_at="pool"), T=dict(head_width=32)),
         )
     )
     config.data = ConfigDict(
@@ -40,19 +39,18 @@ def get_config(arg=None):
             mean=(0.286,),  # of the training set
             std=(0.353,),
             crop="pad",
-            pad=2,
+            pad=1,
             flip=True,
         )
     )
-    config.task = ConfigDict(dict(label_smoothing=0.05))
     config.optim = ConfigDict(
-        dict(learning_rate=3e-3, warmup_steps=200, weight_decay=0.05, ema=0.995)
+        dict(learning_rate=2e-3, warmup_steps=200, weight_decay=0.05, ema=0.99)
     )
     config.eval = ConfigDict(dict(every=400, batch_size=500))
     config.checkpoint = ConfigDict(dict(every=400, best="test/accuracy"))
     if arg.size == "tiny":
         config.steps, config.batch_size, config.eval.batch_size = 20, 32, 32
-        config.model.update(depths=(1, 1), widths=(16, 32), stem=(8, 16))
+        config.model.update(layout=("C", "T"), depths=(1, 1), widths=(16, 32), stem=(8, 16))
         config.optim.warmup_steps = 5
         config.eval.every = config.checkpoint.every = 10
     return config

@@ -20,7 +20,13 @@ from localglobal_jax.configlib import parse_arg, tuples
 
 def get_config(arg=None):
     arg = parse_arg(
-        arg, init="", resolution=384, steps=75_000, dataset="imagenet2012", data="real", size="full"
+        arg,
+        init="",
+        resolution=384,
+        steps=75_000,
+        dataset="imagenet2012",
+        data=("real", "mock"),
+        size=("full", "tiny"),
     )
     config = ConfigDict()
     config.seed = 0

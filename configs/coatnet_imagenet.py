@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """CoAtNet on ImageNet-1k from scratch (arXiv 2106.04803, table 12; 300 epochs at 224).
 
-    localglobal train --config configs/coatnet_imagenet.py:variant=0 --workdir gs://bucket/coatnet_0
+    localglobal train --config configs/coatnet_imagenet.py:variant=0 --workdir /data/runs/coatnet_0
 
 The paper reports 81.6 / 83.3 / 84.1 / 84.5 % top-1 for variants 0 / 1 / 2 / 3. Not run here.
 ``:dataset=imagenet21k,epochs=90`` or any other TFDS classification set pre-trains on that;
@@ -24,8 +24,8 @@ def get_config(arg=None):
         epochs=300,
         dataset="imagenet2012",
         images=IMAGES,
-        data="real",
-        size="full",
+        data=("real", "mock"),
+        size=("full", "tiny"),
     )
     config = ConfigDict()
     config.seed = 0

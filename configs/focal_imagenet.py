@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Focal Transformer on ImageNet-1k (arXiv 2107.00641, section 4.1): 300 epochs at 224.
 
-    localglobal train --config configs/focal_imagenet.py:variant=tiny --workdir gs://bucket/focal_t
+    localglobal train --config configs/focal_imagenet.py:variant=tiny --workdir /data/runs/focal_t
 
 The paper reports 82.2 / 83.6 / 84.0 % top-1 for tiny / small / base. Not run here.
 ``:data=mock,size=tiny`` runs anywhere, in a minute, without data.
@@ -15,7 +15,14 @@ DROP_PATH = {"tiny": 0.2, "small": 0.2, "base": 0.3}
 
 
 def get_config(arg=None):
-    arg = parse_arg(arg, variant="tiny", resolution=224, epochs=300, data="real", size="full")
+    arg = parse_arg(
+        arg,
+        variant="tiny",
+        resolution=224,
+        epochs=300,
+        data=("real", "mock"),
+        size=("full", "tiny"),
+    )
     config = ConfigDict()
     config.seed = 0
     config.batch_size = 1024

@@ -3,7 +3,7 @@
 
 import sys
 
-from localglobal_jax.cli import main
+from localglobal_jax.cli import console
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console())

@@ -23,7 +23,7 @@ def sequence_to_grid(
     return x.reshape(x.shape[0], *space, x.shape[-1])
 
 
-def per_channel(vector: Shaped[Array, "d"], x: Array) -> Shaped[Array, "..."]:
+def per_channel(vector: Shaped[Array, " d"], x: Array) -> Shaped[Array, "..."]:
     """A vector over the last axis with the rank of `x`: broadcasting that is written down."""
     return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
 
@@ -52,10 +52,10 @@ def window_merge(x: Shaped[Array, "b i j y x d"]) -> Shaped[Array, "b h w d"]:
 
 
 def shifted(
-    x: Shaped[Array, "b *space"],
+    x: Shaped[Array, " b *space"],
     window: Sequence[int],
     padding: Sequence[tuple[int, int]],
-) -> Iterator[Shaped[Array, "b *space"]]:
+) -> Iterator[Shaped[Array, " b *space"]]:
     """For every offset o of a window, row by row: ``x[i + o - before]``, zeros outside.
 
     The window covers the axes after the batch; those left over (heads, width) come along.

@@ -7,10 +7,12 @@ the argument (``FILE:size=tiny``), an override (``--config.optim.learning_rate=3
 """
 
 import ast
+import dataclasses
 import difflib
 import importlib.util
 import json
 import pathlib
+import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -26,7 +28,7 @@ def unknown(what: str, given: str, allowed: Iterable[str]) -> ValueError:
     """The error for a name that is not one of `allowed`, with the nearest one suggested."""
     allowed = sorted(allowed)
     near = difflib.get_close_matches(given, allowed, n=1, cutoff=0.5)
-    hint = f'; did you mean "{near[0]}"?' if near else ""
+    hint = f'; did you mean "{near[0]}"?' if near else "."
     return ValueError(f'unknown {what} "{given}"{hint} Known: {", ".join(allowed) or "none"}')
 
 
@@ -36,8 +38,11 @@ def unknown(what: str, given: str, allowed: Iterable[str]) -> ValueError:
 def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
     """Parses ``"size=tiny,steps=100"`` against `defaults`, whose types the values must have.
 
-    A bare name stands for ``name=True`` where the default is a bool.
+    A tuple of defaults is a choice, the first being the default. A bare name stands for
+    ``name=True`` where the default is a bool.
     """
+    choices = {key: value for key, value in defaults.items() if isinstance(value, tuple)}
+    defaults = {**defaults, **{key: value[0] for key, value in choices.items()}}
     values = dict(defaults)
     for part in filter(None, (arg or "").split(",")):
         key, equals, text = part.partition("=")
@@ -46,12 +51,14 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
         if not equals and not isinstance(defaults[key], bool):
             raise ValueError(f'config argument "{key}" needs a value: write {key}=VALUE')
         values[key] = parse_value(text, defaults[key], key) if equals else True
+        if key in choices and values[key] not in choices[key]:
+            raise unknown(f"value of the config argument {key}:", text, map(str, choices[key]))
     return ConfigDict(values)
 
 
 def parse_value(text: str, default: Any, field: str) -> Any:
     """Reads a command-line `text` as a value of the type that `default` has (None: any type)."""
-    if isinstance(default, str):
+    if text == "None" or isinstance(default, str):
         return None if text == "None" else text
     if isinstance(default, bool):
         if text.lower() in ("true", "1", "yes", "on"):
@@ -78,7 +85,16 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
     """Loads ``FILE[:arg]`` and applies ``{"optim.learning_rate": "3e-4"}`` to it."""
     module, arg = load_module(spec)
     get_config: Callable[..., ConfigDict] = module.get_config
-    config = get_config(arg) if arg is not None else get_config()
+    try:
+        config = get_config(arg) if arg is not None else get_config()
+    except ValueError:
+        raise
+    except Exception as error:  # whatever a user's file may do
+        raise ValueError(f"{spec}: get_config failed: {type(error).__name__}: {error}") from error
+    if not isinstance(config, ConfigDict):
+        raise ValueError(
+            f"{spec}: get_config returned {config!r}, not an ml_collections.ConfigDict"
+        )
     for field, text in (overrides or {}).items():
         override(config, field, text)
     return config
@@ -95,7 +111,11 @@ def load_module(spec: str) -> tuple[Any, str | None]:
     found_spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
     assert found_spec is not None and found_spec.loader is not None
     module = importlib.util.module_from_spec(found_spec)
-    found_spec.loader.exec_module(module)
+    try:
+        found_spec.loader.exec_module(module)
+    except Exception as error:  # whatever a user's file may do
+        line = next((f":{e.lineno}" for e in [error] if isinstance(e, SyntaxError)), "")
+        raise ValueError(f"{path}{line}: {type(error).__name__}: {error}") from error
     if not hasattr(module, "get_config"):
         raise ValueError(f"{path} has no get_config(arg) -> ConfigDict: it is not a config file")
     return module, arg or None
@@ -119,10 +139,17 @@ def override(config: ConfigDict, field: str, text: str) -> None:
     if leaf not in section and known is not None and leaf not in defaults:
         raise unknown(f"config key in {'.'.join(parents) or 'the config'}:", leaf, defaults)
     default = section[leaf] if leaf in section else defaults.get(leaf)
+    if default is None and known is not None and _is_text(known.model_fields[leaf].annotation):
+        default = ""
     if isinstance(default, ConfigDict | pydantic.BaseModel):
         raise ValueError(f"config.{field} is a section: set one of its keys, config.{field}.KEY")
     with section.ignore_type():
         section[leaf] = parse_value(text, default, f"config.{field}")
+
+
+def _is_text(annotation: Any) -> bool:
+    """``str`` or ``str | None``."""
+    return annotation is str or str in typing.get_args(annotation)
 
 
 def _section_of(section: Any, name: str) -> Any:
@@ -169,10 +196,27 @@ def _explain(error: Mapping[str, Any], kind: type[schema.Run]) -> str:
         )
     if error["type"] == "missing":
         return f"config.{where} is missing"
-    if error["type"] == "value_error":  # two fields that do not fit
-        return f"config.{where}: {error['ctx']['error']}"
-    given = error["input"]
-    return f"config.{where}={given!r} ({type(given).__name__}): {error['msg']}"
+    given, reason = error["input"], error.get("ctx", {}).get("error", error["msg"])
+    if isinstance(reason, ValueError) and isinstance(given, Mapping):
+        return f"config.{where}: {reason}"  # fields of a section that do not fit each other
+    return f"config.{where}={given!r} ({type(given).__name__}): {reason}"
+
+
+def check_fields(cls: type, values: Mapping[str, Any], what: str) -> None:
+    """Raises ValueError unless `values` are fields of the dataclass `cls`, of the right types."""
+    known = {f.name for f in dataclasses.fields(cls)} - {"parent", "name"}  # linen's own
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for name, value in values.items():
+        if name not in known:
+            raise unknown(f"option of {what}:", name, known)
+        try:
+            pydantic.TypeAdapter(hints[name]).validate_python(value, strict=True)
+        except pydantic.ValidationError as error:
+            reason = "; ".join(e["msg"] for e in error.errors(include_url=False))
+            raise ValueError(f"{what}: {name}={value!r}: {reason}") from None
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(v, int | float) and v < 0 for v in numbers):
+            raise ValueError(f"{what}: {name}={value!r}: no option of a model is negative")
 
 
 # ---------------------------------------------------------------------------- trees
@@ -215,6 +259,9 @@ def to_json(run: schema.Run) -> str:
     return json.dumps(run.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
 
 
-def from_json(text: str) -> schema.Run:
-    """The inverse of `to_json`."""
-    return check(json.loads(text))
+def read_json(file: pathlib.Path) -> schema.Run:
+    """The inverse of `to_json`, from a file."""
+    try:
+        return check(json.loads(file.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged, or of another version: {error}") from None

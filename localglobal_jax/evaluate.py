@@ -2,13 +2,15 @@
 """Evaluators, inside the loop or on a saved checkpoint; and a trained model back from its files."""
 
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
-from localglobal_jax import configlib, metrics, parallel, schema, stored
+from localglobal_jax import checkpoint, configlib, metrics, parallel, schema, stored
 from localglobal_jax.models import create_model
 from localglobal_jax.tasks import Evaluator, Task, Variables, create_task
 
@@ -22,6 +24,12 @@ class Evaluation:
             name: (evaluator, parallel.compile_eval(evaluator.metrics, mesh))
             for name, evaluator in task.evaluators.items()
         }
+
+    def check_metric(self, best: str | None) -> None:
+        """Raises ValueError unless `best` ("test/accuracy", "-test/loss") will be measured."""
+        known = [f"{s}/{m}" for s, (e, _) in self._evaluators.items() for m in e.metric_names]
+        if best and best.removeprefix("-") not in known:
+            raise configlib.unknown("metric in checkpoint.best:", best.removeprefix("-"), known)
 
     def __call__(self, variables: Variables) -> dict[str, dict[str, float]]:
         """``{split: {metric: value}}``."""
@@ -46,17 +54,42 @@ class Evaluation:
         return result
 
 
-def evaluate(workdir: str | pathlib.Path, step: int | None = None) -> tuple[int, dict[str, Any]]:
-    """Evaluates a checkpoint of `workdir` (the newest, or `step`): its step and all metrics."""
+def evaluate(
+    workdir: str | pathlib.Path,
+    step: int | str | None = None,
+    overrides: Mapping[str, str] | None = None,
+) -> tuple[int, dict[str, Any]]:
+    """Evaluates a checkpoint of `workdir`: its step and all metrics.
+
+    `step`: a number, "best", or None for the newest. `overrides`: of the config it was trained
+    with, e.g. ``{"data.dir": "/data"}`` on another machine.
+    """
     workdir = pathlib.Path(workdir)
-    run = read_run(workdir)
+    config = ConfigDict(configlib.tuples(read_run(workdir).model_dump()))
+    for field, text in (overrides or {}).items():
+        configlib.override(config, field, text)
+    run = configlib.check(config)
     mesh = parallel.make_mesh(run.parallel.mesh)
-    task = create_task(run, shard=(parallel.host(), parallel.hosts()))
-    found, state, _ = stored.read(workdir, step)
+    parallel.check_batch(run.eval.batch_size or run.batch_size, mesh, what="eval.batch_size")
+    task = create_task(run, shard=(parallel.host(), parallel.hosts()), train=False)
+    found, state, _ = stored.read(workdir, find_step(workdir, step))
     variables = jax.device_put(
         state.get("average") or state["variables"], parallel.replicated(mesh)
     )
     return found, Evaluation(task, mesh)(variables)
+
+
+def find_step(path: str | pathlib.Path, step: int | str | None) -> int | None:
+    """The number of a step given as a number, as "best" (of a workdir), or as None: the newest."""
+    if step is None or str(step).isdigit():
+        return None if step is None else int(step)
+    if step != "best":
+        raise ValueError(f'step "{step}": give a number, or "best"')
+    options = read_run(pathlib.Path(path)).checkpoint
+    best = checkpoint.Checkpoints(pathlib.Path(path) / "checkpoints", options).best()
+    if best is None:
+        raise ValueError(f"no step of {path} has the metric checkpoint.best={options.best}")
+    return best
 
 
 def read_run(workdir: pathlib.Path) -> schema.Run:
@@ -67,15 +100,16 @@ def read_run(workdir: pathlib.Path) -> schema.Run:
             f"{workdir} is not a workdir: it has no config.json. "
             "Give the directory that `localglobal train --workdir` wrote to"
         )
-    return configlib.from_json(file.read_text())
+    return configlib.read_json(file)
 
 
-def load(path: str | pathlib.Path, step: int | None = None) -> tuple[nn.Module, Variables]:
+def load(path: str | pathlib.Path, step: int | str | None = None) -> tuple[nn.Module, Variables]:
     """A trained model from our checkpoints: ``(module, variables)``, ready for ``module.apply``.
 
-    `path` is a workdir, its checkpoints folder, or one step's folder. The averaged variables are
+    `path` is a workdir, its checkpoints folder, or one step's folder; `step` a number, "best" (of
+    a workdir), or None: the newest. The averaged variables are
     given if the run kept an average. Needs neither the data set nor the config.
     """
-    _, state, metadata = stored.read(path, step)
+    _, state, metadata = stored.read(path, find_step(path, step))
     spec: dict[str, Any] = configlib.tuples(metadata["model"])
     return create_model(**spec), jax.device_put(state.get("average") or state["variables"])

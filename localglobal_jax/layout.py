@@ -69,6 +69,8 @@ def _repeat(pattern: str, depth: int) -> str:
 
 def drop_path_rates(stages: Sequence[Stage], rate: float) -> list[tuple[float, ...]]:
     """Stochastic depth growing linearly over all blocks, from 0 to `rate` (arXiv 1603.09382)."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"drop_path={rate}: it is a probability below 1")
     depths = [len(stage.letters) for stage in stages]
     rates = np.linspace(0.0, rate, sum(depths))
     return [tuple(map(float, part)) for part in np.split(rates, np.cumsum(depths)[:-1])]
@@ -105,12 +107,11 @@ def odd_grids(letter: str, options: Options) -> Rounding:
 
 
 def check_options(options: Options) -> None:
-    """Raises ValueError for letters and fields that no block has."""
+    """Raises ValueError for letters and fields that no block has, and for wrong types."""
     for letter, fields in options.items():
         if letter not in BLOCKS:
             raise configlib.unknown("block letter in blocks:", letter, BLOCKS)
-        known = {f.name for f in dataclasses.fields(BLOCKS[letter])}
-        known -= {"parent", "name", "features", "stride", "drop_path", "dtype"}
-        for field in fields:
-            if field not in known:
-                raise configlib.unknown(f"option of block {letter}:", field, known)
+        for field in ("features", "stride", "drop_path", "dtype"):
+            if field in fields:
+                raise ValueError(f"blocks: {field} of block {letter} follows from the layout")
+        configlib.check_fields(BLOCKS[letter], fields, f"block {letter}")

@@ -17,7 +17,7 @@ Sums = dict[str, tuple[jax.Array, jax.Array]]
 
 
 def classification(
-    logits: Float[Array, "b v"], labels: Integer[Array, "b"], mask: Shaped[Array, "b"]
+    logits: Float[Array, "b v"], labels: Integer[Array, " b"], mask: Shaped[Array, " b"]
 ) -> Sums:
     """Loss (nats), top-1 and, above five classes, top-5 accuracy of a padded batch.
 

@@ -2,7 +2,6 @@
 """What a run tells people: at its start, while it goes, at its end. Rank 0 speaks, others count."""
 
 import logging
-import math
 import pathlib
 import platform
 import shlex
@@ -100,10 +99,20 @@ class Window:
         for sums in rest:
             total = metrics.merge(total, sums)
         self._sums = [total] if total else []
+        for name in ("loss", "gradient_norm"):
+            if name in total and not np.isfinite(total[name][0]):
+                raise Diverged(
+                    f"{name} became {total[name][0]} after step {self._first}, within "
+                    f"{self._steps} steps; the checkpoints before it are kept. "
+                    "Lower optim.learning_rate, warm up longer, or clip the gradient"
+                )
         return total
 
     def partial(self) -> dict[str, Any]:
-        """What `__init__` needs to go on, as JSON: float32 survives it exactly."""
+        """What `__init__` needs to go on, as JSON: float32 survives it exactly.
+
+        Raises Diverged, so that a state that is not finite never becomes a checkpoint.
+        """
         sums = {k: [np.asarray(v).item() for v in pair] for k, pair in self._total().items()}
         return {"first": self._first, "sums": sums}
 
@@ -111,11 +120,6 @@ class Window:
         """The means over the window; raises Diverged if the loss is not finite."""
         line = metrics.compute(self._total())
         del line["count"]
-        if not math.isfinite(line["loss"]):
-            raise Diverged(
-                f"the loss became {line['loss']} between steps {self._first} and {step}; the "
-                "checkpoints before it are kept. Lower optim.learning_rate, warm up longer, or clip"
-            )
         seconds = time.perf_counter() - self._began - self._paused
         line["learning_rate"] = float(self._schedule(step - 1))
         line[f"{self._items}_per_second"] = self._run.batch_size * self._steps / seconds
@@ -173,6 +177,12 @@ class Output:
             self._writer.close()
 
 
+def _results(line: Mapping[str, float]) -> dict[str, float]:
+    """What says something of the model, not of the run."""
+    run = ("step", "learning_rate", "seconds_left", "input_wait", "gradient_norm")
+    return {k: v for k, v in line.items() if k not in run and not k.endswith("_per_second")}
+
+
 def versions() -> dict[str, str]:
     """Of what the numbers depend on."""
     packages = ("localglobal_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -195,7 +205,7 @@ def finish(
             data={"name": run.data.name, "training": task.summary},
             parameters=sum(x.size for x in jax.tree.leaves(params)),
             steps=run.steps,
-            metrics=last,
+            metrics={split: _results(line) for split, line in last.items()},
             versions=versions(),
             environment={"python": platform.python_version(), "devices": parallel.describe()},
             command=shlex.join(["localglobal", *sys.argv[1:]]) if sys.argv[1:] else None,

@@ -47,6 +47,13 @@ class Images(Section):
     max_bad_records: NonNegativeInt = 0  # skip (mask) up to this many undecodable records
     threads: PositiveInt = 4  # decoding threads of one host
 
+    @pydantic.field_validator("area")
+    @classmethod
+    def _ordered(cls, area: tuple[float, float]) -> tuple[float, float]:
+        if area[0] > area[1]:
+            raise ValueError("give (smallest, largest)")
+        return area
+
 
 class Text(Section):
     """Where pairs of sentences come from and how they become batches of token ids.
@@ -100,6 +107,7 @@ class Classification(Section):
     label_smoothing: Fraction = 0.0
     mixup: NonNegativeFloat = 0.0  # alpha of Beta(alpha, alpha); 0: off (arXiv 1710.09412)
     cutmix: NonNegativeFloat = 0.0  # alpha; with both on, each batch takes one of them
+    token_weight: NonNegativeFloat = 0.5  # of the loss of all tokens, if the model has their logits
 
 
 class Translation(Section):
@@ -124,7 +132,7 @@ class Optim(Section):
     weight_decay: NonNegativeFloat = 0.0  # decoupled, multiplied by the learning rate
     clip_norm: NonNegativeFloat = 1.0  # global norm of the gradient; 0: off
     ema: Fraction = 0.0  # decay of the parameters' moving average, used in evaluation; 0: off
-    accumulate: PositiveInt = 1  # micro-batches per step, same numbers as one large batch
+    accumulate: PositiveInt = 1  # micro-batches per step; the gradient is that of the whole batch
 
 
 class Checkpoints(Section):
@@ -133,7 +141,9 @@ class Checkpoints(Section):
     every: NonNegativeInt = 500  # steps; 0: only at the end
     keep: PositiveInt = 2  # the newest n
     keep_every: NonNegativeInt = 0  # also keep every k-th step for good; 0: off
-    best: str | None = None  # also keep the best by this metric, e.g. "test/accuracy"; "-": smaller
+    # Also keep the best by this metric, e.g. "test/accuracy" or "-test/loss" (smaller is better),
+    # among the steps at which evaluation and saving meet.
+    best: str | None = None
 
 
 class Evaluation(Section):
@@ -160,7 +170,7 @@ class Parallel(Section):
 class Run(Section):
     """A whole run. ``task.name`` decides which of `RUNS` it is, hence what ``data`` may hold."""
 
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # beyond, jax.random.key repeats itself
     steps: PositiveInt = 1000  # optimizer updates
     batch_size: PositiveInt = 128  # global, over all hosts and devices; of text: in tokens
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters stay float32
@@ -191,5 +201,9 @@ class TranslationRun(Run):
 
 RUNS: dict[str, type[Run]] = {"classification": ClassificationRun, "translation": TranslationRun}
 
-# Fields that may differ between a run and its resumption: they change no number of the result.
-MAY_CHANGE = ("checkpoint", "log", "data.dir", "data.in_memory", "data.threads", "parallel")
+# Fields that may differ between a run and its resumption: they change nothing that is computed,
+# but for the order in which another number of devices adds up, and records that were bad.
+MAY_CHANGE = (
+    *("checkpoint", "eval", "log", "parallel"),
+    *("data.dir", "data.in_memory", "data.max_bad_records", "data.threads"),
+)

@@ -4,7 +4,7 @@
 import flax.linen as nn
 from jaxtyping import Array, Float
 
-from localglobal_jax.blocks.residual import ACTIVATIONS, make_norm
+from localglobal_jax.blocks.residual import ACTIVATIONS, Activation, Norm, make_norm
 
 
 class ConvStem(nn.Module):
@@ -15,9 +15,9 @@ class ConvStem(nn.Module):
 
     widths: tuple[int, ...]
     stride: int = 2
-    activation: str = "gelu"
+    activation: Activation = "gelu"
     use_bias: bool = False
-    norm: str = "batch"
+    norm: Norm = "batch"
     norm_eps: float = 1e-5
     dtype: str = "float32"
 
@@ -69,7 +69,7 @@ class PoolingHead(nn.Module):
     """
 
     classes: int
-    norm: str = "layer"
+    norm: Norm = "layer"
     norm_first: bool = False
     norm_eps: float = 1e-6
     hidden: int = 0

@@ -6,11 +6,13 @@ checkpoint holds (its step: batch n is a function of the seed and n) always matc
 a resumed run repeats nothing and skips nothing.
 """
 
+import logging
 import pathlib
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -20,6 +22,8 @@ from localglobal_jax import checkpoint, conversion, evaluate, optim, parallel, s
 from localglobal_jax.run_report import Output, Window, announce, finish, versions
 from localglobal_jax.tasks import Batch, create_task
 from localglobal_jax.train_step import State, init_state, start_from, train_step
+
+log = logging.getLogger(__name__)
 
 
 class Preempted(Exception):
@@ -33,19 +37,23 @@ def train(run: schema.Run, directory: str | pathlib.Path) -> dict[str, dict[str,
     after a SIGTERM, once the state is saved; Diverged if the loss is not finite.
     """
     # ---- set up: all that can refuse comes first
-    directory = pathlib.Path(directory).absolute()
+    directory = workdir.locate(directory)
     mesh = parallel.make_mesh(run.parallel.mesh)
     check_batches(run, mesh)
     workdir.refuse_other(run, directory)
+    trace = Trace(run, directory)
     task = create_task(run, shard=(parallel.host(), parallel.hosts()))
     optimizer = optim.make_optimizer(run.optim, run.steps)
     init = parallel.compile_init(lambda: init_state(task, optimizer, run), mesh)
     template = parallel.with_sharding(jax.eval_shape(init), parallel.replicated(mesh))
 
+    evaluation = evaluate.Evaluation(task, mesh)
+    evaluation.check_metric(run.checkpoint.best)
     pretrained = conversion.pretrained(run.init, task.model, task.inputs[0]) if run.init else None
 
     # ---- state: restored, or made
-    workdir.claim(run, directory)
+    if parallel.host() == 0:
+        workdir.claim(run, directory)
     checkpoints = checkpoint.Checkpoints(directory / "checkpoints", run.checkpoint)
     restored = checkpoints.restore(template)
     start, state = (restored.step, restored.state) if restored else (0, init())
@@ -61,7 +69,6 @@ def train(run: schema.Run, directory: str | pathlib.Path) -> dict[str, dict[str,
         )
 
     step_fn = parallel.compile_step(update, mesh)
-    evaluation = evaluate.Evaluation(task, mesh)
     about = {"config": run.model_dump(mode="json"), "model": dict(task.model_spec)}
     about["versions"] = versions()
 
@@ -71,6 +78,7 @@ def train(run: schema.Run, directory: str | pathlib.Path) -> dict[str, dict[str,
     with (
         stop_requests() as stop,
         closing(checkpoints),
+        closing(trace),
         closing(Output(run, task, directory, start)) as output,
     ):
         for step in range(start, run.steps + 1):
@@ -89,11 +97,13 @@ def train(run: schema.Run, directory: str | pathlib.Path) -> dict[str, dict[str,
             if last:
                 break
             if stopping:
-                raise Preempted(f"stopped at step {step} of {run.steps}; the state is saved")
+                saved = "the state is saved" if step else "nothing was done yet"
+                raise Preempted(f"stopped at step {step} of {run.steps}; {saved}")
             with window.waiting():
                 batch = next(batches)
-            with profiled(run.log.profile, step, directory), window.compiling(step == start):
+            with trace.step(step), window.compiling(step == start):
                 state, sums = step_fn(state, parallel.global_batch(batch, mesh))
+                trace.wait_for(sums)
             window.add(sums)
             if step + 1 == run.steps or due(step + 1, run.log.every):
                 output.training(step + 1, window.close(step + 1))
@@ -119,24 +129,61 @@ def check_batches(run: schema.Run, mesh: Mesh) -> None:
 
 @contextmanager
 def stop_requests() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, as schedulers send it before they take a machine away."""
+    """An event that SIGTERM sets, as schedulers send it before they take a machine away.
+
+    Ctrl-C sets it too, once; the second one interrupts as usual.
+    """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event  # Python allows handlers in the main thread only
         return
-    previous = signal.signal(signal.SIGTERM, lambda *_: event.set())
+
+    def ask(number: int, frame: Any) -> None:
+        event.set()
+        if number == signal.SIGINT:
+            log.warning("saving after this step; Ctrl-C again to stop at once")
+            signal.signal(signal.SIGINT, previous[signal.SIGINT])
+
+    previous: dict[int, Any] = {}
+    for asked in (signal.SIGTERM, signal.SIGINT):
+        previous[asked] = signal.signal(asked, ask)
     try:
         yield event
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
-@contextmanager
-def profiled(window: tuple[int, int] | None, step: int, directory: pathlib.Path) -> Iterator[None]:
-    """Traces `window` = (first step, steps) into ``directory/profile``, for xprof."""
-    first, count = window or (-1, 0)
-    if step == first:
-        jax.profiler.start_trace(str(directory / "profile"))
-    yield
-    if window and step == first + count - 1:
-        jax.profiler.stop_trace()
+class Trace:
+    """Traces the steps of ``log.profile = (first, steps)`` into ``workdir/profile``, for xprof."""
+
+    def __init__(self, run: schema.Run, directory: pathlib.Path):
+        self._first, count = run.log.profile or (run.steps, 0)
+        self._stop = self._first + count
+        self._path, self._on = str(directory / "profile"), False
+        if self._stop > run.steps:
+            raise ValueError(
+                f"log.profile={run.log.profile} would trace steps up to {self._stop}, "
+                f"but the run has {run.steps}"
+            )
+
+    @contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        """Around one step."""
+        if not self._on and self._first <= step < self._stop:
+            jax.profiler.start_trace(self._path)
+            self._on = True
+        yield
+        if step + 1 == self._stop:
+            self.close()
+
+    def wait_for(self, value: PyTree) -> None:
+        """While tracing, until `value` is computed: else the trace would end before the work."""
+        if self._on:
+            jax.block_until_ready(value)
+
+    def close(self) -> None:
+        """Writes the trace, if one is on."""
+        if self._on:
+            jax.profiler.stop_trace()
+            self._on = False

@@ -4,25 +4,37 @@
 import logging
 import os
 import pathlib
+import re
 
 from localglobal_jax import configlib, schema
 
 log = logging.getLogger(__name__)
 
 
+def locate(directory: str | os.PathLike[str]) -> pathlib.Path:
+    """The absolute path; ValueError for what is not a local directory, such as ``gs://...``."""
+    if re.match(r"\w+:/", os.fspath(directory)):
+        raise ValueError(f"--workdir {directory}: only local directories are supported so far")
+    return pathlib.Path(directory).absolute()
+
+
 def refuse_other(run: schema.Run, workdir: pathlib.Path) -> None:
     """Raises ValueError if `workdir` holds a run that would have given other numbers."""
-    if workdir.exists() and not workdir.is_dir():
-        raise ValueError(f"--workdir {workdir} is a file: give a directory")
+    existing = next(path for path in (workdir, *workdir.parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"--workdir {workdir}: {existing} is a file, give a directory")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"--workdir {workdir}: no permission to write in {existing}")
     file = workdir / "config.json"
     if not file.exists():
-        if (workdir / "checkpoints").exists():
-            raise ValueError(
-                f"{workdir} has checkpoints but no config.json, so nobody knows what they are: "
-                "restore the file or choose another --workdir"
-            )
+        for name in ("checkpoints", "metrics.jsonl", "tensorboard"):
+            if (workdir / name).exists():
+                raise ValueError(
+                    f"{workdir} has {name} but no config.json, so nobody knows what it is of: "
+                    "restore the file or choose another --workdir"
+                )
         return
-    old = configlib.from_json(file.read_text()).model_dump()
+    old = configlib.read_json(file).model_dump()
     changed = {
         field: values
         for field, values in configlib.difference(old, run.model_dump()).items()

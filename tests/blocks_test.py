@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,8 @@ from localglobal_jax.blocks import BLOCKS, residual
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("features", [8, 16])
 def test_every_block_strides_widens_and_trains(letter, stride, features):
-    kwargs = {"head_width": 4} if letter in "ST" else {}
+    fields = {field.name for field in dataclasses.fields(BLOCKS[letter])}
+    kwargs = {"head_width": 4} if "head_width" in fields else {}
     block = BLOCKS[letter](features=features, stride=stride, drop_path=0.5, **kwargs)
     x = jax.random.normal(jax.random.key(0), (4, 4, 6, 8))
     y, variables = jax.jit(lambda key: block.init_with_output(key, x))(jax.random.key(1))

@@ -20,6 +20,10 @@ def test_take_overrides():
     rest, overrides = take_overrides(argv)
     assert rest == ["train", "--config", "f.py", "--workdir", "d"]
     assert overrides == {"a.b": "1", "c": "x"}
+    assert take_overrides(["--config.flip", "--config", "f"]) == (
+        ["--config", "f"],
+        {"flip": "true"},
+    )
 
 
 @pytest.mark.parametrize(
@@ -34,6 +38,20 @@ def test_take_overrides():
         (["--config.model.name=coatnot"], 'unknown model "coatnot"; did you mean "coatnet"'),
         (["--config.model.dephts=(1, 1)"], 'did you mean "depths"'),
         (["--config.model.classes=3"], "digits has 10 classes"),
+        (["--config.model.dtype=bfloat16"], "set config.dtype"),
+        (["--config.model.drop_path=1.5"], "drop_path=1.5: it is a probability below 1"),
+        (["--config.model.head_norm=foo"], "head_norm='foo': Input should be 'batch' or 'layer'"),
+        (["--config.model.blocks.T.pool=foo"], "block T: pool='foo'"),
+        (["--config.model.blocks.T.head_width=0"], "head_width=0"),
+        (["--config.model.blocks.C.expansion=-4"], "expansion=-4"),
+        (["--config.model.blocks.C.window=2"], "needs odd sizes"),
+        (["--config.model.widths=(16.5, 32)"], "widths=(16.5, 32)"),
+        (["--config.model.stem=(0, 8)"], "stem=(0, 8)"),
+        (["--config.checkpoint.best=test/acuracy"], 'did you mean "test/accuracy"'),
+        (["--config.data.eval_splits=train[:99]"], "checkpoint.best"),
+        (["--config.log.profile=(10, 20)"], "would trace steps up to 30"),
+        (["--config.data.area=(0.9, 0.1)"], "smallest, largest"),
+        (["--config.seed=4294967296"], "config.seed"),
         (["--config.data.image_size=(7, 8)"], "must be multiples of 2, for instance 6x8"),
         (["--config.data.name=digit"], "digits"),
         (["--config.data.name=fashion_mnist"], "localglobal prepare fashion_mnist"),
@@ -63,6 +81,23 @@ def test_wrong_config_files(tmp_path, capsys):
     (tmp_path / "c.py").write_text("x = 1\n")
     assert main(["train", f"--config={tmp_path / 'c.py'}", "--workdir=x"]) == 2
     assert "has no get_config" in capsys.readouterr().err
+    (tmp_path / "c.py").write_text("x = 1\ny = (\n")
+    assert main(["train", f"--config={tmp_path / 'c.py'}", "--workdir=x"]) == 2
+    assert "c.py:2: SyntaxError" in capsys.readouterr().err
+    (tmp_path / "c.py").write_text("def get_config(arg=None):\n    return {}\n")
+    assert main(["train", f"--config={tmp_path / 'c.py'}", "--workdir=x"]) == 2
+    assert "not an ml_collections.ConfigDict" in capsys.readouterr().err
+
+
+def test_wrong_workdirs(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["train", DIGITS, f"--workdir={tmp_path / 'file' / 'below'}"]) == 2
+    assert "is a file" in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").touch()
+    assert main(["train", DIGITS, f"--workdir={tmp_path}"]) == 2
+    assert "has metrics.jsonl but no config.json" in capsys.readouterr().err
+    assert main(["train", DIGITS, "--workdir=gs://bucket/x"]) == 2
+    assert "local" in capsys.readouterr().err
 
 
 def test_a_workdir_of_another_config_is_refused_and_left_alone(data_dir, tmp_path, capsys):
@@ -78,6 +113,13 @@ def test_a_workdir_of_another_config_is_refused_and_left_alone(data_dir, tmp_pat
     assert "steps: 2 there, 3 now" in error
     assert files() == before
 
+    assert main(["evaluate", f"--workdir={tmp_path}", "--step=best", "--json"]) == 0
+    capsys.readouterr()
+    smaller = ["--config.data.eval_splits=test[:99]", "--step=2", "--json"]
+    assert main(["evaluate", f"--workdir={tmp_path}", *smaller]) == 0
+    assert json.loads(capsys.readouterr().out)["test[:99]"]["count"] == 99
+    assert main(["evaluate", f"--workdir={tmp_path}", "--step=bset"]) == 2
+    capsys.readouterr()
     assert main(["evaluate", f"--workdir={tmp_path}", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["test"]["count"] == 360
     assert main(["inspect", str(tmp_path), "--verify", "--json"]) == 0

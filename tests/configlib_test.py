@@ -24,6 +24,10 @@ def test_parse_arg_gives_the_types_of_the_defaults():
         configlib.parse_arg("sise=tiny", size="b")
     with pytest.raises(ValueError, match="write size=VALUE"):
         configlib.parse_arg("size", size="b")
+    assert configlib.parse_arg("", size=("demo", "tiny")).size == "demo"
+    assert configlib.parse_arg("size=tiny", size=("demo", "tiny")).size == "tiny"
+    with pytest.raises(ValueError, match=r'argument size: "tin"; did you mean "tiny"'):
+        configlib.parse_arg("size=tin", size=("demo", "tiny"))
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda p: p.stem)
@@ -41,10 +45,10 @@ def test_the_task_decides_what_the_data_are():
     run = configlib.check({**TRANSLATION, "data": {"vocab": 500}})
     assert isinstance(run, schema.TranslationRun) and isinstance(run.data, schema.Text)
     assert isinstance(configlib.check(BASE), schema.ClassificationRun)
-    assert configlib.from_json(configlib.to_json(run)) == run
+    assert configlib.check(json.loads(configlib.to_json(run))) == run
     files = configlib.check({**TRANSLATION, "data": {"files": ["a.de", "a.en"]}})
     assert files.data.files == ("a.de", "a.en") and files.data.name == "text_pairs"
-    assert configlib.from_json(configlib.to_json(files)) == files
+    assert configlib.check(json.loads(configlib.to_json(files))) == files
 
 
 @pytest.mark.parametrize(
@@ -98,6 +102,8 @@ def test_overrides_know_the_task():
         ("data.eval_splits", "test,train[:10%]", ("test", "train[:10%]")),
         ("data.image_size", "(16, 24)", (16, 24)),
         ("data.dir", "/data", "/data"),
+        ("data.dir", "2024", "2024"),
+        ("data.dir", "None", None),
         ("log.profile", "(10, 5)", (10, 5)),
         ("parallel.mesh", '{"data": 2}', {"data": 2}),
         ("checkpoint.best", "None", None),
@@ -197,10 +203,15 @@ def test_junk_in_any_field_is_a_value_error_that_names_it(base_field, value):
         assert two or f"config.{field}" in str(error)
 
 
-@given(st.sampled_from([f.name for f in CONFIGS]))
-def test_json_roundtrip(name):
+@pytest.mark.parametrize("name", [f.name for f in CONFIGS])
+def test_json_roundtrip(name, tmp_path_factory):
     run = configlib.check(configlib.load(str(CONFIGS[0].with_name(name))))
-    assert configlib.from_json(configlib.to_json(run)) == run
+    file = tmp_path_factory.mktemp("config") / "config.json"
+    file.write_text(configlib.to_json(run))
+    assert configlib.read_json(file) == run
+    file.write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+        configlib.read_json(file)
 
 
 def test_difference():

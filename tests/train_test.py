@@ -132,13 +132,27 @@ def test_finished_it_only_says_so_again(reference, data_dir):
     assert (reference / "metrics.jsonl").read_text() == before
 
 
-def test_divergence_is_exit_code_3_and_keeps_the_good_checkpoint(data_dir, tmp_path):
+def test_ctrl_c_saves_too_and_tracing_survives_it(data_dir, tmp_path):
+    process = start(tmp_path, data_dir, "--config.log.profile=(8, 30)")
+    wait_for(process, lambda: reached(tmp_path, 14))
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 42, err
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    finish(start(tmp_path, data_dir, "--config.log.profile=(8, 30)", "--config.log.every=5"))
+
+
+def test_divergence_is_exit_code_3_and_never_becomes_a_checkpoint(data_dir, tmp_path):
     process = start(
         tmp_path,
         data_dir,
         *("--config.optim.learning_rate=1e30", "--config.optim.clip_norm=0"),
         *("--config.optim.warmup_steps=12", "--config.optim.name=sgd"),
+        *("--config.checkpoint.every=1", "--config.eval.every=0", "--config.log.every=40"),
     )
     _, err = process.communicate()
     assert process.returncode == 3, err
-    assert "between steps" in err
+    assert "the checkpoints before it are kept" in err
+    step, state, _ = stored.read(tmp_path)
+    assert step >= 1
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(state["variables"]))

@@ -4,12 +4,15 @@
 from typing import Literal
 
 import flax.linen as nn
+from pydantic import PositiveFloat, PositiveInt
 
 from localglobal_jax.blocks.residual import (
     MLP,
+    Activation,
     DropPath,
     Grid,
     LayerScale,
+    Norm,
     Pool,
     Rounding,
     Shortcut,
@@ -34,12 +37,12 @@ class ConvNeXt(nn.Module):
 
     features: int
     stride: int = 1
-    expansion: float = 4.0
-    window: int = 7
+    expansion: PositiveFloat = 4.0
+    window: PositiveInt = 7
     stride_at: Literal["depthwise", "pool"] = "depthwise"
     main_pool: Pool = "avg2"
-    activation: str = "gelu"
-    norm: Literal["layer", "batch"] = "layer"
+    activation: Activation = "gelu"
+    norm: Norm = "layer"
     norm_eps: float = 1e-6
     layer_scale: float | None = 1e-6
     drop_path: float = 0.0

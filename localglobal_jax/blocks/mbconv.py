@@ -5,11 +5,14 @@ from functools import partial
 from typing import Literal
 
 import flax.linen as nn
+from pydantic import PositiveFloat, PositiveInt
 
 from localglobal_jax.blocks.residual import (
     ACTIVATIONS,
+    Activation,
     DropPath,
     Grid,
+    Norm,
     Pool,
     Rounding,
     Shortcut,
@@ -43,19 +46,19 @@ class MBConv(nn.Module):
 
     features: int
     stride: int = 1
-    expansion: float = 4.0
+    expansion: PositiveFloat = 4.0
     expand_from: Literal["output", "input"] = "output"
-    window: int = 3
+    window: PositiveInt = 3
     stride_at: Literal["depthwise", "expand", "pool"] = "depthwise"
     pool: Pool = "avg2"
     main_pool: Pool = "avg2"
     pre_activation: bool = False
-    activation: str = "gelu"
+    activation: Activation = "gelu"
     squeeze_ratio: float = 0.25
     squeeze_early: bool = False
-    squeeze_activation: str = "silu"
+    squeeze_activation: Activation = "silu"
     use_bias: bool = True
-    norm: Literal["batch", "layer"] = "batch"
+    norm: Norm = "batch"
     norm_eps: float = 1e-5
     drop_path: float = 0.0
     dtype: str = "float32"

@@ -2,6 +2,7 @@
 """M: MUSE's parallel sum as a vision block."""
 
 import flax.linen as nn
+from pydantic import PositiveFloat, PositiveInt
 
 from localglobal_jax.blocks.residual import (
     DropPath,
@@ -30,8 +31,8 @@ class MuseBlock(nn.Module):
 
     features: int
     stride: int = 1
-    head_width: int = 32
-    expansion: float = 4.0
+    head_width: PositiveInt = 32
+    expansion: PositiveFloat = 4.0
     windows: tuple[int, ...] = (3, 7)
     dynamic: bool = True
     pool: Pool = "avg2"

@@ -4,9 +4,11 @@
 from functools import partial
 
 import flax.linen as nn
+from pydantic import PositiveFloat, PositiveInt
 
 from localglobal_jax.blocks.residual import (
     MLP,
+    Activation,
     DropPath,
     Grid,
     Pool,
@@ -31,13 +33,13 @@ class Outlooker(nn.Module):
 
     features: int
     stride: int = 1
-    head_width: int = 32
-    expansion: float = 3.0
-    window: int = 3
-    spacing: int = 2
+    head_width: PositiveInt = 32
+    expansion: PositiveFloat = 3.0
+    window: PositiveInt = 3
+    spacing: PositiveInt = 2
     pool: Pool = "avg2"
     norm_eps: float = 1e-5
-    activation: str = "gelu"
+    activation: Activation = "gelu"
     qkv_bias: bool = False
     drop_path: float = 0.0
     dtype: str = "float32"

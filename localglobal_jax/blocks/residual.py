@@ -16,7 +16,9 @@ Grid = Float[Array, "b h w d"]
 Pool = Literal["avg2", "max2", "avg", "max"]
 Rounding = Literal["up", "down"] | None
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+Activation = Literal["gelu", "gelu_tanh", "silu", "relu", "tanh", "none"]
+Norm = Literal["batch", "layer"]
+ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
     "gelu": partial(nn.gelu, approximate=False),  # the erf form, as the references have it
     "gelu_tanh": partial(nn.gelu, approximate=True),
     "silu": nn.silu,
@@ -26,7 +28,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def make_norm(kind: str, *, eps: float, train: bool, dtype: str, name: str) -> nn.Module:
+def make_norm(kind: Norm, *, eps: float, train: bool, dtype: str, name: str) -> nn.Module:
     """A "batch" or "layer" norm; statistics are float32 at least.
 
     Running statistics follow TensorFlow's rule: momentum 0.9 and the biased variance of the batch
@@ -85,7 +87,7 @@ class DropPath(nn.Module):
     rate: float = 0.0
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b *rest"], *, train: bool) -> Float[Array, "b *rest"]:
+    def __call__(self, x: Float[Array, " b *rest"], *, train: bool) -> Float[Array, " b *rest"]:
         if not train or self.rate == 0.0:
             return x
         shape = (x.shape[0],) + (1,) * (x.ndim - 1)
@@ -108,7 +110,7 @@ class MLP(nn.Module):
     """Two dense layers at every position."""
 
     hidden: int
-    activation: str = "gelu"
+    activation: Activation = "gelu"
     dtype: str = "float32"
 
     @nn.compact
@@ -122,7 +124,7 @@ class SqueezeExcite(nn.Module):
     """Channels gated by a global average of the grid (arXiv 1709.01507)."""
 
     hidden: int
-    activation: str = "silu"
+    activation: Activation = "silu"
     dtype: str = "float32"
 
     @nn.compact

@@ -5,12 +5,15 @@ from functools import partial
 from typing import Any, Literal
 
 import flax.linen as nn
+from pydantic import PositiveFloat, PositiveInt
 
 from localglobal_jax.blocks.residual import (
     MLP,
+    Activation,
     DropPath,
     Grid,
     LayerScale,
+    Norm,
     Pool,
     Rounding,
     Shortcut,
@@ -40,13 +43,13 @@ class TransformerBlock(nn.Module):
 
     features: int
     stride: int = 1
-    head_width: int = 32
-    expansion: float = 4.0
+    head_width: PositiveInt = 32
+    expansion: PositiveFloat = 4.0
     widen_at: Literal["qkv", "output"] = "qkv"
     pool: Pool = "avg2"
-    norm: Literal["layer", "batch"] = "layer"
+    norm: Norm = "layer"
     norm_eps: float = 1e-6
-    activation: str = "gelu"
+    activation: Activation = "gelu"
     shortcut_bias: bool = True
     qkv_bias: bool = True
     layer_scale: float | None = None
@@ -105,7 +108,7 @@ class Transformer(TransformerBlock):
     """
 
     bias: Literal["table", "mlp", "none"] = "table"
-    bias_hidden: int = 512
+    bias_hidden: PositiveInt = 512
 
     @property
     def odd_grids(self) -> Rounding:
@@ -126,7 +129,7 @@ class PlainTransformer(Transformer):
 class AdaptiveTransformer(TransformerBlock):
     """A: content-adaptive convolution, with a window of `window` positions a side."""
 
-    window: int = 7
+    window: PositiveInt = 7
 
     def operator(self, grid: tuple[int, int], **options: Any) -> nn.Module:
         return AdaptiveConv(window=self.window, use_bias=self.qkv_bias, **options)
@@ -151,10 +154,10 @@ class FocalTransformerBlock(TransformerBlock):
     """
 
     norm_eps: float = 1e-5
-    window: int = 7
+    window: PositiveInt = 7
     expand: int = 3
-    levels: int = 2
-    focal_window: int = 3
+    levels: PositiveInt = 2
+    focal_window: PositiveInt = 3
     shift: int = 0
     focal_pool: PoolMethod = "fc"
     scale: float | None = None

@@ -17,12 +17,19 @@ from localglobal_jax import schema
 from localglobal_jax.data import augment, prepare, randaugment, records
 from localglobal_jax.data.builders import EMBEDDED
 from localglobal_jax.data.loader import Batch, Draws
-from localglobal_jax.data.readers import MockReader, Reader, RecordReader
+from localglobal_jax.data.readers import MockReader, Reader, RecordReader, facts
 
 IN_MEMORY = 2 * 2**30  # bytes below which a decoded split is kept, if the options do not say
 BLOCK = 1024  # records read at a time while filling the memory
 EVAL_FRACTION = 0.875  # of the image that evaluation sees after training on resized crops
 CROP, CHANGE = 0, 1  # streams of random numbers
+
+
+def describe(options: schema.Images) -> tuple[int, int]:
+    """Classes and channels of a data set, which need not be there yet."""
+    info = records.find_builder(options.name, records.data_root(options.dir)).info
+    classes, channels, _ = facts(info)
+    return classes, channels
 
 
 def open_split(options: schema.Images, split: str, *, train: bool) -> "ImageSource":

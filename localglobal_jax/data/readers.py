@@ -70,7 +70,7 @@ def label_and_image(info: tfds.core.DatasetInfo) -> tuple[str, str]:
     return labels[0], images[0]
 
 
-def _facts(info: tfds.core.DatasetInfo) -> tuple[int, int, tuple[int, int] | None]:
+def facts(info: tfds.core.DatasetInfo) -> tuple[int, int, tuple[int, int] | None]:
     """Classes, channels and, if it is the same for all images, (height, width)."""
     label, image = label_and_image(info)
     h, w, channels = info.features[image].shape
@@ -86,7 +86,7 @@ class RecordReader:
     def __init__(self, source: records.Records):
         self._source = source
         self._label, self._image = label_and_image(source.info)
-        self.classes, self.channels, self.shape = _facts(source.info)
+        self.classes, self.channels, self.shape = facts(source.info)
         self.bad = source.bad
         self.block = source.block
 
@@ -106,7 +106,7 @@ class MockReader:
     """Made-up images: each class is a pattern of soft blobs, each image adds noise of its own."""
 
     def __init__(self, info: tfds.core.DatasetInfo, size: tuple[int, int], train: bool):
-        self.classes, self.channels, _ = _facts(info)
+        self.classes, self.channels, _ = facts(info)
         self.shape: tuple[int, int] | None = size
         self._size = size
         self._train = train

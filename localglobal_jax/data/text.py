@@ -150,9 +150,15 @@ def open_train(options: schema.Text, tokenizers: Tokenizers | None = None) -> Te
     return TextSource(tokenizers, text, count=options.buckets, max_length=options.max_length)
 
 
-def open_eval(options: schema.Text, split: str, train: TextSource) -> TextSource:
-    """A split to evaluate, with the vocabulary and lengths of training; no pair is too long."""
-    return TextSource(train.tokenizers, pairs.read(options, split), edges=train.edges)
+def open_eval(
+    options: schema.Text, split: str, tokenizers: Tokenizers, edges: tuple[int, ...] = ()
+) -> TextSource:
+    """A split to evaluate, with the vocabulary of training; no pair is too long.
+
+    ``edges``: the lengths of training, if it was opened; else the split gets lengths of its own.
+    """
+    text = pairs.read(options, split)
+    return TextSource(tokenizers, text, count=options.buckets, edges=edges)
 
 
 def train_batches(

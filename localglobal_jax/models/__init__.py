@@ -64,13 +64,10 @@ def named_models() -> list[str]:
 def create_model(name: str, **overrides: Any) -> nn.Module:
     """The linen module called `name`, with some of its fields overridden.
 
-    Raises ValueError for a name or a field that does not exist.
+    Raises ValueError for a name or a field that does not exist, or a value of another type.
     """
     if name not in MODELS:
         raise configlib.unknown("model", name, MODELS)
     cls, spec = MODELS[name]
-    fields = {f.name for f in dataclasses.fields(cls)} - {"parent", "name"}
-    for field in overrides:
-        if field not in fields:
-            raise configlib.unknown(f'option of model "{name}":', field, fields)
+    configlib.check_fields(cls, overrides, f'model "{name}"')
     return cls(**{**spec, **overrides})

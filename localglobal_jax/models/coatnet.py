@@ -15,8 +15,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 from flax.core import FrozenDict, freeze
 from jaxtyping import Array, Float
+from pydantic import PositiveInt
 
 from localglobal_jax import layout as layouts
+from localglobal_jax.blocks.residual import Activation, Norm
 from localglobal_jax.models.coatnet_variants import VARIANTS
 from localglobal_jax.stems_heads import ConvStem, PatchStem, PoolingHead
 
@@ -49,15 +51,15 @@ class CoAtNet(nn.Module):
     depths: tuple[int, ...] = (2, 3, 5, 2)
     widths: tuple[int, ...] = (96, 192, 384, 768)
     strides: tuple[int, ...] | None = None
-    stem: tuple[int, ...] = (64, 64)
-    stem_stride: int = 2
-    stem_activation: str = "gelu"
+    stem: tuple[PositiveInt, ...] = (64, 64)
+    stem_stride: PositiveInt = 2
+    stem_activation: Activation = "gelu"
     stem_bias: bool = False
-    stem_norm: str = "batch"
+    stem_norm: Norm = "batch"
     stem_norm_eps: float = 1e-5
     blocks: Mapping[str, Mapping[str, Any]] = FrozenDict()
     head_hidden: int = 0
-    head_norm: str = "layer"
+    head_norm: Norm = "layer"
     head_norm_first: bool = False
     head_norm_eps: float = 1e-6
     drop_path: float = 0.0

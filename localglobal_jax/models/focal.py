@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 from jaxtyping import Array, Float
+from pydantic import PositiveFloat, PositiveInt
 
 from localglobal_jax import layout as layouts
 from localglobal_jax.blocks import BLOCKS
@@ -80,7 +81,7 @@ class FocalTransformer(nn.Module):
     depths: tuple[int, ...] = (2, 2, 6, 2)
     widths: tuple[int, ...] = (96, 192, 384, 768)
     heads: tuple[int, ...] = (3, 6, 12, 24)
-    window: int = 7
+    window: PositiveInt = 7
     expand: tuple[int, ...] = (3, 3, 3, 3)
     levels: tuple[int, ...] = (2, 2, 2, 2)
     focal_windows: tuple[int, ...] = (7, 5, 3, 1)
@@ -89,12 +90,12 @@ class FocalTransformer(nn.Module):
     shift: bool = False
     nearest: int = 0
     image_size: int | tuple[int, int] = 224
-    patch: int = 4
+    patch: PositiveInt = 4
     conv_embed: bool = False
     stem_norm: bool = True
     pre_norm: bool = False
     position_embedding: bool = False
-    expansion: float = 4.0
+    expansion: PositiveFloat = 4.0
     qkv_bias: bool = True
     scale: float | None = None
     layer_scale: float | None = None

@@ -17,6 +17,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from flax.core import FrozenDict
 from jaxtyping import Array, Float
+from pydantic import PositiveInt
 
 from localglobal_jax import layout as layouts
 from localglobal_jax.blocks import BLOCKS
@@ -79,7 +80,7 @@ class VOLO(nn.Module):
     heads: tuple[int, ...] = (6, 12, 12, 12)
     expansion: float | tuple[float, ...] = 3.0
     stem: int = 64
-    patch: int = 8
+    patch: PositiveInt = 8
     position: int = 2
     class_blocks: int = 2
     aux_head: bool = True

@@ -38,7 +38,7 @@ def adaptive_convolution(
     bias: Float[Array, "*window _"],
     *,
     causal: bool = False,
-    mask: Bool[Array, "b *space"] | None = None,
+    mask: Bool[Array, " b *space"] | None = None,
 ) -> Float[Array, "b *space n v"]:
     """``y_i = sum_{j in N(i)} softmax_j(q_i.k_j / sqrt(c) + w_{j-i}) v_j``, N(i) a window around i.
 
@@ -116,7 +116,7 @@ class AdaptiveConv(nn.Module):
         self,
         x: Float[Array, "b *space d"],
         *,
-        mask: Bool[Array, "b *space"] | None = None,
+        mask: Bool[Array, " b *space"] | None = None,
         train: bool = False,
     ) -> Float[Array, "b *space e"]:
         features = self.features or x.shape[-1]

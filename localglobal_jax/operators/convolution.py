@@ -22,6 +22,8 @@ Padding = Sequence[tuple[int, int]]
 
 def same_padding(window: Sequence[int]) -> Padding:
     """k // 2 on both sides, as PyTorch pads. Flax's "SAME" pads (0, 1) at stride 2 instead."""
+    if not all(k % 2 for k in window):
+        raise ValueError(f"window {tuple(window)}: padding it evenly needs odd sizes")
     return tuple((k // 2, k // 2) for k in window)
 
 

@@ -24,7 +24,7 @@ from localglobal_jax.reach import GLOBAL, Reach
 
 
 def mix(
-    parts: Sequence[Float[Array, "b *space d"]], gate: Float[Array, "parts"]
+    parts: Sequence[Float[Array, "b *space d"]], gate: Float[Array, " parts"]
 ) -> Float[Array, "b *space d"]:
     """The parts weighed by the softmax of one learned number each (section 3.3)."""
     weights = jax.nn.softmax(gate)

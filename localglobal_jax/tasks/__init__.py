@@ -12,6 +12,9 @@ TASKS: dict[str, Callable[..., Task]] = {"classification": classification.create
 __all__ = ["TASKS", "Batch", "Evaluator", "Loss", "Sums", "Task", "Variables", "create_task"]
 
 
-def create_task(run: schema.Run, *, shard: tuple[int, int] = (0, 1)) -> Task:
-    """The task that `run` describes, as host `shard[0]` of `shard[1]` sees it."""
-    return TASKS[run.task.name](run, shard=shard)
+def create_task(run: schema.Run, *, shard: tuple[int, int] = (0, 1), train: bool = True) -> Task:
+    """The task that `run` describes, as host `shard[0]` of `shard[1]` sees it.
+
+    `train`: whether it will train; if not, the training data need not be there.
+    """
+    return TASKS[run.task.name](run, shard=shard, train=train)

@@ -2,49 +2,63 @@
 """Classification: a batch is images and labels."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from localglobal_jax import arrays, losses, metrics, schema
+from localglobal_jax import arrays, losses, metrics, mix_token, schema
 from localglobal_jax.data import images, loader, mixing
 from localglobal_jax.models import create_model
 from localglobal_jax.tasks.task import Batch, Evaluator, HostBatch, Loss, Task, Variables
 
 
-def create(run: schema.ClassificationRun, *, shard: tuple[int, int] = (0, 1)) -> Task:
-    """The task of `run`; opens its data, so a missing data set is an error here."""
-    train = images.open_split(run.data, run.data.train_split, train=True)
-    spec = {"classes": train.classes, **run.model, "dtype": run.dtype}
-    if spec["classes"] < train.classes:
+def create(
+    run: schema.ClassificationRun, *, shard: tuple[int, int] = (0, 1), train: bool = True
+) -> Task:
+    """The task of `run`. Checks its model, then opens its data: a missing set is an error here."""
+    classes, channels = images.describe(run.data)
+    spec = {"classes": classes, **run.model, "dtype": run.dtype}
+    if "dtype" in run.model:
+        raise ValueError("model.dtype follows from the run: set config.dtype instead")
+    if spec["classes"] < classes:
         raise ValueError(
-            f"model.classes={spec['classes']}, but {run.data.name} has {train.classes} classes: "
+            f"model.classes={spec['classes']}, but {run.data.name} has {classes} classes: "
             "leave model.classes out to take the data set's"
         )
     model = create_model(**spec)
-    shape = (*run.data.image_size, train.channels)
-    return Task(
-        model=model,
-        model_spec=spec,
-        inputs=(jax.ShapeDtypeStruct((2, *shape), jnp.float32),),
-        loss=lambda variables, batch, key: loss(model, run, variables, batch, key),
-        train_batches=lambda start, stop: loader.train_batches(
-            train,
+    shape = (*run.data.image_size, channels)
+    example = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
+    jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), example)
+    source = images.open_split(run.data, run.data.train_split, train=True) if train else None
+
+    def train_batches(start: int, stop: int) -> Iterator[HostBatch]:
+        assert source is not None, "this task was created with train=False"
+        return loader.train_batches(
+            source,
             batch_size=run.batch_size,
             seed=run.seed,
             start=start,
             stop=stop,
             shard=shard,
-        ),
+        )
+
+    size = f"{len(source)} images" if source else "images"
+    return Task(
+        model=model,
+        model_spec=spec,
+        inputs=(example,),
+        loss=lambda variables, batch, key: loss(model, run, variables, batch, key),
+        train_batches=train_batches,
         evaluators={
             split: create_evaluator(model, run, split, shard=shard)
             for split in run.data.eval_splits
         },
         items="images",
-        summary=f"{run.data.name}/{run.data.train_split}: {len(train)} images "
-        f"{'x'.join(map(str, shape))}, {train.classes} classes",
+        summary=f"{run.data.name}/{run.data.train_split}: {size} {'x'.join(map(str, shape))}, "
+        f"{classes} classes",
     )
 
 
@@ -62,7 +76,10 @@ def create_evaluator(
         logits, _ = model.apply(variables, normalize(batch["image"], run.data), train=False)
         return metrics.classification(logits, batch["label"], batch["mask"])
 
-    return Evaluator(batches, measure, size=lambda: len(source) - source.skipped)
+    row = jax.ShapeDtypeStruct((1, model.classes), jnp.float32)
+    one = jax.ShapeDtypeStruct((1,), jnp.int32)
+    names = (*jax.eval_shape(metrics.classification, row, one, one), "count")
+    return Evaluator(batches, measure, names, size=lambda: len(source) - source.skipped)
 
 
 def normalize(image: UInt8[Array, "b h w c"], options: schema.Images) -> Float[Array, "b h w c"]:
@@ -79,7 +96,12 @@ def loss(
     batch: Batch,
     key: jax.Array,
 ) -> Loss:
-    """Cross-entropy of a training batch, on mixed images if MixUp or CutMix are on."""
+    """Cross-entropy of a training batch, on mixed images if MixUp or CutMix are on.
+
+    A model that classifies every token too ("aux_logits", VOLO) gets the mean loss of its tokens
+    added (arXiv 2104.10858, equation 3); without label maps of a teacher, a token's label is its
+    image's. Where it mixed tokens of two images ("mix_box"), the class logits meet both labels.
+    """
     mix_key, dropout_key = jax.random.split(key)
     image, mask = normalize(batch["image"], run.data), batch["mask"]
     target = jax.nn.one_hot(batch["label"], model.classes)
@@ -87,14 +109,23 @@ def loss(
         image, target = mixing.mix(
             mix_key, image, target, mask, mixup=run.task.mixup, cutmix=run.task.cutmix
         )
-    (logits, _), collections = model.apply(
+    (logits, found), collections = model.apply(
         variables,
         image,
         train=True,
         rngs={"dropout": dropout_key},
         mutable=[name for name in variables if name != "params"],
     )
-    each = losses.cross_entropy(logits, target, label_smoothing=run.task.label_smoothing)
+    cross_entropy = partial(losses.cross_entropy, label_smoothing=run.task.label_smoothing)
+    class_target = target
+    if "mix_box" in found:
+        own = mix_token.kept_share(found["mix_box"], found["aux_logits"].shape[1:3])
+        class_target = own * target + (1 - own) * target[::-1]
+    each = cross_entropy(logits, class_target)
+    if "aux_logits" in found:
+        token_target = jnp.broadcast_to(target[:, None, None], found["aux_logits"].shape)
+        tokens = cross_entropy(found["aux_logits"], token_target).mean((1, 2))
+        each = each + run.task.token_weight * tokens
     total, weight = jnp.sum(each * mask), jnp.sum(mask)
     sums = metrics.classification(logits, batch["label"], mask)
     return Loss(total, weight, {**sums, "loss": (total, weight)}, collections)

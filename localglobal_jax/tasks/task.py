@@ -35,6 +35,7 @@ class Evaluator:
 
     batches: Callable[[], Iterator[HostBatch]]
     metrics: Callable[[Variables, Batch], Sums]
+    metric_names: tuple[str, ...]
     size: Callable[[], int]  # asked after the last batch, when the bad records are known
 
 

@@ -168,8 +168,8 @@ def test_the_mock_language_can_be_learned():
     train, held_out = (pairs.read(MOCK, split) for split in ("train", "validation"))
     assert train.sources != held_out.sources
     assert mock().tokenizers.joint and mock().tokenizers.source.size == 40
-    evaluation = text.open_eval(MOCK, "validation", mock())
-    assert evaluation.tokenizers is mock().tokenizers
+    evaluation = text.open_eval(MOCK, "validation", mock().tokenizers)
+    assert len(evaluation.edges) <= MOCK.buckets  # of its own: training was not opened for it
 
 
 # ------------------------------------------------------------------------------------------ TFDS
@@ -220,7 +220,7 @@ def test_a_prepared_wmt_set_is_read_by_its_standard_name(tmp_path):
     assert pairs.read(turned, "train").targets == made.sources
     source = text.open_train(options)
     assert len(source) == 50
-    evaluation = text.open_eval(options, "validation", source)
+    evaluation = text.open_eval(options, "validation", source.tokenizers, source.edges)
     (first, *_) = text.eval_batches(evaluation, tokens=512, multiple=8)
     i = int(first["index"][0])
     assert source.tokenizers.target.decode(first["target"][0]) == evaluation.text.targets[i]
@@ -292,7 +292,7 @@ def test_own_files_become_batches(tmp_path):
     assert options.name == "text_pairs"
     counts = pairs.count(options)
     source = text.open_train(options)
-    evaluation = text.open_eval(options, "validation", source)
+    evaluation = text.open_eval(options, "validation", source.tokenizers, source.edges)
     assert counts["train"] == len(source) and counts["validation"] == len(evaluation)
     assert sum(n for key, n in pairs.count(
         options.model_copy(update={"eval_splits": ("validation", "test")})

@@ -105,3 +105,42 @@ def test_normalize_is_per_channel():
     ).data
     image = jnp.full((1, 1, 1, 3), 255, jnp.uint8)
     np.testing.assert_allclose(classification.normalize(image, options)[0, 0, 0], [1, 1, 0])
+
+
+def test_tokens_are_classified_too_and_mixed_tokens_meet_both_labels(tmp_path):
+    fields = {"depths": (1, 1, 1, 1), "widths": (24, 48, 48, 48), "heads": (2, 4, 4, 4), "stem": 8}
+    run = configlib.check(
+        {
+            "model": {"name": "volo", "mix_token": True, **fields},
+            "data": {"name": "cifar10", "mock": True, "image_size": (64, 64)},
+            "task": {"token_weight": 0.5},
+        }
+    )
+    task = create_task(run)
+    batch = next(task.train_batches(0, 1))
+    batch = {k: jnp.asarray(v[:4]) for k, v in batch.items()}
+    variables = jax.jit(task.model.init)(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+    key = jax.random.key(3)
+
+    def total(params):
+        return task.loss({**variables, "params": params}, batch, key).total
+
+    found, gradient = jax.jit(jax.value_and_grad(total))(variables["params"])
+    assert all(np.any(g) for g in jax.tree.leaves(gradient["head"]))
+
+    (logits, out), _ = task.model.apply(
+        variables,
+        classification.normalize(batch["image"], run.data),
+        train=True,
+        rngs={"dropout": jax.random.split(key)[1]},
+        mutable=["batch_stats"],
+    )
+    top, left, bottom, right = np.asarray(out["mix_box"])
+    assert bottom > top, "take another key: this one mixes nothing"
+    own = 1 - (bottom - top) * (right - left) / 16
+    label, row = np.asarray(batch["label"]), np.arange(4)
+    log_p = np.asarray(jax.nn.log_softmax(logits))
+    expected = -(own * log_p[row, label] + (1 - own) * log_p[row, label[::-1]]).sum()
+    tokens = np.asarray(jax.nn.log_softmax(out["aux_logits"])).mean((1, 2))
+    expected += -0.5 * tokens[row, label].sum()
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
