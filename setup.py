@@ -32,7 +32,9 @@ INSTALL = [
     "tensorboardX>=2.6.2",
     "tensorflow-datasets>=4.9.10",
 ]
+TEXT = ["sacrebleu>=2.4", "sentencepiece>=0.2"]
 TEST = [
+    *TEXT,
     "beartype>=0.19",
     "hypothesis>=6.100",
     "pytest>=8",
@@ -42,7 +44,7 @@ TEST = [
 EXTRAS = {
     "test": TEST,
     "dev": [*TEST, "mypy>=1.13", "pre-commit>=4", "ruff>=0.9"],
-    "text": ["sacrebleu>=2.4", "sentencepiece>=0.2"],
+    "text": TEXT,
     "tf": ["tensorflow-cpu>=2.18"],  # only to prepare TFDS sets whose builders need it
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],
     "cuda": ["jax[cuda12]>=0.10.2,<0.13"],

@@ -105,6 +105,14 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--source", metavar="DIR", help="files already downloaded")
     sub.add_argument("--from_tfrecord", metavar="DIR", help="convert a TFRecord data set")
 
+    example = "hyp.de test.de --source test.en"
+    sub = command("score", score, "BLEU and chrF of translations", example)
+    sub.add_argument("hypotheses", metavar="HYP", help="a translation per line")
+    sub.add_argument("references", metavar="REF", help="what it should be")
+    sub.add_argument("--source", metavar="SRC", help="also score by length of the source")
+    sub.add_argument("--tokenized", action="store_true",
+                     help="words stand between blanks: BLEU of tokenised text")  # fmt: skip
+
     sub = command("inspect", inspect, "what is in a checkpoint", "runs/digits --verify")
     sub.add_argument("path", metavar="PATH", help="a workdir, or a checkpoint in it")
     sub.add_argument("--verify", action="store_true", help="re-check the digest of every leaf")
@@ -157,20 +165,32 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def prepare(args: argparse.Namespace) -> None:
-    from localglobal_jax import configlib
+    from localglobal_jax import configlib, schema
+    from localglobal_jax.data import pairs
     from localglobal_jax.data import prepare as data
 
-    name, directory = args.name, args.dir
+    name, directory, options = args.name, args.dir, None
     if args.config:
         options = configlib.check(configlib.load(args.config, args.overrides)).data
         name, directory = options.name, directory or options.dir
-    if args.from_tfrecord:
+    if isinstance(options, schema.Text) and options.files:
+        counts = pairs.count(options)  # nothing to prepare, but can it be read?
+    elif args.from_tfrecord:
         counts = data.from_tfrecord(args.from_tfrecord, directory)
     elif name:
         counts = data.prepare(name, directory, source=args.source)
     else:
         raise ValueError("name a data set: --config FILE, a TFDS NAME, or --from_tfrecord DIR")
     print(json.dumps(counts) if args.json else "\n".join(f"{k}: {v}" for k, v in counts.items()))
+
+
+def score(args: argparse.Namespace) -> None:
+    from localglobal_jax import scoring
+    from localglobal_jax.data.text_files import read_lines
+
+    files = [args.hypotheses, args.references, *([args.source] if args.source else [])]
+    result = scoring.score(*map(read_lines, files), tokenized=args.tokenized)
+    print(json.dumps(result) if args.json else scoring.report(result))
 
 
 def inspect(args: argparse.Namespace) -> int:

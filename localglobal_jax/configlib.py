@@ -125,7 +125,7 @@ def override(config: ConfigDict, field: str, text: str) -> None:
     """Sets ``a.b.c`` of `config` to `text`, read as the type that the field has."""
     *parents, leaf = field.split(".")
     section: Any = config
-    known: Any = schema.Run
+    known: Any = run_class(config)
     for name in parents:
         if known is not None and name not in known.model_fields:
             raise unknown("config section", name, known.model_fields)
@@ -166,18 +166,29 @@ def _section_of(section: Any, name: str) -> Any:
 def check(config: ConfigDict | Mapping[str, Any]) -> schema.Run:
     """`config` as a frozen, typed `schema.Run`, or a ValueError that lists every wrong field."""
     tree = to_tree(config)
+    kind = run_class(tree)
     try:
-        return schema.Run.model_validate(tuples(tree))
+        return kind.model_validate(tuples(tree))
     except pydantic.ValidationError as error:
-        problems = [_explain(e, tree) for e in error.errors(include_url=False)]
+        problems = [_explain(e, kind) for e in error.errors(include_url=False)]
     raise ValueError("the config is wrong:\n  " + "\n  ".join(problems))
 
 
-def _explain(error: Mapping[str, Any], tree: Mapping[str, Any]) -> str:
+def run_class(config: ConfigDict | Mapping[str, Any]) -> type[schema.Run]:
+    """The kind of run that ``task.name`` names: it decides what the other sections may hold."""
+    task = config.get("task")
+    default = next(iter(schema.RUNS))
+    name = task.get("name", default) if isinstance(task, ConfigDict | Mapping) else default
+    if not isinstance(name, str) or name not in schema.RUNS:
+        raise ValueError(f"config.task.name={name!r}: {unknown('task', str(name), schema.RUNS)}")
+    return schema.RUNS[name]
+
+
+def _explain(error: Mapping[str, Any], kind: type[schema.Run]) -> str:
     """One line for one pydantic error."""
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        section: Any = schema.Run
+        section: Any = kind
         for name in error["loc"][:-1]:
             section = _section_of(section, str(name)) or section
         return f"config.{where}: " + str(
@@ -185,8 +196,10 @@ def _explain(error: Mapping[str, Any], tree: Mapping[str, Any]) -> str:
         )
     if error["type"] == "missing":
         return f"config.{where} is missing"
-    given = error["input"]
-    return f"config.{where}={given!r} ({type(given).__name__}): {error['msg']}"
+    given, reason = error["input"], error.get("ctx", {}).get("error", error["msg"])
+    if isinstance(reason, ValueError) and isinstance(given, Mapping):
+        return f"config.{where}: {reason}"  # fields of a section that do not fit each other
+    return f"config.{where}={given!r} ({type(given).__name__}): {reason}"
 
 
 def check_fields(cls: type, values: Mapping[str, Any], what: str) -> None:

@@ -7,7 +7,7 @@ launcher can check a thousand configs in a second. The ``model`` section is the 
 keys are the fields of the module that its ``name`` builds, and `models.create_model` checks them.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -55,6 +55,51 @@ class Images(Section):
         return area
 
 
+class Text(Section):
+    """Where pairs of sentences come from and how they become batches of token ids.
+
+    ``batch_size`` counts tokens of the longer side, padding included: a batch of the length bucket
+    L holds ``batch_size // L`` pairs, rounded down to a multiple of ``rows_multiple``.
+    """
+
+    name: str = "lohelp_translate/en-de"  # a TFDS name: wmt14_translate/de-en, opus, ...
+    dir: str | None = None  # TFDS data directory; None: $TFDS_DATA_DIR or ~/tensorflow_datasets
+    # Text of your own instead (the name is then "text_pairs"): two files, line i of one translating
+    # line i of the other, or one .tsv of "source TAB target". With "{split}" in their names each
+    # split has its own, else a pair's split is a function of its source (see `data/text_files.py`).
+    files: Annotated[tuple[str, ...], Field(max_length=2)] = ()
+    mock: bool = False  # a made-up language, no data needed
+    source: str | None = None  # language (TFDS feature) to translate from; None: as the set says
+    target: str | None = None
+    train_split: str = "train"
+    eval_splits: tuple[str, ...] = ("validation",)
+    # Trained on the training split and kept in the workdir; "dict": text that is split into
+    # subwords already, with fairseq's dictionaries
+    tokenizer: Literal["bpe", "unigram", "dict"] = "bpe"
+    vocab: Annotated[int, Field(ge=8)] = 8000  # ids, four special ones included
+    joint: bool = True  # one vocabulary for both languages
+    dicts: Annotated[tuple[str, ...], Field(max_length=2)] = ()  # dict.txt of source and target
+    max_length: Annotated[int, Field(ge=2)] = 256  # training leaves out pairs with more tokens
+    buckets: PositiveInt = 6  # lengths that batches are padded to; each is compiled once
+    rows_multiple: PositiveInt = 8  # so that batches are the same on any number of devices
+    max_bad_records: NonNegativeInt = 0  # leave out up to this many unreadable records
+    threads: PositiveInt = 2  # batches made at a time by one host
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _name_of_files(cls, given: Any) -> Any:
+        own = isinstance(given, dict) and given.get("files")
+        return {**given, "name": "text_pairs"} if own else given
+
+    @pydantic.model_validator(mode="after")
+    def _dictionaries(self) -> Self:
+        if (self.tokenizer == "dict") != bool(self.dicts) and not self.mock:
+            raise ValueError(
+                'tokenizer="dict" and dicts=(FILE,) or (SOURCE_FILE, TARGET_FILE) need each other'
+            )
+        return self
+
+
 class Classification(Section):
     """What a batch means: images and labels."""
 
@@ -63,6 +108,13 @@ class Classification(Section):
     mixup: NonNegativeFloat = 0.0  # alpha of Beta(alpha, alpha); 0: off (arXiv 1710.09412)
     cutmix: NonNegativeFloat = 0.0  # alpha; with both on, each batch takes one of them
     token_weight: NonNegativeFloat = 0.5  # of the loss of all tokens, if the model has their logits
+
+
+class Translation(Section):
+    """What a batch means: sentences and their translations."""
+
+    name: Literal["translation"] = "translation"
+    label_smoothing: Fraction = 0.1
 
 
 class Optim(Section):
@@ -116,22 +168,38 @@ class Parallel(Section):
 
 
 class Run(Section):
-    """A whole run."""
+    """A whole run. ``task.name`` decides which of `RUNS` it is, hence what ``data`` may hold."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # beyond, jax.random.key repeats itself
     steps: PositiveInt = 1000  # optimizer updates
-    batch_size: PositiveInt = 128  # global, over all hosts and devices
+    batch_size: PositiveInt = 128  # global, over all hosts and devices; of text: in tokens
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters stay float32
     model: dict[str, Any]  # {"name": ..., **fields of the module}
     init: str | None = None  # fine-tune from the variables of this workdir or checkpoint
-    task: Classification = Classification()
-    data: Images = Images()
+    task: Classification | Translation
+    data: Images | Text
     optim: Optim = Optim()
     checkpoint: Checkpoints = Checkpoints()
     eval: Evaluation = Evaluation()
     log: Log = Log()
     parallel: Parallel = Parallel()
 
+
+class ClassificationRun(Run):
+    """Images and labels: what a run is where ``task.name`` is left out."""
+
+    task: Classification = Classification()
+    data: Images = Images()
+
+
+class TranslationRun(Run):
+    """Sentences and their translations."""
+
+    task: Translation
+    data: Text = Text()
+
+
+RUNS: dict[str, type[Run]] = {"classification": ClassificationRun, "translation": TranslationRun}
 
 # Fields that may differ between a run and its resumption: they change nothing that is computed,
 # but for the order in which another number of devices adds up, and records that were bad.

@@ -24,6 +24,7 @@ FLOORS = [  # a room imports from floors below its own; files of one room see ea
         "model_card",
         "optim",
         "reporting",
+        "scoring",
         "stored",
         "workdir",
     ],

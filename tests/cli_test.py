@@ -143,8 +143,44 @@ def test_prepare_prints_counts(data_dir, capsys):
     assert "name a data set" in capsys.readouterr().err
 
 
+def test_prepare_counts_the_pairs_of_own_files(tmp_path, capsys):
+    (tmp_path / "c.py").write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config(arg=None):\n"
+        "    return ConfigDict(dict(model=dict(name='muse'), task=dict(name='translation')))\n"
+    )
+    (tmp_path / "pairs.tsv").write_text(
+        "".join(f"eins {i}\tone {i}\n" for i in range(99)) + "x\t\n"
+    )
+    command = ["prepare", f"--config={tmp_path}/c.py", f"--config.data.files={tmp_path}/pairs.tsv"]
+    assert main([*command, "--config.data.eval_splits=validation,test", "--json"]) == 0
+    counts = json.loads(capsys.readouterr().out)
+    assert sum(counts.values()) == 100 and counts["train"] > 80
+    (tmp_path / "pairs.tsv").write_text("a\tb\nc\n")
+    assert main(command) == 2
+    assert "line 2 of" in capsys.readouterr().err
+
+
+def test_score(tmp_path, capsys):
+    for name, lines in (("hyp", "a b c d\n"), ("ref", "a b c d\n"), ("src", "x y\n")):
+        (tmp_path / name).write_text(lines)
+    hyp, ref, src = (str(tmp_path / name) for name in ("hyp", "ref", "src"))
+    assert main(["score", hyp, ref, "--source", src, "--tokenized"]) == 0
+    out = capsys.readouterr().out
+    assert "BLEU  100.00" in out and "tok:none|smooth:none" in out and "1-15" in out
+    assert main(["score", hyp, ref, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["bleu"] == pytest.approx(100) and "tok:13a" in result["signature"]
+    (tmp_path / "ref").write_text("a b c d\ne\n")
+    assert main(["score", hyp, ref]) == 2
+    assert "1 hypotheses, 2 references" in capsys.readouterr().err
+    (tmp_path / "ref").write_bytes(b"\xff\n")
+    assert main(["score", hyp, ref]) == 2
+    assert f"{ref} is not UTF-8 text: line 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
-    "command", ["train", "evaluate", "prepare", "inspect", "models", "convert"]
+    "command", ["train", "evaluate", "prepare", "score", "inspect", "models", "convert"]
 )
 def test_every_command_has_help_with_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -38,6 +38,60 @@ def test_every_config_is_right_small_and_has_a_tiny_size(file):
     assert len(file.read_text().splitlines()) <= 90
 
 
+TRANSLATION = {"model": {"name": "muse"}, "task": {"name": "translation"}}
+
+
+def test_the_task_decides_what_the_data_are():
+    run = configlib.check({**TRANSLATION, "data": {"vocab": 500}})
+    assert isinstance(run, schema.TranslationRun) and isinstance(run.data, schema.Text)
+    assert isinstance(configlib.check(BASE), schema.ClassificationRun)
+    assert configlib.check(json.loads(configlib.to_json(run))) == run
+    files = configlib.check({**TRANSLATION, "data": {"files": ["a.de", "a.en"]}})
+    assert files.data.files == ("a.de", "a.en") and files.data.name == "text_pairs"
+    assert configlib.check(json.loads(configlib.to_json(files))) == files
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("data", {"vocabs": 3}, r'config.data.vocabs: unknown key "vocabs"; did you mean "vocab"'),
+        ("data", {"vocab": 3}, "config.data.vocab=3 .*greater than or equal to 8"),
+        ("data", {"flip": True}, r'config.data.flip: unknown key "flip"'),
+        ("data", {"tokenizer": "word"}, r"config.data.tokenizer='word'.*'unigram'"),
+        (
+            "data",
+            {"tokenizer": "dict"},
+            'config.data: tokenizer="dict" and dicts=.*need each other',
+        ),
+        ("data", {"dicts": ["a"]}, "config.data: tokenizer="),
+        ("data", {"files": ["a", "b", "c"]}, "config.data.files=.*at most 2"),
+        ("task", {"name": "translation", "mixup": 1.0}, "config.task.mixup: unknown key"),
+        (
+            "task",
+            {"name": "translate"},
+            "config.task.name='translate'.*did you mean \"translation\"",
+        ),
+        ("task", {"name": None}, "config.task.name=None.*Known: classification, translation"),
+        ("task", 3, r"config.task=3 \(int\)"),
+    ],
+)
+def test_errors_inside_the_chosen_task(section, values, message):
+    with pytest.raises(ValueError, match=message):
+        configlib.check({**TRANSLATION, section: values})
+
+
+def test_overrides_know_the_task():
+    config = ConfigDict(TRANSLATION)
+    configlib.override(config, "data.files", "a.de,a.en")
+    configlib.override(config, "data.max_length", "1e2")
+    run = configlib.check(config)
+    assert run.data.files == ("a.de", "a.en") and run.data.max_length == 100
+    with pytest.raises(ValueError, match=r'"max_lenght"; did you mean "max_length"'):
+        configlib.override(config, "data.max_lenght", "1")
+    with pytest.raises(ValueError, match='unknown config key in data: "flip"'):
+        configlib.override(config, "data.flip", "true")
+
+
 @pytest.mark.parametrize(
     ("field", "text", "value"),
     [
@@ -126,15 +180,17 @@ JUNK = st.one_of(
     st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
 )
 FIELDS = [
-    field
-    for field in configlib.flatten(configlib.check(BASE).model_dump())
+    (base, field)
+    for base in (BASE, TRANSLATION)
+    for field in configlib.flatten(configlib.check(base).model_dump())
     if not field.startswith("model")
 ]
 
 
-@given(field=st.sampled_from(FIELDS), value=JUNK)
-def test_junk_in_any_field_is_a_value_error_that_names_it(field, value):
-    tree = json.loads(configlib.to_json(configlib.check(BASE)))
+@given(base_field=st.sampled_from(FIELDS), value=JUNK)
+def test_junk_in_any_field_is_a_value_error_that_names_it(base_field, value):
+    base, field = base_field
+    tree = json.loads(configlib.to_json(configlib.check(base)))
     *parents, leaf = field.split(".")
     section = tree
     for name in parents:
@@ -143,7 +199,8 @@ def test_junk_in_any_field_is_a_value_error_that_names_it(field, value):
     try:
         configlib.check(tree)
     except ValueError as error:
-        assert f"config.{field}" in str(error)
+        two = "config.data: tokenizer=" in str(error) and field == "data.dicts"
+        assert two or f"config.{field}" in str(error)
 
 
 @pytest.mark.parametrize("name", [f.name for f in CONFIGS])

@@ -86,7 +86,7 @@ def train_batches(
         index = np.array([order[p] for p in range(first, first + local)], np.int32)
         return {**source.batch(index, Draws(seed, first)), "index": index}
 
-    return _prefetch(make, start, stop, threads)
+    return prefetch(make, start, stop, threads)
 
 
 def eval_batches(
@@ -108,7 +108,7 @@ def eval_batches(
         mask = batch["mask"] * (wanted < size).astype(np.float32)
         return {**batch, "mask": mask, "index": index}
 
-    return _prefetch(make, 0, -(-size // batch_size), threads)
+    return prefetch(make, 0, -(-size // batch_size), threads)
 
 
 def _part(source: Source, batch_size: int, shard: tuple[int, int]) -> tuple[int, int]:
@@ -125,7 +125,7 @@ def _part(source: Source, batch_size: int, shard: tuple[int, int]) -> tuple[int,
     return host, batch_size // hosts
 
 
-def _prefetch(make: Callable[[int], Batch], start: int, stop: int, threads: int) -> Iterator[Batch]:
+def prefetch(make: Callable[[int], Batch], start: int, stop: int, threads: int) -> Iterator[Batch]:
     """Yields ``make(start), ..., make(stop - 1)``, made ahead of time in threads."""
     if stop <= start:
         return

@@ -22,7 +22,7 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 
 from localglobal_jax.data import records
-from localglobal_jax.data.builders import BUILDERS, fashion_mnist
+from localglobal_jax.data.builders import BUILDERS, RAW_FILES
 from localglobal_jax.data.records import INFO
 from localglobal_jax.data.tfrecord import read_tfrecord
 
@@ -36,6 +36,7 @@ SHARD_NAME = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"  # TFDS's default
 def prepare(name: str, data_dir: str | None = None, source: str | None = None) -> dict[str, int]:
     """Prepares TFDS data set ``name``, or only verifies it where it is there: split -> records.
 
+    Behind the splits come the counts that its builder noted, such as what it left out and why.
     ``source``: a directory with the raw files, where they cannot be downloaded: the IDX files of
     fashion_mnist, or what TFDS calls the manual directory (imagenet2012). Raises ValueError where
     the data set cannot be had or does not hold what its description says.
@@ -44,12 +45,17 @@ def prepare(name: str, data_dir: str | None = None, source: str | None = None) -
     builder = records.find_builder(name, root)
     if source is not None and not os.path.isdir(source):
         raise ValueError(f"the source directory {source} does not exist")
-    if builder.name == "fashion_mnist" and source is not None:
-        fashion_mnist.locate(source)
+    if builder.name in RAW_FILES and source is not None:
+        RAW_FILES[builder.name].locate(source, _config(builder))
     with _alone(pathlib.Path(root, builder.name)) as staging:
         if not records.is_prepared(builder):
             _make(builder, root, source, staging)
-    return verify(records.find_builder(name, root))
+    builder = records.find_builder(name, root)
+    return {**verify(builder), **(builder.info.metadata or {}).get("counts", {})}
+
+
+def _config(builder: tfds.core.DatasetBuilder) -> str:
+    return builder.builder_config.name if builder.builder_config else ""
 
 
 def verify(builder: tfds.core.DatasetBuilder) -> dict[str, int]:
@@ -114,12 +120,10 @@ def _make(
 ) -> None:
     """Writes the data set. What TFDS prints goes to stderr: stdout may be somebody's JSON."""
     _refuse_remains(pathlib.Path(builder.data_dir))
-    if builder.name == "fashion_mnist":
-        if source is None and fashion_mnist.INSTALLED.is_dir():
-            source = str(fashion_mnist.INSTALLED)
-        if source is None and (fetched := fashion_mnist.fetch_with_apt(staging)):
-            source = str(fetched)
-        builder = fashion_mnist.FashionMNIST(data_dir=root, source=source)
+    if builder.name in RAW_FILES:
+        config = _config(builder)
+        source = source or RAW_FILES[builder.name].find(config, staging)
+        builder = BUILDERS[builder.name](data_dir=root, config=config or None, source=source)
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
     config = tfds.download.DownloadConfig(manual_dir=source, try_download_gcs=False)

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tasks: where models meet data. One file each; `task.py` says what a task is."""
 
+from collections.abc import Callable
+
 from localglobal_jax import schema
 from localglobal_jax.tasks import classification
 from localglobal_jax.tasks.task import Batch, Evaluator, Loss, Sums, Task, Variables
 
-TASKS = {"classification": classification.create}
+TASKS: dict[str, Callable[..., Task]] = {"classification": classification.create}
 
 __all__ = ["TASKS", "Batch", "Evaluator", "Loss", "Sums", "Task", "Variables", "create_task"]
 

@@ -15,7 +15,9 @@ from localglobal_jax.models import create_model
 from localglobal_jax.tasks.task import Batch, Evaluator, HostBatch, Loss, Task, Variables
 
 
-def create(run: schema.Run, *, shard: tuple[int, int] = (0, 1), train: bool = True) -> Task:
+def create(
+    run: schema.ClassificationRun, *, shard: tuple[int, int] = (0, 1), train: bool = True
+) -> Task:
     """The task of `run`. Checks its model, then opens its data: a missing set is an error here."""
     classes, channels = images.describe(run.data)
     spec = {"classes": classes, **run.model, "dtype": run.dtype}
@@ -61,7 +63,7 @@ def create(run: schema.Run, *, shard: tuple[int, int] = (0, 1), train: bool = Tr
 
 
 def create_evaluator(
-    model: nn.Module, run: schema.Run, split: str, *, shard: tuple[int, int]
+    model: nn.Module, run: schema.ClassificationRun, split: str, *, shard: tuple[int, int]
 ) -> Evaluator:
     """Loss and accuracy on the whole of `split`."""
     source = images.open_split(run.data, split, train=False)
@@ -88,7 +90,11 @@ def normalize(image: UInt8[Array, "b h w c"], options: schema.Images) -> Float[A
 
 
 def loss(
-    model: nn.Module, run: schema.Run, variables: Variables, batch: Batch, key: jax.Array
+    model: nn.Module,
+    run: schema.ClassificationRun,
+    variables: Variables,
+    batch: Batch,
+    key: jax.Array,
 ) -> Loss:
     """Cross-entropy of a training batch, on mixed images if MixUp or CutMix are on.
 

@@ -9,8 +9,6 @@ download them, and encodes with OpenCV. It stays out of TFDS's registry, where t
 import gzip
 import math
 import pathlib
-import shutil
-import subprocess
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,18 +19,25 @@ from tensorflow_datasets.core import registered
 # Imported before the registry is switched off below, or TFDS would lose all its own image sets.
 from tensorflow_datasets.image_classification import mnist
 
-PACKAGE = "dataset-fashion-mnist"  # of Debian and Ubuntu
-INSTALLED = pathlib.Path("/usr/share/datasets/fashion-mnist")
+INSTALLED = pathlib.PurePosixPath("/usr/share/datasets/fashion-mnist")
 FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
 COUNTS = {"train": 60_000, "test": 10_000}
-APT_TIMEOUT = 300  # seconds, for 31 MB
 
 
-def locate(directory: str | pathlib.Path) -> dict[str, tuple[pathlib.Path, pathlib.Path]]:
+def packages(config: str = "") -> list[str]:
+    """The package of Debian and Ubuntu that holds the files."""
+    del config  # there is one
+    return ["dataset-fashion-mnist"]
+
+
+def locate(
+    directory: str | pathlib.Path, config: str = ""
+) -> dict[str, tuple[pathlib.Path, pathlib.Path]]:
     """The four IDX files (gzipped or not) in ``directory``: split -> (images, labels)."""
+    del config
     found, missing = {}, []
     for split, stems in FILES.items():
         paths = []
@@ -45,23 +50,6 @@ def locate(directory: str | pathlib.Path) -> dict[str, tuple[pathlib.Path, pathl
         names = ", ".join(missing)
         raise ValueError(f"Fashion-MNIST in {directory}: missing {names} (.gz or not)")
     return found  # type: ignore[return-value]
-
-
-def fetch_with_apt(directory: pathlib.Path) -> pathlib.Path | None:
-    """Fetches Debian's package below ``directory`` without root; None where that is impossible."""
-    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
-        return None
-    directory.mkdir(parents=True, exist_ok=True)
-
-    def run(*command: str) -> None:
-        subprocess.run(command, cwd=directory, check=True, capture_output=True, timeout=APT_TIMEOUT)
-
-    try:
-        run("apt-get", "download", PACKAGE)
-        run("dpkg-deb", "-x", *(path.name for path in directory.glob("*.deb")), ".")
-    except (OSError, subprocess.SubprocessError):
-        return None  # no network, no such package, no index: TFDS's own download is next
-    return directory / INSTALLED.relative_to("/")
 
 
 def read_idx(path: pathlib.Path, count: int) -> np.ndarray:

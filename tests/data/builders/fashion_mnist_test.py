@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import gzip
+import pathlib
 import shutil
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from localglobal_jax.data.builders import fashion_mnist
+from localglobal_jax.data.builders import debian, fashion_mnist
 from localglobal_jax.data.prepare import prepare
 
 COUNTS = {"train": 30, "test": 10}
@@ -71,8 +72,7 @@ def test_damaged_files_are_named(tmp_path, small, damage):
 def test_tfds_itself_is_asked_where_there_is_no_package(tmp_path, small, monkeypatch):
     """The download itself is TFDS's; its files arrive unpacked and in our hands."""
     source, _ = small
-    monkeypatch.setattr(fashion_mnist, "INSTALLED", tmp_path / "nowhere")
-    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(debian.Files, "find", lambda self, config, staging: None)
     asked = []
 
     def download_and_extract(self, urls):
@@ -94,7 +94,7 @@ def test_tfds_itself_is_asked_where_there_is_no_package(tmp_path, small, monkeyp
 @pytest.mark.slow
 def test_the_real_one_from_debian(tmp_path):
     """Needs Debian's package, or apt-get and a network."""
-    if not fashion_mnist.INSTALLED.is_dir() and not shutil.which("apt-get"):
+    if not pathlib.Path(fashion_mnist.INSTALLED).is_dir() and not shutil.which("apt-get"):
         pytest.skip("no apt-get here")
     counts = prepare("fashion_mnist", str(tmp_path))
     assert counts == {"train": 60_000, "test": 10_000}
