@@ -7,9 +7,10 @@ from typing import Any
 import flax.linen as nn
 
 from localglobal_jax import configlib
-from localglobal_jax.models import coatnet, focal, volo
+from localglobal_jax.models import coatnet, focal, muse, volo
 from localglobal_jax.models.coatnet import CoAtNet
 from localglobal_jax.models.focal import FocalTransformer
+from localglobal_jax.models.muse import EncoderDecoder
 from localglobal_jax.models.volo import VOLO
 
 MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
@@ -17,11 +18,21 @@ MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     **{name: (CoAtNet, spec) for name, spec in coatnet.VARIANTS.items()},
     "volo": (VOLO, {}),
     **{name: (VOLO, spec) for name, spec in volo.VARIANTS.items()},
+    "muse": (EncoderDecoder, {}),
+    **{name: (EncoderDecoder, spec) for name, spec in muse.VARIANTS.items()},
     "focal": (FocalTransformer, {}),
     **{name: (FocalTransformer, spec) for name, spec in focal.VARIANTS.items()},
 }
 
-__all__ = ["MODELS", "VOLO", "CoAtNet", "FocalTransformer", "create_model", "list_models"]
+__all__ = [
+    "MODELS",
+    "VOLO",
+    "CoAtNet",
+    "EncoderDecoder",
+    "FocalTransformer",
+    "create_model",
+    "list_models",
+]
 
 
 def list_models() -> list[str]:
