@@ -122,7 +122,7 @@ def compare(found, row, expected, penalty):
 # ---------------------------------------------------------------------------- beam search
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10_000), penalty=st.sampled_from([0.0, 0.6, 1.0, 2.0]))
 def test_a_beam_as_wide_as_the_language_finds_everything_in_order(seed, penalty):
     everything_there_is = 3 + 9 + 27 + 81
@@ -133,7 +133,7 @@ def test_a_beam_as_wide_as_the_language_finds_everything_in_order(seed, penalty)
         compare(found, sentence, by_score, penalty)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 10_000),
     beam=st.sampled_from([1, 2, 4]),
@@ -180,7 +180,7 @@ def draw(seed, key, samples, **options):
     )  # fmt: skip
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10_000))
 def test_greedy_is_a_beam_of_one(seed):
     found = decoding.greedy(
