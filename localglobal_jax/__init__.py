@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from localglobal_jax import accounting, blocks, convert, layout, models, operators
+    from localglobal_jax import accounting, blocks, convert, decoding, layout, models, operators
     from localglobal_jax.evaluate import load
     from localglobal_jax.models import create_model, list_models
 
@@ -26,6 +26,7 @@ __all__ = [
     "blocks",
     "convert",
     "create_model",
+    "decoding",
     "layout",
     "list_models",
     "load",

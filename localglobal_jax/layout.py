@@ -6,7 +6,7 @@ depth repeats (``"CT"`` at depth 4 is C T C T), and a string as long as the dept
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -34,6 +34,8 @@ def parse(
     depths: Sequence[int],
     widths: Sequence[int],
     strides: Sequence[int] | None = None,
+    *,
+    blocks: Mapping[str, type[nn.Module]] = BLOCKS,
 ) -> tuple[Stage, ...]:
     """The stages of a layout; strides default to 2. Raises ValueError where the lists disagree."""
     strides = (2,) * len(layout) if strides is None else strides
@@ -48,8 +50,8 @@ def parse(
     if not set(strides) <= {1, 2}:
         raise ValueError(f"strides={tuple(strides)}: the stride of a stage is 1 or 2")
     for letter in "".join(layout):
-        if letter not in BLOCKS:
-            raise configlib.unknown(f'block in layout "{_show(layout)}":', letter, BLOCKS)
+        if letter not in blocks:
+            raise configlib.unknown(f'block in layout "{_show(layout)}":', letter, blocks)
     stages = zip(layout, depths, widths, strides, strict=True)
     return tuple(Stage(_repeat(p, depth), width, stride) for p, depth, width, stride in stages)
 
@@ -106,12 +108,19 @@ def odd_grids(letter: str, options: Options) -> Rounding:
     return getattr(block, "odd_grids", None)
 
 
-def check_options(options: Options) -> None:
-    """Raises ValueError for letters and fields that no block has, and for wrong types."""
+def check_options(
+    options: Options,
+    blocks: Mapping[str, type[nn.Module]] = BLOCKS,
+    given: Collection[str] = ("features", "stride", "drop_path", "dtype"),
+) -> None:
+    """Raises ValueError for letters and fields that no block has, and for wrong types.
+
+    `given`: the fields that the model itself gives to every block.
+    """
     for letter, fields in options.items():
-        if letter not in BLOCKS:
-            raise configlib.unknown("block letter in blocks:", letter, BLOCKS)
-        for field in ("features", "stride", "drop_path", "dtype"):
+        if letter not in blocks:
+            raise configlib.unknown("block letter in blocks:", letter, blocks)
+        for field in given:
             if field in fields:
                 raise ValueError(f"blocks: {field} of block {letter} follows from the layout")
-        configlib.check_fields(BLOCKS[letter], fields, f"block {letter}")
+        configlib.check_fields(blocks[letter], fields, f"block {letter}")

@@ -15,7 +15,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import jaxtyping
 
 jaxtyping.install_import_hook(
-    ["localglobal_jax.operators", "localglobal_jax.arrays", "localglobal_jax.losses"],
+    [
+        "localglobal_jax.arrays",
+        "localglobal_jax.decoding",
+        "localglobal_jax.losses",
+        "localglobal_jax.operators",
+    ],
     "beartype.beartype",
 )
 

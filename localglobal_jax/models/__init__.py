@@ -8,9 +8,10 @@ from typing import Any
 import flax.linen as nn
 
 from localglobal_jax import configlib
-from localglobal_jax.models import coatnet, coatnet_variants, focal, volo
+from localglobal_jax.models import coatnet, coatnet_variants, focal, muse, volo
 from localglobal_jax.models.coatnet import CoAtNet
 from localglobal_jax.models.focal import FocalTransformer
+from localglobal_jax.models.muse import EncoderDecoder
 from localglobal_jax.models.volo import VOLO
 
 MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
@@ -18,6 +19,8 @@ MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     **{name: (CoAtNet, spec) for name, spec in coatnet.VARIANTS.items()},
     "volo": (VOLO, {}),
     **{name: (VOLO, spec) for name, spec in volo.VARIANTS.items()},
+    "muse": (EncoderDecoder, {}),
+    **{name: (EncoderDecoder, spec) for name, spec in muse.VARIANTS.items()},
     "focal": (FocalTransformer, {}),
     **{name: (FocalTransformer, spec) for name, spec in focal.VARIANTS.items()},
 }
@@ -34,6 +37,7 @@ __all__ = [
     "MODELS",
     "VOLO",
     "CoAtNet",
+    "EncoderDecoder",
     "FocalTransformer",
     "create_model",
     "list_models",

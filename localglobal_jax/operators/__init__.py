@@ -13,6 +13,14 @@
 | focal attention                 | focal.py         | F      | BOTH   | from the content |
 | focal attention, nearest keys   | focal_nearest.py | F      | BOTH   | from the content |
 
+Over sequences, with masks, causal or not, and one step at a time with a cache (`sequence.py`):
+
+| operator                        | file                | letter | reach  |
+|---------------------------------|---------------------|--------|--------|
+| attention + convolution + FFN   | muse_sequence.py    | M      | GLOBAL |
+| attention, relative bias or not | sequence.py         | T, S   | GLOBAL |
+| gated dynamic convolution       | dynamic_sequence.py | D      | LOCAL  |
+
 Each file has pure functions first (the mathematics), then modules (the parameters).
 """
 
@@ -20,20 +28,28 @@ from localglobal_jax.operators import (
     adaptive,
     attention,
     convolution,
+    dynamic_sequence,
     focal,
     focal_nearest,
     focal_windows,
     muse,
+    muse_sequence,
     outlook,
+    projection,
+    sequence,
 )
 
 __all__ = [
     "adaptive",
     "attention",
     "convolution",
+    "dynamic_sequence",
     "focal",
     "focal_nearest",
     "focal_windows",
     "muse",
+    "muse_sequence",
     "outlook",
+    "projection",
+    "sequence",
 ]

@@ -9,6 +9,7 @@ Legend: b batch, d width, n heads, c width of a head, k positions of a kernel's 
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -17,8 +18,11 @@ from jaxtyping import Array, Float
 
 from localglobal_jax import arrays
 from localglobal_jax.operators.attention import RelativeBiasTable, attend
-from localglobal_jax.operators.convolution import Padding, depthwise, dynamic, same_padding
-from localglobal_jax.reach import GLOBAL, Reach
+from localglobal_jax.operators.convolution import depthwise, dynamic, same_padding
+from localglobal_jax.operators.projection import TORCH_UNIFORM
+from localglobal_jax.reach import GLOBAL, Reach, local
+
+Kind = Literal["dynamic", "depthwise", "standard"]
 
 # ---------------------------------------------------------------------------- functions
 
@@ -38,48 +42,79 @@ def mix(
 
 
 class SharedValueConv(nn.Module):
-    """Depthwise convolutions of attention's value projection, one per window, mixed by a gate.
+    """Convolutions of attention's value projection, one per window, mixed by a gate (section 3.3).
 
     Attributes:
       heads: heads share a kernel when it is dynamic.
       windows: side of every kernel.
-      dynamic: kernels are the softmax over the window of a linear function of the value at the
-        position (arXiv 1901.10430); else learned and static.
-      padding: per space dimension, (before, after), for each window; None: centred.
+      kind: "dynamic": kernels are the softmax over the window of a linear function of the value at
+        the position (arXiv 1901.10430); "depthwise": learned, static; "standard": mixes channels.
+      gate: mixes several windows; without it they stand side by side and widen the output.
+      causal: windows end at the position itself (sequences); else they are centred.
+      dropout: of the weights of dynamic kernels.
       dtype: of the computation; parameters are float32.
     """
 
     heads: int
     windows: tuple[int, ...] = (3, 7)
-    dynamic: bool = True
-    padding: tuple[Padding, ...] | None = None
+    kind: Kind = "dynamic"
+    gate: bool = True
+    causal: bool = False
+    dropout: float = 0.0
     dtype: str = "float32"
 
+    @property
+    def reach(self) -> Reach:
+        widest = max(self.windows)
+        return local(widest - 1 if self.causal else widest // 2)
+
     @nn.compact
-    def __call__(self, value: Float[Array, "b *space d"]) -> Float[Array, "b *space d"]:
-        if self.padding is None and any(side % 2 == 0 for side in self.windows):
+    def __call__(
+        self, value: Float[Array, "b *space d"], *, last: bool = False, train: bool = False
+    ) -> Float[Array, "b *out e"]:
+        """`last`: of a causal sequence, only the output at its last position, [b, 1, e].
+
+        Then `value` need hold no more than the widest window, with zeros before the beginning.
+        """
+        if not self.causal and any(side % 2 == 0 for side in self.windows):
             raise ValueError(f"muse: windows {self.windows} must be odd to be centred")
-        parts, rank = [], value.ndim - 2
-        wide = jnp.promote_types(self.dtype, jnp.float32)
-        for i, side in enumerate(self.windows):
-            window = (side,) * rank
-            padding = same_padding(window) if self.padding is None else self.padding[i]
-            if self.dynamic:
-                logits = nn.DenseGeneral(
-                    (self.heads, side**rank), use_bias=False, dtype=self.dtype, name=f"kernel{side}"
-                )(value)
-                # Over the whole window: what falls outside the grid keeps its share, as in MUSE.
-                kernel = jax.nn.softmax(logits.astype(wide), -1).astype(value.dtype)
-                parts.append(dynamic(value, kernel, window=window, padding=padding))
-            else:
-                shape = (*window, value.shape[-1])
-                normal = nn.initializers.normal(side ** (-0.5 * rank))
-                kernel = self.param(f"kernel{side}", normal, shape).astype(self.dtype)
-                parts.append(depthwise(value, kernel, padding=padding))
-        if len(parts) == 1:
-            return parts[0]
+        parts = [self._convolve(value, side, last, train) for side in self.windows]
+        if len(parts) == 1 or not self.gate:
+            return jnp.concatenate(parts, -1)
         equal = nn.initializers.constant(1 / len(parts))
         return mix(parts, self.param("gate", equal, (len(parts),)))
+
+    def _convolve(self, value: Array, side: int, last: bool, train: bool) -> Array:
+        rank, width = value.ndim - 2, value.shape[-1]
+        window, name = (side,) * rank, f"kernel{side}"
+        padding = ((side - 1, 0),) if self.causal else same_padding(window)
+        here = value
+        if last:
+            here, value, padding = value[:, -1:], value[:, -side:], ((0, 0),)
+        if self.kind == "standard":
+            convolution = nn.Conv(
+                width, window, padding=padding, use_bias=False, dtype=self.dtype, name=name
+            )
+            return convolution(value)
+        if self.kind == "depthwise":
+            normal = nn.initializers.normal(side ** (-0.5 * rank))
+            kernel = self.param(name, normal, (*window, width)).astype(self.dtype)
+            return depthwise(value, kernel, padding=padding)
+        logits = nn.DenseGeneral(
+            (self.heads, side**rank),
+            use_bias=False,
+            dtype=self.dtype,
+            kernel_init=TORCH_UNIFORM,
+            name=name,
+        )(here)
+        # Over the whole window: what falls outside keeps its share, as in the published code.
+        kernel = jax.nn.softmax(logits.astype(jnp.promote_types(self.dtype, jnp.float32)), -1)
+        kernel = nn.Dropout(self.dropout, deterministic=not train, name=f"dropout{side}")(kernel)
+        kernel = kernel.astype(value.dtype)
+        if not last:
+            return dynamic(value, kernel, window=window, padding=padding)
+        heads = value.reshape(*value.shape[:-1], self.heads, -1)
+        return jnp.einsum("bonk,bknc->bonc", kernel, heads).reshape(*here.shape)
 
 
 class Muse(nn.Module):
@@ -128,8 +163,9 @@ class Muse(nn.Module):
         bias = RelativeBiasTable(self.heads, name="relative_bias")(h, w)
         branches = [attend(query, key, value, bias=bias).reshape(b, h, w, width)]
         if self.windows:
+            kind: Kind = "dynamic" if self.dynamic else "depthwise"
             conv = SharedValueConv(
-                self.heads, self.windows, self.dynamic, dtype=self.dtype, name="convolution"
+                self.heads, self.windows, kind, dtype=self.dtype, name="convolution"
             )
             branches.append(conv(value.reshape(b, h, w, width)))
         y = dense(features, use_bias=self.use_bias, name="output")(jnp.concatenate(branches, -1))

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers of encoders and decoders. One letter each, like the blocks of grids, with other edges.
+
+Every layer has the fields `features`, `heads`, `hidden`, `causal`, `memory_features` (width of what
+its cross-attention reads; None: it has none), `pre_norm`, `zero_padding`, dropouts and `dtype`, and
+is called as the operators of `operators.sequence` are, with ``memory=`` beside ``mask=``.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+from jaxtyping import Array, Bool, Float
+
+from localglobal_jax.operators.dynamic_sequence import DynamicConv
+from localglobal_jax.operators.muse import Kind
+from localglobal_jax.operators.muse_sequence import ACTIVATIONS, MuseSequence
+from localglobal_jax.operators.projection import Projection, project
+from localglobal_jax.operators.sequence import Cache, CrossAttention, Index, Memory, SelfAttention
+
+Sequence = Float[Array, "b l d"]
+Mask = Bool[Array, "b l"]
+
+
+class MuseLayer(nn.Module):
+    """M: ``Norm(x + Muse(x))``, or ``x + Muse(Norm(x))`` with `pre_norm`: one norm, one residual.
+
+    Attributes other than those of every layer are those of `MuseSequence`.
+    """
+
+    features: int
+    heads: int
+    hidden: int
+    causal: bool = False
+    memory_features: int | None = None
+    pre_norm: bool = False
+    zero_padding: bool = True
+    windows: tuple[int, ...] = (3, 15)
+    kind: Kind = "dynamic"
+    gate: bool = True
+    projection: str = "shared"
+    ffn: str = "own"
+    activation: str = "relu"
+    fused: bool = False
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    activation_dropout: float = 0.0
+    kernel_dropout: float = 0.1
+    input_dropout: float = 0.0
+    norm_eps: float = 1e-5
+    dtype: str = "float32"
+
+    def setup(self) -> None:
+        own = ("parent", "name", "pre_norm", "norm_eps")
+        fields = {k: getattr(self, k) for k in self.__dataclass_fields__ if k not in own}
+        self.muse = MuseSequence(**fields, name="muse")
+        self.norm = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")
+
+    def __call__(
+        self,
+        x: Sequence,
+        *,
+        mask: Mask | None = None,
+        memory: Memory | None = None,
+        train: bool = False,
+    ) -> Sequence:
+        y = self.norm(x) if self.pre_norm else x
+        y = x + self.muse(y, mask=mask, memory=memory, train=train)
+        return y if self.pre_norm else self.norm(y)
+
+    def remember(self, encoded: Sequence, mask: Mask) -> Memory:
+        """What the cross-attention keeps of the encoder's output."""
+        return self.muse.remember(encoded, mask)
+
+    def init_cache(self, batch: int, length: int) -> Cache:
+        """Empty, for `length` positions."""
+        return self.muse.init_cache(batch, length)
+
+    def step(
+        self,
+        x: Sequence,
+        cache: Cache,
+        index: Index,
+        *,
+        valid: Mask | None = None,
+        memory: Memory | None = None,
+    ) -> tuple[Sequence, Cache]:
+        """One position."""
+        y = self.norm(x) if self.pre_norm else x
+        y, cache = self.muse.step(y, cache, index, valid=valid, memory=memory)
+        return (x + y if self.pre_norm else self.norm(x + y)), cache
+
+
+class TransformerLayer(nn.Module):
+    """S: self-attention, cross-attention and a pointwise net one after the other (1706.03762).
+
+    Each has its own norm and residual. The other layers in sequence differ in the first operator,
+    which `mixer` makes: anything with the edges of `operators.sequence`.
+    """
+
+    features: int
+    heads: int
+    hidden: int
+    causal: bool = False
+    memory_features: int | None = None
+    pre_norm: bool = False
+    zero_padding: bool = True
+    activation: str = "relu"
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    activation_dropout: float = 0.0
+    norm_eps: float = 1e-5
+    dtype: str = "float32"
+
+    def mixer(self) -> nn.Module:
+        """The operator that reads other positions."""
+        return SelfAttention(
+            self.features,
+            self.heads,
+            self.causal,
+            dropout=self.attention_dropout,
+            dtype=self.dtype,
+            name="attention",
+        )
+
+    def setup(self) -> None:
+        xavier, d = nn.initializers.xavier_uniform(), self.features
+        self.mix = self.mixer()
+        self.norm = self._norm("norm")
+        if self.memory_features is not None:
+            self.cross = CrossAttention(
+                d,
+                self.heads,
+                self.memory_features,
+                self.attention_dropout,
+                dtype=self.dtype,
+                name="cross",
+            )
+            self.cross_norm = self._norm("cross_norm")
+        self.hidden_layer = Projection(d, (self.hidden,), kernel_init=xavier, name="hidden")
+        self.pointwise = Projection(self.hidden, (d,), kernel_init=xavier, name="pointwise")
+        self.mlp_norm = self._norm("mlp_norm")
+        self.drop = nn.Dropout(self.dropout)
+        self.drop_activation = nn.Dropout(self.activation_dropout)
+
+    def __call__(
+        self,
+        x: Sequence,
+        *,
+        mask: Mask | None = None,
+        memory: Memory | None = None,
+        train: bool = False,
+    ) -> Sequence:
+        x = self._residual(x, self.norm, lambda y: self.mix(y, mask=mask, train=train), train)
+        return self._rest(x, memory, train)
+
+    def remember(self, encoded: Sequence, mask: Mask) -> Memory:
+        """What the cross-attention keeps of the encoder's output."""
+        return self.cross.remember(encoded, mask)
+
+    def init_cache(self, batch: int, length: int) -> Cache:
+        """Empty, for `length` positions."""
+        return self.mix.init_cache(batch, length)
+
+    def step(
+        self,
+        x: Sequence,
+        cache: Cache,
+        index: Index,
+        *,
+        valid: Mask | None = None,
+        memory: Memory | None = None,
+    ) -> tuple[Sequence, Cache]:
+        """One position."""
+        y = self.norm(x) if self.pre_norm else x
+        y, cache = self.mix.step(y, cache, index, valid=valid)
+        x = x + y if self.pre_norm else self.norm(x + y)
+        return self._rest(x, memory, False), cache
+
+    def _rest(self, x: Sequence, memory: Memory | None, train: bool) -> Sequence:
+        if self.memory_features is not None:
+            x = self._residual(
+                x, self.cross_norm, lambda y: self.cross(y, memory, train=train), train
+            )
+        return self._residual(x, self.mlp_norm, lambda y: self._mlp(y, train), train)
+
+    def _mlp(self, x: Sequence, train: bool) -> Sequence:
+        (y,) = project(x, [self.hidden_layer()], dtype=self.dtype)
+        y = self.drop_activation(ACTIVATIONS[self.activation](y), deterministic=not train)
+        return project(y, [self.pointwise()], dtype=self.dtype)[0]
+
+    def _residual(
+        self, x: Sequence, norm: nn.Module, branch: Callable[[Sequence], Sequence], train: bool
+    ) -> Sequence:
+        y = self.drop(branch(norm(x) if self.pre_norm else x), deterministic=not train)
+        return x + y if self.pre_norm else norm(x + y)
+
+    def _norm(self, name: str) -> nn.Module:
+        return nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name=name)
+
+
+class RelativeLayer(TransformerLayer):
+    """T: with a bias per displacement and head, up to `furthest` positions apart."""
+
+    furthest: int = 128
+
+    def mixer(self) -> nn.Module:
+        return SelfAttention(
+            self.features,
+            self.heads,
+            self.causal,
+            self.furthest,
+            self.attention_dropout,
+            self.dtype,
+            name="attention",
+        )
+
+
+class DynamicConvLayer(TransformerLayer):
+    """D: DynamicConv (arXiv 1901.10430) in place of self-attention."""
+
+    window: int = 7
+    kind: Kind = "dynamic"
+    kernel_dropout: float = 0.1
+
+    def mixer(self) -> nn.Module:
+        return DynamicConv(
+            self.features,
+            self.heads,
+            self.window,
+            self.causal,
+            self.kind,
+            self.zero_padding,
+            self.kernel_dropout,
+            self.dtype,
+            name="convolution",
+        )
+
+
+SEQUENCE_BLOCKS: dict[str, type[nn.Module]] = {
+    "D": DynamicConvLayer,
+    "M": MuseLayer,
+    "S": TransformerLayer,
+    "T": RelativeLayer,
+}

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What decoding needs of a module, and what it returns.
+
+Legend: b batch, k hypotheses of a sentence, r = b k rows, l length, v vocabulary.
+"""
+
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
+
+LOWEST = -jnp.inf
+
+
+class Hypotheses(NamedTuple):
+    """Best first. `tokens` begin after the start token, include the end token, then padding.
+
+    `scores` are the sum of `token_scores` over ``length ** length_penalty``. Where fewer hypotheses
+    exist than were asked for, the score is -inf and the length 0.
+    """
+
+    tokens: Int[Array, "b k l"]
+    scores: Float[Array, "b k"]
+    lengths: Int[Array, "b k"]
+    token_scores: Float[Array, "b k l"]
+
+
+@runtime_checkable
+class Decodable(Protocol):
+    """The module that is decoded: a flax module with three tokens and two more methods,
+
+        init_cache(source [b, ls], length) -> (memory, cache)   rows of both: b
+        step(token [r], memory, cache) -> (logits [r, v], cache)   rows r: b times hypotheses
+
+    where the memory never changes, and axis 0 of every leaf of the cache is the row.
+    """
+
+    pad: int
+    start: int
+    end: int
+    apply: Any
+
+
+def log_probabilities(
+    logits: Float[Array, "r v"],
+    step: Int[Array, ""],
+    module: Decodable,
+    min_length: int,
+    max_length: int,
+) -> Float[Array, "r v"]:
+    """Log softmax, and -inf for what may not come next: padding; the end too early; all but it."""
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+    token = jnp.arange(log_p.shape[-1])[None]
+    forbidden = token == module.pad
+    forbidden |= (token == module.end) & (step < min_length)
+    forbidden |= (token != module.end) & (step >= max_length)
+    return jnp.where(forbidden, LOWEST, log_p)
+
+
+def nothing(rows: int, hypotheses: int, length: int, pad: int) -> Hypotheses:
+    """Empty slots."""
+    shape = (rows, hypotheses)
+    return Hypotheses(
+        jnp.full((*shape, length), pad, jnp.int32),
+        jnp.full(shape, LOWEST),
+        jnp.zeros(shape, jnp.int32),
+        jnp.zeros((*shape, length)),
+    )
+
+
+def pick(x: Shaped[Array, "b n ..."], index: Int[Array, "b k"]) -> Shaped[Array, "b k ..."]:
+    """``x[i, index[i]]`` for every row i."""
+    return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1)
+
+
+def check(hypotheses: int, min_length: int, max_length: int) -> None:
+    if hypotheses < 1 or not 0 <= min_length <= max_length or max_length < 1:
+        raise ValueError(
+            f"{hypotheses} hypotheses, min_length={min_length}, max_length={max_length}: "
+            "give at least one hypothesis, and 0 <= min_length <= max_length, max_length >= 1"
+        )

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MUSE over a sequence: self-attention, convolution, pointwise net and cross-attention in parallel.
+
+``y = Attention(x) + Conv(x) + FFN(x) (+ CrossAttention(x, memory))`` (arXiv 1911.09483), with the
+options of the paper's ablations and the details of its published code. See `sequence` for the edges
+that all operators over sequences share.
+
+Legend: b batch, l m lengths, d width, n heads, c width of a head.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from localglobal_jax.operators.muse import Kind, SharedValueConv
+from localglobal_jax.operators.projection import WIDE_UNIFORM, Projection, project, project_to_one
+from localglobal_jax.operators.sequence import (
+    Attend,
+    Cache,
+    CrossAttention,
+    Index,
+    Memory,
+    append,
+    head_width,
+    key_value_cache,
+    split_heads,
+    tail,
+    valid_at,
+    visible,
+    visible_at,
+    zero_padding,
+)
+from localglobal_jax.reach import GLOBAL, Reach
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": nn.relu,
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_tanh": nn.gelu,
+    "tanh": jnp.tanh,
+    "none": lambda x: x,
+}
+
+
+class MuseSequence(nn.Module):
+    """All of a layer's branches, summed. The convolution's window is the tail of the value cache.
+
+    Attributes:
+      features: width of input and output. `heads`: of both attentions and of the kernels.
+      windows, kind, gate: of the convolutions, see `SharedValueConv`; no windows: MUSE-simple.
+      projection: what the convolution reads: attention's value projection ("shared"), or a
+        projection of its own ("separate"; table 6 of the paper).
+      ffn: "own": a pointwise net of width `hidden`; "shared": its input matrix is the one that the
+        convolution reads from (table 7); "off": none.
+      causal: no position sees a later one, and windows end at the position.
+      memory_features: width of the sequence that the cross-attention reads; None: no such branch.
+      zero_padding: values at padding are zeroed before the convolution, so that no result depends
+        on how much padding there is. The published code lets them leak in.
+      fused: all input matrices as one, all output matrices as one. The same numbers; where dropout
+        has to come between them (training), the products stay apart.
+      dropout: of every branch. `attention_dropout`: of attention weights. `kernel_dropout`: of
+        dynamic kernels. `input_dropout`: of what self-attention and convolution read.
+        `activation_dropout`: inside the pointwise net.
+      dtype: of the computation; parameters are float32.
+    """
+
+    features: int
+    heads: int
+    hidden: int = 0
+    windows: tuple[int, ...] = (3, 15)
+    kind: Kind = "dynamic"
+    gate: bool = True
+    projection: Literal["shared", "separate"] = "shared"
+    ffn: Literal["own", "shared", "off"] = "own"
+    activation: str = "relu"
+    causal: bool = False
+    memory_features: int | None = None
+    zero_padding: bool = True
+    fused: bool = False
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    kernel_dropout: float = 0.1
+    input_dropout: float = 0.0
+    activation_dropout: float = 0.0
+    dtype: str = "float32"
+
+    @property
+    def reach(self) -> Reach:
+        return GLOBAL
+
+    def setup(self) -> None:
+        d = self.features
+        shape = (3, self.heads, head_width(d, self.heads))
+        self.qkv = Projection(d, shape, name="qkv")
+        self.attend = Attend(self.attention_dropout, name="attend")
+        width = d
+        if self.windows:
+            if self.projection == "separate":
+                self.source = Projection(d, (d,), name="source")
+            self.convolution = SharedValueConv(
+                self.heads,
+                self.windows,
+                self.kind,
+                gate=self.gate,
+                causal=self.causal,
+                dropout=self.kernel_dropout,
+                dtype=self.dtype,
+                name="convolution",
+            )
+            width += d * (1 if self.gate else len(self.windows))
+        self.output = Projection(width, (d,), kernel_init=WIDE_UNIFORM, name="output")
+        if self.ffn == "own":
+            if self.hidden < 1:
+                raise ValueError(f'muse: hidden={self.hidden}: give a width, or ffn="off"')
+            self.hidden_layer = Projection(d, (self.hidden,), name="hidden")
+        if self.ffn != "off":
+            inner = self.hidden if self.ffn == "own" else d
+            self.pointwise = Projection(inner, (d,), name="pointwise")
+        if self.memory_features is not None:
+            self.cross = CrossAttention(
+                d,
+                self.heads,
+                self.memory_features,
+                self.attention_dropout,
+                input_init=self.qkv.kernel_init,
+                output_init=WIDE_UNIFORM,
+                dtype=self.dtype,
+                name="cross",
+            )
+        self.drop = nn.Dropout(self.dropout)
+        self.drop_input = nn.Dropout(self.input_dropout)
+        self.drop_activation = nn.Dropout(self.activation_dropout)
+
+    def __call__(
+        self,
+        x: Float[Array, "b l d"],
+        *,
+        mask: Bool[Array, "b l"] | None = None,
+        memory: Memory | None = None,
+        train: bool = False,
+    ) -> Float[Array, "b l d"]:
+        query, key, value, source, rest = self._project(x, train)
+        if self.zero_padding:
+            value, source = zero_padding(value, mask), zero_padding(source, mask)
+        seen = visible(mask, x.shape[1], causal=self.causal)
+        attention = self.attend(query, key, value, mask=seen, train=train)
+        convolution = self.convolution(source, train=train) if self.windows else None
+        return self._sum(attention, convolution, source, rest, memory, train)
+
+    def remember(self, encoded: Float[Array, "b m e"], mask: Bool[Array, "b m"]) -> Memory:
+        """What the cross-attention keeps of the other sequence."""
+        return self.cross.remember(encoded, mask)
+
+    def init_cache(self, batch: int, length: int) -> Cache:
+        """Room for `length` positions. A separate projection also keeps what its window sees."""
+        cache = key_value_cache(batch, length, self.features, self.heads, self.dtype)
+        if self.windows and self.projection == "separate":
+            shape = (batch, max(self.windows) - 1, self.features)
+            cache["window"] = jnp.zeros(shape, self.dtype)
+        return cache
+
+    def step(
+        self,
+        x: Float[Array, "b 1 d"],
+        cache: Cache,
+        index: Index,
+        *,
+        valid: Bool[Array, "b m"] | None = None,
+        memory: Memory | None = None,
+    ) -> tuple[Float[Array, "b 1 d"], Cache]:
+        """The output at position `index`; `valid` says which positions up to it are real."""
+        query, key, value, source, rest = self._project(x, False)
+        if self.zero_padding and valid is not None:
+            here = valid_at(valid, index)
+            value, source = zero_padding(value, here), zero_padding(source, here)
+        cache = {
+            **cache,
+            "key": append(cache["key"], key, index),
+            "value": append(cache["value"], value, index),
+        }
+        seen = visible_at(index, valid, cache["key"].shape[1])
+        attention = self.attend(query, cache["key"], cache["value"], mask=seen)
+        convolution = None
+        if "window" in cache:
+            window = jnp.concatenate([cache["window"], source], 1)
+            cache["window"] = window[:, 1:]
+            convolution = self.convolution(window, last=True)
+        elif self.windows:
+            window = tail(cache["value"], index, max(self.windows))
+            convolution = self.convolution(window.reshape(*window.shape[:2], -1), last=True)
+        return self._sum(attention, convolution, source, rest, memory, False), cache
+
+    def _project(self, x: Array, train: bool) -> tuple[Array, Array, Array, Array, list[Array]]:
+        """Query, key and value by heads; what the convolution reads; what is left for `_sum`."""
+        own, others = [self.qkv()], []
+        separate = self.windows and self.projection == "separate"
+        if separate:
+            own.append(self.source())
+        if self.ffn == "own":
+            others.append(self.hidden_layer())
+        if self.memory_features is not None:
+            others.append(self.cross.query())
+        if self.fused and not (train and self.input_dropout):
+            qkv, *rest = project(x, own + others, fused=True, dtype=self.dtype)
+        else:
+            noisy = self.drop_input(x, deterministic=not train)
+            qkv, *rest = project(noisy, own, dtype=self.dtype)
+            rest += project(x, others, dtype=self.dtype)
+        query, key, value = split_heads(qkv, 3, self.heads)
+        source = rest.pop(0) if separate else value.reshape(x.shape)
+        return query, key, value, source, rest
+
+    def _sum(  # noqa: PLR0917
+        self,
+        attention: Array,
+        convolution: Array | None,
+        source: Array,
+        rest: list[Array],
+        memory: Memory | None,
+        train: bool,
+    ) -> Array:
+        """All branches through their output matrices."""
+        if convolution is not None:
+            attention = jnp.concatenate([attention, convolution], -1)
+        xs, weights = [attention], [self.output()]
+        if self.ffn != "off":
+            y = rest.pop(0) if self.ffn == "own" else source
+            y = ACTIVATIONS[self.activation](y)
+            xs.append(self.drop_activation(y, deterministic=not train))
+            weights.append(self.pointwise())
+        if self.memory_features is not None:
+            xs.append(self.cross.read(rest.pop(0), memory, train=train))
+            weights.append(self.cross.output())
+        fused = self.fused and not (train and self.dropout)
+        terms = project_to_one(xs, weights, fused=fused, dtype=self.dtype)
+        return sum(self.drop(term, deterministic=not train) for term in terms)

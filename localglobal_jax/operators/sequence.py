@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operators over sequences: all positions at once, or one after the other with a cache.
+
+Every operator here is called as ``operator(x [b, l, d], mask=..., train=...) -> [b, l, d]``. A
+causal one also has ``init_cache(batch, length)`` and ``step(x [b, 1, d], cache, index, valid=...)
+-> (y [b, 1, d], cache)``; steps 0, 1, .. give what one call gives for the whole sequence. A cache
+is a dict of arrays whose axis 0 is the batch, passed in and returned, never hidden.
+
+Masks are True at real positions, False at padding. Causal attention also lets every position see
+itself, so that padding before the beginning has something to attend to.
+
+Legend: b batch, l m lengths, d width, n heads, c width of a head.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from localglobal_jax.operators.attention import attention_weights
+from localglobal_jax.operators.projection import Projection, project
+from localglobal_jax.reach import GLOBAL, Reach
+
+Cache = dict[str, Float[Array, "b ..."]]
+Memory = dict[str, Shaped[Array, "s ..."]]  # of s sentences, maybe fewer than rows
+Index = Int[Array, ""] | int
+
+# ---------------------------------------------------------------------------- functions
+
+
+def visible(
+    mask: Bool[Array, "b l"] | None, length: int, *, causal: bool
+) -> Bool[Array, "#b 1 #l l"] | None:
+    """Which keys each query may see; None: all."""
+    if not causal:
+        return None if mask is None else mask[:, None, None, :]
+    past = jnp.tril(jnp.ones((length, length), bool))[None]
+    if mask is not None:
+        past = past & (mask[:, None, :] | jnp.eye(length, dtype=bool)[None])
+    return past[:, None]
+
+
+def visible_at(
+    index: Index, valid: Bool[Array, "b m"] | None, length: int
+) -> Bool[Array, "#b 1 1 m"]:
+    """Which slots of a cache the query at `index` may see."""
+    slots = jnp.arange(length)[None]
+    seen = slots <= index
+    if valid is not None:
+        seen = seen & (valid | (slots == index))
+    return seen[:, None, None, :]
+
+
+def append(
+    cache: Float[Array, "b m ..."], new: Float[Array, "b 1 ..."], index: Index
+) -> Float[Array, "b m ..."]:
+    """Writes `new` into slot `index`."""
+    return lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), index, axis=1)
+
+
+def tail(cache: Float[Array, "b m ..."], index: Index, window: int) -> Float[Array, "b k ..."]:
+    """The `window` slots that end at `index`, zeros before slot 0: what a causal window sees."""
+    slots = index - window + 1 + jnp.arange(window)
+    shape = (1, window) + (1,) * (cache.ndim - 2)
+    return jnp.where((slots >= 0).reshape(shape), cache[:, jnp.maximum(slots, 0)], 0)
+
+
+def zero_padding(
+    x: Float[Array, "b l ..."], mask: Bool[Array, "b l"] | None
+) -> Float[Array, "b l ..."]:
+    """Zeros where `mask` is False."""
+    if mask is None:
+        return x
+    return jnp.where(mask.reshape(*mask.shape, *(1,) * (x.ndim - 2)), x, 0)
+
+
+def head_width(features: int, heads: int) -> int:
+    """Width of one head; ValueError where they do not divide."""
+    if features % heads:
+        raise ValueError(f"attention: width {features} is not divisible by {heads} heads")
+    return features // heads
+
+
+def split_heads(x: Float[Array, "b l _"], parts: int, heads: int) -> tuple[Array, ...]:
+    """[b, l, parts * n * c] -> `parts` arrays [b, l, n, c]."""
+    x = x.reshape(*x.shape[:2], parts, heads, -1)
+    return tuple(x[:, :, i] for i in range(parts))
+
+
+def key_value_cache(batch: int, length: int, features: int, heads: int, dtype: str) -> Cache:
+    """Empty slots for `length` keys and values."""
+    shape = (batch, length, heads, head_width(features, heads))
+    return {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}
+
+
+def valid_at(valid: Bool[Array, "b m"], index: Index) -> Bool[Array, "b 1"]:
+    """Column `index`."""
+    return lax.dynamic_slice_in_dim(valid, index, 1, axis=1)
+
+
+# ---------------------------------------------------------------------------- modules
+
+
+class Attend(nn.Module):
+    """Softmax attention with dropout of its weights; the weights are sown as "attention"."""
+
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(
+        self,
+        query: Float[Array, "b l n c"],
+        key: Float[Array, "b m n c"],
+        value: Float[Array, "b m n c"],
+        *,
+        bias: Float[Array, "n l m"] | None = None,
+        mask: Bool[Array, "#b 1 #l m"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "b l d"]:
+        weights = attention_weights(query, key, bias=bias, mask=mask)
+        self.sow("intermediates", "attention", weights)
+        weights = nn.Dropout(self.dropout, deterministic=not train, name="dropout")(weights)
+        y = jnp.einsum("bnlm,bmnc->blnc", weights.astype(value.dtype), value)
+        return y.reshape(*y.shape[:2], -1)
+
+
+class DistanceBias(nn.Module):
+    """A free bias per displacement, clipped at `furthest`, and head: ``table [2 furthest + 1, n]``.
+
+    Displacements are query minus key, as in `RelativeBiasTable`; sequences have no largest size.
+    """
+
+    heads: int
+    furthest: int = 128
+
+    @nn.compact
+    def __call__(self, query: Int[Array, "l"], key: Int[Array, "m"]) -> Float[Array, "n l m"]:
+        shape = (2 * self.furthest + 1, self.heads)
+        table = self.param("table", nn.initializers.normal(0.02), shape)
+        displacement = jnp.clip(query[:, None] - key[None, :], -self.furthest, self.furthest)
+        return jnp.moveaxis(table[displacement + self.furthest], -1, 0)
+
+
+class SelfAttention(nn.Module):
+    """Self-attention; with `furthest`, it knows the displacement (CoAtNet, equation 3, in 1-D).
+
+    Attributes:
+      features: width of input and output. `heads`: their number.
+      causal: no position sees a later one.
+      furthest: a bias per displacement up to this one; None: no bias.
+      dropout: of the attention weights.
+      dtype: of the computation; parameters are float32.
+    """
+
+    features: int
+    heads: int
+    causal: bool = False
+    furthest: int | None = None
+    dropout: float = 0.0
+    dtype: str = "float32"
+
+    @property
+    def reach(self) -> Reach:
+        return GLOBAL
+
+    def setup(self) -> None:
+        xavier = nn.initializers.xavier_uniform()
+        shape = (3, self.heads, head_width(self.features, self.heads))
+        self.qkv = Projection(self.features, shape, kernel_init=xavier, name="qkv")
+        self.output = Projection(self.features, (self.features,), kernel_init=xavier, name="output")
+        self.attend = Attend(self.dropout, name="attend")
+        if self.furthest is not None:
+            self.bias = DistanceBias(self.heads, self.furthest, name="relative_bias")
+
+    def __call__(
+        self,
+        x: Float[Array, "b l d"],
+        *,
+        mask: Bool[Array, "b l"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "b l d"]:
+        query, key, value = self._project(x)
+        bias = None
+        if self.furthest is not None:
+            bias = self.bias(jnp.arange(x.shape[1]), jnp.arange(x.shape[1]))
+        mask = visible(mask, x.shape[1], causal=self.causal)
+        y = self.attend(query, key, value, bias=bias, mask=mask, train=train)
+        return project(y, [self.output()], dtype=self.dtype)[0]
+
+    def init_cache(self, batch: int, length: int) -> Cache:
+        """Room for the keys and values of `length` positions."""
+        return key_value_cache(batch, length, self.features, self.heads, self.dtype)
+
+    def step(
+        self,
+        x: Float[Array, "b 1 d"],
+        cache: Cache,
+        index: Index,
+        *,
+        valid: Bool[Array, "b m"] | None = None,
+    ) -> tuple[Float[Array, "b 1 d"], Cache]:
+        """The output at position `index`; `valid` says which positions up to it are real."""
+        query, key, value = self._project(x)
+        cache = {
+            "key": append(cache["key"], key, index),
+            "value": append(cache["value"], value, index),
+        }
+        length = cache["key"].shape[1]
+        bias = None
+        if self.furthest is not None:
+            bias = self.bias(jnp.asarray(index).reshape(1), jnp.arange(length))
+        mask = visible_at(index, valid, length)
+        y = self.attend(query, cache["key"], cache["value"], bias=bias, mask=mask)
+        return project(y, [self.output()], dtype=self.dtype)[0], cache
+
+    def _project(self, x: Array) -> tuple[Array, ...]:
+        (qkv,) = project(x, [self.qkv()], dtype=self.dtype)
+        return split_heads(qkv, 3, self.heads)
+
+
+class CrossAttention(nn.Module):
+    """Attention to another sequence, whose keys and values are made once, by `remember`.
+
+    Attributes:
+      features: width of input and output. `heads`: their number.
+      memory_features: width of the other sequence.
+      input_init, output_init: of the matrices.
+      dropout: of the attention weights.
+      dtype: of the computation; parameters are float32.
+    """
+
+    features: int
+    heads: int
+    memory_features: int
+    dropout: float = 0.0
+    input_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
+    output_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
+    dtype: str = "float32"
+
+    def setup(self) -> None:
+        width = head_width(self.features, self.heads)
+        init = self.input_init
+        self.query = Projection(self.features, (self.heads, width), kernel_init=init, name="query")
+        self.key_value = Projection(
+            self.memory_features, (2, self.heads, width), kernel_init=init, name="key_value"
+        )
+        self.output = Projection(
+            self.features, (self.features,), kernel_init=self.output_init, name="output"
+        )
+        self.attend = Attend(self.dropout, name="attend")
+
+    def remember(self, encoded: Float[Array, "b m e"], mask: Bool[Array, "b m"]) -> Memory:
+        """Keys and values of the other sequence, and where it is real."""
+        (key_value,) = project(encoded, [self.key_value()], dtype=self.dtype)
+        key, value = split_heads(key_value, 2, self.heads)
+        return {"key": key, "value": value, "mask": mask}
+
+    def read(
+        self, query: Float[Array, "rows l d"], memory: Memory | None, *, train: bool = False
+    ) -> Float[Array, "rows l d"]:
+        """What projected queries find in the memory, before the output matrix.
+
+        Several rows may share one row of the memory, e.g. the beams of a sentence: they become
+        positions of one query, so that the memory is neither repeated nor read more than once.
+        """
+        if memory is None:
+            raise ValueError("a layer with memory_features needs a memory: see `remember`")
+        rows, shape = memory["key"].shape[0], query.shape
+        query = query.reshape(rows, -1, self.heads, shape[-1] // self.heads)
+        mask = memory["mask"][:, None, None, :]
+        y = self.attend(query, memory["key"], memory["value"], mask=mask, train=train)
+        return y.reshape(shape)
+
+    def __call__(
+        self, x: Float[Array, "rows l d"], memory: Memory | None, *, train: bool = False
+    ) -> Float[Array, "rows l d"]:
+        (query,) = project(x, [self.query()], dtype=self.dtype)
+        y = self.read(query, memory, train=train)
+        return project(y, [self.output()], dtype=self.dtype)[0]
