@@ -236,6 +236,17 @@ def test_draws_are_a_function_of_the_key():
     assert (draw(4, 7, 50).tokens != draw(4, 8, 50).tokens).any()
 
 
+def test_draws_of_a_sentence_go_with_its_number():
+    """Wherever it stands, and whatever stands beside it."""
+    together = draw(4, 7, 5)
+    alone = decoding.sample(
+        Table(), jnp.asarray(tables(4)), jnp.array([[1]]), jax.random.key(7),
+        numbers=np.array([1]), samples=5, max_length=MAX,
+    )  # fmt: skip
+    for ours, theirs in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(ours[1], theirs[0])
+
+
 def test_wrong_arguments():
     with pytest.raises(ValueError, match="at least one hypothesis"):
         run(0, beam=0)

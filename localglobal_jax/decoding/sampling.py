@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Shaped
 
@@ -34,6 +35,7 @@ class _Options(NamedTuple):
 
 class _Drawing(NamedTuple):
     key: Key[Array, ""]
+    numbers: Int[Array, "b"]
     temperature: Float[Array, ""]
     top_p: Float[Array, ""]
     penalty: Float[Array, ""]
@@ -49,9 +51,11 @@ def greedy(
 ) -> Hypotheses:
     """The likeliest token at every step, until the end token: one hypothesis per sentence."""
     check(1, min_length, max_length)
-    drawing = _Drawing(jax.random.key(0), *(jnp.float32(1) for _ in range(3)))
+    source = jnp.asarray(source, jnp.int32)
+    numbers = jnp.arange(source.shape[0], dtype=jnp.int32)
+    drawing = _Drawing(jax.random.key(0), numbers, *(jnp.float32(1) for _ in range(3)))
     options = _Options(1, max_length, min_length)
-    return _sample(module, variables, jnp.asarray(source, jnp.int32), drawing, options)
+    return _sample(module, variables, source, drawing, options)
 
 
 def sample(
@@ -60,6 +64,7 @@ def sample(
     source: Int[Any, "b ls"],
     key: Key[Array, ""],
     *,
+    numbers: Int[Any, "b"] | None = None,
     samples: int = 1,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -71,7 +76,8 @@ def sample(
     """Draws hypotheses token by token; `token_scores` are the model's own log probabilities.
 
     Args:
-      key: a sentence's draws are a function of the key and its row, not of the other rows.
+      key: a sentence's draws are a function of the key and its number, not of the other rows.
+      numbers: of the sentences; None: their rows.
       samples: hypotheses per sentence.
       temperature: divides the logits before drawing. For 0, use `greedy`.
       top_k: draws among the k likeliest tokens; 0: all.
@@ -87,10 +93,12 @@ def sample(
             f"temperature={temperature}, top_k={top_k}, top_p={top_p}: they must be > 0 (for 0 use "
             "greedy), >= 0 and in (0, 1]"
         )
-    numbers = (jnp.float32(x) for x in (temperature, top_p, length_penalty))
+    numbers = np.arange(len(source)) if numbers is None else numbers
+    scalars = (jnp.float32(x) for x in (temperature, top_p, length_penalty))
     options = _Options(samples, max_length, min_length, True, top_k, top_p < 1)
     source = jnp.asarray(source, jnp.int32)
-    return _sample(module, variables, source, _Drawing(key, *numbers), options)
+    drawing = _Drawing(key, jnp.asarray(numbers, jnp.int32), *scalars)
+    return _sample(module, variables, source, drawing, options)
 
 
 class _Sampling(NamedTuple):
@@ -113,7 +121,8 @@ def _sample(
     b, length = source.shape[0], max_length + 1
     memory, cache = module.apply(variables, source, length, method="init_cache")
     rows = b * samples
-    keys = jax.vmap(lambda i: jax.random.fold_in(drawing.key, i))(jnp.arange(rows))
+    own = drawing.numbers[:, None] * samples + jnp.arange(samples)[None]
+    keys = jax.vmap(lambda i: jax.random.fold_in(drawing.key, i))(own.reshape(-1))
     start = _Sampling(
         step=jnp.int32(0),
         token=jnp.full(rows, module.start, jnp.int32),
