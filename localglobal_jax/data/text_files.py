@@ -16,15 +16,21 @@ EVERY = 20  # one pair in so many is for testing, one for validation
 
 
 def read_lines(path: str | pathlib.Path) -> list[str]:
-    """The lines of a UTF-8 file, without line ends and byte order mark.
-
-    Only line feeds end a line: other characters that Unicode calls line breaks occur inside
-    sentences of web corpora. Raises ValueError for what is no UTF-8 text, with its first bad line.
-    """
+    """The `lines` of a file."""
     try:
         data = pathlib.Path(path).expanduser().read_bytes()
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    return lines(data, str(path))
+
+
+def lines(data: bytes, name: str, *, first: int = 1) -> list[str]:
+    """The lines of UTF-8 text, without line ends and byte order mark.
+
+    Only line feeds end a line: other characters that Unicode calls line breaks occur inside
+    sentences of web corpora. Raises ValueError for what is no UTF-8 text, with the number of its
+    first bad line, where the first of all is number `first`.
+    """
     bad, why = data.find(b"\0"), "a NUL byte"
     try:
         text = data.decode("utf-8-sig")
@@ -34,13 +40,13 @@ def read_lines(path: str | pathlib.Path) -> list[str]:
             bad, why = at, f"the byte 0x{data[at]:02x}"
     if bad >= 0:
         raise ValueError(
-            f"{path} is not UTF-8 text: line {data[:bad].count(10) + 1} holds {why}. "
+            f"{name} is not UTF-8 text: line {data[:bad].count(10) + first} holds {why}. "
             "Convert it, for instance with `iconv -f latin1 -t utf-8` or -f utf-16"
         )
-    lines = text.split("\n")
-    if lines[-1] == "":
-        lines.pop()
-    return [line.removesuffix("\r") for line in lines]
+    found = text.split("\n")
+    if found[-1] == "":
+        found.pop()
+    return [line.removesuffix("\r") for line in found]
 
 
 def split_of(source: str) -> str:

@@ -29,6 +29,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """The text before the first EOS; padding and BOS do not show."""
 
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Every id as it stands in the vocabulary, special ones too."""
+
     def dump(self) -> bytes:
         """The contents of the file that makes it again."""
 
@@ -80,6 +83,9 @@ class SentencePiece:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode(content(ids))
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        return [self._processor.id_to_piece(int(i)) for i in ids]
 
     def dump(self) -> bytes:
         return self._model
@@ -151,8 +157,11 @@ class Dictionary:
         return [[self._ids.get(word, UNK) for word in text.split()] for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        words = ("<unk>" if i == UNK else self.words[i - SPECIAL] for i in content(ids))
-        return f"{' '.join(words)} ".replace("@@ ", "").rstrip()
+        return f"{' '.join(self.pieces(content(ids)))} ".replace("@@ ", "").rstrip()
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        special = ("<s>", "<pad>", "</s>", "<unk>")
+        return [special[i] if i < SPECIAL else self.words[i - SPECIAL] for i in ids]
 
     def dump(self) -> bytes:
         return "".join(f"{word} 1\n" for word in self.words).encode()

@@ -61,6 +61,13 @@ def test_any_ids_are_some_text(subwords, ids):
     assert subwords.decode(np.array(padded, np.int32)) == text
 
 
+def test_pieces_are_what_the_ids_stand_for(subwords):
+    (ids,) = subwords.encode(["the user opens \u4e2d"])
+    pieces = subwords.pieces([*ids, tk.EOS])
+    assert pieces[-4:] == ["<0xE4>", "<0xB8>", "<0xAD>", "</s>"]
+    assert "".join(pieces[:-4]).replace("\u2581", " ").strip() == "the user opens"
+
+
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_training_twice_gives_the_same_model(kind):
     code = (
@@ -102,6 +109,7 @@ def test_a_dictionary_has_fairseqs_ids_and_joins_subwords():
     assert d.encode(["the hou@@ se .", "a  house", ""]) == [[4, 5, 6, 7], [3, 3], []]
     assert d.decode([4, 5, 6, 7, 2, 4]) == "the house ."
     assert d.decode([0, 4, 3, 5, 1, 1]) == "the <unk> hou"
+    assert d.pieces([0, 1, 2, 3, 5, 6]) == ["<s>", "<pad>", "</s>", "<unk>", "hou@@", "se"]
     assert tk.Dictionary.parse(d.dump().decode()).words == d.words
 
 
