@@ -122,10 +122,14 @@ def parser() -> argparse.ArgumentParser:
 
     example = "timm coatnet_0_rw_224.safetensors --out runs/coatnet_0_rw"
     sub = command("convert", convert, "other people's weights to a checkpoint of ours", example)
-    sub.add_argument("source", choices=("timm", "focal"))
-    sub.add_argument("weights", metavar="FILE", help="a .safetensors file, or a hub name")
+    sub.add_argument("source", choices=("timm", "focal", "fairseq"))
+    sub.add_argument("weights", metavar="FILE",
+                     help="a .safetensors file, a .pt file of fairseq, or a hub name")  # fmt: skip
     sub.add_argument("--name", help="timm's name of the model (default: that of the file)")
-    sub.add_argument("--args", metavar="JSON", default="{}", help="arguments of the original model")
+    sub.add_argument("--args", metavar="JSON", default="{}",
+                     help="of the original model: an object, @FILE or FILE.json")  # fmt: skip
+    sub.add_argument("--dict", nargs="+", default=(), metavar="DICT",
+                     help="dict.txt of fairseq: one for both languages, or two")  # fmt: skip
     sub.add_argument("--out", required=True, metavar="DIR")
     return top
 
@@ -221,13 +225,11 @@ def inspect(args: argparse.Namespace) -> int:
 def convert(args: argparse.Namespace) -> None:
     from localglobal_jax import conversion
 
-    try:
-        arguments = json.loads(args.args)
-    except ValueError as error:
-        raise ValueError(f"--args {args.args} is not JSON: {error}") from None
+    arguments = conversion.read_arguments(args.args)
     report = conversion.convert_file(
-        args.source, args.weights, args.out, name=args.name, arguments=arguments
-    )
+        args.source, args.weights, args.out,
+        name=args.name, arguments=arguments, dictionaries=args.dict,
+    )  # fmt: skip
     print(json.dumps(report) if args.json else "\n".join(f"{k}: {v}" for k, v in report.items()))
 
 

@@ -1,47 +1,120 @@
 # SPDX-License-Identifier: Apache-2.0
 """Other people's weights as a checkpoint of ours, and checkpoints as a start for fine-tuning."""
 
+import json
+import logging
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 
 from localglobal_jax import checkpoint, convert, evaluate, models, schema
+from localglobal_jax.data import tokenizer
 from localglobal_jax.tasks import Variables
+
+log = logging.getLogger(__name__)
+
+# (file, name of the model, arguments of the original) -> ours
+Load = Callable[[pathlib.Path, str, Mapping[str, Any]], tuple[nn.Module, Variables]]
+SOURCES: dict[str, Load] = {
+    "timm": lambda file, name, arguments: convert.timm.load(
+        name, convert.weights.read_safetensors(file), **arguments
+    ),
+    "fairseq": lambda file, name, arguments: convert.fairseq.load(
+        *convert.fairseq_file.read(file, arguments)
+    ),
+    "focal": lambda file, name, arguments: convert.focal.load(
+        arguments, convert.weights.read_safetensors(file)
+    ),
+}
 
 
 def convert_file(
-    source: str, weights: str, out: str, *, name: str | None = None, arguments: Mapping[str, Any]
+    source: str,
+    weights: str,
+    out: str,
+    *,
+    name: str | None = None,
+    arguments: Mapping[str, Any],
+    dictionaries: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Converts the `.safetensors` file `weights` into ``out/checkpoints/0``, for `lg.load`.
+    """Converts the file `weights` into ``out/checkpoints/0``, for `lg.load`.
 
     Args:
-      source: "timm" or "focal".
-      weights: a local file, or a hub name such as ``timm/coatnet_0_rw_224.sw_in1k`` (where there
-        is internet; needs huggingface_hub).
+      source: one of `SOURCES`.
+      weights: a local ``.safetensors`` file (of fairseq also ``.pt``), or a hub name such as
+        ``timm/coatnet_0_rw_224.sw_in1k`` (where there is internet; needs huggingface_hub).
       name: timm's name of the model; None: that of the file or hub name.
-      arguments: what the original model was built with, where that is not its default.
+      arguments: what the original model was built with, where neither its default nor the file
+        says so.
+      dictionaries: of fairseq, the ``dict.txt`` of source and target, or one for both; they
+        become ``out/tokenizer``, which translating needs.
 
-    Raises ValueError where the weights do not fit, and if `out` holds checkpoints already.
+    Raises ValueError where the weights do not fit, and if `out` is taken. Then nothing is written.
     """
     folder = pathlib.Path(out)
-    if (folder / "checkpoints").exists():
-        raise ValueError(f"{out} holds checkpoints already: give another --out")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {out} is a file: give a directory")
+    for taken in ("checkpoints", "tokenizer"):
+        if (folder / taken).exists():
+            raise ValueError(f"{out} holds {taken} already: give another --out")
+    if dictionaries and source != "fairseq":
+        raise ValueError(f"--dict is for fairseq: models of {source} have no words")
     file = find_weights(weights)
-    state_dict = convert.weights.read_safetensors(file)
     name = name or (pathlib.Path(weights).stem if file == pathlib.Path(weights) else weights)
-    if source == "timm":
-        module, variables = convert.timm.load(name, state_dict, **arguments)
-    else:
-        module, variables = convert.focal.load(arguments, state_dict)
+    module, variables = SOURCES[source](file, name, arguments)
+    if dictionaries:
+        tokenizer.save(vocabularies(dictionaries, module), folder / "tokenizer")
+    elif source == "fairseq":
+        log.warning("no --dict, no words: the model loads, but `localglobal translate` needs it")
     saved = checkpoint.Checkpoints(folder / "checkpoints", schema.Checkpoints())
     metadata = {"model": models.describe(module), "converted": {"source": source, "name": name}}
     saved.save(0, {"variables": variables}, metadata=metadata)
     saved.close()
     count = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
     return {"model": metadata["model"]["name"], "parameters": count, "written": str(folder)}
+
+
+def vocabularies(files: Sequence[str], module: nn.Module) -> tokenizer.Tokenizers:
+    """Of ``dict.txt`` files; ValueError unless they have the sizes of the model's embeddings."""
+    if len(files) > 2:
+        raise ValueError(f"--dict {' '.join(files)}: give one for both languages, or two")
+    found = tokenizer.of_dictionaries(files, "--dict")
+    rows = module.source_vocab, module.target_vocab
+    for file, words, count, side in zip(
+        (files[0], files[-1]), found, rows, ("source", "target"), strict=True
+    ):
+        if words.size != count:
+            raise ValueError(
+                f"--dict {file}: {words.size - tokenizer.SPECIAL} words and {tokenizer.SPECIAL} "
+                f"special tokens are {words.size}, but the {side} embedding has {count} rows. Give "
+                "the dict.txt of the checkpoint; if fairseq padded it, the padding is in there"
+            )
+    if module.embeddings == "shared" and found.source.dump() != found.target.dump():
+        raise ValueError(
+            f"--dict {' '.join(files)}: source and target share their embedding, but these differ"
+        )
+    return found
+
+
+def read_arguments(given: str) -> dict[str, Any]:
+    """A JSON object: as it stands, or from ``@FILE`` or ``FILE.json``."""
+    text, where = given, given
+    if given.startswith("@") or given.endswith(".json"):
+        where = given.removeprefix("@")
+        try:
+            text = pathlib.Path(where).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--args: cannot read {where}: {error}") from None
+    try:
+        arguments = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"--args {where} is not JSON: {error}") from None
+    if not isinstance(arguments, dict):
+        raise ValueError(f'--args {where} is no JSON object: give {{"name": value, ...}}')
+    return arguments
 
 
 def find_weights(weights: str) -> pathlib.Path:

@@ -7,9 +7,13 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import localglobal_jax as lg
+from localglobal_jax import conversion
 from localglobal_jax.cli import main
+from localglobal_jax.convert import weights
+from localglobal_jax.data import tokenizer
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -63,6 +67,80 @@ def test_fine_tuning_starts_from_it_at_another_size_with_other_classes(converted
         )
     assert main(["train", f"--config={config}", f"--workdir={tmp_path}/x", "--config.init=no"]) == 2
     assert not (tmp_path / "x").exists()
+
+
+# ---------------------------------------------------------------------------- fairseq
+
+MUSE = str(GOLDEN / "muse_post.safetensors")
+ARGS = json.loads((GOLDEN / "muse_post.json").read_text())["args"]
+
+
+def dictionary(path, words=36):
+    path.write_text("".join(f"w{i} 1\n" for i in range(words)))
+    return str(path)
+
+
+def test_a_checkpoint_of_fairseq_with_its_words(tmp_path, capsys):
+    (tmp_path / "args.json").write_text(json.dumps(ARGS))
+    words = dictionary(tmp_path / "dict.txt")
+    command = ["convert", "fairseq", MUSE, f"--out={tmp_path}/out", f"--args=@{tmp_path}/args.json"]
+    assert main([*command, "--dict", words, words, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["parameters"] == sum(
+        x.size for x in jax.tree.leaves(lg.load(tmp_path / "out")[1])
+    )
+    tokenizers = tokenizer.load(tmp_path / "out" / "tokenizer")
+    assert tokenizers.source.encode(["w0 w35"]) == [[4, 39]]
+    golden = np.load(GOLDEN / "muse_post.npz")
+    module, variables = lg.load(tmp_path / "out")
+    inputs = [golden[f"left/{x}"].astype(np.int32) for x in ("src_tokens", "prev_output_tokens")]
+    logits, _ = jax.jit(module.apply)(variables, *inputs)
+    np.testing.assert_allclose(logits, golden["left/logits"], atol=2e-5 * np.abs(logits).max())
+
+
+def test_half_precision_becomes_float32(tmp_path):
+    state = {k: v.astype(np.float16) for k, v in weights.read_safetensors(MUSE).items()}
+    safetensors.numpy.save_file(state, tmp_path / "half.safetensors")
+    conversion.convert_file(
+        "fairseq", str(tmp_path / "half.safetensors"), str(tmp_path / "out"), arguments=ARGS
+    )
+    _, variables = lg.load(tmp_path / "out")
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype(np.float32)}
+    np.testing.assert_array_equal(
+        variables["params"]["embedding"]["embedding"], state["encoder.embed_tokens.weight"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "has no training arguments"),
+        (["--args=nowhere.json"], "cannot read nowhere.json"),
+        (["--args=@dict.txt"], "--args dict.txt is not JSON"),
+        (["--args=[1]"], "no JSON object"),
+        (["--args=args.json", "--dict", "short.txt"], "35 words and 4 special tokens are 39, but "
+         "the source embedding has 40 rows"),
+        (["--args=args.json", "--dict", "dict.txt", "short.txt"], "but the target embedding has"),
+        (["--args=args.json", "--dict", "dict.txt", "other.txt"], "but these differ"),
+        (["--args=args.json", "--dict", "dict.txt", "dict.txt", "dict.txt"], "or two"),
+        (["--args=args.json", "--dict", "args.json"], "--dict: cannot read args.json: line 1"),
+        (["--args=args.json", "--dict", "nowhere"], "--dict: cannot read nowhere"),
+    ],
+)  # fmt: skip
+def test_what_is_refused_writes_nothing(options, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    dictionary(tmp_path / "dict.txt")
+    dictionary(tmp_path / "short.txt", 35)
+    (tmp_path / "other.txt").write_text("".join(f"v{i} 1\n" for i in range(36)))
+    (tmp_path / "args.json").write_text(json.dumps(ARGS))
+    assert main(["convert", "fairseq", MUSE, "--out=out", *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main(["convert", "timm", MUSE, "--out=out", "--dict", "dict.txt"]) == 2
+    assert "--dict is for fairseq" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(

@@ -192,15 +192,18 @@ def create(options: schema.Text, sources: Sequence[str], targets: Sequence[str])
     return Tokenizers(*sides)
 
 
-def of_dictionaries(files: Sequence[str | pathlib.Path]) -> Tokenizers:
-    """Of fairseq's ``dict.txt`` files: one for both languages, or source and target."""
+def of_dictionaries(files: Sequence[str | pathlib.Path], option: str = "data.dicts") -> Tokenizers:
+    """Of fairseq's ``dict.txt`` files: one for both languages, or source and target.
+
+    `option` names them in errors.
+    """
     sides = []
     for file in files:
         try:
             text = pathlib.Path(file).expanduser().read_text(encoding="utf-8")
             sides.append(Dictionary.parse(text))
         except (OSError, ValueError) as error:
-            raise ValueError(f"data.dicts: cannot read {file}: {error}") from error
+            raise ValueError(f"{option}: cannot read {file}: {error}") from error
     return Tokenizers(sides[0], sides[-1])
 
 
