@@ -35,7 +35,7 @@ class _Options(NamedTuple):
 
 class _Drawing(NamedTuple):
     key: Key[Array, ""]
-    numbers: Int[Array, "b"]
+    numbers: Int[Array, " b"]
     temperature: Float[Array, ""]
     top_p: Float[Array, ""]
     penalty: Float[Array, ""]
@@ -64,7 +64,7 @@ def sample(
     source: Int[Any, "b ls"],
     key: Key[Array, ""],
     *,
-    numbers: Int[Any, "b"] | None = None,
+    numbers: Int[Any, " b"] | None = None,
     samples: int = 1,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -103,10 +103,10 @@ def sample(
 
 class _Sampling(NamedTuple):
     step: Int[Array, ""]
-    token: Int[Array, "r"]
+    token: Int[Array, " r"]
     cache: PyTree[Shaped[Array, "r ..."]]
     grown: Hypotheses  # k = 1, rows r; lengths are 0 until the end
-    done: Bool[Array, "r"]
+    done: Bool[Array, " r"]
 
 
 @partial(jax.jit, static_argnums=(0, 4))
