@@ -17,7 +17,16 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from localglobal_jax import accounting, blocks, convert, decoding, layout, models, operators
+    from localglobal_jax import (
+        accounting,
+        blocks,
+        convert,
+        decoding,
+        layout,
+        models,
+        operators,
+        translate,
+    )
     from localglobal_jax.evaluate import load
     from localglobal_jax.models import create_model, list_models
 
@@ -32,6 +41,7 @@ __all__ = [
     "load",
     "models",
     "operators",
+    "translate",
 ]
 
 _FROM = {"create_model": "models", "list_models": "models", "load": "evaluate"}

@@ -9,7 +9,7 @@ import os
 import sys
 from typing import Any
 
-from localglobal_jax import __version__
+from localglobal_jax import __version__, translate_command
 
 
 def console() -> int:
@@ -35,9 +35,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if overrides and args.command not in ("train", "evaluate", "prepare"):
             raise ValueError(f"{args.command} takes no --config.{next(iter(overrides))}")
-        return args.run(args) or 0
+        code = args.run(args) or 0
+        sys.stdout.flush()  # a reader that has gone away shows here, not when Python ends
+        return code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError, RuntimeError) as error:
         code = 2 if isinstance(error, ValueError) else 1
         ours = type(error) in (ValueError, OSError) or type(error).__module__.startswith(
@@ -104,6 +109,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--dir", metavar="DIR", help="TFDS data directory")
     sub.add_argument("--source", metavar="DIR", help="files already downloaded")
     sub.add_argument("--from_tfrecord", metavar="DIR", help="convert a TFRecord data set")
+
+    example = "--workdir runs/muse < test.en > test.de"
+    sub = command("translate", translate_command.run, "translate lines of text", example)
+    translate_command.add_options(sub)
 
     example = "hyp.de test.de --source test.en"
     sub = command("score", score, "BLEU and chrF of translations", example)

@@ -20,6 +20,7 @@ FLOORS = [  # a room imports from floors below its own; files of one room see ea
         "accounting",
         "data",
         "decoding",
+        "heat_map",
         "losses",
         "metrics",
         "model_card",
@@ -31,13 +32,18 @@ FLOORS = [  # a room imports from floors below its own; files of one room see ea
     ],
     ["checkpoint", "convert", "tasks"],
     ["evaluate", "run_report", "train_step"],
-    ["conversion"],
-    ["train"],
+    ["conversion", "translate"],
+    ["train", "translate_command"],
     ["cli"],
     ["__main__"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
-LIGHT = {"schema", "configlib", "cli"}  # these never import jax when they are imported
+LIGHT = {
+    "schema",
+    "configlib",
+    "cli",
+    "translate_command",
+}  # these never import jax when they are imported
 LINES, FUNCTION = 300, 80
 
 

@@ -180,7 +180,8 @@ def test_score(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "evaluate", "prepare", "score", "inspect", "models", "convert"]
+    "command",
+    ["train", "evaluate", "prepare", "translate", "score", "inspect", "models", "convert"],
 )
 def test_every_command_has_help_with_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:

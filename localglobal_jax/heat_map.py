@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A picture of a matrix whose rows and columns are pieces of text."""
+
+import math
+import pathlib
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+
+KINDS = (".png", ".pdf", ".svg")
+CELL, LARGEST = 0.28, 48.0  # inches: of a cell, and of a side of all cells
+LETTERS = 6.5, 10.0  # points: the smallest and the largest
+
+
+def check(path: str) -> None:
+    """Raises ValueError for a file that could not be written, before hours go into its content."""
+    file = pathlib.Path(path)
+    if file.suffix not in KINDS:
+        raise ValueError(f"{path}: a picture's name ends in {', '.join(KINDS)}")
+    if not file.parent.is_dir():
+        raise ValueError(f"{path}: there is no directory {file.parent}")
+
+
+def draw(
+    path: str,
+    weights: np.ndarray,
+    *,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    title: str,
+    row_name: str,
+    column_name: str,
+) -> None:
+    """Writes `weights` [rows, columns], which are at least 0; the darker, the more."""
+    # Objects, not pyplot: no global state, no display. Imported here, as it takes a second.
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    cell = min(CELL, LARGEST / max(weights.shape))
+    size = min(LETTERS[1], max(LETTERS[0], 0.55 * cell * 72))
+    every = math.ceil(1.2 * size / 72 / cell)  # of more pieces than can be read, some are named
+    height, width = (cell * n for n in weights.shape)
+    # the axes fill the figure, and the picture is cut around what stands beside them
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_axes((0, 0, 1, 1))
+    image = axes.imshow(weights, cmap="Blues", vmin=0, aspect="auto", interpolation="nearest")
+    named = (range(0, n, every) for n in weights.shape)
+    for axis, places, pieces in zip((axes.yaxis, axes.xaxis), named, (rows, columns), strict=True):
+        # SentencePiece's sign for a blank would be a fat bar
+        axis.set_ticks(places, [pieces[i].replace("\u2581", "_") for i in places])
+        if every == 1:
+            axis.set_ticks(np.arange(1, len(pieces)) - 0.5, minor=True)
+        for label in axis.get_ticklabels():
+            label.set(fontsize=size, parse_math=False)  # a dollar is a dollar
+    axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=2)
+    axes.tick_params(which="minor", length=0)
+    for label in axes.get_xticklabels():
+        label.set(rotation=60, ha="left", va="baseline", rotation_mode="anchor")
+    axes.grid(which="minor", color="0.9", linewidth=0.5)
+    axes.spines[:].set_color("0.7")
+    axes.xaxis.set_label_position("top")
+    axes.set_xlabel(column_name, labelpad=8)
+    axes.set_ylabel(row_name, labelpad=8)
+    axes.set_title(title, fontsize=11, pad=10)
+    bar = figure.add_axes((1 + 0.2 / width, 0, 0.12 / width, min(1, 2.5 / height)))
+    figure.colorbar(image, cax=bar).outline.set_visible(False)
+    bar.tick_params(labelsize=8, length=2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # drawn as boxes
+        figure.savefig(path, dpi=120, bbox_inches="tight", pad_inches=0.2)
