@@ -12,6 +12,11 @@ from typing import Any
 BUCKETS = ((0, 15), (16, 30), (31, 45), (46, 60), (61, 75), (76, 90), (91, 105), (106, None))
 
 
+def check_installed() -> None:
+    """Raises ValueError, which says what to install, where sacreBLEU is missing."""
+    _metrics()
+
+
 def _metrics() -> Any:
     try:
         from sacrebleu import metrics  # noqa: PLC0415  (an extra)

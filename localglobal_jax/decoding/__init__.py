@@ -7,7 +7,7 @@ per module, shape of `source` and ``max_length``: give both from a few buckets.
 """
 
 from localglobal_jax.decoding.beam import beam_search
-from localglobal_jax.decoding.hypotheses import Decodable, Hypotheses
+from localglobal_jax.decoding.hypotheses import Decodable, Hypotheses, max_length
 from localglobal_jax.decoding.sampling import greedy, sample
 
-__all__ = ["Decodable", "Hypotheses", "beam_search", "greedy", "sample"]
+__all__ = ["Decodable", "Hypotheses", "beam_search", "greedy", "max_length", "sample"]

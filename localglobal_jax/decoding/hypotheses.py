@@ -74,6 +74,15 @@ def pick(x: Shaped[Array, "b n ..."], index: Int[Array, "b k"]) -> Shaped[Array,
     return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
+def max_length(source_length: int) -> int:
+    """Tokens that are enough for the translation of a source of (padded) length `source_length`.
+
+    Half as many again, and ten: of real pairs next to none is longer. It costs memory, and time
+    only where a model does not stop by itself.
+    """
+    return source_length + source_length // 2 + 10
+
+
 def check(hypotheses: int, min_length: int, max_length: int) -> None:
     if hypotheses < 1 or not 0 <= min_length <= max_length or max_length < 1:
         raise ValueError(
