@@ -92,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
     def add_step(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--step", help='a number or "best"; default: the newest')
         sub.add_argument("--average", type=int, default=1, metavar="N",
-                         help="the mean of N checkpoints, this one and those before it")  # fmt: skip
+                         help="mean of N checkpoints, this one and those before")  # fmt: skip
 
     digits = "--config configs/coatnet_digits.py"
     sub = command("train", train, "train, or resume, a run", f"{digits} --workdir runs/digits")

@@ -63,7 +63,8 @@ def find_weights(weights: str) -> pathlib.Path:
 def pretrained(path: str, module: nn.Module, inputs: tuple[jax.ShapeDtypeStruct, ...]) -> Variables:
     """The variables of the checkpoint `path`, made to fit `module` on `inputs`.
 
-    Position tables are resized, and a classifier for another number of classes starts at zero. Raises ValueError where anything else differs.
+    Position tables are resized, and a classifier for another number of classes starts at zero.
+    Raises ValueError where anything else differs.
     """
     old, variables = evaluate.load(path)
     classes = getattr(module, "classes", None)

@@ -21,11 +21,14 @@ class Evaluation:
 
     def __init__(self, task: Task, mesh: Mesh):
         self._mesh = mesh
-        self._evaluators = {}
+        self._evaluators: dict[str, tuple[Evaluator, Any, Any]] = {}
         for name, evaluator in task.evaluators.items():
             predict = evaluator.predict or (lambda variables, batch: None)
-            steps = (parallel.compile_eval(step, mesh) for step in (evaluator.metrics, predict))
-            self._evaluators[name] = (evaluator, *steps)
+            self._evaluators[name] = (
+                evaluator,
+                parallel.compile_eval(evaluator.metrics, mesh),
+                parallel.compile_eval(predict, mesh),
+            )
 
     def check_metric(self, best: str | None) -> None:
         """Raises ValueError unless `best` ("test/accuracy", "-test/loss") will be measured."""

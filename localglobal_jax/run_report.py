@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from localglobal_jax import metrics, model_card, optim, parallel, reporting, schema
-from localglobal_jax.tasks import Batch, Task
+from localglobal_jax.tasks import HostBatch, Task
 from localglobal_jax.workdir import write_atomically
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class Window:
         self._paused += time.perf_counter() - began
 
     @contextmanager
-    def compiling(self, batch: Batch) -> Iterator[None]:
+    def compiling(self, batch: HostBatch) -> Iterator[None]:
         """Around a step; the first of every shape compiles, which is no training either."""
         shapes = tuple((name, x.shape) for name, x in batch.items())
         began = time.perf_counter()

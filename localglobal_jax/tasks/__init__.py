@@ -6,14 +6,24 @@ from collections.abc import Callable
 
 from localglobal_jax import schema
 from localglobal_jax.tasks import classification, translation
-from localglobal_jax.tasks.task import Batch, Evaluator, Loss, Sums, Task, Variables
+from localglobal_jax.tasks.task import Batch, Evaluator, HostBatch, Loss, Sums, Task, Variables
 
 TASKS: dict[str, Callable[..., Task]] = {
     "classification": classification.create,
     "translation": translation.create,
 }
 
-__all__ = ["TASKS", "Batch", "Evaluator", "Loss", "Sums", "Task", "Variables", "create_task"]
+__all__ = [
+    "TASKS",
+    "Batch",
+    "Evaluator",
+    "HostBatch",
+    "Loss",
+    "Sums",
+    "Task",
+    "Variables",
+    "create_task",
+]
 
 
 def create_task(

@@ -109,7 +109,7 @@ def loss(
     batch: Batch,
     key: jax.Array,
 ) -> Loss:
-    """Cross-entropy of a training batch, per token: the gradient is that of the mean over tokens."""
+    """Cross-entropy of a training batch per token, so that the gradient is a mean over tokens."""
     (logits, _), collections = model.apply(
         variables,
         batch["source"],
