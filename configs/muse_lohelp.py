@@ -15,16 +15,17 @@ def get_config(arg=None):
     arg = parse_arg(arg, pair=("en-de", "en-fr"), size=("demo", "tiny"), data=("real", "mock"))
     config = ConfigDict()
     config.seed = 0
-    config.steps = 3000
-    config.batch_size = 4096  # tokens
+    config.steps = 2400  # ten epochs
+    config.batch_size = 2048  # tokens
     config.model = ConfigDict(
         dict(
             name="muse",
             layout="MM",
             depths=(3, 3),
-            widths=(256, 256),
+            widths=(192, 192),
             heads=(4, 4),
-            hidden=(512, 512),
+            hidden=(384, 384),
+            blocks=dict(M=dict(kernel_dropout=0.0)),
             dropout=0.1,
         )
     )
@@ -36,21 +37,14 @@ def get_config(arg=None):
             eval_splits=("validation",),
             vocab=4000,
             max_length=96,
-            buckets=4,
+            buckets=6,
         )
     )
     config.optim = ConfigDict(
-        dict(
-            learning_rate=2e-3,
-            schedule="rsqrt",
-            warmup_steps=300,
-            warmup_from=1e-7,
-            b2=0.98,
-            weight_decay=1e-4,
-        )
+        dict(learning_rate=2e-3, warmup_steps=300, warmup_from=1e-7, b2=0.98, weight_decay=1e-4)
     )
-    config.eval = ConfigDict(dict(every=500))
-    config.checkpoint = ConfigDict(dict(every=500, best="validation/bleu"))
+    config.eval = ConfigDict(dict(every=800, batch_size=8192))
+    config.checkpoint = ConfigDict(dict(every=400, best="validation/bleu"))
     if arg.size == "tiny":
         config.steps, config.batch_size = 20, 1024
         config.model.update(depths=(1, 1), widths=(32, 32), heads=(2, 2), hidden=(32, 32))
