@@ -134,8 +134,6 @@ def create_evaluator(
     shard: tuple[int, int],
 ) -> Evaluator:
     """Loss, perplexity and accuracy per token of a split; BLEU and chrF of its translations."""
-    if run.task.beam:
-        scoring.check_installed()
     names: tuple[str, ...] = ("loss", "accuracy", "perplexity", "count")
 
     def batches() -> Iterator[HostBatch]:
