@@ -15,7 +15,7 @@ def get_config(arg=None):
     arg = parse_arg(arg, pair=("en-de", "en-fr"), size=("demo", "tiny"), data=("real", "mock"))
     config = ConfigDict()
     config.seed = 0
-    config.steps = 2400  # ten epochs
+    config.steps = 2400  # six epochs
     config.batch_size = 2048  # tokens
     config.model = ConfigDict(
         dict(

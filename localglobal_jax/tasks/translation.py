@@ -186,5 +186,8 @@ def score(source: text.TextSource, predicted: list[PyTree]) -> dict[str, float]:
     }
     in_order = [hypotheses[index] for index in range(len(source))]
     found = scoring.score(in_order, source.text.targets, source.text.sources)
-    by_length = {f"bleu_{line['words']}": line["bleu"] for line in found["by_length"]}
+    by_length = {
+        f"bleu_{line['words'].replace('>', 'over_')}": line["bleu"]  # TensorBoard refuses ">"
+        for line in found["by_length"]
+    }
     return {"bleu": found["bleu"], "chrf": found["chrf"], **by_length}
