@@ -28,13 +28,13 @@ INSTALL = [
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8,<0.13",
     "pydantic>=2.9,<3",  # the schema of a run
+    "sacrebleu>=2.4",
     "scikit-learn>=1.5",  # ships the embedded digits
+    "sentencepiece>=0.2",
     "tensorboardX>=2.6.2",
     "tensorflow-datasets>=4.9.10",
 ]
-TEXT = ["sacrebleu>=2.4", "sentencepiece>=0.2"]
 TEST = [
-    *TEXT,
     "beartype>=0.19",
     "hypothesis>=6.100",
     "pytest>=8",
@@ -44,7 +44,6 @@ TEST = [
 EXTRAS = {
     "test": TEST,
     "dev": [*TEST, "mypy>=1.13", "pre-commit>=4", "ruff>=0.9"],
-    "text": TEXT,
     "tf": ["tensorflow-cpu>=2.18"],  # only to prepare TFDS sets whose builders need it
     # only to convert .pt files; before 2.6, weights_only could be tricked (CVE-2025-32434)
     "torch": ["torch>=2.6,<3"],

@@ -94,6 +94,11 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--config", required=required, metavar="FILE[:ARG]",
                          help="a config file; override fields with --config.a.b=VALUE")  # fmt: skip
 
+    def add_step(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--step", help='a number or "best"; default: the newest')
+        sub.add_argument("--average", type=int, default=1, metavar="N",
+                         help="mean of N checkpoints, this one and those before")  # fmt: skip
+
     digits = "--config configs/coatnet_digits.py"
     sub = command("train", train, "train, or resume, a run", f"{digits} --workdir runs/digits")
     add_config(sub)
@@ -101,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("evaluate", evaluate, "evaluate a checkpoint", "--workdir runs/digits")
     sub.add_argument("--workdir", required=True, metavar="DIR")
-    sub.add_argument("--step", help='a number or "best"; default: the newest')
+    add_step(sub)
 
     sub = command("prepare", prepare, "prepare a data set, check it, print counts", digits)
     add_config(sub, required=False)
@@ -168,7 +173,7 @@ def train(args: argparse.Namespace) -> int:
 def evaluate(args: argparse.Namespace) -> None:
     from localglobal_jax import evaluate as evaluation
 
-    step, results = evaluation.evaluate(args.workdir, args.step, args.overrides)
+    step, results = evaluation.evaluate(args.workdir, args.step, args.overrides, args.average)
     if args.json:
         print(json.dumps({"step": step, **results}))
         return

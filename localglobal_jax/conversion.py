@@ -133,14 +133,14 @@ def find_weights(weights: str) -> pathlib.Path:
     return pathlib.Path(hf_hub_download(weights, "model.safetensors"))
 
 
-def pretrained(path: str, module: nn.Module, images: jax.ShapeDtypeStruct) -> Variables:
-    """The variables of the checkpoint `path`, made to fit `module` on `images` [b, h, w, channels].
+def pretrained(path: str, module: nn.Module, inputs: tuple[jax.ShapeDtypeStruct, ...]) -> Variables:
+    """The variables of the checkpoint `path`, made to fit `module` on `inputs`.
 
     Position tables are resized, and a classifier for another number of classes starts at zero.
     Raises ValueError where anything else differs.
     """
     old, variables = evaluate.load(path)
-    if old.classes != module.classes:
-        old, variables = convert.adapt.reclassify(old, variables, module.classes)
-    _, height, width, channels = images.shape
-    return convert.adapt.resize(module, variables, (height, width), channels=channels)
+    classes = getattr(module, "classes", None)
+    if classes is not None and old.classes != classes:
+        old, variables = convert.adapt.reclassify(old, variables, classes)
+    return convert.adapt.fit(module, variables, *inputs)

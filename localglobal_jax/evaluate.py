@@ -7,6 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -20,49 +21,57 @@ class Evaluation:
 
     def __init__(self, task: Task, mesh: Mesh):
         self._mesh = mesh
-        self._evaluators = {
-            name: (evaluator, parallel.compile_eval(evaluator.metrics, mesh))
-            for name, evaluator in task.evaluators.items()
-        }
+        self._evaluators: dict[str, tuple[Evaluator, Any, Any]] = {}
+        for name, evaluator in task.evaluators.items():
+            predict = evaluator.predict or (lambda variables, batch: None)
+            self._evaluators[name] = (
+                evaluator,
+                parallel.compile_eval(evaluator.metrics, mesh),
+                parallel.compile_eval(predict, mesh),
+            )
 
     def check_metric(self, best: str | None) -> None:
         """Raises ValueError unless `best` ("test/accuracy", "-test/loss") will be measured."""
-        known = [f"{s}/{m}" for s, (e, _) in self._evaluators.items() for m in e.metric_names]
+        known = [f"{s}/{m}" for s, (e, *_) in self._evaluators.items() for m in e.metric_names]
         if best and best.removeprefix("-") not in known:
             raise configlib.unknown("metric in checkpoint.best:", best.removeprefix("-"), known)
 
     def __call__(self, variables: Variables) -> dict[str, dict[str, float]]:
         """``{split: {metric: value}}``."""
         return {
-            name: self._run(name, evaluator, step, variables)
-            for name, (evaluator, step) in self._evaluators.items()
+            name: self._run(name, evaluator, step, predict, variables)
+            for name, (evaluator, step, predict) in self._evaluators.items()
         }
 
     def _run(
-        self, name: str, evaluator: Evaluator, step: Any, variables: Variables
+        self, name: str, evaluator: Evaluator, step: Any, predict: Any, variables: Variables
     ) -> dict[str, float]:
-        total = None
-        for batch in evaluator.batches():
-            sums = jax.device_get(step(variables, parallel.global_batch(batch, self._mesh)))
+        total, predicted = None, []
+        for host_batch in evaluator.batches():
+            batch = parallel.global_batch(host_batch, self._mesh)
+            sums = jax.device_get(step(variables, batch))
             total = sums if total is None else metrics.merge(total, sums)
+            if evaluator.predict:
+                predicted.append(jax.device_get(predict(variables, batch)))
         result = metrics.compute(total or {})
         if result["count"] != evaluator.size():
             raise RuntimeError(
                 f"evaluated {result['count']} of the {evaluator.size()} examples of {name}: "
                 "a batch was lost or counted twice"
             )
-        return result
+        return evaluator.finish(result, predicted)
 
 
 def evaluate(
     workdir: str | pathlib.Path,
     step: int | str | None = None,
     overrides: Mapping[str, str] | None = None,
+    average: int = 1,
 ) -> tuple[int, dict[str, Any]]:
     """Evaluates a checkpoint of `workdir`: its step and all metrics.
 
-    `step`: a number, "best", or None for the newest. `overrides`: of the config it was trained
-    with, e.g. ``{"data.dir": "/data"}`` on another machine.
+    `step` and `average`: see `load`. `overrides`: of the config it was trained with, e.g.
+    ``{"data.dir": "/data"}`` on another machine.
     """
     workdir = pathlib.Path(workdir)
     config = ConfigDict(configlib.tuples(read_run(workdir).model_dump()))
@@ -70,12 +79,12 @@ def evaluate(
         configlib.override(config, field, text)
     run = configlib.check(config)
     mesh = parallel.make_mesh(run.parallel.mesh)
-    parallel.check_batch(run.eval.batch_size or run.batch_size, mesh, what="eval.batch_size")
-    task = create_task(run, shard=(parallel.host(), parallel.hosts()), train=False)
-    found, state, _ = stored.read(workdir, find_step(workdir, step))
-    variables = jax.device_put(
-        state.get("average") or state["variables"], parallel.replicated(mesh)
-    )
+    field, rows = run.eval_rows
+    parallel.check_batch(rows, mesh, what=field)
+    shard = (parallel.host(), parallel.hosts())
+    task = create_task(run, shard=shard, train=False, workdir=workdir)
+    found, variables, _ = read_variables(workdir, step, average)
+    variables = jax.device_put(variables, parallel.replicated(mesh))
     return found, Evaluation(task, mesh)(variables)
 
 
@@ -103,13 +112,44 @@ def read_run(workdir: pathlib.Path) -> schema.Run:
     return configlib.read_json(file)
 
 
-def load(path: str | pathlib.Path, step: int | str | None = None) -> tuple[nn.Module, Variables]:
+def load(
+    path: str | pathlib.Path, step: int | str | None = None, average: int = 1
+) -> tuple[nn.Module, Variables]:
     """A trained model from our checkpoints: ``(module, variables)``, ready for ``module.apply``.
 
-    `path` is a workdir, its checkpoints folder, or one step's folder; `step` a number, "best" (of
-    a workdir), or None: the newest. The averaged variables are
-    given if the run kept an average. Needs neither the data set nor the config.
+    Args:
+      path: a workdir, its checkpoints folder, or one step's folder.
+      step: a number, "best" (of a workdir), or None: the newest.
+      average: the mean over so many checkpoints, this one and those before it.
+
+    If the run kept a moving average of its variables, that is what is given. Needs neither the
+    data set nor the config.
     """
-    _, state, metadata = stored.read(path, find_step(path, step))
+    _, variables, metadata = read_variables(path, step, average)
     spec: dict[str, Any] = configlib.tuples(metadata["model"])
-    return create_model(**spec), jax.device_put(state.get("average") or state["variables"])
+    return create_model(**spec), jax.device_put(variables)
+
+
+def read_variables(
+    path: str | pathlib.Path, step: int | str | None = None, average: int = 1
+) -> tuple[int, Variables, dict[str, Any]]:
+    """``(step, variables, metadata)`` as NumPy arrays, see `load`.
+
+    Checkpoint averaging as in arXiv 1706.03762, section 6.1. Raises ValueError if fewer than
+    `average` checkpoints are kept.
+    """
+    last, state, metadata = stored.read(path, find_step(path, step))
+    kept = [n for n in stored.steps(path) if n <= last][-average:]
+    if average < 1 or len(kept) < average:
+        raise ValueError(
+            f"cannot average {average} checkpoints: {path} has {len(kept)} up to step {last}. "
+            "Give a number from 1 to that, or keep more (checkpoint.keep)"
+        )
+    variables = state.get("average") or state["variables"]
+    if average > 1:
+        total = jax.tree.map(np.float64, variables)
+        for earlier in kept[:-1]:
+            _, state, _ = stored.read(path, earlier)
+            total = jax.tree.map(np.add, total, state.get("average") or state["variables"])
+        variables = jax.tree.map(lambda t, v: (t / average).astype(v.dtype), total, variables)
+    return last, variables, metadata

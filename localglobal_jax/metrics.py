@@ -39,6 +39,20 @@ def classification(
     return sums
 
 
+def tokens(
+    logits: Float[Array, "b l v"], targets: Integer[Array, "b l"], mask: Shaped[Array, "b l"]
+) -> Sums:
+    """Loss (nats) and accuracy per token where ``mask`` is nonzero."""
+    mask = mask.astype(bool)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
+    hits = (logits.argmax(-1) == targets) & mask
+    count = jnp.sum(mask, dtype=jnp.int32)
+    return {
+        "loss": (jnp.sum(jnp.where(mask, loss, 0)), count),
+        "accuracy": (jnp.sum(hits, dtype=jnp.int32), count),
+    }
+
+
 def merge(a: Sums, b: Sums) -> Sums:
     """Sums of both; ValueError if they do not hold the same metrics."""
     if a.keys() != b.keys():

@@ -18,7 +18,7 @@ PyTree = Any
 def make_schedule(options: schema.Optim, steps: int) -> optax.Schedule:
     """Learning rate as a function of the number of updates already made.
 
-    Linear from 0 to ``learning_rate`` over ``warmup_steps`` (so that the first update of a warm-up
+    Linear from ``warmup_from`` to ``learning_rate`` over ``warmup_steps`` (from 0, the first update
     moves nothing), then: ``cosine`` to ``end_learning_rate`` at ``steps`` (arXiv 1608.03983, one
     cycle); ``constant``; or ``rsqrt``, peak * sqrt(warmup / step) (arXiv 1706.03762, section 5.3).
 
@@ -41,7 +41,9 @@ def make_schedule(options: schema.Optim, steps: int) -> optax.Schedule:
             after = peak * jnp.sqrt(max(warmup, 1) / jnp.maximum(step, max(warmup, 1)))
         else:
             after = jnp.full_like(step, peak)
-        return jnp.where(step < warmup, peak * step / max(warmup, 1), after)
+        first = options.warmup_from
+        before = first + (peak - first) * step / max(warmup, 1)
+        return jnp.where(step < warmup, before, after)
 
     return schedule
 

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from localglobal_jax import metrics, model_card, optim, parallel, reporting, schema
-from localglobal_jax.tasks import Task
+from localglobal_jax.tasks import HostBatch, Task
 from localglobal_jax.workdir import write_atomically
 
 log = logging.getLogger(__name__)
@@ -51,14 +51,16 @@ class Window:
     ):
         self._run, self._items = run, task.items
         self._schedule = optim.make_schedule(run.optim, run.steps)
+        self._compiled: set[Any] = set()  # shapes of batches
         self._open(start)
         if partial and partial["sums"]:
             self._first = partial["first"]
+            self._items_before = int(partial["sums"]["loss"][1])
             self._sums.append({k: (v[0], v[1]) for k, v in partial["sums"].items()})
 
     def _open(self, step: int) -> None:
         self._first, self._began = step, time.perf_counter()
-        self._steps = 0  # of this process
+        self._steps = self._items_before = 0  # of this process; of the one that was interrupted
         self._waited = self._paused = 0.0
         self._sums: list[PyTree] = []
 
@@ -77,11 +79,13 @@ class Window:
         self._paused += time.perf_counter() - began
 
     @contextmanager
-    def compiling(self, first: bool) -> Iterator[None]:
-        """Around the call of the step; the first one compiles, which is no training either."""
+    def compiling(self, batch: HostBatch) -> Iterator[None]:
+        """Around a step; the first of every shape compiles, which is no training either."""
+        shapes = tuple((name, x.shape) for name, x in batch.items())
         began = time.perf_counter()
         yield
-        if first:
+        if shapes not in self._compiled:
+            self._compiled.add(shapes)
             seconds = time.perf_counter() - began
             self._paused += seconds
             if parallel.host() == 0:
@@ -118,11 +122,13 @@ class Window:
 
     def close(self, step: int) -> dict[str, float]:
         """The means over the window; raises Diverged if the loss is not finite."""
-        line = metrics.compute(self._total())
+        total = self._total()
+        items = int(total["loss"][1]) - self._items_before
+        line = metrics.compute(total)
         del line["count"]
         seconds = time.perf_counter() - self._began - self._paused
         line["learning_rate"] = float(self._schedule(step - 1))
-        line[f"{self._items}_per_second"] = self._run.batch_size * self._steps / seconds
+        line[f"{self._items}_per_second"] = items / seconds
         line["seconds_left"] = (self._run.steps - step) * seconds / self._steps
         line["input_wait"] = self._waited / seconds
         self._open(step)

@@ -115,6 +115,9 @@ class Translation(Section):
 
     name: Literal["translation"] = "translation"
     label_smoothing: Fraction = 0.1
+    # Evaluations translate every split by beam search and score it; 0: they only measure the loss.
+    beam: NonNegativeInt = 4
+    length_penalty: NonNegativeFloat = 1.0
 
 
 class Optim(Section):
@@ -124,6 +127,7 @@ class Optim(Section):
     learning_rate: PositiveFloat = 1e-3  # the peak
     schedule: Literal["cosine", "constant", "rsqrt"] = "cosine"
     warmup_steps: NonNegativeInt = 0
+    warmup_from: NonNegativeFloat = 0.0  # where the warm-up begins
     end_learning_rate: NonNegativeFloat = 0.0  # where the cosine ends
     b1: Fraction = 0.9
     b2: Fraction = 0.999
@@ -184,6 +188,16 @@ class Run(Section):
     log: Log = Log()
     parallel: Parallel = Parallel()
 
+    @property
+    def train_rows(self) -> tuple[str, int]:
+        """The field that says how many examples a batch has, or a multiple of how many."""
+        return "batch_size", self.batch_size
+
+    @property
+    def eval_rows(self) -> tuple[str, int]:
+        """The same for evaluation."""
+        return "eval.batch_size", self.eval.batch_size or self.batch_size
+
 
 class ClassificationRun(Run):
     """Images and labels: what a run is where ``task.name`` is left out."""
@@ -197,6 +211,12 @@ class TranslationRun(Run):
 
     task: Translation
     data: Text = Text()
+
+    @property
+    def train_rows(self) -> tuple[str, int]:
+        return "data.rows_multiple", self.data.rows_multiple
+
+    eval_rows = train_rows
 
 
 RUNS: dict[str, type[Run]] = {"classification": ClassificationRun, "translation": TranslationRun}

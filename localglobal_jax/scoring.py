@@ -8,19 +8,10 @@ reports BLEU of tokenised text: words parted by blanks, no smoothing, as fairseq
 from collections.abc import Sequence
 from typing import Any
 
+from sacrebleu import metrics
+
 # Source words, first and last (arXiv 1911.09483, figures 2 and 7)
 BUCKETS = ((0, 15), (16, 30), (31, 45), (46, 60), (61, 75), (76, 90), (91, 105), (106, None))
-
-
-def _metrics() -> Any:
-    try:
-        from sacrebleu import metrics  # noqa: PLC0415  (an extra)
-    except ImportError as error:
-        raise ValueError(
-            "scoring needs sacreBLEU, which is not installed: "
-            "run `pip install 'localglobal_jax[text]'`"
-        ) from error
-    return metrics
 
 
 def score(
@@ -53,7 +44,6 @@ def score(
 def _scores(
     hypotheses: Sequence[str], references: Sequence[str], tokenized: bool, quiet: bool = False
 ) -> dict[str, Any]:
-    metrics = _metrics()
     options = {"tokenize": "none", "smooth_method": "none"} if tokenized else {}
     # force: do not warn that the text looks tokenised
     bleu, chrf = metrics.BLEU(**options, force=tokenized or quiet), metrics.CHRF()

@@ -54,6 +54,11 @@ def read(path: str | os.PathLike, step: int | None = None) -> tuple[int, dict, d
     return found
 
 
+def steps(path: str | os.PathLike) -> list[int]:
+    """Of the checkpoints there, oldest first; of one step's folder, those beside it."""
+    return directories(_locate(path)[0])
+
+
 def inspect(path: str | os.PathLike, verify: bool = False) -> dict:
     """What is in there, as JSON: ``{"directory", "latest", "steps": [{"step", "metadata",
     "metrics", "leaves", "bytes", "verified", "error"}]}``.

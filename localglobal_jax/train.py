@@ -42,18 +42,20 @@ def train(run: schema.Run, directory: str | pathlib.Path) -> dict[str, dict[str,
     check_batches(run, mesh)
     workdir.refuse_other(run, directory)
     trace = Trace(run, directory)
-    task = create_task(run, shard=(parallel.host(), parallel.hosts()))
+    shard = (parallel.host(), parallel.hosts())
+    task = create_task(run, shard=shard, workdir=directory)
     optimizer = optim.make_optimizer(run.optim, run.steps)
     init = parallel.compile_init(lambda: init_state(task, optimizer, run), mesh)
     template = parallel.with_sharding(jax.eval_shape(init), parallel.replicated(mesh))
 
     evaluation = evaluate.Evaluation(task, mesh)
     evaluation.check_metric(run.checkpoint.best)
-    pretrained = conversion.pretrained(run.init, task.model, task.inputs[0]) if run.init else None
+    pretrained = conversion.pretrained(run.init, task.model, task.inputs) if run.init else None
 
     # ---- state: restored, or made
     if parallel.host() == 0:
         workdir.claim(run, directory)
+        task.save(directory)
     checkpoints = checkpoint.Checkpoints(directory / "checkpoints", run.checkpoint)
     restored = checkpoints.restore(template)
     start, state = (restored.step, restored.state) if restored else (0, init())
@@ -101,7 +103,7 @@ def train(run: schema.Run, directory: str | pathlib.Path) -> dict[str, dict[str,
                 raise Preempted(f"stopped at step {step} of {run.steps}; {saved}")
             with window.waiting():
                 batch = next(batches)
-            with trace.step(step), window.compiling(step == start):
+            with trace.step(step), window.compiling(batch):
                 state, sums = step_fn(state, parallel.global_batch(batch, mesh))
                 trace.wait_for(sums)
             window.add(sums)
@@ -117,14 +119,15 @@ def due(step: int, every: int) -> bool:
 
 def check_batches(run: schema.Run, mesh: Mesh) -> None:
     """Raises ValueError unless every batch divides over devices, hosts and micro-batches."""
-    if run.batch_size % run.optim.accumulate:
+    (field, rows), parts = run.train_rows, run.optim.accumulate
+    if rows % parts:
         raise ValueError(
-            f"batch_size={run.batch_size} is not divisible by optim.accumulate="
-            f"{run.optim.accumulate} micro-batches"
+            f"{field}={rows} is not divisible by optim.accumulate={parts} micro-batches"
         )
-    what = "batch_size" if run.optim.accumulate == 1 else "batch_size / optim.accumulate"
-    parallel.check_batch(run.batch_size // run.optim.accumulate, mesh, what=what)
-    parallel.check_batch(run.eval.batch_size or run.batch_size, mesh, what="eval.batch_size")
+    what = field if parts == 1 else f"{field} / optim.accumulate"
+    parallel.check_batch(rows // parts, mesh, what=what)
+    field, rows = run.eval_rows
+    parallel.check_batch(rows, mesh, what=field)
 
 
 @contextmanager

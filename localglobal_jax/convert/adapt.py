@@ -39,8 +39,18 @@ def resize(
     Raises:
       ValueError: another parameter depends on the resolution.
     """
-    shapes = _flat(_shapes(module, image_size, channels))
-    flat = _flat(variables)
+    return fit(module, variables, jax.ShapeDtypeStruct((1, *image_size, channels), jnp.float32))
+
+
+def fit(
+    module: nn.Module, variables: Mapping[str, Any], *inputs: jax.ShapeDtypeStruct
+) -> Variables:
+    """The variables of `module` for such inputs, whatever they are: `resize` without its images."""
+
+    def init(*args: jax.Array) -> Any:
+        return module.init(jax.random.key(0), *args, train=False)
+
+    shapes, flat = _flat(jax.eval_shape(init, *inputs)), _flat(variables)
     if shapes.keys() != flat.keys():
         raise ValueError(
             f"these are not variables of this module: {_list(shapes.keys() ^ flat.keys())}"
@@ -89,11 +99,6 @@ def reclassify(
         if classes or path not in old
     }
     return module.clone(classes=classes), traverse_util.unflatten_dict(new)
-
-
-def _shapes(module: nn.Module, image_size: tuple[int, int], channels: int) -> Any:
-    image = jax.ShapeDtypeStruct((1, *image_size, channels), jnp.float32)
-    return jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False), image)
 
 
 def _flat(variables: Mapping[str, Any]) -> dict[Path, Any]:

@@ -161,6 +161,11 @@ def open_eval(
     return TextSource(tokenizers, text, count=options.buckets, edges=edges)
 
 
+def check_budget(source: TextSource, tokens: int, multiple: int) -> None:
+    """Raises ValueError if a batch of ``tokens`` cannot hold ``multiple`` of the longest pairs."""
+    buckets.check_budget(source.edges, tokens, multiple)
+
+
 def train_batches(
     source: TextSource,
     *,
@@ -179,7 +184,7 @@ def train_batches(
     that is too small, or hosts that do not divide ``multiple``.
     """
     host, hosts = _shard(shard, multiple)
-    buckets.check_budget(source.edges, tokens, multiple)
+    check_budget(source, tokens, multiple)
     rows = buckets.rows_of(source.edges, tokens, multiple)
     members = source.members()
     used = [bucket for bucket, those in enumerate(members) if len(those)]

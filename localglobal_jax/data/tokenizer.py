@@ -9,7 +9,9 @@ import json
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
+
+import sentencepiece
 
 from localglobal_jax import schema
 
@@ -50,23 +52,12 @@ def content(ids: Iterable[int]) -> list[int]:
 # --------------------------------------------------------------------------------- SentencePiece
 
 
-def _sentencepiece() -> Any:
-    try:
-        import sentencepiece  # noqa: PLC0415  (an extra)
-    except ImportError as error:
-        raise ValueError(
-            "subword vocabularies need SentencePiece, which is not installed: "
-            "run `pip install 'localglobal_jax[text]'`"
-        ) from error
-    return sentencepiece
-
-
 class SentencePiece:
     """A SentencePiece model. Text comes back as it was, but for blanks that follow blanks."""
 
     def __init__(self, model: bytes):
         try:
-            self._processor = _sentencepiece().SentencePieceProcessor(model_proto=model)
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
             raise ValueError(f"this is no SentencePiece model: {error}") from error
         p = self._processor
@@ -97,10 +88,10 @@ def train_sentencepiece(texts: Sequence[str], vocab: int, kind: str) -> Sentence
     Nothing is normalised, and characters that were never seen become bytes: every text can be
     encoded, and comes back.
     """
-    module, model = _sentencepiece(), io.BytesIO()
+    model = io.BytesIO()
     every = -(-len(texts) // TRAINING_LINES)
     try:
-        module.SentencePieceTrainer.train(
+        sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts[:: every or 1]),
             model_writer=model,
             model_type=kind,

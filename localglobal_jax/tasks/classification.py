@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Classification: a batch is images and labels."""
 
+import pathlib
 from collections.abc import Iterator
 from functools import partial
 
@@ -16,7 +17,11 @@ from localglobal_jax.tasks.task import Batch, Evaluator, HostBatch, Loss, Task, 
 
 
 def create(
-    run: schema.ClassificationRun, *, shard: tuple[int, int] = (0, 1), train: bool = True
+    run: schema.ClassificationRun,
+    *,
+    shard: tuple[int, int] = (0, 1),
+    train: bool = True,
+    workdir: pathlib.Path | None = None,
 ) -> Task:
     """The task of `run`. Checks its model, then opens its data: a missing set is an error here."""
     classes, channels = images.describe(run.data)

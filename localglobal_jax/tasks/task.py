@@ -2,6 +2,7 @@
 """A task says what a batch means: its loss, its data, its evaluators. The loop knows no more."""
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -29,14 +30,17 @@ class Loss(NamedTuple):
 class Evaluator:
     """One split to evaluate.
 
-    `metrics` is pure and compiled once. `size` is the number of examples that the result must be
-    made of; evaluation fails if it is not.
+    `metrics` and `predict` are pure and compiled once per shape of a batch. `size` is the number of
+    examples (or tokens) that the result must be made of; evaluation fails if it is not.
     """
 
     batches: Callable[[], Iterator[HostBatch]]
     metrics: Callable[[Variables, Batch], Sums]
     metric_names: tuple[str, ...]
     size: Callable[[], int]  # asked after the last batch, when the bad records are known
+    predict: Callable[[Variables, Batch], PyTree] | None = None  # arrays for the host, row by row
+    # From the means and what was predicted for every batch, what is reported.
+    finish: Callable[[dict[str, float], list[PyTree]], dict[str, float]] = lambda means, _: means
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,3 +55,5 @@ class Task:
     evaluators: Mapping[str, Evaluator]
     items: str  # what is counted per second: "images", "tokens"
     summary: str  # one line for people: the data and its sizes
+    # Writes what the model's inputs and outputs mean, e.g. a vocabulary, into the workdir.
+    save: Callable[[pathlib.Path], None] = lambda directory: None

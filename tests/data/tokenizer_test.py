@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import builtins
 import hashlib
 import io
 import subprocess
@@ -183,17 +182,3 @@ def test_a_model_with_other_special_ids_is_refused():
     )
     with pytest.raises(ValueError, match="other special ids"):
         tk.SentencePiece(model.getvalue())
-
-
-def test_a_missing_package_names_the_extra(monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name == "sentencepiece":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    monkeypatch.delitem(sys.modules, "sentencepiece", raising=False)
-    with pytest.raises(ValueError, match=r"pip install 'localglobal_jax\[text\]'"):
-        tk.train_sentencepiece(LINES, 300, "bpe")

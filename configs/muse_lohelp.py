@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MUSE on LibreOffice Help: English to German, real text, on a laptop.
+
+localglobal prepare --config configs/muse_lohelp.py
+localglobal train --config configs/muse_lohelp.py --workdir runs/muse
+echo "Click the button to open the dialog." | localglobal translate --workdir runs/muse
+"""
+
+from ml_collections import ConfigDict
+
+from localglobal_jax.configlib import parse_arg
+
+
+def get_config(arg=None):
+    arg = parse_arg(arg, pair=("en-de", "en-fr"), size=("demo", "tiny"), data=("real", "mock"))
+    config = ConfigDict()
+    config.seed = 0
+    config.steps = 2400  # six epochs
+    config.batch_size = 2048  # tokens
+    config.model = ConfigDict(
+        dict(
+            name="muse",
+            layout="MM",
+            depths=(3, 3),
+            widths=(192, 192),
+            heads=(4, 4),
+            hidden=(384, 384),
+            blocks=dict(M=dict(kernel_dropout=0.0)),
+            dropout=0.1,
+        )
+    )
+    config.task = ConfigDict(dict(name="translation", label_smoothing=0.1, beam=4))
+    config.data = ConfigDict(
+        dict(
+            name=f"lohelp_translate/{arg.pair}",
+            mock=arg.data == "mock",
+            eval_splits=("validation",),
+            vocab=4000,
+            max_length=96,
+            buckets=6,
+        )
+    )
+    config.optim = ConfigDict(
+        dict(learning_rate=2e-3, warmup_steps=300, warmup_from=1e-7, b2=0.98, weight_decay=1e-4)
+    )
+    config.eval = ConfigDict(dict(every=800, batch_size=8192))
+    config.checkpoint = ConfigDict(dict(every=400, best="validation/bleu"))
+    if arg.size == "tiny":
+        config.steps, config.batch_size = 20, 1024
+        config.model.update(depths=(1, 1), widths=(32, 32), heads=(2, 2), hidden=(32, 32))
+        config.data.update(vocab=300, max_length=48, buckets=2)
+        config.optim.warmup_steps = 5
+        config.eval.every = config.checkpoint.every = 10
+    return config

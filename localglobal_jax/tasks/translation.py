@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Translation: a batch is sentences and their translations, as token ids (see `data.text`)."""
+
+import math
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from localglobal_jax import decoding, losses, metrics, schema, scoring
+from localglobal_jax.data import text, tokenizer
+from localglobal_jax.models import create_model
+from localglobal_jax.tasks.task import Batch, Evaluator, HostBatch, Loss, Task, Variables
+
+DIRECTORY = "tokenizer"  # in the workdir
+
+
+def create(
+    run: schema.TranslationRun,
+    *,
+    shard: tuple[int, int] = (0, 1),
+    train: bool = True,
+    workdir: pathlib.Path | None = None,
+) -> Task:
+    """The task of `run`. Opens its data, makes or finds its vocabulary, checks its model.
+
+    The vocabulary is that of `workdir`, or of the run that ``init`` names; else it is made from the
+    training split, and ``Task.save`` keeps it.
+    """
+    tokenizers = stored_tokenizers(run, workdir)
+    source = text.open_train(run.data, tokenizers) if train else None
+    tokenizers = source.tokenizers if source else tokenizers
+    if tokenizers is None:
+        raise ValueError(f"there is no {DIRECTORY} in {workdir}: it is no workdir of a translation")
+    spec = model_spec(run, tokenizers)
+    model = create_model(**spec)
+    example = jax.ShapeDtypeStruct((2, 8), jnp.int32)
+    jax.eval_shape(lambda x: model.init(jax.random.key(0), x, x, train=False), example)
+
+    def train_batches(start: int, stop: int) -> Iterator[HostBatch]:
+        assert source is not None, "this task was created with train=False"
+        return text.train_batches(
+            source,
+            tokens=run.batch_size,
+            multiple=run.data.rows_multiple,
+            seed=run.seed,
+            start=start,
+            stop=stop,
+            shard=shard,
+            threads=run.data.threads,
+        )
+
+    if source:
+        text.check_budget(source, run.batch_size, run.data.rows_multiple)
+    edges = source.edges if source else ()
+    return Task(
+        model=model,
+        model_spec=spec,
+        inputs=(example, example),
+        loss=lambda variables, batch, key: loss(model, run, variables, batch, key),
+        train_batches=train_batches,
+        evaluators={
+            split: create_evaluator(
+                model, run, text.open_eval(run.data, split, tokenizers, edges), shard=shard
+            )
+            for split in run.data.eval_splits
+        },
+        items="tokens",
+        summary=f"{run.data.name}/{run.data.train_split}: {source.summary if source else 'text'}",
+        save=lambda directory: tokenizer.save(tokenizers, directory / DIRECTORY),
+    )
+
+
+def stored_tokenizers(
+    run: schema.TranslationRun, workdir: pathlib.Path | None
+) -> tokenizer.Tokenizers | None:
+    """Those of the workdir, or of the checkpoint that the run starts from; None: there are none."""
+    places = [workdir, pathlib.Path(run.init) if run.init else None]
+    for place in filter(None, places):
+        if found := tokenizer.load(place / DIRECTORY):
+            return found
+    return None
+
+
+def model_spec(run: schema.TranslationRun, tokenizers: tokenizer.Tokenizers) -> dict[str, Any]:
+    """What `create_model` needs. Vocabularies and tokens follow from the tokenizers."""
+    given = {
+        "source_vocab": tokenizers.source.size,
+        "target_vocab": tokenizers.target.size,
+        "pad": tokenizer.PAD,
+        "start": tokenizer.EOS,
+        "end": tokenizer.EOS,
+        "dtype": run.dtype,
+    }
+    for field in given:
+        if field in run.model:
+            raise ValueError(f"model.{field} follows from the run and its data: leave it out")
+    return {**run.model, **given}
+
+
+def loss(
+    model: nn.Module,
+    run: schema.TranslationRun,
+    variables: Variables,
+    batch: Batch,
+    key: jax.Array,
+) -> Loss:
+    """Cross-entropy of a training batch per token, so that the gradient is a mean over tokens."""
+    (logits, _), collections = model.apply(
+        variables,
+        batch["source"],
+        batch["target_input"],
+        train=True,
+        rngs={"dropout": key},
+        mutable=[name for name in variables if name != "params"],
+    )
+    mask = batch["mask"]
+    smooth = losses.cross_entropy(logits, batch["target"], label_smoothing=run.task.label_smoothing)
+    exact = losses.cross_entropy(logits, batch["target"])
+    total, weight = jnp.sum(smooth * mask), jnp.sum(mask)
+    sums = {"loss": (total, weight), "nll": (jnp.sum(exact * mask), weight)}
+    return Loss(total, weight, sums, collections)
+
+
+def create_evaluator(
+    model: nn.Module,
+    run: schema.TranslationRun,
+    source: text.TextSource,
+    *,
+    shard: tuple[int, int],
+) -> Evaluator:
+    """Loss, perplexity and accuracy per token of a split; BLEU and chrF of its translations."""
+    names: tuple[str, ...] = ("loss", "accuracy", "perplexity", "count")
+
+    def batches() -> Iterator[HostBatch]:
+        return text.eval_batches(
+            source,
+            tokens=run.eval.batch_size or run.batch_size,
+            multiple=run.data.rows_multiple,
+            shard=shard,
+            threads=run.data.threads,
+        )
+
+    def measure(variables: Variables, batch: Batch) -> metrics.Sums:
+        logits, _ = model.apply(variables, batch["source"], batch["target_input"], train=False)
+        return metrics.tokens(logits, batch["target"], batch["mask"])
+
+    def translate(variables: Variables, batch: Batch) -> PyTree:
+        found = decoding.beam_search(
+            model,
+            variables,
+            batch["source"],
+            beam=run.task.beam,
+            length_penalty=run.task.length_penalty,
+            max_length=decoding.max_length(batch["source"].shape[1]),
+        )
+        real = batch["mask"].any(1)  # a row that fills up the last batch has an empty mask
+        return {"index": jnp.where(real, batch["index"], -1), "tokens": found.tokens[:, 0]}
+
+    def finish(means: dict[str, float], predicted: list[PyTree]) -> dict[str, float]:
+        means = {**means, "perplexity": math.exp(min(means["loss"], 700))}
+        return means | (score(source, predicted) if predicted else {})
+
+    return Evaluator(
+        batches,
+        measure,
+        (*names, "bleu", "chrf") if run.task.beam else names,
+        size=lambda: source.tokens,
+        predict=translate if run.task.beam else None,
+        finish=finish,
+    )
+
+
+def score(source: text.TextSource, predicted: list[PyTree]) -> dict[str, float]:
+    """BLEU and chrF of what was predicted for a split, and BLEU by length of the source."""
+    assert source.text is not None, "a training split has no references"
+    hypotheses = {
+        int(index): source.tokenizers.target.decode(tokens)
+        for batch in predicted
+        for index, tokens in zip(batch["index"], batch["tokens"], strict=True)
+        if index >= 0
+    }
+    in_order = [hypotheses[index] for index in range(len(source))]
+    found = scoring.score(in_order, source.text.targets, source.text.sources)
+    by_length = {
+        f"bleu_{line['words'].replace('>', 'over_')}": line["bleu"]  # TensorBoard refuses ">"
+        for line in found["by_length"]
+    }
+    return {"bleu": found["bleu"], "chrf": found["chrf"], **by_length}

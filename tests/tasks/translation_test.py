@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The translation task: its loss, its evaluators, and whole little runs on a made-up language."""
+
+import math
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from localglobal_jax import configlib, evaluate, load, parallel, train
+from localglobal_jax.data import tokenizer
+from localglobal_jax.tasks import create_task
+from localglobal_jax.train_step import accumulated_gradient
+
+CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "muse_lohelp.py"
+
+
+def make_run(**overrides):
+    base = {"steps": "4", "optim.warmup_steps": "1", "eval.every": "0", "batch_size": "512"}
+    return configlib.check(configlib.load(f"{CONFIG}:size=tiny,data=mock", {**base, **overrides}))
+
+
+def started(run):
+    """The task, its variables at step 0, and its first batch."""
+    task = create_task(run)
+    inputs = [jnp.zeros(x.shape, x.dtype) for x in task.inputs]
+    variables = task.model.init(jax.random.key(0), *inputs, train=False)
+    return task, variables, jax.tree.map(jnp.asarray, next(task.train_batches(0, 1)))
+
+
+def test_the_loss_is_label_smoothing_per_token_as_fairseq_has_it():
+    """(1 - e - e / v) nll + (e / v) sum over all others, in the sum over tokens."""
+    task, variables, batch = started(make_run(**{"model.dropout": "0", "model.blocks": "{}"}))
+    loss = task.loss(variables, batch, jax.random.key(0))
+    logits, _ = task.model.apply(variables, batch["source"], batch["target_input"], train=False)
+    log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
+    mask = np.asarray(batch["mask"], bool)
+    gold = np.take_along_axis(log_p, batch["target"][..., None], -1)[..., 0]
+    smooth = -(0.9 * gold + 0.1 * log_p.mean(-1))
+    assert loss.weight == mask.sum() == np.sum(batch["target"] != tokenizer.PAD)
+    assert float(loss.total) == pytest.approx(smooth[mask].sum(), rel=0.05)  # kernels have dropout
+    assert float(loss.metrics["nll"][0]) == pytest.approx(-gold[mask].sum(), rel=0.05)
+
+
+QUIET = {"model.dropout": "0", "model.blocks": "{'M': {'kernel_dropout': 0.0}}"}
+
+
+def test_without_dropout_the_loss_is_exact():
+    task, variables, batch = started(make_run(**QUIET))
+    loss = task.loss(variables, batch, jax.random.key(0))
+    means = task.evaluators["validation"].metrics(variables, batch)
+    np.testing.assert_allclose(loss.metrics["nll"][0], means["loss"][0], rtol=1e-6)
+
+
+def test_micro_batches_with_other_numbers_of_tokens_give_the_gradient_of_the_whole():
+    task, variables, batch = started(make_run(**QUIET))
+    whole, _ = accumulated_gradient(task.loss, variables, batch, jax.random.key(0), 1)
+    parts, loss = accumulated_gradient(task.loss, variables, batch, jax.random.key(0), 4)
+    assert loss.weight == batch["mask"].sum()
+    shares = np.asarray(batch["mask"]).sum(1).reshape(-1, 4).sum(0)
+    assert len(set(shares)) > 1  # else this would not tell tokens from sentences
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), whole, parts)
+
+
+def test_every_sentence_is_scored_once_against_its_own_reference():
+    task = create_task(make_run())
+    evaluator = task.evaluators["validation"]
+    batches = list(evaluator.batches())
+    rows = sum(int(batch["mask"].any(1).sum()) for batch in batches)
+    assert rows == 256 < sum(len(batch["index"]) for batch in batches)  # the last are filled up
+    oracle = [
+        {"index": np.where(b["mask"].any(1), b["index"], -1), "tokens": b["target"]}
+        for b in reversed(batches)
+    ]
+    found = evaluator.finish({"loss": 0.5}, oracle)
+    assert found["bleu"] == pytest.approx(100)
+    assert found["chrf"] == pytest.approx(100)
+    assert found["perplexity"] == pytest.approx(math.exp(0.5))
+    assert {"bleu_1-15", "bleu_16-30"} < found.keys()
+    shifted = [{**batch, "tokens": np.roll(batch["tokens"], 1, axis=0)} for batch in oracle]
+    assert evaluator.finish({"loss": 0.5}, shifted)["bleu"] < 50
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("translation") / "run"
+    run = make_run(**{"checkpoint.every": "1", "checkpoint.keep": "4"})
+    train.train(run, workdir)
+    return workdir
+
+
+def test_the_workdir_keeps_the_vocabulary(trained):
+    found = tokenizer.load(trained / "tokenizer")
+    module, _ = load(trained)
+    assert (module.source_vocab, module.target_vocab) == (found.source.size, found.target.size)
+
+
+def test_without_its_vocabulary_a_run_is_not_evaluated(trained, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    shutil.rmtree(copy / "tokenizer")
+    with pytest.raises(ValueError, match="there is no tokenizer in"):
+        evaluate.evaluate(copy)
+
+
+def test_checkpoints_are_averaged(trained):
+    leaves = [jax.tree.leaves(load(trained, step)[1]) for step in (2, 3, 4)]
+    _, mean = load(trained, average=3)
+    for *three, found in zip(*leaves, jax.tree.leaves(mean), strict=True):
+        np.testing.assert_allclose(found, np.mean(three, 0), rtol=1e-6, atol=1e-8)
+    _, earlier = load(trained, 3, average=2)
+    for _, *two, found in zip(leaves[2], *leaves[:2], jax.tree.leaves(earlier), strict=True):
+        np.testing.assert_allclose(found, np.mean(two, 0), rtol=1e-6, atol=1e-8)
+    with pytest.raises(ValueError, match=r"cannot average 5 checkpoints: .* has 4 up to step 4"):
+        load(trained, average=5)
+
+
+def test_resumed_with_the_vocabulary_it_began_with(trained, tmp_path):
+    """On other data than at first, say after records went bad, ids must mean what they meant."""
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    run = make_run(**{"checkpoint.every": "1", "checkpoint.keep": "4"})
+    before = (copy / "tokenizer" / "joint.txt").read_bytes()
+    words = tokenizer.Dictionary(["other"] * 0 + [f"other{i}" for i in range(296)])
+    tokenizer.save(tokenizer.Tokenizers(words, words), copy / "tokenizer")
+    train.train(run, copy)
+    assert (copy / "tokenizer" / "joint.txt").read_bytes() == words.dump() != before
+
+
+def test_fine_tuning_takes_weights_and_vocabulary(trained, tmp_path):
+    run = make_run(**{"steps": "1", "optim.learning_rate": "1e-9", "init": str(trained)})
+    train.train(run, tmp_path / "run")
+    (_, old), (_, new) = load(trained), load(tmp_path / "run")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), old, new)
+    wider = make_run(**{"model.hidden": "(48, 48)", "init": str(trained)})
+    with pytest.raises(ValueError, match=r"has shape .* and would need"):
+        train.train(wider, tmp_path / "wider")
+    assert not (tmp_path / "wider").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"model.source_vocab": "300"}, "model.source_vocab follows from the run"),
+        ({"data.rows_multiple": "6", "optim.accumulate": "4"}, "data.rows_multiple=6 is not div"),
+        ({"batch_size": "64"}, "batch_size=64 tokens cannot hold data.rows_multiple=8"),
+        ({"checkpoint.best": "validation/blue"}, "did you mean.*validation/bleu"),
+    ],
+)
+def test_refused_before_anything_is_written(overrides, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        train.train(make_run(**overrides), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_same_evaluation_in_other_batches(trained):
+    """Two devices (see conftest), and rows of other sentences beside each."""
+    assert parallel.make_mesh({"data": -1}).size == 2
+    _, few = evaluate.evaluate(trained, overrides={"eval.batch_size": "512"})
+    _, many = evaluate.evaluate(trained, overrides={"eval.batch_size": "4096"})
+    for name in ("bleu", "accuracy", "count"):
+        assert few["validation"][name] == many["validation"][name]
+    assert few["validation"]["loss"] == pytest.approx(many["validation"]["loss"], rel=1e-5)
