@@ -157,12 +157,13 @@ class Translator:
         before = (self.module.start, *hypothesis.tokens[:-1])
         source, target = (jnp.asarray([side], jnp.int32) for side in (ids, before))
         layers = _cross_attention(self.module, self.variables, source, target)
-        heads = layers[0].shape[1]
+        counts = {"layer": len(layers), "head": layers[0].shape[1]}
+        both = " and ".join(f"{n} {name}{'s' * (n > 1)}" for name, n in counts.items())
         return Attention(
             np.mean([np.asarray(layer[0], np.float32).mean(0) for layer in layers], axis=0),
             self.tokenizers.source.pieces(ids),
             self.tokenizers.target.pieces(hypothesis.tokens),
-            f"cross-attention, mean of {len(layers)} layers and {heads} heads",
+            f"cross-attention, mean of {both}",
         )
 
     def _encode(self, lines: Sequence[str]) -> list[list[int]]:
