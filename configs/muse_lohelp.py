@@ -48,7 +48,7 @@ def get_config(arg=None):
     if arg.size == "tiny":
         config.steps, config.batch_size = 20, 1024
         config.model.update(depths=(1, 1), widths=(32, 32), heads=(2, 2), hidden=(32, 32))
-        config.data.update(vocab=300, max_length=48, buckets=2)
+        config.data.update(vocab=400, max_length=48, buckets=2)
         config.optim.warmup_steps = 5
         config.eval.every = config.checkpoint.every = 10
     return config

@@ -118,6 +118,7 @@ def parser() -> argparse.ArgumentParser:
     example = "--workdir runs/muse < test.en > test.de"
     sub = command("translate", translate_command.run, "translate lines of text", example)
     translate_command.add_options(sub)
+    add_step(sub)
 
     example = "hyp.de test.de --source test.en"
     sub = command("score", score, "BLEU and chrF of translations", example)

@@ -44,7 +44,7 @@ def score(
 def _scores(
     hypotheses: Sequence[str], references: Sequence[str], tokenized: bool, quiet: bool = False
 ) -> dict[str, Any]:
-    options = {"tokenize": "none", "smooth_method": "none"} if tokenized else {}
+    options: dict[str, Any] = {"tokenize": "none", "smooth_method": "none"} if tokenized else {}
     # force: do not warn that the text looks tokenised
     bleu, chrf = metrics.BLEU(**options, force=tokenized or quiet), metrics.CHRF()
     found = bleu.corpus_score(hypotheses, [references])

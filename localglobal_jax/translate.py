@@ -237,13 +237,13 @@ def _cross_attention(
 # ---------------------------------------------------------------------------- from disk
 
 
-def load(path: str | pathlib.Path, step: int | str | None = None) -> Translator:
+def load(path: str | pathlib.Path, step: int | str | None = None, average: int = 1) -> Translator:
     """Of a workdir, or of the directory that a checkpoint was converted to.
 
-    `step`: a number, "best", or None: the newest. Raises ValueError where there is no such
+    `step` and `average`: see `evaluate.load`. Raises ValueError where there is no such
     checkpoint, or no vocabulary beside it.
     """
-    module, variables = evaluate.load(path, step)
+    module, variables = evaluate.load(path, step, average)
     tokenizers = tokenizer.load(pathlib.Path(path) / "tokenizer")
     if tokenizers is None:
         raise ValueError(

@@ -26,7 +26,6 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     add = sub.add_argument
     add("--workdir", required=True, metavar="DIR", help="of a run, or of a converted checkpoint")
     add("file", nargs="?", metavar="FILE", help="UTF-8 text, a sentence per line; default: stdin")
-    add("--step", help='a number or "best"; default: the newest')
     add("--beam", type=int, help="hypotheses kept by the search; default: that of the run, or 4")
     add("--length_penalty", type=float, help="default: that of the run, or 1")
     add("--min_length", type=int, default=1, metavar="TOKENS", help="of a translation; default: 1")
@@ -55,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         heat_map.check(args.attention)
     from localglobal_jax import translate
 
-    translator = translate.load(args.workdir, args.step)
+    translator = translate.load(args.workdir, args.step, args.average)
     options = {
         **translate.defaults(args.workdir),
         "nbest": 1 if args.nbest is None else args.nbest,

@@ -39,7 +39,8 @@ class Decodable(Protocol):
     pad: int
     start: int
     end: int
-    apply: Any
+
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any: ...
 
 
 def log_probabilities(
