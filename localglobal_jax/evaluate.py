@@ -8,7 +8,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from localglobal_jax import checkpoint, configlib, metrics, parallel, schema, stored
@@ -19,15 +18,15 @@ from localglobal_jax.tasks import Evaluator, Task, Variables, create_task
 class Evaluation:
     """Runs every evaluator of a task; each is compiled once, however often it runs."""
 
-    def __init__(self, task: Task, mesh: Mesh):
-        self._mesh = mesh
+    def __init__(self, task: Task, placement: parallel.Placement):
+        self._placement = placement
         self._evaluators: dict[str, tuple[Evaluator, Any, Any]] = {}
         for name, evaluator in task.evaluators.items():
             predict = evaluator.predict or (lambda variables, batch: None)
             self._evaluators[name] = (
                 evaluator,
-                parallel.compile_eval(evaluator.metrics, mesh),
-                parallel.compile_eval(predict, mesh),
+                placement.compile_eval(evaluator.metrics),
+                placement.compile_eval(predict),
             )
 
     def check_metric(self, best: str | None) -> None:
@@ -48,7 +47,7 @@ class Evaluation:
     ) -> dict[str, float]:
         total, predicted = None, []
         for host_batch in evaluator.batches():
-            batch = parallel.global_batch(host_batch, self._mesh)
+            batch = self._placement.global_batch(host_batch)
             sums = jax.device_get(step(variables, batch))
             total = sums if total is None else metrics.merge(total, sums)
             if evaluator.predict:
@@ -78,14 +77,13 @@ def evaluate(
     for field, text in (overrides or {}).items():
         configlib.override(config, field, text)
     run = configlib.check(config)
-    mesh = parallel.make_mesh(run.parallel.mesh)
+    placement = parallel.Placement(run.parallel)
     field, rows = run.eval_rows
-    parallel.check_batch(rows, mesh, what=field)
+    placement.check_batch(rows, what=field)
     shard = (parallel.host(), parallel.hosts())
     task = create_task(run, shard=shard, train=False, workdir=workdir)
     found, variables, _ = read_variables(workdir, step, average)
-    variables = jax.device_put(variables, parallel.replicated(mesh))
-    return found, Evaluation(task, mesh)(variables)
+    return found, Evaluation(task, placement)(placement.put(variables))
 
 
 def find_step(path: str | pathlib.Path, step: int | str | None) -> int | None:

@@ -13,7 +13,7 @@ import flax.linen as nn
 import numpy as np
 from jaxtyping import Array, Float
 
-from localglobal_jax import configlib
+from localglobal_jax import configlib, parallel
 from localglobal_jax.blocks import BLOCKS
 from localglobal_jax.blocks.residual import Rounding
 
@@ -91,6 +91,7 @@ class BlockStage(nn.Module):
         self, x: Float[Array, "b h w d"], *, train: bool = False
     ) -> Float[Array, "b i j e"]:
         for i, letter in enumerate(self.stage.letters):
+            x = parallel.constrain(x)
             x = BLOCKS[letter](
                 features=self.stage.width,
                 stride=self.stage.stride if i == 0 else 1,
@@ -99,7 +100,7 @@ class BlockStage(nn.Module):
                 name=f"block{i + 1}",
                 **self.options.get(letter, {}),
             )(x, train=train)
-        return x
+        return parallel.constrain(x)
 
 
 def odd_grids(letter: str, options: Options) -> Rounding:

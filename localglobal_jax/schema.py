@@ -169,6 +169,10 @@ class Parallel(Section):
     """How the step is laid over devices (see `parallel.py`)."""
 
     mesh: dict[str, int] = {"data": -1}  # axis -> devices; -1: all that are left
+    # What is split beside the batch: nothing; parameters and optimizer over the axis "fsdp"; heads
+    # and hidden channels over the axis "model"; both.
+    strategy: Literal["replicate", "fsdp", "tensor", "fsdp+tensor"] = "replicate"
+    compile: Literal["jit", "pmap"] = "jit"  # pmap: one program per device, all replicated
 
 
 class Run(Section):

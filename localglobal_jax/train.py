@@ -15,7 +15,6 @@ from contextlib import closing, contextmanager
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from localglobal_jax import checkpoint, conversion, evaluate, optim, parallel, schema, workdir
@@ -38,17 +37,17 @@ def train(run: schema.Run, directory: str | pathlib.Path) -> dict[str, dict[str,
     """
     # ---- set up: all that can refuse comes first
     directory = workdir.locate(directory)
-    mesh = parallel.make_mesh(run.parallel.mesh)
-    check_batches(run, mesh)
+    placement = parallel.Placement(run.parallel)
+    check_batches(run, placement)
     workdir.refuse_other(run, directory)
     trace = Trace(run, directory)
     shard = (parallel.host(), parallel.hosts())
     task = create_task(run, shard=shard, workdir=directory)
     optimizer = optim.make_optimizer(run.optim, run.steps)
-    init = parallel.compile_init(lambda: init_state(task, optimizer, run), mesh)
-    template = parallel.with_sharding(jax.eval_shape(init), parallel.replicated(mesh))
+    init = placement.compile_init(lambda: init_state(task, optimizer, run))
+    template = placement.template(jax.eval_shape(init))
 
-    evaluation = evaluate.Evaluation(task, mesh)
+    evaluation = evaluate.Evaluation(task, placement)
     evaluation.check_metric(run.checkpoint.best)
     pretrained = conversion.pretrained(run.init, task.model, task.inputs) if run.init else None
 
@@ -70,7 +69,7 @@ def train(run: schema.Run, directory: str | pathlib.Path) -> dict[str, dict[str,
             state, batch, task=task, optimizer=optimizer, options=run.optim, seed=run.seed
         )
 
-    step_fn = parallel.compile_step(update, mesh)
+    step_fn = placement.compile_step(update, template)
     about = {"config": run.model_dump(mode="json"), "model": dict(task.model_spec)}
     about["versions"] = versions()
 
@@ -104,7 +103,7 @@ def train(run: schema.Run, directory: str | pathlib.Path) -> dict[str, dict[str,
             with window.waiting():
                 batch = next(batches)
             with trace.step(step), window.compiling(batch):
-                state, sums = step_fn(state, parallel.global_batch(batch, mesh))
+                state, sums = step_fn(state, placement.train_batch(batch))
                 trace.wait_for(sums)
             window.add(sums)
             if step + 1 == run.steps or due(step + 1, run.log.every):
@@ -117,7 +116,7 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def check_batches(run: schema.Run, mesh: Mesh) -> None:
+def check_batches(run: schema.Run, placement: parallel.Placement) -> None:
     """Raises ValueError unless every batch divides over devices, hosts and micro-batches."""
     (field, rows), parts = run.train_rows, run.optim.accumulate
     if rows % parts:
@@ -125,9 +124,9 @@ def check_batches(run: schema.Run, mesh: Mesh) -> None:
             f"{field}={rows} is not divisible by optim.accumulate={parts} micro-batches"
         )
     what = field if parts == 1 else f"{field} / optim.accumulate"
-    parallel.check_batch(rows // parts, mesh, what=what)
+    placement.check_batch(rows // parts, what=what)
     field, rows = run.eval_rows
-    parallel.check_batch(rows, mesh, what=field)
+    placement.check_batch(rows, what=field)
 
 
 @contextmanager

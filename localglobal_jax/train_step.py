@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PyTree
 
-from localglobal_jax import optim, schema
+from localglobal_jax import optim, parallel, schema
 from localglobal_jax.tasks import Batch, Loss, Task, Variables
 
 
@@ -51,7 +51,7 @@ def train_step(
     seed: int,
 ) -> tuple[State, PyTree]:
     """One update: the gradient of the mean loss over all examples of the global batch."""
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    key = parallel.own_key(jax.random.fold_in(jax.random.key(seed), state.step))
     gradient, loss = accumulated_gradient(
         task.loss, state.variables, batch, key, options.accumulate
     )
@@ -87,6 +87,7 @@ def accumulated_gradient(
 
     if parts == 1:
         gradient, loss = part(variables, batch, key)
+        collections = loss.collections
     else:
         # Every parts-th example: each device keeps its share of every micro-batch.
         split = jax.tree.map(
@@ -102,5 +103,6 @@ def accumulated_gradient(
             body, collections, (split, jax.random.split(key, parts))
         )
         gradient, loss = jax.tree.map(lambda x: x.sum(0), summands)
-        loss = loss._replace(collections=collections)
-    return jax.tree.map(lambda g: g / loss.weight, gradient), loss
+    gradient, loss = parallel.sum_over_devices((gradient, loss._replace(collections={})))
+    gradient = jax.tree.map(lambda g: g / loss.weight, gradient)
+    return gradient, loss._replace(collections=collections)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from localglobal_jax import arrays
+from localglobal_jax import arrays, parallel
 
 Grid = Float[Array, "b h w d"]
 Pool = Literal["avg2", "max2", "avg", "max"]
@@ -31,12 +31,18 @@ ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
 def make_norm(kind: Norm, *, eps: float, train: bool, dtype: str, name: str) -> nn.Module:
     """A "batch" or "layer" norm; statistics are float32 at least.
 
-    Running statistics follow TensorFlow's rule: momentum 0.9 and the biased variance of the batch
+    Those of a batch are over the global batch, however many devices share it. Running statistics
+    follow TensorFlow's rule: momentum 0.9 and the biased variance of the batch
     (torch keeps the unbiased one; they differ by n / (n - 1)).
     """
     if kind == "batch":
         return nn.BatchNorm(
-            use_running_average=not train, momentum=0.9, epsilon=eps, dtype=dtype, name=name
+            use_running_average=not train,
+            axis_name=parallel.axis_name(),
+            momentum=0.9,
+            epsilon=eps,
+            dtype=dtype,
+            name=name,
         )
     return nn.LayerNorm(epsilon=eps, dtype=dtype, name=name)
 

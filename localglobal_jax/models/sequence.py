@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from localglobal_jax import parallel
 from localglobal_jax.blocks.sequence import SEQUENCE_BLOCKS
 from localglobal_jax.operators.sequence import Cache, Memory
 
@@ -84,7 +85,8 @@ class Stack(nn.Module):
         outputs = {}
         for name, layer in self._named():
             own = None if memory is None else memory[name]
-            x = outputs[name] = layer(x, mask=mask, memory=own, train=train)
+            x = layer(parallel.constrain(x), mask=mask, memory=own, train=train)
+            x = outputs[name] = parallel.constrain(x)
         return self._last(x), outputs
 
     def remember(
