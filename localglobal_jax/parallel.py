@@ -99,7 +99,8 @@ class Placement:
     Raises ValueError where mesh, strategy and compilation do not fit each other.
     """
 
-    def __init__(self, options: schema.Parallel = schema.Parallel()):
+    def __init__(self, options: schema.Parallel | None = None):
+        options = options or schema.Parallel()
         self.mesh = make_mesh(options.mesh)
         self.strategy, self.compile = options.strategy, options.compile
         for strategy, axis in (("fsdp", "fsdp"), ("tensor", "model")):
