@@ -10,10 +10,12 @@ from collections.abc import Callable
 
 import flax.linen as nn
 from jaxtyping import Array, Bool, Float
+from pydantic import PositiveInt
 
+from localglobal_jax.operators.activation import ACTIVATIONS, Activation
 from localglobal_jax.operators.dynamic_sequence import DynamicConv
 from localglobal_jax.operators.muse import Kind
-from localglobal_jax.operators.muse_sequence import ACTIVATIONS, MuseSequence
+from localglobal_jax.operators.muse_sequence import MuseSequence, Pointwise, Source
 from localglobal_jax.operators.projection import Projection, project
 from localglobal_jax.operators.sequence import Cache, CrossAttention, Index, Memory, SelfAttention
 
@@ -34,12 +36,12 @@ class MuseLayer(nn.Module):
     memory_features: int | None = None
     pre_norm: bool = False
     zero_padding: bool = True
-    windows: tuple[int, ...] = (3, 15)
+    windows: tuple[PositiveInt, ...] = (3, 15)
     kind: Kind = "dynamic"
     gate: bool = True
-    projection: str = "shared"
-    ffn: str = "own"
-    activation: str = "relu"
+    projection: Source = "shared"
+    ffn: Pointwise = "own"
+    activation: Activation = "relu"
     fused: bool = False
     dropout: float = 0.0
     attention_dropout: float = 0.0
@@ -104,7 +106,7 @@ class TransformerLayer(nn.Module):
     memory_features: int | None = None
     pre_norm: bool = False
     zero_padding: bool = True
-    activation: str = "relu"
+    activation: Activation = "relu"
     dropout: float = 0.0
     attention_dropout: float = 0.0
     activation_dropout: float = 0.0
@@ -201,7 +203,7 @@ class TransformerLayer(nn.Module):
 class RelativeLayer(TransformerLayer):
     """T: with a bias per displacement and head, up to `furthest` positions apart."""
 
-    furthest: int = 128
+    furthest: PositiveInt = 128
 
     def mixer(self) -> nn.Module:
         return SelfAttention(
@@ -218,7 +220,7 @@ class RelativeLayer(TransformerLayer):
 class DynamicConvLayer(TransformerLayer):
     """D: DynamicConv (arXiv 1901.10430) in place of self-attention."""
 
-    window: int = 7
+    window: PositiveInt = 7
     kind: Kind = "dynamic"
     kernel_dropout: float = 0.1
 

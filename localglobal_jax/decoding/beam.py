@@ -34,8 +34,8 @@ class _Search(NamedTuple):
     cache: PyTree[Shaped[Array, "r ..."]]
     alive: Hypotheses  # what is still growing; its scores and lengths are not used
     ended: Hypotheses  # in the order in which they ended
-    found: Int[Array, "b"]  # how many have ended
-    done: Bool[Array, "b"]
+    found: Int[Array, " b"]  # how many have ended
+    done: Bool[Array, " b"]
 
 
 def beam_search(
@@ -147,7 +147,7 @@ def _beam_search(
 
 def _add(
     ended: Hypotheses,
-    found: Int[Array, "b"],
+    found: Int[Array, " b"],
     candidates: Hypotheses,
     counts: Bool[Array, "b n"],
     *,

@@ -95,10 +95,10 @@ def sample(
 
 class _Sampling(NamedTuple):
     step: Int[Array, ""]
-    token: Int[Array, "r"]
+    token: Int[Array, " r"]
     cache: PyTree[Shaped[Array, "r ..."]]
     grown: Hypotheses  # k = 1, rows r; lengths are 0 until the end
-    done: Bool[Array, "r"]
+    done: Bool[Array, " r"]
 
 
 @partial(jax.jit, static_argnums=(0, 4))

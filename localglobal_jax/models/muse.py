@@ -15,10 +15,12 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict, freeze
 from jaxtyping import Array, Bool, Float, Int
+from pydantic import PositiveInt
 
 from localglobal_jax import layout as layouts
 from localglobal_jax.blocks.sequence import SEQUENCE_BLOCKS
-from localglobal_jax.models.sequence import Stack, sinusoids
+from localglobal_jax.models.sequence import Stack, layer_options, sinusoids
+from localglobal_jax.operators.activation import Activation
 from localglobal_jax.operators.sequence import Memory
 
 _IWSLT = {"source_vocab": 8848, "target_vocab": 6632, "embeddings": "separate"}
@@ -71,19 +73,19 @@ class EncoderDecoder(nn.Module):
         enter the encoder's convolutions, as in the published code.
       target_padding: "mask": likewise; "attend": padding of the target is a token like others for
         attention and, in decoding, for positions, as in the published code.
-      activation: of the pointwise nets: relu, gelu, gelu_tanh, tanh or none.
+      activation: of the pointwise nets.
       dropout: of embeddings and branches; `attention_dropout`, `activation_dropout`.
       dtype: of activations; parameters and logits are float32.
     """
 
-    source_vocab: int = 1000
-    target_vocab: int = 1000
+    source_vocab: PositiveInt = 1000
+    target_vocab: PositiveInt = 1000
     embeddings: Literal["shared", "decoder", "separate"] = "shared"
     layout: str | tuple[str, ...] = "MM"
     depths: tuple[int, ...] = (6, 6)
     widths: tuple[int, ...] = (512, 512)
-    heads: tuple[int, ...] = (8, 8)
-    hidden: tuple[int, ...] = (1024, 1024)
+    heads: tuple[PositiveInt, ...] = (8, 8)
+    hidden: tuple[PositiveInt, ...] = (1024, 1024)
     pre_norm: tuple[bool, ...] = (False, False)
     blocks: Mapping[str, Mapping[str, Any]] = FrozenDict()
     positions: Literal["sinusoidal", "none"] = "sinusoidal"
@@ -92,7 +94,7 @@ class EncoderDecoder(nn.Module):
     end: int = 2
     pad_values: Literal["zero", "keep"] = "zero"
     target_padding: Literal["mask", "attend"] = "mask"
-    activation: str = "relu"
+    activation: Activation = "relu"
     dropout: float = 0.0
     attention_dropout: float = 0.0
     activation_dropout: float = 0.0
@@ -107,7 +109,11 @@ class EncoderDecoder(nn.Module):
         """The encoder and, if there is one, the decoder. Raises ValueError for wrong fields."""
         ones = (1,) * len(self.layout)
         stages = layouts.parse(self.layout, self.depths, self.widths, ones, blocks=SEQUENCE_BLOCKS)
-        layouts.check_options(self.blocks, SEQUENCE_BLOCKS, GIVEN)
+        used = {(letter, i) for stage in stages for i, letter in enumerate(stage.letters)}
+        for letter, i in sorted(used | {(letter, 0) for letter in self.blocks}):
+            if letter in self.blocks:  # some options may be one per layer
+                options = layer_options(self.blocks[letter], i)
+                layouts.check_options({letter: options}, SEQUENCE_BLOCKS, GIVEN)
         for name in ("heads", "hidden", "pre_norm"):
             if len(getattr(self, name)) != len(stages):
                 raise ValueError(
@@ -189,7 +195,7 @@ class EncoderDecoder(nn.Module):
         return self.decoder.remember(encoded, mask), cache
 
     def step(
-        self, token: Int[Array, "r"], memory: dict[str, Memory], cache: Caches
+        self, token: Int[Array, " r"], memory: dict[str, Memory], cache: Caches
     ) -> tuple[Float[Array, "r v"], Caches]:
         """Logits after one more token, and the new cache; rows r are a multiple of the memory's.
 

@@ -25,6 +25,7 @@ Each file has pure functions first (the mathematics), then modules (the paramete
 """
 
 from localglobal_jax.operators import (
+    activation,
     adaptive,
     attention,
     convolution,
@@ -40,6 +41,7 @@ from localglobal_jax.operators import (
 )
 
 __all__ = [
+    "activation",
     "adaptive",
     "attention",
     "convolution",

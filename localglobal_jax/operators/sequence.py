@@ -134,7 +134,7 @@ class DistanceBias(nn.Module):
     furthest: int = 128
 
     @nn.compact
-    def __call__(self, query: Int[Array, "l"], key: Int[Array, "m"]) -> Float[Array, "n l m"]:
+    def __call__(self, query: Int[Array, " l"], key: Int[Array, " m"]) -> Float[Array, "n l m"]:
         shape = (2 * self.furthest + 1, self.heads)
         table = self.param("table", nn.initializers.normal(0.02), shape)
         displacement = jnp.clip(query[:, None] - key[None, :], -self.furthest, self.furthest)
