@@ -7,12 +7,14 @@ is called as the operators of `operators.sequence` are, with ``memory=`` beside 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 from jaxtyping import Array, Bool, Float
 from pydantic import PositiveInt
 
 from localglobal_jax.operators.activation import ACTIVATIONS, Activation
+from localglobal_jax.operators.adaptive_sequence import AdaptiveSequence, EquivariantSequence
 from localglobal_jax.operators.dynamic_sequence import DynamicConv
 from localglobal_jax.operators.muse import Kind
 from localglobal_jax.operators.muse_sequence import MuseSequence, Pointwise, Source
@@ -115,14 +117,18 @@ class TransformerLayer(nn.Module):
 
     def mixer(self) -> nn.Module:
         """The operator that reads other positions."""
-        return SelfAttention(
-            self.features,
-            self.heads,
-            self.causal,
-            dropout=self.attention_dropout,
-            dtype=self.dtype,
-            name="attention",
-        )
+        return SelfAttention(**self.given())
+
+    def given(self) -> dict[str, Any]:
+        """The fields that every attention takes."""
+        return {
+            "features": self.features,
+            "heads": self.heads,
+            "causal": self.causal,
+            "dropout": self.attention_dropout,
+            "dtype": self.dtype,
+            "name": "attention",
+        }
 
     def setup(self) -> None:
         xavier, d = nn.initializers.xavier_uniform(), self.features
@@ -206,15 +212,26 @@ class RelativeLayer(TransformerLayer):
     furthest: PositiveInt = 128
 
     def mixer(self) -> nn.Module:
-        return SelfAttention(
-            self.features,
-            self.heads,
-            self.causal,
-            self.furthest,
-            self.attention_dropout,
-            self.dtype,
-            name="attention",
-        )
+        return SelfAttention(furthest=self.furthest, **self.given())
+
+
+class AdaptiveLayer(TransformerLayer):
+    """A: content-adaptive convolution in place of self-attention: a `window` of positions."""
+
+    window: PositiveInt = 7
+
+    def mixer(self) -> nn.Module:
+        return AdaptiveSequence(window=self.window, **self.given())
+
+
+class EquivariantLayer(RelativeLayer):
+    """E: translation-equivariant attention; the tokens of an encoder's sentence make a ring.
+
+    Positions that are added to the tokens would tell where the ring begins: ``positions="none"``.
+    """
+
+    def mixer(self) -> nn.Module:
+        return EquivariantSequence(furthest=self.furthest, **self.given())
 
 
 class DynamicConvLayer(TransformerLayer):
@@ -239,7 +256,9 @@ class DynamicConvLayer(TransformerLayer):
 
 
 SEQUENCE_BLOCKS: dict[str, type[nn.Module]] = {
+    "A": AdaptiveLayer,
     "D": DynamicConvLayer,
+    "E": EquivariantLayer,
     "M": MuseLayer,
     "S": TransformerLayer,
     "T": RelativeLayer,

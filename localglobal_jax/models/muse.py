@@ -2,9 +2,10 @@
 """Encoder-decoders: MUSE (arXiv 1911.09483), and the Transformer and DynamicConv beside it.
 
 Two stages, named by letters as everywhere: ``"MM"`` is MUSE, ``"SS"`` the Transformer, ``"TT"`` the
-one with relative attention, ``"DD"`` DynamicConv, ``("MS", "S")`` alternates in the encoder. One
-stage alone is an encoder. Sizes follow the paper; where paper and public code leave a choice, the
-defaults are those of the public code, but for padding, which never changes a result here.
+one with relative attention, ``"DD"`` DynamicConv, ``"AA"`` content-adaptive convolution, ``"EE"``
+translation-equivariant attention, ``("MS", "S")`` alternates in the encoder. One stage alone is an
+encoder. Sizes follow the paper; where paper and public code leave a choice, the defaults are those
+of the public code, but for padding, which never changes a result here.
 """
 
 from collections.abc import Mapping

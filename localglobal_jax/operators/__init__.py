@@ -15,11 +15,13 @@
 
 Over sequences, with masks, causal or not, and one step at a time with a cache (`sequence.py`):
 
-| operator                        | file                | letter | reach  |
-|---------------------------------|---------------------|--------|--------|
-| attention + convolution + FFN   | muse_sequence.py    | M      | GLOBAL |
-| attention, relative bias or not | sequence.py         | T, S   | GLOBAL |
-| gated dynamic convolution       | dynamic_sequence.py | D      | LOCAL  |
+| operator                        | file                 | letter | reach  |
+|---------------------------------|----------------------|--------|--------|
+| attention + convolution + FFN   | muse_sequence.py     | M      | GLOBAL |
+| attention, relative bias or not | sequence.py          | T, S   | GLOBAL |
+| gated dynamic convolution       | dynamic_sequence.py  | D      | LOCAL  |
+| content-adaptive convolution    | adaptive_sequence.py | A      | LOCAL  |
+| translation-equivariant         | adaptive_sequence.py | E      | GLOBAL |
 
 Each file has pure functions first (the mathematics), then modules (the parameters).
 """
@@ -27,6 +29,7 @@ Each file has pure functions first (the mathematics), then modules (the paramete
 from localglobal_jax.operators import (
     activation,
     adaptive,
+    adaptive_sequence,
     attention,
     convolution,
     dynamic_sequence,
@@ -43,6 +46,7 @@ from localglobal_jax.operators import (
 __all__ = [
     "activation",
     "adaptive",
+    "adaptive_sequence",
     "attention",
     "convolution",
     "dynamic_sequence",

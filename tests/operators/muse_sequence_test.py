@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from localglobal_jax.operators.adaptive_sequence import AdaptiveSequence, EquivariantSequence
 from localglobal_jax.operators.dynamic_sequence import DynamicConv
 from localglobal_jax.operators.muse_sequence import MuseSequence
 from localglobal_jax.operators.sequence import CrossAttention, SelfAttention
@@ -30,6 +31,8 @@ OPERATORS = {
     "attention": partial(SelfAttention, D, HEADS),
     "relative": partial(SelfAttention, D, HEADS, furthest=3),
     "dynamic": partial(DynamicConv, D, HEADS, 5),
+    "adaptive": partial(AdaptiveSequence, D, HEADS, 3),
+    "equivariant": partial(EquivariantSequence, D, HEADS, furthest=2),
     "depthwise alone": partial(DynamicConv, D, HEADS, 3, kind="depthwise"),
 }
 
@@ -164,6 +167,15 @@ def test_dropout_where_the_published_code_has_it():
             rngs = {"dropout": jax.random.key(3)}
             assert (noisy.apply(variables, x, train=True, rngs=rngs) != still).any(), field
             np.testing.assert_allclose(noisy.apply(variables, x), still, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["attention", "relative", "dynamic", "adaptive", "equivariant"])
+def test_dropout_of_weights(name):
+    module, variables, x = made(name, dropout=0.5)
+    still = module.apply(variables, x)
+    np.testing.assert_array_equal(module.clone(dropout=0.0).apply(variables, x, train=True), still)
+    noisy = module.apply(variables, x, train=True, rngs={"dropout": jax.random.key(3)})
+    assert (noisy != still).any()
 
 
 def test_fused_draws_the_same_dropout():

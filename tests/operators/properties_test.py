@@ -17,6 +17,7 @@ import pytest
 
 from localglobal_jax import operators
 from localglobal_jax.operators.adaptive import AdaptiveConv, EquivariantAttention
+from localglobal_jax.operators.adaptive_sequence import AdaptiveSequence, EquivariantSequence
 from localglobal_jax.operators.attention import RelativeAttention
 from localglobal_jax.operators.convolution import DepthwiseConv
 from localglobal_jax.operators.dynamic_sequence import DynamicConv
@@ -53,6 +54,10 @@ TABLE = {  # operator, space, input-adaptive, translation-equivariant, reach, ra
     "plain 1-D": (SelfAttention(4, 2), SEQUENCE, True, True, "GLOBAL", None),
     "relative 1-D": (SelfAttention(4, 2, furthest=3), SEQUENCE, True, False, "GLOBAL", None),
     "gated dynamic": (DynamicConv(4, 2, window=5), SEQUENCE, True, True, "LOCAL", 2),
+    "adaptive over sequences": (AdaptiveSequence(4, 2, 5), SEQUENCE, True, True, "LOCAL", 2),
+    "equivariant over sequences": (
+        *(EquivariantSequence(4, 2, furthest=3), SEQUENCE, True, True, "GLOBAL", None),
+    ),
     "focal": (FOCAL, GRID, True, False, "BOTH", 3),
     "focal, nearest": (NEAREST, GRID, True, False, "BOTH", None),
 }
