@@ -307,8 +307,9 @@ def test_bfloat16_activations_float32_parameters_and_logits():
     assert {x.shape[0] for x in jax.tree.leaves(cache)} == {3}
 
 
-def test_training_is_noisy_and_has_gradients_everywhere():
-    module, variables = made("MM")
+@pytest.mark.parametrize("name", ["MM", "mixed"])
+def test_training_is_noisy_and_has_gradients_everywhere(name):
+    module, variables = made(name)
     module = module.clone(dropout=0.3, attention_dropout=0.1)
 
     @jax.jit
