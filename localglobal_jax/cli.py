@@ -253,8 +253,6 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def models(args: argparse.Namespace) -> None:
-    import jax
-
     from localglobal_jax import accounting, configlib
     from localglobal_jax import models as library
 
@@ -262,14 +260,15 @@ def models(args: argparse.Namespace) -> None:
     for name in args.names or library.named_models():
         if name not in library.MODELS:
             raise configlib.unknown("model", name, library.MODELS)
-        parameters, multiply_adds, size = library.FIGURES.get(name, (None, None, 224))
-        counted = accounting.account(
-            library.create_model(name), jax.ShapeDtypeStruct((1, size, size, 3), "float32")
-        )
+        parameters, multiply_adds, _ = library.FIGURES.get(name, (None, None, None))
+        inputs = library.example(name)
+        sizes, tokens = [x.shape[1] for x in inputs], inputs[0].ndim == 2
+        counted = accounting.account(library.create_model(name), *inputs)
         rows.append(
             {
                 "name": name,
-                "image_size": size,
+                "image_size": None if tokens else sizes[0],
+                "lengths": sizes if tokens else None,
                 "parameters": counted.parameters,
                 "multiply_adds": counted.multiply_adds,
                 "paper_parameters": parameters,
@@ -279,12 +278,14 @@ def models(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(rows))
         return
-    print(f"{'':<22} {'size':>4} {'parameters':>14} {'paper':>8} {'GFLOPs':>8} {'paper':>7}")
+    print(f"{'':<22} {'size':>5} {'parameters':>14} {'paper':>8} {'GFLOPs':>8} {'paper':>7}")
     for row in rows:
         paper_m = f"{row['paper_parameters'] / 1e6:.4g} M" if row["paper_parameters"] else ""
         paper_g = f"{row['paper_multiply_adds'] / 1e9:.1f}" if row["paper_multiply_adds"] else ""
+        size = row["image_size"] or "+".join(map(str, row["lengths"]))
         print(
-            f"{row['name']:<22} {row['image_size']:>4} {row['parameters']:>14,} {paper_m:>8} "
+            f"{row['name']:<22} {size:>5} {row['parameters']:>14,} {paper_m:>8} "
             f"{row['multiply_adds'] / 1e9:>8.2f} {paper_g:>7}"
         )
-    print("GFLOPs are multiply-adds of one image; counted from shapes, nothing is allocated.")
+    print("GFLOPs are multiply-adds of one image, or of one sentence and its translation at the")
+    print("given numbers of tokens; counted from shapes, nothing is allocated.")

@@ -57,7 +57,7 @@ def convert_file(
     folder = pathlib.Path(out)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {out} is a file: give a directory")
-    for taken in ("checkpoints", "tokenizer"):
+    for taken in ("checkpoints", tokenizer.DIRECTORY):
         if (folder / taken).exists():
             raise ValueError(f"{out} holds {taken} already: give another --out")
     if dictionaries and source != "fairseq":
@@ -66,7 +66,7 @@ def convert_file(
     name = name or (pathlib.Path(weights).stem if file == pathlib.Path(weights) else weights)
     module, variables = SOURCES[source](file, name, arguments)
     if dictionaries:
-        tokenizer.save(vocabularies(dictionaries, module), folder / "tokenizer")
+        tokenizer.save(vocabularies(dictionaries, module), folder / tokenizer.DIRECTORY)
     elif source == "fairseq":
         log.warning("no --dict, no words: the model loads, but `localglobal translate` needs it")
     saved = checkpoint.Checkpoints(folder / "checkpoints", schema.Checkpoints())

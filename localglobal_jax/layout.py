@@ -123,5 +123,5 @@ def check_options(
             raise configlib.unknown("block letter in blocks:", letter, blocks)
         for field in given:
             if field in fields:
-                raise ValueError(f"blocks: {field} of block {letter} follows from the layout")
+                raise ValueError(f"blocks: {field} of block {letter} is the model's to give")
         configlib.check_fields(blocks[letter], fields, f"block {letter}")

@@ -244,7 +244,7 @@ def load(path: str | pathlib.Path, step: int | str | None = None, average: int =
     checkpoint, or no vocabulary beside it.
     """
     module, variables = evaluate.load(path, step, average)
-    tokenizers = tokenizer.load(pathlib.Path(path) / "tokenizer")
+    tokenizers = tokenizer.load(pathlib.Path(path) / tokenizer.DIRECTORY)
     if tokenizers is None:
         raise ValueError(
             f"{path} has no words (no tokenizer/tokenizer.json). Give the workdir of a translation "

@@ -138,18 +138,18 @@ def test_light_rooms_import_no_jax(name):
 def test_every_submodule_has_a_name():
     """Automatic names (Dense_0) would make the parameter tree a matter of statement order."""
     import jax
-    import jax.numpy as jnp
 
     from localglobal_jax import models
 
     for name in models.list_models():
         module = models.create_model(name)
-        inputs = (jnp.zeros((1, 64, 64, 3)),)
+        inputs = models.example(name)
         if isinstance(module, models.EncoderDecoder):
-            inputs = (jnp.ones((1, 4), int),) * 2
             module = module.clone(depths=(1, 1))
+        else:
+            inputs = (jax.ShapeDtypeStruct((1, 64, 64, 3), "float32"),)
         shapes = jax.eval_shape(
-            lambda m=module, x=inputs: m.init(jax.random.key(0), *x, train=False)
+            lambda *x, m=module: m.init(jax.random.key(0), *x, train=False), *inputs
         )
         for path, _ in jax.tree_util.tree_leaves_with_path(shapes):
             for key in path:

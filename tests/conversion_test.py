@@ -169,12 +169,17 @@ def test_a_description_builds_the_same_module(name):
 
 
 def test_models_prints_ours_beside_the_papers(capsys):
-    assert main(["models", "coatnet_0", "volo_d1", "focal_tiny", "--json"]) == 0
+    names = ["coatnet_0", "volo_d1", "focal_tiny", "muse_iwslt", "transformer_iwslt"]
+    assert main(["models", *names, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert rows[0]["parameters"] == 25_036_820
     assert rows[2]["parameters"] == 28_880_380
+    assert rows[3]["parameters"] == rows[3]["paper_parameters"] - 9_216 == 48_184_368
+    assert [row["image_size"] for row in rows] == [224, 224, 224, None, None]
+    assert [row["lengths"] for row in rows] == [None, None, None, [32, 32], [32, 32]]
     for row in rows:
         assert abs(row["parameters"] / row["paper_parameters"] - 1) < 0.05
     assert main(["models", "coatnet_00"]) == 2
-    assert main(["models", "coatnet_7"]) == 0
-    assert "2440 M" in capsys.readouterr().out
+    assert main(["models", "coatnet_7", "transformer_base"]) == 0
+    out = capsys.readouterr().out
+    assert "2440 M" in out and "32+32" in out

@@ -1,31 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """What blocks are made of beside their operator: norms, pooling, shortcuts, scales, small nets."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from localglobal_jax import arrays, parallel
+from localglobal_jax.operators.activation import ACTIVATIONS, Activation
 
 Grid = Float[Array, "b h w d"]
 Pool = Literal["avg2", "max2", "avg", "max"]
 Rounding = Literal["up", "down"] | None
 
-Activation = Literal["gelu", "gelu_tanh", "silu", "relu", "tanh", "none"]
 Norm = Literal["batch", "layer"]
-ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
-    "gelu": partial(nn.gelu, approximate=False),  # the erf form, as the references have it
-    "gelu_tanh": partial(nn.gelu, approximate=True),
-    "silu": nn.silu,
-    "relu": nn.relu,
-    "tanh": jnp.tanh,
-    "none": lambda x: x,
-}
 
 
 def make_norm(kind: Norm, *, eps: float, train: bool, dtype: str, name: str) -> nn.Module:

@@ -7,13 +7,17 @@ is called as the operators of `operators.sequence` are, with ``memory=`` beside 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 from jaxtyping import Array, Bool, Float
+from pydantic import PositiveInt
 
+from localglobal_jax.operators.activation import ACTIVATIONS, Activation
+from localglobal_jax.operators.adaptive_sequence import AdaptiveSequence, EquivariantSequence
 from localglobal_jax.operators.dynamic_sequence import DynamicConv
 from localglobal_jax.operators.muse import Kind
-from localglobal_jax.operators.muse_sequence import ACTIVATIONS, MuseSequence
+from localglobal_jax.operators.muse_sequence import MuseSequence, Pointwise, Source
 from localglobal_jax.operators.projection import Projection, project
 from localglobal_jax.operators.sequence import Cache, CrossAttention, Index, Memory, SelfAttention
 
@@ -34,12 +38,12 @@ class MuseLayer(nn.Module):
     memory_features: int | None = None
     pre_norm: bool = False
     zero_padding: bool = True
-    windows: tuple[int, ...] = (3, 15)
+    windows: tuple[PositiveInt, ...] = (3, 15)
     kind: Kind = "dynamic"
     gate: bool = True
-    projection: str = "shared"
-    ffn: str = "own"
-    activation: str = "relu"
+    projection: Source = "shared"
+    ffn: Pointwise = "own"
+    activation: Activation = "relu"
     fused: bool = False
     dropout: float = 0.0
     attention_dropout: float = 0.0
@@ -104,7 +108,7 @@ class TransformerLayer(nn.Module):
     memory_features: int | None = None
     pre_norm: bool = False
     zero_padding: bool = True
-    activation: str = "relu"
+    activation: Activation = "relu"
     dropout: float = 0.0
     attention_dropout: float = 0.0
     activation_dropout: float = 0.0
@@ -113,14 +117,18 @@ class TransformerLayer(nn.Module):
 
     def mixer(self) -> nn.Module:
         """The operator that reads other positions."""
-        return SelfAttention(
-            self.features,
-            self.heads,
-            self.causal,
-            dropout=self.attention_dropout,
-            dtype=self.dtype,
-            name="attention",
-        )
+        return SelfAttention(**self.given())
+
+    def given(self) -> dict[str, Any]:
+        """The fields that every attention takes."""
+        return {
+            "features": self.features,
+            "heads": self.heads,
+            "causal": self.causal,
+            "dropout": self.attention_dropout,
+            "dtype": self.dtype,
+            "name": "attention",
+        }
 
     def setup(self) -> None:
         xavier, d = nn.initializers.xavier_uniform(), self.features
@@ -201,24 +209,35 @@ class TransformerLayer(nn.Module):
 class RelativeLayer(TransformerLayer):
     """T: with a bias per displacement and head, up to `furthest` positions apart."""
 
-    furthest: int = 128
+    furthest: PositiveInt = 128
 
     def mixer(self) -> nn.Module:
-        return SelfAttention(
-            self.features,
-            self.heads,
-            self.causal,
-            self.furthest,
-            self.attention_dropout,
-            self.dtype,
-            name="attention",
-        )
+        return SelfAttention(furthest=self.furthest, **self.given())
+
+
+class AdaptiveLayer(TransformerLayer):
+    """A: content-adaptive convolution in place of self-attention: a `window` of positions."""
+
+    window: PositiveInt = 7
+
+    def mixer(self) -> nn.Module:
+        return AdaptiveSequence(window=self.window, **self.given())
+
+
+class EquivariantLayer(RelativeLayer):
+    """E: translation-equivariant attention; the tokens of an encoder's sentence make a ring.
+
+    Positions that are added to the tokens would tell where the ring begins: ``positions="none"``.
+    """
+
+    def mixer(self) -> nn.Module:
+        return EquivariantSequence(furthest=self.furthest, **self.given())
 
 
 class DynamicConvLayer(TransformerLayer):
     """D: DynamicConv (arXiv 1901.10430) in place of self-attention."""
 
-    window: int = 7
+    window: PositiveInt = 7
     kind: Kind = "dynamic"
     kernel_dropout: float = 0.1
 
@@ -237,7 +256,9 @@ class DynamicConvLayer(TransformerLayer):
 
 
 SEQUENCE_BLOCKS: dict[str, type[nn.Module]] = {
+    "A": AdaptiveLayer,
     "D": DynamicConvLayer,
+    "E": EquivariantLayer,
     "M": MuseLayer,
     "S": TransformerLayer,
     "T": RelativeLayer,

@@ -111,10 +111,14 @@ class TextSource:
     def summary(self) -> str:
         """One line for people: what is used, how, and what was left out."""
         sizes = " + ".join(str(t.size) for t in dict.fromkeys(self.tokenizers))
-        dropped = [f"{count} {name}" for name, count in self.counts.items() if "left out" in name]
+        dropped = [
+            f"{count:,} {name}"
+            for name, count in self.counts.items()
+            if count and name.startswith("left out")
+        ]
         return (
-            f"{len(self)} pairs, {self.tokens} target tokens of a vocabulary of {sizes}, padded to "
-            f"{'/'.join(map(str, self.edges))}; {', '.join(dropped)}"
+            f"{len(self):,} pairs, {self.tokens:,} target tokens of a vocabulary of {sizes}, padded to "
+            f"{'/'.join(map(str, self.edges))}; {', '.join(dropped) or 'none left out'}"
         )
 
     def members(self) -> tuple[np.ndarray, ...]:

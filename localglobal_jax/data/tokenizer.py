@@ -18,6 +18,7 @@ from localglobal_jax import schema
 BOS, PAD, EOS, UNK = 0, 1, 2, 3
 SPECIAL = 4  # ids below this one
 TRAINING_LINES = 2_000_000  # beyond, evenly spaced lines: a vocabulary hardly changes any more
+DIRECTORY = "tokenizer"  # in a workdir
 INDEX = "tokenizer.json"  # written last: a directory that has it is whole
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 
 from localglobal_jax import configlib
 from localglobal_jax.models import coatnet, coatnet_variants, focal, muse, volo
@@ -25,11 +26,13 @@ MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     **{name: (FocalTransformer, spec) for name, spec in focal.VARIANTS.items()},
 }
 
-# What the papers print: parameters, multiply-adds (None: not given), image size.
-FIGURES: dict[str, tuple[float, float | None, int]] = {
+LENGTHS = (32, 32)  # of source and target, where sequence models are counted
+# What the papers print: parameters, multiply-adds (None: not given), image size (None: tokens).
+FIGURES: dict[str, tuple[float, float | None, int | None]] = {
     **coatnet_variants.FIGURES,
     **volo.FIGURES,
     **focal.FIGURES,
+    **muse.FIGURES,
 }
 
 __all__ = [
@@ -63,6 +66,14 @@ def list_models() -> list[str]:
 def named_models() -> list[str]:
     """Those of a definite size: all but the bare classes."""
     return [name for name, (_, spec) in sorted(MODELS.items()) if spec or name in FIGURES]
+
+
+def example(name: str) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Inputs, a batch of one, at the size where a model is counted: an image, or two sentences."""
+    if issubclass(MODELS[name][0], EncoderDecoder):
+        return tuple(jax.ShapeDtypeStruct((1, length), "int32") for length in LENGTHS)
+    _, _, size = FIGURES.get(name, (None, None, 224))
+    return (jax.ShapeDtypeStruct((1, size, size, 3), "float32"),)
 
 
 def create_model(name: str, **overrides: Any) -> nn.Module:

@@ -2,9 +2,10 @@
 """Encoder-decoders: MUSE (arXiv 1911.09483), and the Transformer and DynamicConv beside it.
 
 Two stages, named by letters as everywhere: ``"MM"`` is MUSE, ``"SS"`` the Transformer, ``"TT"`` the
-one with relative attention, ``"DD"`` DynamicConv, ``("MS", "S")`` alternates in the encoder. One
-stage alone is an encoder. Sizes follow the paper; where paper and public code leave a choice, the
-defaults are those of the public code, but for padding, which never changes a result here.
+one with relative attention, ``"DD"`` DynamicConv, ``"AA"`` content-adaptive convolution, ``"EE"``
+translation-equivariant attention, ``("MS", "S")`` alternates in the encoder. One stage alone is an
+encoder. Sizes follow the paper; where paper and public code leave a choice, the defaults are those
+of the public code, but for padding, which never changes a result here.
 """
 
 from collections.abc import Mapping
@@ -15,10 +16,12 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict, freeze
 from jaxtyping import Array, Bool, Float, Int
+from pydantic import PositiveInt
 
 from localglobal_jax import layout as layouts
 from localglobal_jax.blocks.sequence import SEQUENCE_BLOCKS
-from localglobal_jax.models.sequence import Stack, sinusoids
+from localglobal_jax.models.sequence import Stack, layer_options, sinusoids
+from localglobal_jax.operators.activation import Activation
 from localglobal_jax.operators.sequence import Memory
 
 _IWSLT = {"source_vocab": 8848, "target_vocab": 6632, "embeddings": "separate"}
@@ -41,6 +44,20 @@ VARIANTS: dict[str, dict[str, Any]] = {  # the paper's table 1 and 2, with the r
     "transformer_iwslt": {**_both("S", 6, 512, 4, 1024), **_IWSLT, "dropout": 0.3},
     "transformer_base": {**_both("S", 6, 512, 8, 2048), **_EN_DE, "dropout": 0.1},
     "transformer_big": {**_both("S", 6, 1024, 16, 4096), **_EN_DE, "dropout": 0.3},
+}
+# What was printed: by the authors' own runs, norms that are never called included (exact numbers);
+# in the paper's tables 1 and 5; in arXiv 1706.03762, table 3, with about 37,000 tokens (base, big).
+FIGURES: dict[str, tuple[float, None, None]] = {
+    name: (parameters, None, None)
+    for name, parameters in {
+        "muse_iwslt": 48_193_584,
+        "muse_simple_iwslt": 44e6,
+        "muse_wmt_en_de": 243e6,
+        "muse_wmt_en_fr": 252_088_368,
+        "transformer_iwslt": 41e6,
+        "transformer_base": 65e6,
+        "transformer_big": 213e6,
+    }.items()
 }
 Caches = dict[str, Any]
 GIVEN = ("features", "heads", "hidden", "causal", "memory_features", "pre_norm", "zero_padding",
@@ -71,19 +88,19 @@ class EncoderDecoder(nn.Module):
         enter the encoder's convolutions, as in the published code.
       target_padding: "mask": likewise; "attend": padding of the target is a token like others for
         attention and, in decoding, for positions, as in the published code.
-      activation: of the pointwise nets: relu, gelu, gelu_tanh, tanh or none.
+      activation: of the pointwise nets.
       dropout: of embeddings and branches; `attention_dropout`, `activation_dropout`.
       dtype: of activations; parameters and logits are float32.
     """
 
-    source_vocab: int = 1000
-    target_vocab: int = 1000
+    source_vocab: PositiveInt = 1000
+    target_vocab: PositiveInt = 1000
     embeddings: Literal["shared", "decoder", "separate"] = "shared"
     layout: str | tuple[str, ...] = "MM"
     depths: tuple[int, ...] = (6, 6)
     widths: tuple[int, ...] = (512, 512)
-    heads: tuple[int, ...] = (8, 8)
-    hidden: tuple[int, ...] = (1024, 1024)
+    heads: tuple[PositiveInt, ...] = (8, 8)
+    hidden: tuple[PositiveInt, ...] = (1024, 1024)
     pre_norm: tuple[bool, ...] = (False, False)
     blocks: Mapping[str, Mapping[str, Any]] = FrozenDict()
     positions: Literal["sinusoidal", "none"] = "sinusoidal"
@@ -92,7 +109,7 @@ class EncoderDecoder(nn.Module):
     end: int = 2
     pad_values: Literal["zero", "keep"] = "zero"
     target_padding: Literal["mask", "attend"] = "mask"
-    activation: str = "relu"
+    activation: Activation = "relu"
     dropout: float = 0.0
     attention_dropout: float = 0.0
     activation_dropout: float = 0.0
@@ -107,7 +124,11 @@ class EncoderDecoder(nn.Module):
         """The encoder and, if there is one, the decoder. Raises ValueError for wrong fields."""
         ones = (1,) * len(self.layout)
         stages = layouts.parse(self.layout, self.depths, self.widths, ones, blocks=SEQUENCE_BLOCKS)
-        layouts.check_options(self.blocks, SEQUENCE_BLOCKS, GIVEN)
+        used = {(letter, i) for stage in stages for i, letter in enumerate(stage.letters)}
+        for letter, i in sorted(used | {(letter, 0) for letter in self.blocks}):
+            if letter in self.blocks:  # some options may be one per layer
+                options = layer_options(self.blocks[letter], i)
+                layouts.check_options({letter: options}, SEQUENCE_BLOCKS, GIVEN)
         for name in ("heads", "hidden", "pre_norm"):
             if len(getattr(self, name)) != len(stages):
                 raise ValueError(
@@ -189,7 +210,7 @@ class EncoderDecoder(nn.Module):
         return self.decoder.remember(encoded, mask), cache
 
     def step(
-        self, token: Int[Array, "r"], memory: dict[str, Memory], cache: Caches
+        self, token: Int[Array, " r"], memory: dict[str, Memory], cache: Caches
     ) -> tuple[Float[Array, "r v"], Caches]:
         """Logits after one more token, and the new cache; rows r are a multiple of the memory's.
 

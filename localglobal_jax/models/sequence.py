@@ -32,7 +32,7 @@ def layer_options(options: Mapping[str, Any], layer: int) -> dict[str, Any]:
     """The options of one layer: those that are given per layer, at `layer`."""
 
     def depth(value: Any) -> int:
-        if not isinstance(value, Sequence):
+        if isinstance(value, str) or not isinstance(value, Sequence):
             return 0
         return 1 + depth(value[0]) if value else 1
 

@@ -15,17 +15,21 @@
 
 Over sequences, with masks, causal or not, and one step at a time with a cache (`sequence.py`):
 
-| operator                        | file                | letter | reach  |
-|---------------------------------|---------------------|--------|--------|
-| attention + convolution + FFN   | muse_sequence.py    | M      | GLOBAL |
-| attention, relative bias or not | sequence.py         | T, S   | GLOBAL |
-| gated dynamic convolution       | dynamic_sequence.py | D      | LOCAL  |
+| operator                        | file                 | letter | reach  |
+|---------------------------------|----------------------|--------|--------|
+| attention + convolution + FFN   | muse_sequence.py     | M      | GLOBAL |
+| attention, relative bias or not | sequence.py          | T, S   | GLOBAL |
+| gated dynamic convolution       | dynamic_sequence.py  | D      | LOCAL  |
+| content-adaptive convolution    | adaptive_sequence.py | A      | LOCAL  |
+| translation-equivariant         | adaptive_sequence.py | E      | GLOBAL |
 
 Each file has pure functions first (the mathematics), then modules (the parameters).
 """
 
 from localglobal_jax.operators import (
+    activation,
     adaptive,
+    adaptive_sequence,
     attention,
     convolution,
     dynamic_sequence,
@@ -40,7 +44,9 @@ from localglobal_jax.operators import (
 )
 
 __all__ = [
+    "activation",
     "adaptive",
+    "adaptive_sequence",
     "attention",
     "convolution",
     "dynamic_sequence",

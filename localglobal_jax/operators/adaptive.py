@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from localglobal_jax import arrays
-from localglobal_jax.operators.attention import attend, relative_bias
+from localglobal_jax.operators.attention import attend, join_heads, project_heads, relative_bias
+from localglobal_jax.operators.convolution import dynamic
 from localglobal_jax.reach import GLOBAL, Reach, local
 
 # ---------------------------------------------------------------------------- functions
@@ -42,6 +43,23 @@ def adaptive_convolution(
 ) -> Float[Array, "b *space n v"]:
     """``y_i = sum_{j in N(i)} softmax_j(q_i.k_j / sqrt(c) + w_{j-i}) v_j``, N(i) a window around i.
 
+    For the arguments, and what gets no weight, see `adaptive_kernel`.
+    """
+    kernel, window = adaptive_kernel(query, key, bias, causal=causal, mask=mask), bias.shape[:-1]
+    joined, padding = value.reshape(*value.shape[:-2], -1), window_padding(window, causal=causal)
+    return dynamic(joined, kernel, window=window, padding=padding).reshape(value.shape)
+
+
+def adaptive_kernel(
+    query: Float[Array, "b *space n c"],
+    key: Float[Array, "b *space n c"],
+    bias: Float[Array, "*window _"],
+    *,
+    causal: bool = False,
+    mask: Bool[Array, " b *space"] | None = None,
+) -> Float[Array, "b *space n k"]:
+    """The weights of every position for its window, as `dynamic` takes them; they sum to one.
+
     `bias` is w, [*window, n], row by row from the first position before i. Positions outside the
     grid, and those where `mask` is False, get no weight. `causal` (sequences): windows end at i.
     """
@@ -55,9 +73,9 @@ def adaptive_convolution(
     inside = jnp.ones(query.shape[:-2], bool) if mask is None else mask
     scaled = query * query.shape[-1] ** -0.5
     wide = jnp.promote_types(query.dtype, jnp.float32)
-    # Two passes of shifted slices and one softmax between them. A single pass with a running
-    # maximum needs no logits at once, but differentiating it keeps every partial sum of the values:
-    # window x width numbers per position instead of window x heads.
+    # Shifted slices here and, after the softmax, in `dynamic`. A single pass with a running maximum
+    # needs no logits at once, but differentiating it keeps every partial sum of the values: window
+    # x width numbers per position instead of window x heads.
     logits = []
     for w, near, k in zip(
         bias.reshape(math.prod(window), -1),
@@ -68,11 +86,8 @@ def adaptive_convolution(
         logit = (scaled * k).sum(-1, dtype=wide)
         logit = logit + arrays.per_channel(w.astype(wide), logit)
         logits.append(jnp.where(near[..., None], logit, jnp.finfo(wide).min))
-    weights = jax.nn.softmax(jnp.stack(logits), axis=0).astype(value.dtype)
-    total = jnp.zeros_like(value)
-    for weight, v in zip(weights, arrays.shifted(value, window, padding), strict=True):
-        total = total + weight[..., None] * v
-    return total
+    kernel = jax.nn.softmax(jnp.stack(logits), axis=0).astype(query.dtype)
+    return jnp.moveaxis(kernel, 0, -1)
 
 
 def cyclic_bias(table: Float[Array, "h w n"]) -> Float[Array, "n l l"]:
@@ -121,12 +136,11 @@ class AdaptiveConv(nn.Module):
     ) -> Float[Array, "b *space e"]:
         features = self.features or x.shape[-1]
         width = self.width or features
-        qkv = project(x, self.heads, width, self.use_bias, dtype=self.dtype)
+        query, key, value = project_heads(x, self.heads, width, self.use_bias, self.dtype)
         shape = (self.window,) * (x.ndim - 2) + (self.heads,)
         bias = self.param("bias", nn.initializers.normal(0.02), shape)
-        query, key, value = qkv
         y = adaptive_convolution(query, key, value, bias, causal=self.causal, mask=mask)
-        return finish(y, features, self.use_bias, self.dtype)
+        return join_heads(y, features, self.use_bias, self.dtype)
 
 
 class EquivariantAttention(nn.Module):
@@ -157,41 +171,9 @@ class EquivariantAttention(nn.Module):
         features = self.features or x.shape[-1]
         width = self.width or features
         space = x.shape[1:-1]
-        qkv = project(
-            arrays.grid_to_sequence(x), self.heads, width, self.use_bias, dtype=self.dtype
-        )
+        sequence = arrays.grid_to_sequence(x)
+        qkv = project_heads(sequence, self.heads, width, self.use_bias, self.dtype)
         table = self.param("bias", nn.initializers.normal(0.02), (*space, self.heads))
         bias = cyclic_bias(table.reshape(space[0], -1, self.heads))  # a sequence is a grid l x 1
-        y = attend(*qkv, bias=bias)
-        return finish(
-            y.reshape(x.shape[0], *space, *y.shape[2:]), features, self.use_bias, self.dtype
-        )
-
-
-def project(
-    x: Float[Array, "b *space d"], heads: int, width: int, use_bias: bool, *, dtype: str
-) -> Float[Array, "3 b *space n c"]:
-    """Query, key and value, stacked; makes the submodule "qkv" of the module that calls it."""
-    if width % heads:
-        raise ValueError(f"attention: width {width} is not divisible by {heads} heads")
-    qkv = nn.DenseGeneral(
-        (3, heads, width // heads),
-        use_bias=use_bias,
-        dtype=dtype,
-        kernel_init=nn.initializers.xavier_uniform(),
-        name="qkv",
-    )(x)
-    return jnp.moveaxis(qkv, -3, 0)
-
-
-def finish(
-    y: Float[Array, "b *space n c"], features: int, use_bias: bool, dtype: str
-) -> Float[Array, "b *space e"]:
-    """Joins the heads and projects them; makes the submodule "output"."""
-    return nn.Dense(
-        features,
-        use_bias=use_bias,
-        dtype=dtype,
-        kernel_init=nn.initializers.xavier_uniform(),
-        name="output",
-    )(y.reshape(*y.shape[:-2], -1))
+        y = join_heads(attend(*qkv, bias=bias), features, self.use_bias, self.dtype)
+        return arrays.sequence_to_grid(y, space)

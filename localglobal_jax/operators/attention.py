@@ -72,6 +72,39 @@ def relative_bias(table: Float[Array, "dy dx n"], height: int, width: int) -> Fl
 # ---------------------------------------------------------------------------- modules
 
 
+def project_heads(
+    x: Float[Array, "b *space d"], heads: int, width: int, use_bias: bool, dtype: str
+) -> Float[Array, "3 b *space n c"]:
+    """Query, key and value, stacked; makes the submodule "qkv" of the module that calls it.
+
+    One product for all three; the head axis is explicit so that it can be sharded. Raises
+    ValueError where the heads do not divide the width.
+    """
+    if width % heads:
+        raise ValueError(f"attention: width {width} is not divisible by {heads} heads")
+    qkv = nn.DenseGeneral(
+        (3, heads, width // heads),
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=nn.initializers.xavier_uniform(),
+        name="qkv",
+    )(x)
+    return jnp.moveaxis(qkv, -3, 0)
+
+
+def join_heads(
+    y: Float[Array, "b *space n c"], features: int, use_bias: bool, dtype: str
+) -> Float[Array, "b *space e"]:
+    """Joins the heads and projects them; makes the submodule "output"."""
+    return nn.Dense(
+        features,
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=nn.initializers.xavier_uniform(),
+        name="output",
+    )(y.reshape(*y.shape[:-2], -1))
+
+
 class RelativeBiasTable(nn.Module):
     """A free bias per displacement and head: ``table [2h-1, 2w-1, n]``."""
 
@@ -137,20 +170,10 @@ class RelativeAttention(nn.Module):
     def __call__(
         self, x: Float[Array, "b h w d"], *, train: bool = False
     ) -> Float[Array, "b h w e"]:
-        b, h, w, d = x.shape
+        _, h, w, d = x.shape
         features = self.features or d
-        width = self.width or features
-        if width % self.heads:
-            raise ValueError(f"attention: width {width} is not divisible by {self.heads} heads")
-        # One product for all three; the head axis is explicit so that it can be sharded.
-        qkv = nn.DenseGeneral(
-            (3, self.heads, width // self.heads),
-            use_bias=self.qkv_bias,
-            dtype=self.dtype,
-            kernel_init=nn.initializers.xavier_uniform(),
-            name="qkv",
-        )(arrays.grid_to_sequence(x))
-        query, key, value = jnp.moveaxis(qkv, -3, 0)
+        width, sequence = self.width or features, arrays.grid_to_sequence(x)
+        query, key, value = project_heads(sequence, self.heads, width, self.qkv_bias, self.dtype)
         bias = None
         if self.bias == "table":
             bias = RelativeBiasTable(self.heads, name="relative_bias")(h, w)
@@ -158,10 +181,5 @@ class RelativeAttention(nn.Module):
             bias = RelativeBiasMLP(self.heads, self.bias_hidden, name="relative_bias")(
                 h, w, train=train
             )
-        y = attend(query, key, value, bias=bias).reshape(b, h, w, width)
-        return nn.Dense(
-            features,
-            dtype=self.dtype,
-            kernel_init=nn.initializers.xavier_uniform(),
-            name="output",
-        )(y)
+        y = join_heads(attend(query, key, value, bias=bias), features, True, self.dtype)
+        return arrays.sequence_to_grid(y, (h, w))

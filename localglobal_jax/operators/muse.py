@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from localglobal_jax import arrays
-from localglobal_jax.operators.attention import RelativeBiasTable, attend
+from localglobal_jax.operators.attention import RelativeBiasTable, attend, project_heads
 from localglobal_jax.operators.convolution import depthwise, dynamic, same_padding
 from localglobal_jax.operators.projection import TORCH_UNIFORM
 from localglobal_jax.reach import GLOBAL, Reach, local
@@ -148,18 +148,8 @@ class Muse(nn.Module):
         b, h, w, d = x.shape
         features = self.features or d
         width = self.width or features
-        if width % self.heads:
-            raise ValueError(f"muse: width {width} is not divisible by {self.heads} heads")
-        xavier = nn.initializers.xavier_uniform()
-        dense = partial(nn.Dense, dtype=self.dtype, kernel_init=xavier)
-        qkv = nn.DenseGeneral(
-            (3, self.heads, width // self.heads),
-            use_bias=self.use_bias,
-            dtype=self.dtype,
-            kernel_init=xavier,
-            name="qkv",
-        )(arrays.grid_to_sequence(x))
-        query, key, value = jnp.moveaxis(qkv, -3, 0)
+        sequence = arrays.grid_to_sequence(x)
+        query, key, value = project_heads(sequence, self.heads, width, self.use_bias, self.dtype)
         bias = RelativeBiasTable(self.heads, name="relative_bias")(h, w)
         branches = [attend(query, key, value, bias=bias).reshape(b, h, w, width)]
         if self.windows:
@@ -168,6 +158,8 @@ class Muse(nn.Module):
                 self.heads, self.windows, kind, dtype=self.dtype, name="convolution"
             )
             branches.append(conv(value.reshape(b, h, w, width)))
+        xavier = nn.initializers.xavier_uniform()
+        dense = partial(nn.Dense, dtype=self.dtype, kernel_init=xavier)
         y = dense(features, use_bias=self.use_bias, name="output")(jnp.concatenate(branches, -1))
         if self.hidden:
             pointwise = nn.gelu(dense(self.hidden, name="hidden")(x), approximate=False)

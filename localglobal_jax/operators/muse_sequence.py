@@ -8,13 +8,13 @@ that all operators over sequences share.
 Legend: b batch, l m lengths, d width, n heads, c width of a head.
 """
 
-from collections.abc import Callable
 from typing import Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from localglobal_jax.operators.activation import ACTIVATIONS, Activation
 from localglobal_jax.operators.muse import Kind, SharedValueConv
 from localglobal_jax.operators.projection import WIDE_UNIFORM, Projection, project, project_to_one
 from localglobal_jax.operators.sequence import (
@@ -35,13 +35,8 @@ from localglobal_jax.operators.sequence import (
 )
 from localglobal_jax.reach import GLOBAL, Reach
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "relu": nn.relu,
-    "gelu": lambda x: nn.gelu(x, approximate=False),
-    "gelu_tanh": nn.gelu,
-    "tanh": jnp.tanh,
-    "none": lambda x: x,
-}
+Source = Literal["shared", "separate"]
+Pointwise = Literal["own", "shared", "off"]
 
 
 class MuseSequence(nn.Module):
@@ -72,9 +67,9 @@ class MuseSequence(nn.Module):
     windows: tuple[int, ...] = (3, 15)
     kind: Kind = "dynamic"
     gate: bool = True
-    projection: Literal["shared", "separate"] = "shared"
-    ffn: Literal["own", "shared", "off"] = "own"
-    activation: str = "relu"
+    projection: Source = "shared"
+    ffn: Pointwise = "own"
+    activation: Activation = "relu"
     causal: bool = False
     memory_features: int | None = None
     zero_padding: bool = True

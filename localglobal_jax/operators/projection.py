@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from localglobal_jax import arrays
 
-Weights = tuple[Float[Array, "_ _"], Float[Array, "_"] | None]  # kernel, bias
+Weights = tuple[Float[Array, "_ _"], Float[Array, " _"] | None]  # kernel, bias
 
 # torch's default for a linear layer, uniform within +-1 / sqrt(fan_in); and within sqrt(3 / fan_in)
 TORCH_UNIFORM = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=0)
@@ -86,6 +86,6 @@ def project_to_one(
     return [project(x, [w], dtype=dtype)[0] for x, w in zip(xs, weights, strict=True)]
 
 
-def _bias(weights: Weights) -> Float[Array, "_"]:
+def _bias(weights: Weights) -> Float[Array, " _"]:
     kernel, bias = weights
     return jnp.zeros_like(kernel[0]) if bias is None else bias

@@ -58,11 +58,12 @@ def append(
     return lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), index, axis=1)
 
 
-def tail(cache: Float[Array, "b m ..."], index: Index, window: int) -> Float[Array, "b k ..."]:
+def tail(cache: Shaped[Array, "b m ..."], index: Index, window: int) -> Shaped[Array, "b k ..."]:
     """The `window` slots that end at `index`, zeros before slot 0: what a causal window sees."""
     slots = index - window + 1 + jnp.arange(window)
     shape = (1, window) + (1,) * (cache.ndim - 2)
-    return jnp.where((slots >= 0).reshape(shape), cache[:, jnp.maximum(slots, 0)], 0)
+    there = (slots >= 0).reshape(shape)
+    return jnp.where(there, cache[:, jnp.maximum(slots, 0)], jnp.zeros((), cache.dtype))
 
 
 def zero_padding(
@@ -113,7 +114,7 @@ class Attend(nn.Module):
         key: Float[Array, "b m n c"],
         value: Float[Array, "b m n c"],
         *,
-        bias: Float[Array, "n l m"] | None = None,
+        bias: Float[Array, "#b n l m"] | Float[Array, "n l m"] | None = None,
         mask: Bool[Array, "#b 1 #l m"] | None = None,
         train: bool = False,
     ) -> Float[Array, "b l d"]:
@@ -128,17 +129,18 @@ class DistanceBias(nn.Module):
     """A free bias per displacement, clipped at `furthest`, and head: ``table [2 furthest + 1, n]``.
 
     Displacements are query minus key, as in `RelativeBiasTable`; sequences have no largest size.
+    May be different ones for every row b.
     """
 
     heads: int
     furthest: int = 128
 
     @nn.compact
-    def __call__(self, query: Int[Array, "l"], key: Int[Array, "m"]) -> Float[Array, "n l m"]:
+    def __call__(self, displacement: Int[Array, "*b l m"]) -> Float[Array, "*b n l m"]:
         shape = (2 * self.furthest + 1, self.heads)
         table = self.param("table", nn.initializers.normal(0.02), shape)
-        displacement = jnp.clip(query[:, None] - key[None, :], -self.furthest, self.furthest)
-        return jnp.moveaxis(table[displacement + self.furthest], -1, 0)
+        displacement = jnp.clip(displacement, -self.furthest, self.furthest)
+        return jnp.moveaxis(table[displacement + self.furthest], -1, -3)
 
 
 class SelfAttention(nn.Module):
@@ -182,7 +184,7 @@ class SelfAttention(nn.Module):
         query, key, value = self._project(x)
         bias = None
         if self.furthest is not None:
-            bias = self.bias(jnp.arange(x.shape[1]), jnp.arange(x.shape[1]))
+            bias = self.bias(self.displacements(x.shape[1], mask))
         mask = visible(mask, x.shape[1], causal=self.causal)
         y = self.attend(query, key, value, bias=bias, mask=mask, train=train)
         return project(y, [self.output()], dtype=self.dtype)[0]
@@ -208,10 +210,15 @@ class SelfAttention(nn.Module):
         length = cache["key"].shape[1]
         bias = None
         if self.furthest is not None:
-            bias = self.bias(jnp.asarray(index).reshape(1), jnp.arange(length))
+            bias = self.bias((index - jnp.arange(length))[None])
         mask = visible_at(index, valid, length)
         y = self.attend(query, cache["key"], cache["value"], bias=bias, mask=mask)
         return project(y, [self.output()], dtype=self.dtype)[0], cache
+
+    def displacements(self, length: int, mask: Bool[Array, "b l"] | None) -> Int[Array, "*b l l"]:
+        """Query minus key, of all pairs of positions."""
+        position = jnp.arange(length)
+        return position[:, None] - position[None, :]
 
     def _project(self, x: Array) -> tuple[Array, ...]:
         (qkv,) = project(x, [self.qkv()], dtype=self.dtype)

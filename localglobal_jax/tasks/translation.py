@@ -16,8 +16,6 @@ from localglobal_jax.data import text, tokenizer
 from localglobal_jax.models import create_model
 from localglobal_jax.tasks.task import Batch, Evaluator, HostBatch, Loss, Task, Variables
 
-DIRECTORY = "tokenizer"  # in the workdir
-
 
 def create(
     run: schema.TranslationRun,
@@ -35,7 +33,9 @@ def create(
     source = text.open_train(run.data, tokenizers) if train else None
     tokenizers = source.tokenizers if source else tokenizers
     if tokenizers is None:
-        raise ValueError(f"there is no {DIRECTORY} in {workdir}: it is no workdir of a translation")
+        raise ValueError(
+            f"{workdir} has no {tokenizer.DIRECTORY}: it is no workdir of a translation"
+        )
     spec = model_spec(run, tokenizers)
     model = create_model(**spec)
     example = jax.ShapeDtypeStruct((2, 8), jnp.int32)
@@ -71,19 +71,26 @@ def create(
         },
         items="tokens",
         summary=f"{run.data.name}/{run.data.train_split}: {source.summary if source else 'text'}",
-        save=lambda directory: tokenizer.save(tokenizers, directory / DIRECTORY),
+        save=lambda directory: tokenizer.save(tokenizers, directory / tokenizer.DIRECTORY),
     )
 
 
 def stored_tokenizers(
     run: schema.TranslationRun, workdir: pathlib.Path | None
 ) -> tokenizer.Tokenizers | None:
-    """Those of the workdir, or of the checkpoint that the run starts from; None: there are none."""
-    places = [workdir, pathlib.Path(run.init) if run.init else None]
-    for place in filter(None, places):
-        if found := tokenizer.load(place / DIRECTORY):
-            return found
-    return None
+    """Those of the workdir, or of the run to start from; None: they have to be made.
+
+    Raises ValueError where ``init`` has none: with other words its embeddings would mean nothing.
+    """
+    found = tokenizer.load(workdir / tokenizer.DIRECTORY) if workdir else None
+    if found is None and run.init:
+        found = tokenizer.load(pathlib.Path(run.init) / tokenizer.DIRECTORY)
+        if found is None:
+            raise ValueError(
+                f"init={run.init} has no {tokenizer.DIRECTORY}: give the workdir of a translation "
+                "run, or of a conversion with --dict"
+            )
+    return found
 
 
 def model_spec(run: schema.TranslationRun, tokenizers: tokenizer.Tokenizers) -> dict[str, Any]:

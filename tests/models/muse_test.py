@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from localglobal_jax import create_model, decoding
+from localglobal_jax.blocks.sequence import SEQUENCE_BLOCKS
 from localglobal_jax.models.muse import VARIANTS
 from localglobal_jax.models.sequence import sinusoids
 
@@ -28,10 +29,16 @@ TINY = {
 }
 EVERY_LETTER = {
     **TINY,
-    "layout": ("MD", "STM"),
-    "depths": (2, 3),
+    "layout": ("MDA", "STME"),
+    "depths": (3, 4),
     "pre_norm": (True, False),
-    "blocks": {"M": {"windows": (3, 5), "gate": False}, "D": {"window": 3}, "T": {"furthest": 4}},
+    "blocks": {
+        "A": {"window": 3},
+        "D": {"window": 3},
+        "E": {"furthest": 2},
+        "M": {"windows": (3, 5), "gate": False},
+        "T": {"furthest": 4},
+    },
 }
 MODELS = {
     "MM": {},
@@ -41,6 +48,8 @@ MODELS = {
     "SS": {"layout": "SS"},
     "TT": {"layout": "TT", "positions": "none", "pre_norm": (True, True)},
     "DD": {"layout": "DD", "blocks": {"D": {"window": (3, 7)}}},
+    "AA": {"layout": "AA", "blocks": {"A": {"window": (3, 4)}}},
+    "EE": {"layout": "EE", "positions": "none", "blocks": {"E": {"furthest": 2}}},
     "mixed": EVERY_LETTER,
 }
 SOURCE = jnp.array([[4, 5, 6, 7, 8, 9, 2], [1, 1, 1, 10, 4, 5, 2], [6, 5, 2, 1, 1, 1, 1]])
@@ -202,6 +211,30 @@ def test_a_beam_is_scored_as_the_parallel_pass_scores_it(name):
         np.testing.assert_allclose(found.scores[:, beam], scores, atol=1e-5)
 
 
+@pytest.mark.parametrize("letter", SEQUENCE_BLOCKS)
+def test_without_positions_an_encoder_moves_along(letter):
+    """Inside its padding always; over the edge where a sentence is a ring (E) or a set (S)."""
+    one = {k: v[:1] for k, v in TINY.items() if k in ("depths", "widths", "heads", "hidden")}
+    options = {"T": {"furthest": 3}, "E": {"furthest": 2}, "A": {"window": 5}}
+    fields = {"layout": letter, "positions": "none", "pre_norm": (False,), "blocks": options}
+    module = create_model("muse", source_vocab=13, **{**one, **fields})
+    variables = module.init(jax.random.key(0), SOURCE)
+    leaves, structure = jax.tree.flatten(variables)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    leaves = [v + 0.3 * jax.random.normal(k, v.shape) for v, k in zip(leaves, keys, strict=True)]
+    padded, full = np.array(
+        [[4, 5, 6, 7, 8, 9, 3, 1, 1, 1, 1], [4, 5, 6, 7, 8, 9, 3, 10, 11, 12, 2]]
+    )
+    rolled = [np.roll(row, shift) for row in (padded, full) for shift in range(11)]
+    encoded, _ = forward(module, jax.tree.unflatten(structure, leaves), jnp.array(rolled))
+    for row, part in ((padded, encoded[:11]), (full, encoded[11:])):
+        back = np.array([np.roll(y, -shift, 0) for shift, y in enumerate(part)])
+        error = np.abs(back - back[:1])[:, row != module.pad].max((1, 2))
+        inside = 1 + (row == module.pad).sum()
+        assert error[:inside].max() < 1e-5
+        assert error.max() < 1e-5 if letter in "ES" else error[inside:].min() > 1e-3
+
+
 def test_decoding_does_not_depend_on_the_batch():
     module, variables = made("MM")
     search = partial(decoding.beam_search, module, variables, beam=2, max_length=5)
@@ -274,8 +307,9 @@ def test_bfloat16_activations_float32_parameters_and_logits():
     assert {x.shape[0] for x in jax.tree.leaves(cache)} == {3}
 
 
-def test_training_is_noisy_and_has_gradients_everywhere():
-    module, variables = made("MM")
+@pytest.mark.parametrize("name", ["MM", "mixed"])
+def test_training_is_noisy_and_has_gradients_everywhere(name):
+    module, variables = made(name)
     module = module.clone(dropout=0.3, attention_dropout=0.1)
 
     @jax.jit
@@ -310,7 +344,12 @@ def test_works_in_nnx():
         ({"heads": (2,)}, r"names 2 stages, but heads=\(2,\) has 1"),
         ({"embeddings": "shared"}, "needs one vocabulary and one width"),
         ({"blocks": {"M": {"window": 3}}}, 'block M: "window"; did you mean "windows"'),
-        ({"blocks": {"M": {"dropout": 0.1}}}, 'option of block M: "dropout"'),
+        ({"blocks": {"M": {"dropout": 0.1}}}, "dropout of block M is the model's to give"),
+        ({"blocks": {"M": {"windows": "3, 5"}}}, "block M: windows='3, 5'"),
+        ({"blocks": {"M": {"windows": ((3,), (0,))}}}, r"block M: windows=\(0,\)"),
+        ({"blocks": {"M": {"ffn": "of"}}}, "block M: ffn='of'"),
+        ({"activation": "swish"}, "activation='swish'"),
+        ({"heads": (2, 0)}, r"heads=\(2, 0\)"),
         ({"blocks": {"M": {"windows": ((3,),)}}}, "given for 1 layers, but there is a layer 2"),
         ({"layout": "MMM", **{k: (2,) * 3 for k in ("depths", "heads", "hidden")},
           "widths": (8,) * 3, "pre_norm": (True,) * 3}, "an encoder, or an encoder and a decoder"),

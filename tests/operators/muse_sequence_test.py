@@ -4,11 +4,14 @@
 import itertools
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from localglobal_jax import accounting
+from localglobal_jax.operators.adaptive_sequence import AdaptiveSequence, EquivariantSequence
 from localglobal_jax.operators.dynamic_sequence import DynamicConv
 from localglobal_jax.operators.muse_sequence import MuseSequence
 from localglobal_jax.operators.sequence import CrossAttention, SelfAttention
@@ -30,6 +33,8 @@ OPERATORS = {
     "attention": partial(SelfAttention, D, HEADS),
     "relative": partial(SelfAttention, D, HEADS, furthest=3),
     "dynamic": partial(DynamicConv, D, HEADS, 5),
+    "adaptive": partial(AdaptiveSequence, D, HEADS, 3),
+    "equivariant": partial(EquivariantSequence, D, HEADS, furthest=2),
     "depthwise alone": partial(DynamicConv, D, HEADS, 3, kind="depthwise"),
 }
 
@@ -106,29 +111,40 @@ def test_it_does_matter_in_the_published_way():
     assert np.abs(apply(x)[1, 2:6] - apply(other)[1, 2:6]).max() > 0.01
 
 
-@pytest.mark.parametrize("name", [n for n in OPERATORS if OPERATORS[n].func is MuseSequence])
-def test_fused_changes_no_number(name):
+FUSED = list(itertools.product(["shared", "separate"], ["own", "shared", "off"], [None, 6]))
+
+
+def run_muse(module, encoded, x):
+    """Reads `encoded` if it can."""
+    mask = jnp.ones(encoded.shape[:2], bool)
+    memory = None if module.memory_features is None else module.remember(encoded, mask)
+    return module(x, memory=memory)
+
+
+@pytest.mark.parametrize(("projection", "ffn", "memory"), FUSED)
+def test_fused_changes_no_number_and_makes_few_products_of_many(projection, ffn, memory):
     encoded = jax.random.normal(jax.random.key(3), (2, 5, 6))
-    results = {}
+    x = jax.random.normal(jax.random.key(0), (2, LENGTH, D))
+    fields = {"windows": (3, 5), "gate": False, "projection": projection, "ffn": ffn}
+    module = MUSE(**fields, causal=True, memory_features=memory)
+    variables = jax.jit(nn.init(run_muse, module))(jax.random.key(1), encoded, x)
+    variables = jax.tree.map(lambda v: v + 0.1, variables)
+    results, products, sizes = [], [], []
     for fused in (False, True):
-        module = OPERATORS[name](causal=True, memory_features=6, fused=fused)
+        apply = nn.apply(run_muse, module.clone(fused=fused))
 
-        def run(variables, x, encoded, module=module):
-            memory = module.apply(variables, encoded, jnp.ones((2, 5), bool), method="remember")
-            return (module.apply(variables, x, memory=memory) ** 2).sum()
+        def loss(*args, apply=apply):
+            return (apply(*args) ** 2).sum()
 
-        def init(key, x, encoded, module=module):
-            memory = jnp.zeros((2, 5, HEADS, D // HEADS))
-            memory = {"key": memory, "value": memory, "mask": jnp.ones((2, 5), bool)}
-            variables = module.init(key, x, memory=memory)
-            remember = module.init(key, encoded, jnp.ones((2, 5), bool), method="remember")
-            return jax.tree.map(lambda v: v + 0.1, {"params": merged(variables, remember)})
-
-        x = jax.random.normal(jax.random.key(0), (2, LENGTH, D))
-        variables = jax.jit(init)(jax.random.key(1), x, encoded)
-        results[fused] = jax.jit(jax.value_and_grad(run))(variables, x, encoded)
-    assert jax.tree.structure(results[False]) == jax.tree.structure(results[True])
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), *results.values())
+        gradient = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
+        results.append(gradient(variables, encoded, x))
+        products.append(str(jax.make_jaxpr(apply)(variables, encoded, x)).count("dot_general"))
+        sizes.append(accounting.multiply_adds(apply, variables, encoded, x))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), *results)
+    matrices_in = 1 + (projection == "separate") + (ffn == "own") + (memory is not None)
+    matrices_out = 1 + (ffn != "off") + (memory is not None)
+    assert products[0] - products[1] == matrices_in - 1 + matrices_out - 1
+    assert sizes[0] == sizes[1]
 
 
 def merged(a, b):
@@ -138,16 +154,6 @@ def merged(a, b):
     for name in a.keys() & b.keys():
         both[name] = merged(a[name], b[name]) if isinstance(a[name], dict) else a[name]
     return both
-
-
-def test_fused_makes_fewer_products():
-    def products(fused):
-        module = MUSE(fused=fused)
-        x = jnp.ones((2, LENGTH, D))
-        variables = jax.eval_shape(module.init, jax.random.key(0), x)
-        return str(jax.make_jaxpr(module.apply)(variables, x)).count("dot_general")
-
-    assert products(True) == products(False) - 2  # qkv with hidden, output with pointwise
 
 
 def test_dropout_where_the_published_code_has_it():
@@ -164,6 +170,15 @@ def test_dropout_where_the_published_code_has_it():
             rngs = {"dropout": jax.random.key(3)}
             assert (noisy.apply(variables, x, train=True, rngs=rngs) != still).any(), field
             np.testing.assert_allclose(noisy.apply(variables, x), still, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["attention", "relative", "dynamic", "adaptive", "equivariant"])
+def test_dropout_of_weights(name):
+    module, variables, x = made(name, dropout=0.5)
+    still = module.apply(variables, x)
+    np.testing.assert_array_equal(module.clone(dropout=0.0).apply(variables, x, train=True), still)
+    noisy = module.apply(variables, x, train=True, rngs={"dropout": jax.random.key(3)})
+    assert (noisy != still).any()
 
 
 def test_fused_draws_the_same_dropout():

@@ -17,12 +17,16 @@ import pytest
 
 from localglobal_jax import operators
 from localglobal_jax.operators.adaptive import AdaptiveConv, EquivariantAttention
+from localglobal_jax.operators.adaptive_sequence import AdaptiveSequence, EquivariantSequence
 from localglobal_jax.operators.attention import RelativeAttention
 from localglobal_jax.operators.convolution import DepthwiseConv
+from localglobal_jax.operators.dynamic_sequence import DynamicConv
 from localglobal_jax.operators.focal import FocalAttention
 from localglobal_jax.operators.focal_nearest import NearestFocalAttention
-from localglobal_jax.operators.muse import Muse
+from localglobal_jax.operators.muse import Muse, SharedValueConv
+from localglobal_jax.operators.muse_sequence import MuseSequence
 from localglobal_jax.operators.outlook import Outlook
+from localglobal_jax.operators.sequence import SelfAttention
 
 FOCAL = FocalAttention(4, heads=2, window=2, expand=1, levels=3, focal_window=3)
 NEAREST = NearestFocalAttention(4, heads=2, window=2, count=9)
@@ -44,6 +48,16 @@ TABLE = {  # operator, space, input-adaptive, translation-equivariant, reach, ra
     "equivariant": (EquivariantAttention(4, heads=2), GRID, True, True, "GLOBAL", None),
     "equivariant 1-D": (EquivariantAttention(4, heads=2), SEQUENCE, True, True, "GLOBAL", None),
     "muse": (Muse(4, heads=2, windows=(3, 5), hidden=8), GRID, True, False, "GLOBAL", None),
+    "shared value": (SharedValueConv(2, (3, 7)), SEQUENCE, True, True, "LOCAL", 3),
+    "muse over sequences": (MuseSequence(4, 2, 6), SEQUENCE, True, False, "GLOBAL", None),
+    "muse-simple": (MuseSequence(4, 2, 6, windows=()), SEQUENCE, True, True, "GLOBAL", None),
+    "plain 1-D": (SelfAttention(4, 2), SEQUENCE, True, True, "GLOBAL", None),
+    "relative 1-D": (SelfAttention(4, 2, furthest=3), SEQUENCE, True, False, "GLOBAL", None),
+    "gated dynamic": (DynamicConv(4, 2, window=5), SEQUENCE, True, True, "LOCAL", 2),
+    "adaptive over sequences": (AdaptiveSequence(4, 2, 5), SEQUENCE, True, True, "LOCAL", 2),
+    "equivariant over sequences": (
+        *(EquivariantSequence(4, 2, furthest=3), SEQUENCE, True, True, "GLOBAL", None),
+    ),
     "focal": (FOCAL, GRID, True, False, "BOTH", 3),
     "focal, nearest": (NEAREST, GRID, True, False, "BOTH", None),
 }

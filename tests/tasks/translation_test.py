@@ -102,7 +102,7 @@ def test_without_its_vocabulary_a_run_is_not_evaluated(trained, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(trained, copy)
     shutil.rmtree(copy / "tokenizer")
-    with pytest.raises(ValueError, match="there is no tokenizer in"):
+    with pytest.raises(ValueError, match="has no tokenizer: it is no workdir"):
         evaluate.evaluate(copy)
 
 
@@ -135,6 +135,9 @@ def test_fine_tuning_takes_weights_and_vocabulary(trained, tmp_path):
     train.train(run, tmp_path / "run")
     (_, old), (_, new) = load(trained), load(tmp_path / "run")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), old, new)
+    step = make_run(init=str(trained / "checkpoints" / "4"))
+    with pytest.raises(ValueError, match=r"init=.* has no tokenizer: give the workdir"):
+        train.train(step, tmp_path / "step")
     wider = make_run(**{"model.hidden": "(48, 48)", "init": str(trained)})
     with pytest.raises(ValueError, match=r"has shape .* and would need"):
         train.train(wider, tmp_path / "wider")
