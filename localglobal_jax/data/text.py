@@ -116,9 +116,10 @@ class TextSource:
             for name, count in self.counts.items()
             if count and name.startswith("left out")
         ]
+        left_out = ", ".join(dropped) or "none left out"
         return (
-            f"{len(self):,} pairs, {self.tokens:,} target tokens of a vocabulary of {sizes}, padded to "
-            f"{'/'.join(map(str, self.edges))}; {', '.join(dropped) or 'none left out'}"
+            f"{len(self):,} pairs, {self.tokens:,} target tokens of a vocabulary of {sizes}, "
+            f"padded to {'/'.join(map(str, self.edges))}; {left_out}"
         )
 
     def members(self) -> tuple[np.ndarray, ...]:
