@@ -14,6 +14,8 @@ from localglobal_jax.decoding.hypotheses import (
     Decodable,
     Hypotheses,
     check,
+    check_number,
+    check_source,
     log_probabilities,
     nothing,
     pick,
@@ -65,10 +67,11 @@ def beam_search(
       ValueError: beam or lengths that are not positive or do not fit.
     """
     check(beam, min_length, max_length)
+    check_number("length_penalty", length_penalty)
     return _beam_search(
         module,
         variables,
-        jnp.asarray(source, jnp.int32),
+        check_source(source),
         jnp.float32(length_penalty),
         _Options(beam, max_length, min_length, early_stop),
     )
@@ -127,7 +130,7 @@ def _beam_search(
         rows = (jnp.arange(b)[:, None] * beam + pick(parent, order)).reshape(-1)
         full = found == beam
         if not early_stop:
-            full &= ended.scores.min(1) >= total.max(1) / jnp.float32(max_length) ** penalty
+            full &= ended.scores.min(1) >= total.max(1) / jnp.float32(length) ** penalty
         done = search.done | full | (total.max(1) == LOWEST)
         return _Search(
             step + 1,
