@@ -192,7 +192,7 @@ def prepare(args: argparse.Namespace) -> None:
     if args.config:
         options = configlib.check(configlib.load(args.config, args.overrides)).data
         name, directory = options.name, directory or options.dir
-    if isinstance(options, schema.Text) and options.files:
+    if isinstance(options, schema.Text) and (options.files or options.mock):
         counts = pairs.count(options)  # nothing to prepare, but can it be read?
     elif args.from_tfrecord:
         counts = data.from_tfrecord(args.from_tfrecord, directory)

@@ -55,8 +55,10 @@ def beam_search(
 
     A step extends the alive hypotheses by the 2 `beam` best tokens. An end token counts only among
     the `beam` best of these; the others go on. A sentence is done when `beam` hypotheses have ended
-    (``early_stop=False``: when no alive one can become better than the worst of them). After
-    `max_length` tokens the end token is forced, so a hypothesis has at most ``max_length + 1``.
+    (``early_stop=False``: when moreover no alive one, its total so far over ``max_length **
+    length_penalty``, is better than the worst of them: fairseq's estimate, one token short of the
+    bound). After `max_length` tokens the end token is forced, so a hypothesis has at most
+    ``max_length + 1``.
 
     Args:
       source: token ids, padded; its padding belongs to the model.
@@ -130,7 +132,7 @@ def _beam_search(
         rows = (jnp.arange(b)[:, None] * beam + pick(parent, order)).reshape(-1)
         full = found == beam
         if not early_stop:
-            full &= ended.scores.min(1) >= total.max(1) / jnp.float32(length) ** penalty
+            full &= ended.scores.min(1) >= total.max(1) / jnp.float32(max_length) ** penalty
         done = search.done | full | (total.max(1) == LOWEST)
         return _Search(
             step + 1,

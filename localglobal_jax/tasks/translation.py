@@ -17,6 +17,7 @@ from localglobal_jax.data import text, tokenizer
 from localglobal_jax.models import create_model
 from localglobal_jax.tasks.task import Batch, Evaluator, HostBatch, Loss, Task, Variables
 
+UNKNOWN = 0.05  # share of tokens from which we warn
 log = logging.getLogger(__name__)
 
 
@@ -34,6 +35,10 @@ def create(
     """
     tokenizers = stored_tokenizers(run, workdir)
     source = text.open_train(run.data, tokenizers) if train else None
+    if source and source.unknown > UNKNOWN:
+        log.warning(
+            "%.0f %% of the tokens are unknown: is it the right vocabulary?", 100 * source.unknown
+        )
     tokenizers = source.tokenizers if source else tokenizers
     if tokenizers is None:
         raise ValueError(
