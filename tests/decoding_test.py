@@ -261,6 +261,6 @@ def test_wrong_arguments():
             draw(0, 0, 1, temperature=wrong)
         with pytest.raises(ValueError, match=f"length_penalty={wrong}"):
             run(0, beam=1, length_penalty=wrong)
-    for source in (np.ones((1, 2), np.float32), np.ones(3, np.int32), np.ones((0, 2), np.int32)):
-        with pytest.raises(ValueError, match=r"give integers \[sentences, length\]"):
-            decoding.greedy(Table(), jnp.asarray(tables(0)), source, max_length=MAX)
+    none = np.ones((0, 2), np.int32)
+    with pytest.raises(ValueError, match=r"give integers \[sentences, length\]"):
+        decoding.greedy(Table(), jnp.asarray(tables(0)), none, max_length=MAX)
