@@ -41,7 +41,13 @@ def get_config(arg=None):
         )
     )
     config.optim = ConfigDict(
-        dict(learning_rate=2e-3, warmup_steps=300, warmup_from=1e-7, b2=0.98, weight_decay=1e-4)
+        dict(
+            learning_rate=2e-3,
+            warmup_steps=300,
+            init_learning_rate=1e-7,
+            b2=0.98,
+            weight_decay=1e-4,
+        )
     )
     config.eval = ConfigDict(dict(every=800, batch_size=8192))
     config.checkpoint = ConfigDict(dict(every=400, best="validation/bleu"))

@@ -13,11 +13,7 @@ from localglobal_jax import __version__, translate_command
 
 
 def console() -> int:
-    """The console script: `main`, in a process that keeps compiled programs and has large pages."""
-    # What was compiled once is read from here, also by a run that resumes: 15 s, not 46 s, for the
-    # smallest translation run. jax's own variable; an empty one turns it off.
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(cache, "localglobal", "xla"))
+    """The console script: `main`, in a process whose large allocations use large pages."""
     # On CPU, XLA asks the system for its temporary memory anew at every step. In pages of 4 KiB
     # page faults took half of the CPU time of a training step here (345 images/s against 563 with
     # large pages), and glibc reads this setting only when a process starts.
@@ -196,7 +192,7 @@ def prepare(args: argparse.Namespace) -> None:
     if args.config:
         options = configlib.check(configlib.load(args.config, args.overrides)).data
         name, directory = options.name, directory or options.dir
-    if isinstance(options, schema.Text) and options.files:
+    if isinstance(options, schema.Text) and (options.files or options.mock):
         counts = pairs.count(options)  # nothing to prepare, but can it be read?
     elif args.from_tfrecord:
         counts = data.from_tfrecord(args.from_tfrecord, directory)

@@ -140,6 +140,10 @@ def pretrained(path: str, module: nn.Module, inputs: tuple[jax.ShapeDtypeStruct,
     Raises ValueError where anything else differs.
     """
     old, variables = evaluate.load(path)
+    if type(old) is not type(module):
+        raise ValueError(
+            f"init={path} is a {type(old).__name__}, but this run trains a {type(module).__name__}"
+        )
     classes = getattr(module, "classes", None)
     if classes is not None and old.classes != classes:
         old, variables = convert.adapt.reclassify(old, variables, classes)

@@ -75,9 +75,15 @@ def evaluate(
     workdir = pathlib.Path(workdir)
     config = ConfigDict(configlib.tuples(read_run(workdir).model_dump()))
     for field, text in (overrides or {}).items():
+        if field.split(".")[0] == "model":
+            raise ValueError(
+                f"config.{field}: the model is that of the checkpoint, it cannot change"
+            )
         configlib.override(config, field, text)
     run = configlib.check(config)
     placement = parallel.Placement(run.parallel)
+    if not run.data.eval_splits:
+        raise ValueError("data.eval_splits=() names nothing to evaluate: give a split")
     field, rows = run.eval_rows
     placement.check_batch(rows, what=field)
     shard = (parallel.host(), parallel.hosts())

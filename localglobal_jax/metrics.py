@@ -42,13 +42,13 @@ def classification(
 def tokens(
     logits: Float[Array, "b l v"], targets: Integer[Array, "b l"], mask: Shaped[Array, "b l"]
 ) -> Sums:
-    """Loss (nats) and accuracy per token where ``mask`` is nonzero."""
+    """Cross-entropy ("nll", nats) and accuracy per token where ``mask`` is nonzero."""
     mask = mask.astype(bool)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
     hits = (logits.argmax(-1) == targets) & mask
     count = jnp.sum(mask, dtype=jnp.int32)
     return {
-        "loss": (jnp.sum(jnp.where(mask, loss, 0)), count),
+        "nll": (jnp.sum(jnp.where(mask, loss, 0)), count),
         "accuracy": (jnp.sum(hits, dtype=jnp.int32), count),
     }
 

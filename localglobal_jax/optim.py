@@ -18,9 +18,10 @@ PyTree = Any
 def make_schedule(options: schema.Optim, steps: int) -> optax.Schedule:
     """Learning rate as a function of the number of updates already made.
 
-    Linear from ``warmup_from`` to ``learning_rate`` over ``warmup_steps`` (from 0, the first update
-    moves nothing), then: ``cosine`` to ``end_learning_rate`` at ``steps`` (arXiv 1608.03983, one
-    cycle); ``constant``; or ``rsqrt``, peak * sqrt(warmup / step) (arXiv 1706.03762, section 5.3).
+    Linear from ``init_learning_rate`` to ``learning_rate`` over ``warmup_steps`` (from 0, the first
+    update moves nothing), then: ``cosine`` to ``end_learning_rate`` at ``steps`` (arXiv 1608.03983,
+    one cycle); ``constant``; or ``rsqrt``, peak * sqrt(warmup / step) (arXiv 1706.03762, section
+    5.3).
 
     Raises:
       ValueError: the warm-up is longer than the run.
@@ -41,7 +42,7 @@ def make_schedule(options: schema.Optim, steps: int) -> optax.Schedule:
             after = peak * jnp.sqrt(max(warmup, 1) / jnp.maximum(step, max(warmup, 1)))
         else:
             after = jnp.full_like(step, peak)
-        first = options.warmup_from
+        first = options.init_learning_rate
         before = first + (peak - first) * step / max(warmup, 1)
         return jnp.where(step < warmup, before, after)
 

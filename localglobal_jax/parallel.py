@@ -8,7 +8,7 @@ heads, hidden channels and vocabularies (tensor parallelism, arXiv 1909.08053, s
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -65,31 +65,38 @@ def own_key(key: Array) -> Array:
     return jax.random.fold_in(key, jax.lax.axis_index(_axis.get())) if _axis.get() else key
 
 
-def make_mesh(shape: Mapping[str, int] | None = None) -> Mesh:
+def make_mesh(
+    shape: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """A mesh over all devices, e.g. ``{"data": -1}``; one axis may be -1, "all that are left".
+
+    `devices`: others than those of this machine, e.g. of a topology that is only compiled for.
 
     Raises ValueError if the axes do not multiply to the number of devices.
     """
     shape = dict(shape or {"data": -1})
-    devices = jax.device_count()
+    count = jax.device_count() if devices is None else len(devices)
     fixed = int(np.prod([n for n in shape.values() if n != -1]))
     free = [axis for axis, n in shape.items() if n == -1]
-    if not {"data"} <= shape.keys() <= {*AXES} or len(free) > 1 or fixed < 1 or devices % fixed:
+    if not {"data"} <= shape.keys() <= {*AXES} or len(free) > 1 or fixed < 1 or count % fixed:
         raise ValueError(
-            f"parallel.mesh={shape} does not fit {devices} device(s): it needs an axis named "
+            f"parallel.mesh={shape} does not fit {count} device(s): it needs an axis named "
             '"data", may have "fsdp" and "model", at most one of them -1, and sizes whose product '
-            f"divides {devices}"
+            f"divides {count}"
         )
     if free:
-        shape[free[0]] = devices // fixed
-    elif fixed != devices:
+        shape[free[0]] = count // fixed
+    elif fixed != count:
         raise ValueError(
-            f"parallel.mesh={shape} uses {fixed} of {devices} devices; "
+            f"parallel.mesh={shape} uses {fixed} of {count} devices; "
             "set one axis to -1 to use all of them"
         )
     # make_mesh defaults to Explicit axes, under which linen's Embed, Dropout and reshapes break.
     return jax.make_mesh(
-        tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape)
+        tuple(shape.values()),
+        tuple(shape),
+        axis_types=(AxisType.Auto,) * len(shape),
+        devices=devices,
     )
 
 
@@ -99,9 +106,13 @@ class Placement:
     Raises ValueError where mesh, strategy and compilation do not fit each other.
     """
 
-    def __init__(self, options: schema.Parallel | None = None):
+    def __init__(
+        self,
+        options: schema.Parallel | None = None,
+        devices: Sequence[jax.Device] | None = None,
+    ):
         options = options or schema.Parallel()
-        self.mesh = make_mesh(options.mesh)
+        self.mesh = make_mesh(options.mesh, devices)
         self.strategy, self.compile = options.strategy, options.compile
         for strategy, axis in (("fsdp", "fsdp"), ("tensor", "model")):
             if strategy in self.strategy.split("+") and axis not in self.mesh.shape:

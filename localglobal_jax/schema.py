@@ -93,6 +93,8 @@ class Text(Section):
 
     @pydantic.model_validator(mode="after")
     def _dictionaries(self) -> Self:
+        if self.mock and self.files:
+            raise ValueError("mock=True makes its text up: it takes no files")
         if (self.tokenizer == "dict") != bool(self.dicts) and not self.mock:
             raise ValueError(
                 'tokenizer="dict" and dicts=(FILE,) or (SOURCE_FILE, TARGET_FILE) need each other'
@@ -127,7 +129,7 @@ class Optim(Section):
     learning_rate: PositiveFloat = 1e-3  # the peak
     schedule: Literal["cosine", "constant", "rsqrt"] = "cosine"
     warmup_steps: NonNegativeInt = 0
-    warmup_from: NonNegativeFloat = 0.0  # where the warm-up begins
+    init_learning_rate: NonNegativeFloat = 0.0  # where the warm-up begins
     end_learning_rate: NonNegativeFloat = 0.0  # where the cosine ends
     b1: Fraction = 0.9
     b2: Fraction = 0.999

@@ -59,7 +59,7 @@ def train(run: schema.Run, directory: str | pathlib.Path) -> dict[str, dict[str,
     restored = checkpoints.restore(template)
     start, state = (restored.step, restored.state) if restored else (0, init())
     if pretrained and not restored:
-        state = start_from(state, pretrained)
+        state = start_from(state, placement.put(pretrained))
     params = template.variables["params"]
     announce(run, task, params, start)
 

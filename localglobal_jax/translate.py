@@ -122,11 +122,15 @@ class Translator:
 
         Raises ValueError for options out of their range.
         """
-        if nbest < 1 or batch_size < 1 or (nbest > beam and sampling is None):
+        if isinstance(lines, str):
+            raise ValueError("lines is one string: give a list of sentences")
+        if min(nbest, batch_size, max_source) < 1 or (nbest > beam and sampling is None):
             raise ValueError(
-                f"nbest={nbest}, beam={beam}, batch_size={batch_size}: at least one each, and no "
-                "more of the best than the beam holds"
+                f"nbest={nbest}, beam={beam}, batch_size={batch_size}, max_source={max_source}: at "
+                "least one each, and no more of the best than the beam holds"
             )
+        if sampling and not 0 <= sampling.seed < 2**32:
+            raise ValueError(f"seed={sampling.seed}: give one from 0 to {2**32 - 1}")
         ids = self._encode(lines)
         problem = f"{{}} tokens, but at most {max_source} are translated (max_source)"
         found = [

@@ -2,7 +2,6 @@
 """Two fake devices, no silent rank promotion, shapes and types checked: before jax is imported."""
 
 import os
-import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
@@ -12,9 +11,6 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_backend_optimization_level=0"
 )
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-# of this worker and the processes that it starts: many of them compile the same
-CACHE = tempfile.TemporaryDirectory()
-os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
 
 import jaxtyping
 

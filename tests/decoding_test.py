@@ -256,3 +256,11 @@ def test_wrong_arguments():
         draw(0, 0, 1, temperature=0.0)
     with pytest.raises(ValueError, match=r"in \(0, 1\]"):
         draw(0, 0, 1, top_p=1.5)
+    for wrong in (float("nan"), float("inf"), -1.0):
+        with pytest.raises(ValueError, match="temperature"):
+            draw(0, 0, 1, temperature=wrong)
+        with pytest.raises(ValueError, match=f"length_penalty={wrong}"):
+            run(0, beam=1, length_penalty=wrong)
+    none = np.ones((0, 2), np.int32)
+    with pytest.raises(ValueError, match=r"give integers \[sentences, length\]"):
+        decoding.greedy(Table(), jnp.asarray(tables(0)), none, max_length=MAX)

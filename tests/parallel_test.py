@@ -21,17 +21,17 @@ def test_mesh_that_does_not_fit_is_refused(shape):
 
 
 def test_batch_must_divide():
-    mesh = parallel.make_mesh()
-    parallel.check_batch(4, mesh)
+    placement = parallel.Placement()
+    placement.check_batch(4)
     with pytest.raises(ValueError, match=r"batch_size=5 is not divisible by the 2 .* use 4 or 6"):
-        parallel.check_batch(5, mesh)
+        placement.check_batch(5)
     with pytest.raises(ValueError, match="use 2"):
-        parallel.check_batch(1, mesh)
+        placement.check_batch(1)
 
 
 def test_global_batch_is_split_over_devices():
     batch = {"x": np.arange(8).reshape(4, 2)}
-    x = parallel.global_batch(batch, parallel.make_mesh())["x"]
+    x = parallel.Placement().global_batch(batch)["x"]
     np.testing.assert_array_equal(x, batch["x"])
     assert {s.data.shape for s in x.addressable_shards} == {(2, 2)}
 

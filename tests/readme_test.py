@@ -38,8 +38,13 @@ def test_commands_parse():
 def test_files_and_models_exist():
     for path in re.findall(r"\]\(([\w./]+)\)", README):
         assert (ROOT / path).exists(), path
-    for name in re.findall(r"`((?:coatnet|volo|focal)[\w]*_\w+)`", README):
+    for name in re.findall(r"`((?:coatnet|volo|focal|muse|transformer)[\w]*_\w+)`", README):
         assert name in list_models(), name
+
+
+def test_nothing_was_left_to_fill_in():
+    for file in (ROOT / "README.md", *(ROOT / "experiments").glob("*/README.md")):
+        assert not re.findall(r"^[A-Z_]{4,}$", file.read_text(), re.M), file
 
 
 def test_every_room_is_on_the_map():

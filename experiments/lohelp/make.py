@@ -16,7 +16,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 HERE = pathlib.Path(__file__).parent
-BUCKETS = ("1-15", "16-30", "31-45", "46-60", "61-75", "76-90", "91-105", "over_105")
+BUCKETS = ("1-15", "16-30", "31-45", "46-60")  # 2,252 of 2,285; beyond, each has 19 or fewer
 NAMES = {"muse": "MUSE", "transformer": "Transformer"}
 COLUMNS = ("bleu", "chrf", "perplexity", *(f"bleu_{bucket}" for bucket in BUCKETS))
 
@@ -47,18 +47,18 @@ def main() -> None:
     with open(HERE / "results.csv") as file:
         rows = list(csv.DictReader(file))
     by_model = {m: [row for row in rows if row["model"] == m] for m in NAMES}
+    if not all(by_model.values()):
+        sys.exit(f"there are no runs of one of {', '.join(NAMES)}: run experiments/lohelp/run.sh")
     print("| | " + " | ".join(f"{NAMES[m]} ({len(by_model[m])} seeds)" for m in NAMES) + " |")
     print("|---|---|---|")
     figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
     for name in COLUMNS:
-        label = {"bleu": "BLEU", "chrf": "chrF"}.get(
-            name, name.replace("bleu_", "BLEU, words ").replace("over_", "over ")
-        )
+        label = {"bleu": "BLEU", "chrf": "chrF"}.get(name, name.replace("bleu_", "BLEU, words "))
         print(f"| {label} | " + " | ".join(mean(by_model[m], name) for m in NAMES) + " |")
     for offset, (model, found) in zip((-0.2, 0.2), by_model.items(), strict=True):
         means = [statistics.mean(float(r[f"bleu_{b}"]) for r in found) for b in BUCKETS]
         axes.bar([i + offset for i in range(len(BUCKETS))], means, 0.4, label=NAMES[model])
-    axes.set(xticks=range(len(BUCKETS)), xticklabels=[b.replace("over_", ">") for b in BUCKETS])
+    axes.set(xticks=range(len(BUCKETS)), xticklabels=BUCKETS)
     axes.set(xlabel="words of the source", ylabel="BLEU, mean of the seeds")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

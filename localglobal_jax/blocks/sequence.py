@@ -20,6 +20,7 @@ from localglobal_jax.operators.muse import Kind
 from localglobal_jax.operators.muse_sequence import MuseSequence, Pointwise, Source
 from localglobal_jax.operators.projection import Projection, project
 from localglobal_jax.operators.sequence import Cache, CrossAttention, Index, Memory, SelfAttention
+from localglobal_jax.schema import Fraction
 
 Sequence = Float[Array, "b l d"]
 Mask = Bool[Array, "b l"]
@@ -45,11 +46,11 @@ class MuseLayer(nn.Module):
     ffn: Pointwise = "own"
     activation: Activation = "relu"
     fused: bool = False
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
-    activation_dropout: float = 0.0
-    kernel_dropout: float = 0.1
-    input_dropout: float = 0.0
+    dropout: Fraction = 0.0
+    attention_dropout: Fraction = 0.0
+    activation_dropout: Fraction = 0.0
+    kernel_dropout: Fraction = 0.1
+    input_dropout: Fraction = 0.0
     norm_eps: float = 1e-5
     dtype: str = "float32"
 
@@ -109,9 +110,9 @@ class TransformerLayer(nn.Module):
     pre_norm: bool = False
     zero_padding: bool = True
     activation: Activation = "relu"
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
-    activation_dropout: float = 0.0
+    dropout: Fraction = 0.0
+    attention_dropout: Fraction = 0.0
+    activation_dropout: Fraction = 0.0
     norm_eps: float = 1e-5
     dtype: str = "float32"
 
@@ -239,7 +240,7 @@ class DynamicConvLayer(TransformerLayer):
 
     window: PositiveInt = 7
     kind: Kind = "dynamic"
-    kernel_dropout: float = 0.1
+    kernel_dropout: Fraction = 0.1
 
     def mixer(self) -> nn.Module:
         return DynamicConv(

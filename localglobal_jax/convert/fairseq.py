@@ -6,8 +6,9 @@ Left behind, because it cannot move a result: ``encoder_attn_layer_norm`` (never
 of a single kernel, the kernels under ``attn_dynamic_cat=0``, ``version`` and ``_float_tensor``.
 """
 
+import numbers
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,6 +38,7 @@ DEFAULTS: dict[str, Any] = {  # of their architecture "transformer"
     "dynamic_gate": 1,
     "dynamic_padding": 0,
 }
+SIZES = ("embed_dim", "ffn_embed_dim")  # of the decoder, where nothing is said those of the encoder
 FIXED: dict[str, tuple[Any, str]] = {  # what we do not build: the value we have, and what it is
     "combine": (1, "branches one after the other, or their older fused code (bm)"),
     "adaptive_softmax_cutoff": (None, "adaptive softmax"),
@@ -66,6 +68,10 @@ def load(args: Any, state_dict: Mapping[str, Any]) -> tuple[EncoderDecoder, Vari
       ValueError: an argument asks for what we do not build; names are missing or left over, or
         shapes differ (lists all of them).
     """
+    if not isinstance(args, Mapping) and not hasattr(args, "__dict__"):
+        raise ValueError(
+            f"args={args!r}: give the checkpoint's arguments, a mapping or a namespace"
+        )
     args = dict(args) if isinstance(args, Mapping) else vars(args)
     for side in ("encoder", "decoder"):
         if f"{side}.embed_tokens.weight" not in state_dict:
@@ -107,11 +113,17 @@ def fields(args: Mapping[str, Any]) -> dict[str, Any]:
         if (args.get(name, value) or None) != (value or None):
             raise ValueError(f"{name}={args[name]!r} ({what}) is not built: use {name}={value!r}")
     args = {**DEFAULTS, **{name: value for name, value in args.items() if value is not None}}
-    for name in ("embed_dim", "ffn_embed_dim"):
+    for name in SIZES:
         args.setdefault(f"decoder_{name}", args[f"encoder_{name}"])
     for name in ("decoder_input_dim", "decoder_output_dim"):
         if args.get(name, args["decoder_embed_dim"]) != args["decoder_embed_dim"]:
             raise ValueError(f"{name}={args[name]} is not built: it must be decoder_embed_dim")
+    for name, default in (*DEFAULTS.items(), *((f"decoder_{n}", 0) for n in SIZES)):
+        kind, what = numbers.Real, "a number"
+        if isinstance(default, int):
+            kind, what = numbers.Integral, "an integer"
+        if not isinstance(default, str) and not isinstance(args[name], kind):
+            raise ValueError(f"{name}={args[name]!r}: give {what}")
     if args["activation_fn"] not in ACTIVATIONS:
         raise ValueError(
             f"activation_fn={args['activation_fn']!r}: allowed are {', '.join(ACTIVATIONS)}"
@@ -190,6 +202,8 @@ def _list(args: Mapping[str, Any], name: str) -> list[int]:
         value = [int(part) for part in re.findall(r"\d+", value)]
     if not value:
         raise ValueError(f"{name} is not in the arguments, but attn_dynamic_type needs it")
+    if not isinstance(value, Sequence) or not all(isinstance(n, numbers.Integral) for n in value):
+        raise ValueError(f"{name}={value!r}: give a list of integers")
     return list(value)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from localglobal_jax import schema
 from localglobal_jax.data import buckets, loader, pairs
-from localglobal_jax.data.tokenizer import EOS, PAD, Dictionary, Tokenizer, Tokenizers, create
+from localglobal_jax.data.tokenizer import EOS, PAD, UNK, Dictionary, Tokenizer, Tokenizers, create
 
 Batch = loader.Batch
 
@@ -116,11 +116,19 @@ class TextSource:
             for name, count in self.counts.items()
             if count and name.startswith("left out")
         ]
+        if self.unknown:
+            dropped.append(f"{self.unknown:.1%} of all tokens unknown")
         left_out = ", ".join(dropped) or "none left out"
         return (
             f"{len(self):,} pairs, {self.tokens:,} target tokens of a vocabulary of {sizes}, "
             f"padded to {'/'.join(map(str, self.edges))}; {left_out}"
         )
+
+    @property
+    def unknown(self) -> float:
+        """Share of the tokens that the vocabulary does not know: much of it means a wrong one."""
+        both = (self._source.flat, self._target.flat)
+        return float(np.mean(np.concatenate(both) == UNK))
 
     def members(self) -> tuple[np.ndarray, ...]:
         """The numbers of the pairs in each bucket, in order."""

@@ -51,7 +51,8 @@ def lines(data: bytes, name: str, *, first: int = 1) -> list[str]:
 
 def split_of(source: str) -> str:
     """The split of a pair in one's own files: a function of its source: repeats stay together."""
-    number = int.from_bytes(hashlib.sha256(source.encode()).digest()[:8], "big") % EVERY
+    words = " ".join(source.split()).encode()  # blanks do not make another sentence
+    number = int.from_bytes(hashlib.sha256(words).digest()[:8], "big") % EVERY
     return {0: "test", 1: "validation"}.get(number, "train")
 
 

@@ -26,8 +26,12 @@ class Tokenizer(Protocol):
     """One language, or two that share a vocabulary. Ids are without the special ones."""
 
     size: int  # ids, special ones included
+    tokenized: bool  # text is words parted by blanks, not what people write
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+    def plain(self, text: str) -> str:
+        """The text without marks of subwords, as `decode` gives it."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text before the first EOS; padding and BOS do not show."""
@@ -56,6 +60,8 @@ def content(ids: Iterable[int]) -> list[int]:
 class SentencePiece:
     """A SentencePiece model. Text comes back as it was, but for blanks that follow blanks."""
 
+    tokenized = False
+
     def __init__(self, model: bytes):
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -78,6 +84,9 @@ class SentencePiece:
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         return [self._processor.id_to_piece(int(i)) for i in ids]
+
+    def plain(self, text: str) -> str:
+        return text
 
     def dump(self) -> bytes:
         return self._model
@@ -125,6 +134,8 @@ class Dictionary:
     with ``@@`` at the end of every piece that another one follows. Decoding joins them.
     """
 
+    tokenized = True
+
     def __init__(self, words: Sequence[str]):
         self.words = list(words)
         self._ids = {word: i for i, word in enumerate(self.words, SPECIAL)}
@@ -138,7 +149,8 @@ class Dictionary:
     def parse(cls, text: str) -> "Dictionary":
         """Of the contents of a ``dict.txt``. Raises ValueError with the number of a bad line."""
         words = []
-        for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
+        lines = text.removeprefix("\ufeff").removesuffix("\n").split("\n")
+        for number, line in enumerate(lines, 1):
             word, _, count = line.removesuffix(" #fairseq:overwrite").rpartition(" ")
             if not word or not count.isdecimal():
                 raise ValueError(f'line {number} of the dictionary is no "word count": {line!r}')
@@ -149,7 +161,10 @@ class Dictionary:
         return [[self._ids.get(word, UNK) for word in text.split()] for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return f"{' '.join(self.pieces(content(ids)))} ".replace("@@ ", "").rstrip()
+        return self.plain(" ".join(self.pieces(content(ids))))
+
+    def plain(self, text: str) -> str:
+        return f"{text} ".replace("@@ ", "").rstrip()
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         special = ("<s>", "<pad>", "</s>", "<unk>")
@@ -171,6 +186,11 @@ class Tokenizers(NamedTuple):
     @property
     def joint(self) -> bool:
         return self.source is self.target
+
+    @property
+    def same(self) -> bool:
+        """Does an id mean the same on both sides?"""
+        return self.joint or self.source.dump() == self.target.dump()
 
 
 def create(options: schema.Text, sources: Sequence[str], targets: Sequence[str]) -> Tokenizers:

@@ -14,6 +14,8 @@ from localglobal_jax.decoding.hypotheses import (
     Decodable,
     Hypotheses,
     check,
+    check_number,
+    check_source,
     log_probabilities,
     nothing,
     pick,
@@ -53,8 +55,10 @@ def beam_search(
 
     A step extends the alive hypotheses by the 2 `beam` best tokens. An end token counts only among
     the `beam` best of these; the others go on. A sentence is done when `beam` hypotheses have ended
-    (``early_stop=False``: when no alive one can become better than the worst of them). After
-    `max_length` tokens the end token is forced, so a hypothesis has at most ``max_length + 1``.
+    (``early_stop=False``: when moreover no alive one, its total so far over ``max_length **
+    length_penalty``, is better than the worst of them: fairseq's estimate, one token short of the
+    bound). After `max_length` tokens the end token is forced, so a hypothesis has at most
+    ``max_length + 1``.
 
     Args:
       source: token ids, padded; its padding belongs to the model.
@@ -65,10 +69,11 @@ def beam_search(
       ValueError: beam or lengths that are not positive or do not fit.
     """
     check(beam, min_length, max_length)
+    check_number("length_penalty", length_penalty)
     return _beam_search(
         module,
         variables,
-        jnp.asarray(source, jnp.int32),
+        check_source(source),
         jnp.float32(length_penalty),
         _Options(beam, max_length, min_length, early_stop),
     )

@@ -4,6 +4,7 @@
 Legend: b batch, k hypotheses of a sentence, r = b k rows, l length, v vocabulary.
 """
 
+import math
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -82,6 +83,22 @@ def max_length(source_length: int) -> int:
     only where a model does not stop by itself.
     """
     return source_length + source_length // 2 + 10
+
+
+def check_source(source: Any) -> Int[Array, "b ls"]:
+    """As an array; ValueError unless it is a batch of sentences of token ids."""
+    source = jnp.asarray(source)
+    if source.ndim != 2 or not source.size or not jnp.issubdtype(source.dtype, jnp.integer):
+        raise ValueError(
+            f"source: {source.dtype} of shape {source.shape}; give integers [sentences, length]"
+        )
+    return source.astype(jnp.int32)
+
+
+def check_number(name: str, value: float, *, positive: bool = False) -> None:
+    """Raises ValueError unless it is finite, and not negative (or positive)."""
+    if not math.isfinite(value) or value < 0 or (positive and not value):
+        raise ValueError(f"{name}={value}: give a {'positive' if positive else 'finite'} number")
 
 
 def check(hypotheses: int, min_length: int, max_length: int) -> None:

@@ -18,6 +18,8 @@ from localglobal_jax.decoding.hypotheses import (
     Decodable,
     Hypotheses,
     check,
+    check_number,
+    check_source,
     log_probabilities,
     nothing,
     pick,
@@ -51,7 +53,7 @@ def greedy(
 ) -> Hypotheses:
     """The likeliest token at every step, until the end token: one hypothesis per sentence."""
     check(1, min_length, max_length)
-    source = jnp.asarray(source, jnp.int32)
+    source = check_source(source)
     numbers = jnp.arange(source.shape[0], dtype=jnp.int32)
     drawing = _Drawing(jax.random.key(0), numbers, *(jnp.float32(1) for _ in range(3)))
     options = _Options(1, max_length, min_length)
@@ -88,15 +90,14 @@ def sample(
       ValueError: an argument out of its range.
     """
     check(samples, min_length, max_length)
-    if temperature <= 0 or not 0 < top_p <= 1 or top_k < 0:
-        raise ValueError(
-            f"temperature={temperature}, top_k={top_k}, top_p={top_p}: they must be > 0 (for 0 use "
-            "greedy), >= 0 and in (0, 1]"
-        )
+    check_number("length_penalty", length_penalty)
+    check_number("temperature (for 0 use greedy)", temperature, positive=True)
+    if not 0 < top_p <= 1 or top_k < 0:
+        raise ValueError(f"top_k={top_k}, top_p={top_p}: they must be >= 0 and in (0, 1]")
     numbers = np.arange(len(source)) if numbers is None else numbers
     scalars = (jnp.float32(x) for x in (temperature, top_p, length_penalty))
     options = _Options(samples, max_length, min_length, True, top_k, top_p < 1)
-    source = jnp.asarray(source, jnp.int32)
+    source = check_source(source)
     drawing = _Drawing(key, jnp.asarray(numbers, jnp.int32), *scalars)
     return _sample(module, variables, source, drawing, options)
 

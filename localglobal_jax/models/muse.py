@@ -23,6 +23,7 @@ from localglobal_jax.blocks.sequence import SEQUENCE_BLOCKS
 from localglobal_jax.models.sequence import Stack, layer_options, sinusoids
 from localglobal_jax.operators.activation import Activation
 from localglobal_jax.operators.sequence import Memory
+from localglobal_jax.schema import Fraction
 
 _IWSLT = {"source_vocab": 8848, "target_vocab": 6632, "embeddings": "separate"}
 _EN_DE = {"source_vocab": 32768, "target_vocab": 32768}
@@ -110,9 +111,9 @@ class EncoderDecoder(nn.Module):
     pad_values: Literal["zero", "keep"] = "zero"
     target_padding: Literal["mask", "attend"] = "mask"
     activation: Activation = "relu"
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
-    activation_dropout: float = 0.0
+    dropout: Fraction = 0.0
+    attention_dropout: Fraction = 0.0
+    activation_dropout: Fraction = 0.0
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -201,6 +202,8 @@ class EncoderDecoder(nn.Module):
         several rows per sentence. The cache is what `step` takes and returns; axis 0 of every leaf
         is the row, so that rows can be reordered.
         """
+        if len(self.layout) == 1:
+            raise ValueError(f'layout "{self.layout}" is an encoder alone: nothing to decode')
         encoded, mask, _ = self._encode(source, False)
         rows = source.shape[0]
         cache: Caches = self.decoder.init_cache(rows, length)

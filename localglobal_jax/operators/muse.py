@@ -78,6 +78,8 @@ class SharedValueConv(nn.Module):
         """
         if not self.causal and any(side % 2 == 0 for side in self.windows):
             raise ValueError(f"muse: windows {self.windows} must be odd to be centred")
+        if len(set(self.windows)) < len(self.windows):
+            raise ValueError(f"muse: windows {self.windows} must differ")
         parts = [self._convolve(value, side, last, train) for side in self.windows]
         if len(parts) == 1 or not self.gate:
             return jnp.concatenate(parts, -1)

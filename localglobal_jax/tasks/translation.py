@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Translation: a batch is sentences and their translations, as token ids (see `data.text`)."""
 
+import logging
 import math
 import pathlib
 from collections.abc import Iterator
@@ -15,6 +16,9 @@ from localglobal_jax import decoding, losses, metrics, schema, scoring
 from localglobal_jax.data import text, tokenizer
 from localglobal_jax.models import create_model
 from localglobal_jax.tasks.task import Batch, Evaluator, HostBatch, Loss, Task, Variables
+
+UNKNOWN = 0.05  # share of tokens from which we warn
+log = logging.getLogger(__name__)
 
 
 def create(
@@ -31,6 +35,10 @@ def create(
     """
     tokenizers = stored_tokenizers(run, workdir)
     source = text.open_train(run.data, tokenizers) if train else None
+    if source and source.unknown > UNKNOWN:
+        log.warning(
+            "%.0f %% of the tokens are unknown: is it the right vocabulary?", 100 * source.unknown
+        )
     tokenizers = source.tokenizers if source else tokenizers
     if tokenizers is None:
         raise ValueError(
@@ -38,6 +46,11 @@ def create(
         )
     spec = model_spec(run, tokenizers)
     model = create_model(**spec)
+    if getattr(model, "embeddings", None) == "shared" and not tokenizers.same:
+        raise ValueError(
+            "model.embeddings=shared, but source and target have vocabularies of their own: "
+            "set model.embeddings=separate (or decoder), or data.joint=True"
+        )
     example = jax.ShapeDtypeStruct((2, 8), jnp.int32)
     jax.eval_shape(lambda x: model.init(jax.random.key(0), x, x, train=False), example)
 
@@ -90,6 +103,7 @@ def stored_tokenizers(
                 f"init={run.init} has no {tokenizer.DIRECTORY}: give the workdir of a translation "
                 "run, or of a conversion with --dict"
             )
+        log.info("words    of %s; data.tokenizer, vocab, joint and dicts are not used", run.init)
     return found
 
 
@@ -140,8 +154,10 @@ def create_evaluator(
     *,
     shard: tuple[int, int],
 ) -> Evaluator:
-    """Loss, perplexity and accuracy per token of a split; BLEU and chrF of its translations."""
-    names: tuple[str, ...] = ("loss", "accuracy", "perplexity", "count")
+    """Of a split, per token: the loss of training, that without label smoothing ("nll"), its
+    perplexity, accuracy; and BLEU and chrF of its translations."""
+    names: tuple[str, ...] = ("loss", "nll", "accuracy", "perplexity", "count")
+    smoothing = run.task.label_smoothing
 
     def batches() -> Iterator[HostBatch]:
         return text.eval_batches(
@@ -154,7 +170,9 @@ def create_evaluator(
 
     def measure(variables: Variables, batch: Batch) -> metrics.Sums:
         logits, _ = model.apply(variables, batch["source"], batch["target_input"], train=False)
-        return metrics.tokens(logits, batch["target"], batch["mask"])
+        sums = metrics.tokens(logits, batch["target"], batch["mask"])
+        trained = losses.cross_entropy(logits, batch["target"], label_smoothing=smoothing)
+        return {"loss": (jnp.sum(trained * batch["mask"]), sums["nll"][1]), **sums}
 
     def translate(variables: Variables, batch: Batch) -> PyTree:
         found = decoding.beam_search(
@@ -169,7 +187,7 @@ def create_evaluator(
         return {"index": jnp.where(real, batch["index"], -1), "tokens": found.tokens[:, 0]}
 
     def finish(means: dict[str, float], predicted: list[PyTree]) -> dict[str, float]:
-        means = {**means, "perplexity": math.exp(min(means["loss"], 700))}
+        means = {**means, "perplexity": math.exp(min(means["nll"], 700))}
         return means | (score(source, predicted) if predicted else {})
 
     return Evaluator(
@@ -192,7 +210,10 @@ def score(source: text.TextSource, predicted: list[PyTree]) -> dict[str, float]:
         if index >= 0
     }
     in_order = [hypotheses[index] for index in range(len(source))]
-    found = scoring.score(in_order, source.text.targets, source.text.sources)
+    tokenizers = source.tokenizers
+    references = [tokenizers.target.plain(text) for text in source.text.targets]
+    sources = [tokenizers.source.plain(text) for text in source.text.sources]
+    found = scoring.score(in_order, references, sources, tokenized=tokenizers.target.tokenized)
     by_length = {
         f"bleu_{line['words'].replace('>', 'over_')}": line["bleu"]  # TensorBoard refuses ">"
         for line in found["by_length"]

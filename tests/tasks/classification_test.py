@@ -92,7 +92,7 @@ def test_two_devices_give_the_loss_and_gradient_of_one(data_dir):
         loss = task.loss({**variables, "params": params}, batch, jax.random.key(0))
         return loss.total / loss.weight
 
-    both = parallel.global_batch(batch, parallel.make_mesh())
+    both = parallel.Placement().global_batch(batch)
     assert len(both["image"].addressable_shards) == 2
     step = jax.jit(jax.value_and_grad(gradient))
     one, two = step(variables["params"], batch), step(variables["params"], both)
