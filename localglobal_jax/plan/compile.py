@@ -62,7 +62,7 @@ def compile_step(
     batch, described = shapes.batch(run, task, train=step == "train")
     loops = None
     if step == "train":
-        function = placement.compile_step(make_update(task, optimizer, run), state)
+        function: Any = placement.compile_step(make_update(task, optimizer, run), state)
         args: tuple[Any, ...] = (state, batch)
     else:
         function = placement.compile_eval(evaluated(run, task, step))

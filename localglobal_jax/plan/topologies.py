@@ -32,22 +32,31 @@ class Chip:
     cloud: tuple[str, ...] = ()  # names before the number
     counts_cores: bool = False  # the number in a cloud name is two per chip
     options: tuple[tuple[str, str], ...] = ()  # of libtpu
+    # Of the matrix units, to turn the compiler's cycles into time: v2 to v4 as published, v5e to
+    # v6e inferred from the peak and the number of units; None: not known.
+    clock: float | None = None
 
 
+MEGACORE = (("chip_config_name", "megacore"),)  # v4's two cores as one device, as users run it
 CHIPS = {
-    "v2": Chip(45 * TERA, 700 * GB, 248 * GB, 7.48, (16, 16), 2, ("v2",), True),
-    "v3": Chip(123 * TERA, 900 * GB, 280 * GB, 15.48, (32, 32), 2, ("v3",), True),
+    "v2": Chip(45 * TERA, 700 * GB, 248 * GB, 7.48, (16, 16), 2, ("v2",), True, (), 0.70e9),
+    "v3": Chip(123 * TERA, 900 * GB, 280 * GB, 15.48, (32, 32), 2, ("v3",), True, (), 0.94e9),
     "v4": Chip(
-        275 * TERA, 1228 * GB, 300 * GB, 30.75, (16, 16, 16), 1, ("v4",), True,
-        (("chip_config_name", "megacore"),),  # both cores of a chip as one device, as users run it
+        *(275 * TERA, 1228 * GB, 300 * GB, 30.75, (16, 16, 16), 1, ("v4",), True),
+        options=MEGACORE,
+        clock=1.05e9,
     ),
-    "v5e": Chip(197 * TERA, 819 * GB, 200 * GB, 15.75, (16, 16), 1, ("v5e", "v5litepod")),
-    "v5p": Chip(459 * TERA, 2765 * GB, 600 * GB, 95.73, (16, 20, 28), 1, ("v5p",), True),
-    "v6e": Chip(918 * TERA, 1640 * GB, 448 * GB, 31.24, (16, 16), 1, ("v6e",)),
+    "v5e": Chip(
+        *(197 * TERA, 819 * GB, 200 * GB, 15.75, (16, 16), 1, ("v5e", "v5litepod")), clock=1.5e9
+    ),
+    "v5p": Chip(
+        *(459 * TERA, 2765 * GB, 600 * GB, 95.73, (16, 20, 28), 1, ("v5p",), True), clock=1.75e9
+    ),
+    "v6e": Chip(918 * TERA, 1640 * GB, 448 * GB, 31.24, (16, 16), 1, ("v6e",), clock=1.75e9),
     "tpu7x": Chip(
-        2307 * TERA, 7380 * GB, 1200 * GB, 94.74, (16, 24, 24), 2, ("tpu7x", "v7x"), True
+        *(2307 * TERA, 7380 * GB, 1200 * GB, 94.74, (16, 24, 24), 2, ("tpu7x", "v7x"), True)
     ),
-}  # fmt: skip
+}
 # Peaks of CPU depend on the machine: none are given, and bounds are left out.
 
 
