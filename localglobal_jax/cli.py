@@ -11,6 +11,11 @@ from typing import Any
 
 from localglobal_jax import __version__, plan_command, translate_command
 
+OWN_FILES = (  # of commands: their options and what they print
+    ("plan", plan_command, "compile for a TPU pod without one: does it fit? how fast at most?",
+     "--config configs/coatnet_imagenet.py --topology v5e-256"),
+)  # fmt: skip
+
 
 def console() -> int:
     """The console script: `main`, in a process whose large allocations use large pages."""
@@ -115,13 +120,6 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--source", metavar="DIR", help="files already downloaded")
     sub.add_argument("--from_tfrecord", metavar="DIR", help="convert a TFRecord data set")
 
-    example = "--config configs/coatnet_imagenet.py --topology v5e-256"
-    sub = command(
-        "plan", plan_command.run, "compile for a TPU pod: will it fit? how fast?", example
-    )
-    add_config(sub)
-    plan_command.add_options(sub)
-
     example = "--workdir runs/muse < test.en > test.de"
     sub = command("translate", translate_command.run, "translate lines of text", example)
     translate_command.add_options(sub)
@@ -153,6 +151,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--dict", nargs="+", default=(), metavar="DICT",
                      help="dict.txt of fairseq: one for both languages, or two")  # fmt: skip
     sub.add_argument("--out", required=True, metavar="DIR")
+    for name, room, about, example in OWN_FILES:
+        room.add_options(command(name, room.run, about, example))
     return top
 
 

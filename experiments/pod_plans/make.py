@@ -43,9 +43,7 @@ def plan(config, topology, overrides):
     command = ["-m", "localglobal_jax", "plan", "--config", f"{CONFIGS}/{config}"]
     command += ["--topology", topology, "--json", "--timeout", "5400"]
     command += [f"--config.{key}={value}" for key, value in overrides.items()]
-    done = subprocess.run(
-        [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
     if done.returncode:
         return {"error": done.stderr.strip().splitlines()[-12:]}
     report = json.loads(done.stdout)

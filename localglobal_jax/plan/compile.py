@@ -77,6 +77,7 @@ def compile_step(
         "items": shapes.items(batch),
         "items_name": task.items,
         "rows": next(iter(batch.values())).shape[0],
+        "micro_batches": run.optim.accumulate if step == "train" else 1,
         "mesh": dict(placement.mesh.shape),
         "parameters": sum(x.size for x in jax.tree.leaves(state.variables["params"])),
         "parameter_bytes": nbytes(state.variables["params"]),
