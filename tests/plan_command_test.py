@@ -13,7 +13,8 @@ from localglobal_jax.plan import process, topologies
 
 DIGITS = "configs/coatnet_digits.py:size=tiny"
 MUSE = "configs/muse_lohelp.py:size=tiny"
-FSDP = ("--config.parallel.strategy=fsdp", '--config.parallel.mesh={"data": 2, "fsdp": 4}')
+WIDE = "--config.model.widths=(16, 128)"  # so that there is something worth splitting
+FSDP = (WIDE, "--config.parallel.strategy=fsdp", '--config.parallel.mesh={"data": 2, "fsdp": 4}')
 LIBTPU = importlib.util.find_spec("libtpu") is not None
 
 
@@ -39,10 +40,10 @@ def test_a_plan_and_what_is_kept_of_it(home):
     assert (first["devices"], first["mesh"], first["fits"]) == (8, {"data": 2, "fsdp": 4}, None)
     split = first["memory"]["split"]
     # a good part is split four ways, and the optimizer's two moments go with their parameters
-    assert 4 * first["parameters"] / 4 < split["parameters"] < 4 * first["parameters"]
+    assert 4 * first["parameters"] / 4 < split["parameters"] < 2 * first["parameters"]
     assert split["optimizer"] == pytest.approx(2 * split["parameters"], rel=0.01)
     # the gradients of what is whole are summed over all, of what is split, over "data" too
-    assert {row["group"] for row in first["collectives"]} >= {2, 8}
+    assert {row["group"] for row in first["collectives"]} == {2, 4, 8}
     assert first["flops"] > 0 and first["bytes_accessed"] > first["memory"]["needed"] / 4
     assert any(x["name"] == "type of the gradient's sum" for x in first["lints"])
 
@@ -112,5 +113,5 @@ def test_the_real_compiler(home, step):
 @pytest.mark.skipif(not LIBTPU, reason="needs the extra [tpu]")
 def test_what_does_not_fit(home):
     args = ("--config", DIGITS, "--topology", "v5e-1", "--config.batch_size=2000000")
-    out, err = plan(home, *args)
+    out, _ = plan(home, *args)
     assert "DOES NOT FIT: needs" in out and "of 15.75 GiB" in out

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from localglobal_jax.plan.hlo import Instruction, Program
 
 CHANNEL = r"channel_id=(\d+)"
+MESH = r"replica_groups=\S*mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))?\s*\{([^}]*)\}"
 # libtpu writes a reduce-scatter as a fusion that calls a computation of this name: an all-reduce
 # of which each device keeps a slice. Only the slices are sent.
 FUSED_SCATTER = "all-reduce-scatter"
@@ -98,7 +99,7 @@ def _origin(there: dict[str, Instruction], name: str) -> str:
 def group_size(i: Instruction, devices: int) -> int:
     """Devices that take part in one group of a collective."""
     text = i.attributes
-    if mesh := re.search(r"replica_groups=\S*mesh\[([^\]]*)\]\s*\{([^}]*)\}", text):
+    if mesh := re.search(MESH, text):
         sizes = {k: int(n) for k, n in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
         count = 1
         for axis, parts in re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2]):

@@ -64,6 +64,8 @@ def memory(facts: Mapping[str, Any], topology: Topology) -> dict[str, Any]:
     if (failed := facts.get("out_of_memory")) is not None:
         usable = failed.get("usable", usable)
         needed = failed.get("needed")
+        if "temporary" in failed:
+            needed = failed["temporary"] + sum(split.values())
         return found | {"fits": False, "needed": needed, "usable": usable}
     own = facts["memory"]
     kept = own["arguments"] + own["output"] - own["alias"]
@@ -116,6 +118,8 @@ def layer_of(op_name: str, parts: Sequence[str]) -> tuple[str, str]:
     `parts`: the model's modules at the top. Outside of them, what is differentiated is the loss,
     with what is done to its inputs; the rest is the optimizer, in training.
     """
+    before, several, after = op_name.partition("/(")  # prefix/(one:another): of a fusion of both
+    op_name = f"{before}/{after.split(':')[0]}" if several else op_name
     words = [word for word in op_name.split("/") if "(" not in word or word.startswith("rematted")]
     way = "backward" if "transpose(" in op_name else "forward"
     start = next((n for n, word in enumerate(words) if word in parts), None)

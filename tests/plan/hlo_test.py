@@ -116,6 +116,7 @@ def test_libtpu_cycles_and_memory(stored):
         ("replica_groups=[4,8]<=[32]", 8),
         ("replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp'}", 4),
         ("replica_groups=mesh['data'=2,'fsdp'=4] {'data','fsdp'}", 8),
+        ("replica_groups=mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'a'}, x={}", 4),
         ("source_target_pairs={{0,1},{1,0}}", 2),
         ("replica_groups={}", 32),
     ],

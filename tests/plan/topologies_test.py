@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import importlib.util
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 
-from localglobal_jax.plan import compile as compiler
-from localglobal_jax.plan import topologies
+from localglobal_jax.plan import process, topologies
 
 
 @pytest.mark.parametrize(
@@ -67,13 +69,17 @@ def test_peaks_are_of_a_device():
     assert topologies.parse("cpu:4").peak("flops") is None
 
 
+SLICES = "v2:4x4 v3:32x32 v4:2x2x4 v5e:1x1 v5e:1x2 v5e:16x16 v5p:16x20x28 v6e:1x1 tpu7x:4x4x4"
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra [tpu]")
-@pytest.mark.parametrize(
-    "name",
-    ["v2:4x4", "v3:32x32", "v4:2x2x4", "v5e:1x1", "v5e:1x2", "v5e:16x16", "v5p:16x20x28"]
-    + ["v6e:16x16", "v6e:1x1", "tpu7x:4x4x4"],
-)
-def test_libtpu_knows_the_slice(name):
-    found = topologies.parse(name)
-    assert len(compiler.devices_of(found)) == found.devices
+def test_libtpu_knows_the_slices():
+    """In one process of its own: libtpu reads its environment when it is first used."""
+    code = (
+        "import sys; from localglobal_jax.plan import compile, topologies\n"
+        "for t in map(topologies.parse, sys.argv[1:]):\n"
+        "    assert len(compile.devices_of(t)) == t.devices, t\n"
+    )
+    env = process.environment(topologies.parse("v5e-4"), os.environ)
+    subprocess.run([sys.executable, "-c", code, *SLICES.split()], env=env, check=True)
