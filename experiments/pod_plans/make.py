@@ -108,11 +108,12 @@ def main():
     """Every row that has no result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--table", action="store_true", help="compile nothing")
-    only_tables = parser.parse_args().table
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="of the rows, e.g. in parallel")
+    args = parser.parse_args()
     (HERE / "results").mkdir(exist_ok=True)
     for name, config, topology, overrides in rows():
         file = HERE / "results" / f"{name}.json"
-        if only_tables or file.is_file():
+        if args.table or file.is_file() or name not in (args.only or [name]):
             continue
         print(name, flush=True)
         result = {"overrides": overrides, **plan(config, topology, overrides)}
