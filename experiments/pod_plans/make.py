@@ -19,6 +19,7 @@ HERE = pathlib.Path(__file__).parent
 CONFIGS = HERE.parent.parent / "configs"
 SLICES = {"v5e:16x16": 256, "v5p:8x8x8": 512}
 COATNETS = (0, 4, 7)
+BOUNDS = ("compute", "memory", "communication")
 FSDP = {"parallel.strategy": "fsdp", "parallel.mesh": '{"data": -1, "fsdp": 16}'}
 
 
@@ -97,11 +98,38 @@ def write_tables():
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(lines)
-    text = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    (HERE / "table.md").write_text("\n".join(markdown(lines)) + "\n")
+
+
+def markdown(lines):
+    """What one asks first; the rest is in results.csv."""
+    columns = (
+        "plan",
+        "fits",
+        "activations",
+        "sent",
+        "bounds ms",
+        "step ms *",
+        "items/s *",
+        "MFU *",
+    )
+    yield "| " + " | ".join(columns) + " |"
+    yield "|" + "---|" * len(columns)
     for line in lines:
-        values = ["" if line.get(key) is None else str(line[key]) for key in columns]
-        text.append("| " + " | ".join(values) + " |")
-    (HERE / "table.md").write_text("\n".join(text) + "\n")
+        known, needed = "sent MB" in line, line.get("needed GiB")
+        memory = f"{needed or 'more'} of {line['usable GiB']} GiB" if "usable GiB" in line else ""
+        bounds = [f"{line[f'{k} ms']:.1f}" for k in BOUNDS] if known else []
+        values = (
+            line["row"],
+            f"{line['fits']}: {memory}" if memory else line["fits"],
+            f"{line['activations GiB']} GiB" if known else "",
+            f"{line['sent MB']:,} MB" if known else "",
+            " / ".join(bounds),
+            line.get("step ms, estimate", ""),
+            line.get("items/s, estimate", ""),
+            f"at most {line['MFU %, at most']} %" if known else "",
+        )
+        yield "| " + " | ".join(values) + " |"
 
 
 def main():
