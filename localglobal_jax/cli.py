@@ -179,7 +179,7 @@ def evaluate(args: argparse.Namespace) -> None:
         print(json.dumps({"step": step, **results}))
         return
     for split, metrics in results.items():
-        shown = "  ".join(f"{name} {value:.5g}" for name, value in metrics.items())
+        shown = "  ".join(f"{k} {v:.{5 if v % 1 else 99}g}" for k, v in metrics.items())
         print(f"step {step}  {split}  {shown}")
 
 

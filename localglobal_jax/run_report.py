@@ -212,6 +212,7 @@ def finish(
             parameters=sum(x.size for x in jax.tree.leaves(params)),
             steps=run.steps,
             metrics={split: _results(line) for split, line in last.items()},
+            use=task.use,
             versions=versions(),
             environment={"python": platform.python_version(), "devices": parallel.describe()},
             command=shlex.join(["localglobal", *sys.argv[1:]]) if sys.argv[1:] else None,
