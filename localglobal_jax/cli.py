@@ -9,7 +9,7 @@ import os
 import sys
 from typing import Any
 
-from localglobal_jax import __version__, translate_command
+from localglobal_jax import __version__, plan_command, translate_command
 
 
 def console() -> int:
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     for noisy in ("absl", "jax", "orbax"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        if overrides and args.command not in ("train", "evaluate", "prepare"):
+        if overrides and args.command not in ("train", "evaluate", "prepare", "plan"):
             raise ValueError(f"{args.command} takes no --config.{next(iter(overrides))}")
         code = args.run(args) or 0
         sys.stdout.flush()  # a reader that has gone away shows here, not when Python ends
@@ -114,6 +114,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--dir", metavar="DIR", help="TFDS data directory")
     sub.add_argument("--source", metavar="DIR", help="files already downloaded")
     sub.add_argument("--from_tfrecord", metavar="DIR", help="convert a TFRecord data set")
+
+    example = "--config configs/coatnet_imagenet.py --topology v5e-256"
+    sub = command(
+        "plan", plan_command.run, "compile for a TPU pod: will it fit? how fast?", example
+    )
+    add_config(sub)
+    plan_command.add_options(sub)
 
     example = "--workdir runs/muse < test.en > test.de"
     sub = command("translate", translate_command.run, "translate lines of text", example)

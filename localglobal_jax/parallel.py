@@ -143,6 +143,11 @@ class Placement:
                     f"{what}={batch_size} is not divisible by the {count} {of}: use {nearest}"
                 )
 
+    def split(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shapes of a global batch, with their shardings."""
+        where = self._batched()
+        return {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for k, x in batch.items()}
+
     def spec(self, path: str, shape: tuple[int, ...]) -> PartitionSpec:
         """How the array of a state at `path` ("variables/params/stem/conv1/kernel") is split."""
         axes: list[str | None] = [None] * len(shape)

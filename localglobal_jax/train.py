@@ -19,8 +19,8 @@ from jaxtyping import PyTree
 
 from localglobal_jax import checkpoint, conversion, evaluate, optim, parallel, schema, workdir
 from localglobal_jax.run_report import Output, Window, announce, finish, versions
-from localglobal_jax.tasks import Batch, create_task
-from localglobal_jax.train_step import State, init_state, start_from, train_step
+from localglobal_jax.tasks import create_task
+from localglobal_jax.train_step import check_batches, init_state, make_update, start_from
 
 log = logging.getLogger(__name__)
 
@@ -63,13 +63,7 @@ def train(run: schema.Run, directory: str | pathlib.Path) -> dict[str, dict[str,
     params = template.variables["params"]
     announce(run, task, params, start)
 
-    # ---- compile
-    def update(state: State, batch: Batch) -> tuple[State, PyTree]:
-        return train_step(
-            state, batch, task=task, optimizer=optimizer, options=run.optim, seed=run.seed
-        )
-
-    step_fn = placement.compile_step(update, template)
+    step_fn = placement.compile_step(make_update(task, optimizer, run), template)
     about = {"config": run.model_dump(mode="json"), "model": dict(task.model_spec)}
     about["versions"] = versions()
 
@@ -114,19 +108,6 @@ def train(run: schema.Run, directory: str | pathlib.Path) -> dict[str, dict[str,
 def due(step: int, every: int) -> bool:
     """Is `step` one of every n-th? 0 means never."""
     return every > 0 and step % every == 0
-
-
-def check_batches(run: schema.Run, placement: parallel.Placement) -> None:
-    """Raises ValueError unless every batch divides over devices, hosts and micro-batches."""
-    (field, rows), parts = run.train_rows, run.optim.accumulate
-    if rows % parts:
-        raise ValueError(
-            f"{field}={rows} is not divisible by optim.accumulate={parts} micro-batches"
-        )
-    what = field if parts == 1 else f"{field} / optim.accumulate"
-    placement.check_batch(rows // parts, what=what)
-    field, rows = run.eval_rows
-    placement.check_batch(rows, what=field)
 
 
 @contextmanager

@@ -41,6 +41,32 @@ def start_from(state: State, variables: Variables) -> State:
     return state.replace(variables=variables, average=average)
 
 
+def check_batches(run: schema.Run, placement: parallel.Placement) -> None:
+    """Raises ValueError unless every batch divides over devices, hosts and micro-batches."""
+    (field, rows), parts = run.train_rows, run.optim.accumulate
+    if rows % parts:
+        raise ValueError(
+            f"{field}={rows} is not divisible by optim.accumulate={parts} micro-batches"
+        )
+    what = field if parts == 1 else f"{field} / optim.accumulate"
+    placement.check_batch(rows // parts, what=what)
+    field, rows = run.eval_rows
+    placement.check_batch(rows, what=field)
+
+
+def make_update(
+    task: Task, optimizer: optax.GradientTransformation, run: schema.Run
+) -> Callable[[State, Batch], tuple[State, PyTree]]:
+    """The update that training compiles, and that `plan` compiles for devices that are not here."""
+
+    def update(state: State, batch: Batch) -> tuple[State, PyTree]:
+        return train_step(
+            state, batch, task=task, optimizer=optimizer, options=run.optim, seed=run.seed
+        )
+
+    return update
+
+
 def train_step(
     state: State,
     batch: Batch,

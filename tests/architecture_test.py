@@ -33,7 +33,8 @@ FLOORS = [  # a room imports from floors below its own; files of one room see ea
     ["checkpoint", "convert", "tasks"],
     ["evaluate", "run_report", "train_step"],
     ["conversion", "translate"],
-    ["train", "translate_command"],
+    ["plan", "train", "translate_command"],
+    ["plan_command"],
     ["cli"],
     ["__main__"],
 ]
@@ -42,6 +43,15 @@ LIGHT = {
     "schema",
     "configlib",
     "cli",
+    "plan.collectives",
+    "plan.hlo",
+    "plan.lints",
+    "plan.process",
+    "plan.report",
+    "plan.search",
+    "plan.table",
+    "plan.topologies",
+    "plan_command",
     "translate_command",
 }  # these never import jax when they are imported
 LINES, FUNCTION = 300, 80
