@@ -9,7 +9,7 @@ import os
 import sys
 from typing import Any
 
-from localglobal_jax import __version__, plan_command, translate_command
+from localglobal_jax import __version__, plan_command, train_command, translate_command
 
 
 def console() -> int:
@@ -100,9 +100,11 @@ def parser() -> argparse.ArgumentParser:
                          help="mean of N checkpoints, this one and those before")  # fmt: skip
 
     digits = "--config configs/coatnet_digits.py"
-    sub = command("train", train, "train, or resume, a run", f"{digits} --workdir runs/digits")
+    sub = command(
+        "train", train_command.run, "train, or resume, a run", f"{digits} --workdir runs/digits"
+    )
     add_config(sub)
-    sub.add_argument("--workdir", required=True, metavar="DIR", help="where everything is written")
+    train_command.add_options(sub)
 
     sub = command("evaluate", evaluate, "evaluate a checkpoint", "--workdir runs/digits")
     sub.add_argument("--workdir", required=True, metavar="DIR")
@@ -157,25 +159,6 @@ def parser() -> argparse.ArgumentParser:
 
 
 # ---------------------------------------------------------------------------- commands
-
-
-def train(args: argparse.Namespace) -> int:
-    from localglobal_jax import configlib
-    from localglobal_jax import train as loop
-    from localglobal_jax.run_report import Diverged
-
-    run = configlib.check(configlib.load(args.config, args.overrides))
-    try:
-        results = loop.train(run, args.workdir)
-    except loop.Preempted as stop:
-        print(f"localglobal train: {stop}; start again to resume", file=sys.stderr)
-        return 42
-    except Diverged as stop:
-        print(f"localglobal train: {stop}", file=sys.stderr)
-        return 3
-    if args.json:
-        print(json.dumps(results))
-    return 0
 
 
 def evaluate(args: argparse.Namespace) -> None:

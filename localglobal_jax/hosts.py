@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many hosts: find each other, wait for each other, stop together. One process a host, as JAX has it.
+"""Many hosts, a process each: find each other, wait for each other, stop together.
 
 Everything here names who is missing. JAX alone does not: a host that does not turn up ends the
 others by SIGABRT after five minutes, and one that is slow or lost lets them hang in a collective.
@@ -7,15 +7,19 @@ others by SIGABRT after five minutes, and one that is slow or lost lets them han
 
 import contextlib
 import logging
+import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
+from jax._src import distributed  # jax has no public barrier with a timeout,
+from jax._src.clusters import ClusterEnv  # and no other way to ask without starting
 from jax.experimental import multihost_utils
 
 BARRIER = 600.0  # seconds; longer than any host may lag behind another between two steps
@@ -31,7 +35,7 @@ class Cluster(NamedTuple):
     """Who takes part: ``HOST:PORT`` of rank 0, how many, which of them this is."""
 
     coordinator: str
-    count: int
+    size: int
     rank: int
     local_devices: tuple[int, ...] | None = None  # None: all of this machine
 
@@ -51,8 +55,6 @@ def rank() -> int:
 
 def detect(timeout: float) -> Cluster:
     """What Cloud TPU, Kubernetes, SLURM or Open MPI say; ValueError if none of them does."""
-    from jax._src.clusters import ClusterEnv  # the only way to ask without starting
-
     found = ClusterEnv.auto_detect_unset_distributed_params(
         None, None, None, None, None, int(timeout)
     )
@@ -108,9 +110,11 @@ def _listen(cluster: Cluster, deadline: float) -> list[str]:
     try:
         server = socket.create_server(("", port), reuse_port=False)
     except OSError as error:
-        raise ValueError(f"--coordinator {cluster.coordinator}: {error}; take another port") from None
+        raise ValueError(
+            f"--coordinator {cluster.coordinator}: {error}; take another port"
+        ) from None
     with server, contextlib.ExitStack() as open_calls:
-        while len(callers) < cluster.count - 1 and not twice:
+        while len(callers) < cluster.size - 1 and not twice:
             server.settimeout(max(deadline - time.monotonic(), 0.01))
             try:
                 call = open_calls.enter_context(server.accept()[0])
@@ -120,11 +124,11 @@ def _listen(cluster: Cluster, deadline: float) -> list[str]:
                 break
             except (ValueError, OSError):
                 continue  # not one of ours
-            if int(number) in (0, *callers) or not 0 < int(number) < cluster.count:
+            if int(number) in (0, *callers) or not 0 < int(number) < cluster.size:
                 twice = f"{name} says that it is host {number}, which is another one's number"
             else:
                 callers[int(number)] = name, call
-        missing = [i for i in range(1, cluster.count) if i not in callers]
+        missing = [i for i in range(1, cluster.size) if i not in callers]
         names = [socket.gethostname(), *(callers[i][0] for i in sorted(callers))]
         if twice:
             answer = f"! {twice}\n"
@@ -163,7 +167,7 @@ def _call(cluster: Cluster, deadline: float) -> list[str]:
 
 def _absent(missing: list[int], cluster: Cluster) -> str:
     ranks = ", ".join(map(str, missing))
-    return f"host {ranks} of {cluster.count} did not turn up; start the command on every host"
+    return f"host {ranks} of {cluster.size} did not turn up; start the command on every host"
 
 
 # --------------------------------------------------------------------------------- while running
@@ -184,9 +188,12 @@ def barrier(name: str, timeout: float = BARRIER) -> None:
         ) from None
 
 
-def _client() -> Any:
-    from jax._src import distributed  # jax has no public barrier with a timeout
+def joined() -> bool:
+    """Is this process one of several? Asks no device."""
+    return _client() is not None
 
+
+def _client() -> Any:
     return distributed.global_state.client
 
 
@@ -196,13 +203,28 @@ def naming_the_lost() -> Iterator[None]:
     try:
         yield
     except (jax.errors.JaxRuntimeError, ValueError) as error:
-        if count() > 1 and re.search(r"Gloo|gloo|NCCL|UNAVAILABLE|coordination|heartbeat", str(error)):
+        if count() > 1 and re.search(
+            r"Gloo|gloo|NCCL|UNAVAILABLE|coordination|heartbeat", str(error)
+        ):
             reason = str(error).splitlines()[0][:200]
             raise Lost(
                 f"host {rank()} lost another host ({reason}); start all hosts again: "
                 "the run goes on from its last checkpoint"
             ) from error
         raise
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process; at its usual end jax would wait five minutes for the others, then abort.
+
+    Not at once: the others may be about to say the same, and our end would be theirs.
+    """
+    with contextlib.suppress(Exception):
+        barrier("leaving", 10.0)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 @contextlib.contextmanager

@@ -132,16 +132,39 @@ class Placement:
         """Into how many parts the batch is split."""
         return int(np.prod([self.mesh.shape[axis] for axis in self._batch]))
 
+    @property
+    def shard(self) -> tuple[int, int]:
+        """Which part of every batch this host reads, and of how many.
+
+        Hosts whose devices hold parts of the same rows, along "model", read the same ones.
+        """
+        axes = tuple(self.mesh.shape)
+        order = [axes.index(axis) for axis in self._batch]
+        sizes = [self.mesh.shape[axis] for axis in self._batch]
+        rows: dict[int, set[int]] = {}
+        for place, device in np.ndenumerate(self.mesh.devices):
+            row = int(np.ravel_multi_index([place[i] for i in order], sizes))
+            rows.setdefault(device.process_index, set()).add(row)
+        parts = sorted({tuple(sorted(own)) for own in rows.values()})
+        if sum(map(len, parts)) != self.batch_parts:
+            raise ValueError(
+                f"parallel.mesh={dict(self.mesh.shape)}: hosts would share some rows of a batch "
+                'but not all: give "model" a size that divides the devices of a host, or the other '
+                "way round"
+            )
+        own = rows[jax.process_index()] if jax.process_index() in rows else rows[min(rows)]
+        return parts.index(tuple(sorted(own))), len(parts)
+
     def check_batch(self, batch_size: int, *, what: str = "batch_size") -> None:
-        """Raises ValueError unless the global batch divides over hosts and devices."""
-        parts = (self.batch_parts, "devices that split the batch"), (hosts(), "hosts")
-        for count, of in parts:
-            if batch_size % count:
-                lower, upper = batch_size // count * count, -(-batch_size // count) * count
-                nearest = f"{lower} or {upper}" if lower else f"{upper}"
-                raise ValueError(
-                    f"{what}={batch_size} is not divisible by the {count} {of}: use {nearest}"
-                )
+        """Raises ValueError unless the global batch divides over the devices that split it."""
+        parts = self.batch_parts
+        if batch_size % parts:
+            lower, upper = batch_size // parts * parts, -(-batch_size // parts) * parts
+            nearest = f"{lower} or {upper}" if lower else f"{upper}"
+            raise ValueError(
+                f"{what}={batch_size} is not divisible by the {parts} devices that split the "
+                f"batch: use {nearest}"
+            )
 
     def split(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes of a global batch, with their shardings."""
@@ -267,23 +290,11 @@ class Placement:
         return jax.jit(traced, out_shardings=self._replicated())
 
 
-def hosts() -> int:
-    """How many processes run this program."""
-    return jax.process_count()
-
-
-def host() -> int:
-    """Which of them this is; 0 writes the files."""
-    return jax.process_index()
-
-
 def describe() -> str:
     """E.g. ``"2 x cpu (TFRT_CPU) on 1 host"``."""
-    device = jax.devices()[0]
-    plural = "" if hosts() == 1 else "s"
-    return (
-        f"{jax.device_count()} x {device.device_kind} ({device.platform}), {hosts()} host{plural}"
-    )
+    device, hosts = jax.devices()[0], jax.process_count()
+    plural = "" if hosts == 1 else "s"
+    return f"{jax.device_count()} x {device.device_kind} ({device.platform}), {hosts} host{plural}"
 
 
 def by_platform(*args: Any, default: Callable[..., Any], **platforms: Callable[..., Any]) -> Any:

@@ -4,6 +4,7 @@
 import argparse
 import json
 import sys
+import traceback
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
@@ -43,13 +44,25 @@ def run(args: argparse.Namespace) -> int:
     run = configlib.check(configlib.load(args.config, args.overrides))
     try:
         join(args)
-        results = loop.train(run, args.workdir)
-    except (loop.Preempted, hosts.Lost) as stop:
-        print(f"localglobal train: {stop}; start again to resume", file=sys.stderr)
-        return 42
+        with hosts.naming_the_lost():
+            results = loop.train(run, args.workdir)
+    except loop.Preempted as stop:
+        return _say(f"{stop}; start again to resume", 42)
     except Diverged as stop:
-        print(f"localglobal train: {stop}", file=sys.stderr)
-        return 3
+        return _say(str(stop), 3)
+    except hosts.Lost as stop:
+        hosts.leave(_say(str(stop), 42))
+    except Exception as error:
+        if not hosts.joined():
+            raise
+        if not isinstance(error, ValueError | OSError):
+            traceback.print_exc()
+        hosts.leave(_say(str(error), 2 if isinstance(error, ValueError) else 1))
     if args.json and hosts.rank() == 0:
         print(json.dumps(results))
     return 0
+
+
+def _say(text: str, code: int) -> int:
+    print(f"localglobal train: {text}", file=sys.stderr)
+    return code
