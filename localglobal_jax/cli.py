@@ -9,7 +9,13 @@ import os
 import sys
 from typing import Any
 
-from localglobal_jax import __version__, plan_command, train_command, translate_command
+from localglobal_jax import (
+    __version__,
+    convert_command,
+    plan_command,
+    train_command,
+    translate_command,
+)
 
 
 def console() -> int:
@@ -145,16 +151,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("names", nargs="*", metavar="NAME", help="default: all")
 
     example = "timm coatnet_0_rw_224.safetensors --out runs/coatnet_0_rw"
-    sub = command("convert", convert, "other people's weights to a checkpoint of ours", example)
-    sub.add_argument("source", choices=("timm", "focal", "fairseq"))
-    sub.add_argument("weights", metavar="FILE",
-                     help="a .safetensors file, a .pt file of fairseq, or a hub name")  # fmt: skip
-    sub.add_argument("--name", help="timm's name of the model (default: that of the file)")
-    sub.add_argument("--args", metavar="JSON", default="{}",
-                     help="of the original model: an object, @FILE or FILE.json")  # fmt: skip
-    sub.add_argument("--dict", nargs="+", default=(), metavar="DICT",
-                     help="dict.txt of fairseq: one for both languages, or two")  # fmt: skip
-    sub.add_argument("--out", required=True, metavar="DIR")
+    sub = command(
+        "convert", convert_command.run, "other people's weights to a checkpoint of ours", example
+    )
+    convert_command.add_options(sub)
     return top
 
 
@@ -225,17 +225,6 @@ def inspect(args: argparse.Namespace) -> int:
         last = found["steps"][-1]
         print("\n".join(f"  {k}  {v['dtype']}{v['shape']}" for k, v in last["leaves"].items()))
     return 1 if bad else 0
-
-
-def convert(args: argparse.Namespace) -> None:
-    from localglobal_jax import conversion
-
-    arguments = conversion.read_arguments(args.args)
-    report = conversion.convert_file(
-        args.source, args.weights, args.out,
-        name=args.name, arguments=arguments, dictionaries=args.dict,
-    )  # fmt: skip
-    print(json.dumps(report) if args.json else "\n".join(f"{k}: {v}" for k, v in report.items()))
 
 
 def models(args: argparse.Namespace) -> None:

@@ -6,18 +6,17 @@ device keeps a part and gathers a layer when it needs it, arXiv 1910.02054, stag
 heads, hidden channels and vocabularies (tensor parallelism, arXiv 1909.08053, section 3).
 """
 
-import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
-from localglobal_jax import schema
+from localglobal_jax import schema, step_context
 
 BATCH_AXES = ("data", "fsdp")
 AXES = (*BATCH_AXES, "model")
@@ -33,36 +32,6 @@ TENSOR_RULES = (
     (r"/(mlp/output|pointwise|project)/kernel", -2),
     (r"(^|/)\w*embedding/embedding", 0),  # vocabulary
 )
-
-# What a strategy does to activations at the edges of blocks, and the axis name under pmap. Set only
-# while a step is traced.
-_edge: ContextVar[Callable[[Array], Array]] = ContextVar("edge", default=lambda x: x)
-_axis: ContextVar[str | None] = ContextVar("axis", default=None)
-
-
-def constrain(x: Array) -> Array:
-    """What every activation ``[b, ...]`` at the edge of a block passes through.
-
-    The identity, unless parameters are split: then it says that activations are split by the batch
-    alone. Without it XLA may follow the parameters instead and sum whole batches over devices (8 TB
-    per chip and step were seen in a model of 2.4 B parameters, 33 GB with it).
-    """
-    return _edge.get()(x)
-
-
-def axis_name() -> str | None:
-    """The name of the device axis while a step is traced for pmap; else None."""
-    return _axis.get()
-
-
-def sum_over_devices(tree: PyTree) -> PyTree:
-    """The sum of what each device has, under pmap; under jit arrays are whole already."""
-    return jax.lax.psum(tree, _axis.get()) if _axis.get() else tree
-
-
-def own_key(key: Array) -> Array:
-    """Another random key on every device, under pmap; under jit there is one of each number."""
-    return jax.random.fold_in(key, jax.lax.axis_index(_axis.get())) if _axis.get() else key
 
 
 def make_mesh(
@@ -114,6 +83,8 @@ class Placement:
         options = options or schema.Parallel()
         self.mesh = make_mesh(options.mesh, devices)
         self.strategy, self.compile = options.strategy, options.compile
+        self._forms = step_context.BlockForms(options.remat == "blocks", options.scan)
+        self._global_norm = options.batch_norm == "global"
         for strategy, axis in (("fsdp", "fsdp"), ("tensor", "model")):
             if strategy in self.strategy.split("+") and axis not in self.mesh.shape:
                 raise ValueError(
@@ -124,6 +95,11 @@ class Placement:
             raise ValueError(
                 f"parallel.compile=pmap replicates: it needs strategy=replicate, not "
                 f'{self.strategy}, and no axis but "data" in parallel.mesh, not {options.mesh}'
+            )
+        if self.compile != "pmap" and not self._global_norm:
+            raise ValueError(
+                "parallel.batch_norm=per_device needs parallel.compile=pmap: under jit a batch is "
+                "one array, and so are its statistics"
             )
         self._batch = tuple(axis for axis in BATCH_AXES if axis in self.mesh.shape)
 
@@ -228,22 +204,15 @@ class Placement:
     def _replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
 
-    @contextlib.contextmanager
-    def _tracing(self, axis_name: str | None = None) -> Iterator[None]:
-        """Sets what the functions above do, while a function is traced."""
-        edge = _edge.set(
-            lambda x: (
-                jax.lax.with_sharding_constraint(x, self._batched())
-                if self.strategy != "replicate"
-                else x
-            )
+    def _tracing(self, axis: str | None = None) -> AbstractContextManager[None]:
+        """What the code of a step is told while it is traced."""
+        split = self.strategy != "replicate"
+        return step_context.tracing(
+            edge=lambda x: jax.lax.with_sharding_constraint(x, self._batched()) if split else x,
+            axis=axis,
+            norm_axis=axis if self._global_norm else None,
+            forms=self._forms,
         )
-        axis = _axis.set(axis_name)
-        try:
-            yield
-        finally:
-            _edge.reset(edge)
-            _axis.reset(axis)
 
     def compile_init(self, init: Callable[[], Any]) -> Callable[[], Any]:
         """jit of a function without arguments that makes a state.
@@ -261,7 +230,7 @@ class Placement:
         """``(state, batch) -> (state, metrics)``, compiled; the state is donated.
 
         `state`: its shapes. Under pmap it is the same on every device, and the step has to use
-        `sum_over_devices`.
+        `step_context.sum_over_devices`.
         """
 
         axis = "data" if self.compile == "pmap" else None
