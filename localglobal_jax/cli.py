@@ -9,12 +9,13 @@ import os
 import sys
 from typing import Any
 
-from localglobal_jax import __version__, plan_command, translate_command
-
-OWN_FILES = (  # of commands: their options and what they print
-    ("plan", plan_command, "compile for a TPU pod without one: does it fit? how fast at most?",
-     "--config configs/coatnet_imagenet.py --topology v5e-256"),
-)  # fmt: skip
+from localglobal_jax import (
+    __version__,
+    convert_command,
+    plan_command,
+    train_command,
+    translate_command,
+)
 
 
 def console() -> int:
@@ -105,9 +106,11 @@ def parser() -> argparse.ArgumentParser:
                          help="mean of N checkpoints, this one and those before")  # fmt: skip
 
     digits = "--config configs/coatnet_digits.py"
-    sub = command("train", train, "train, or resume, a run", f"{digits} --workdir runs/digits")
+    sub = command(
+        "train", train_command.run, "train, or resume, a run", f"{digits} --workdir runs/digits"
+    )
     add_config(sub)
-    sub.add_argument("--workdir", required=True, metavar="DIR", help="where everything is written")
+    train_command.add_options(sub)
 
     sub = command("evaluate", evaluate, "evaluate a checkpoint", "--workdir runs/digits")
     sub.add_argument("--workdir", required=True, metavar="DIR")
@@ -119,6 +122,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--dir", metavar="DIR", help="TFDS data directory")
     sub.add_argument("--source", metavar="DIR", help="files already downloaded")
     sub.add_argument("--from_tfrecord", metavar="DIR", help="convert a TFRecord data set")
+
+    example = "--config configs/coatnet_imagenet.py --topology v5e-256"
+    sub = command("plan", plan_command.run, "compile for a pod: does it fit? how fast?", example)
+    plan_command.add_options(sub)
 
     example = "--workdir runs/muse < test.en > test.de"
     sub = command("translate", translate_command.run, "translate lines of text", example)
@@ -141,41 +148,14 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("names", nargs="*", metavar="NAME", help="default: all")
 
     example = "timm coatnet_0_rw_224.safetensors --out runs/coatnet_0_rw"
-    sub = command("convert", convert, "other people's weights to a checkpoint of ours", example)
-    sub.add_argument("source", choices=("timm", "focal", "fairseq"))
-    sub.add_argument("weights", metavar="FILE",
-                     help="a .safetensors file, a .pt file of fairseq, or a hub name")  # fmt: skip
-    sub.add_argument("--name", help="timm's name of the model (default: that of the file)")
-    sub.add_argument("--args", metavar="JSON", default="{}",
-                     help="of the original model: an object, @FILE or FILE.json")  # fmt: skip
-    sub.add_argument("--dict", nargs="+", default=(), metavar="DICT",
-                     help="dict.txt of fairseq: one for both languages, or two")  # fmt: skip
-    sub.add_argument("--out", required=True, metavar="DIR")
-    for name, room, about, example in OWN_FILES:
-        room.add_options(command(name, room.run, about, example))
+    sub = command(
+        "convert", convert_command.run, "other people's weights to a checkpoint of ours", example
+    )
+    convert_command.add_options(sub)
     return top
 
 
 # ---------------------------------------------------------------------------- commands
-
-
-def train(args: argparse.Namespace) -> int:
-    from localglobal_jax import configlib
-    from localglobal_jax import train as loop
-    from localglobal_jax.run_report import Diverged
-
-    run = configlib.check(configlib.load(args.config, args.overrides))
-    try:
-        results = loop.train(run, args.workdir)
-    except loop.Preempted as stop:
-        print(f"localglobal train: {stop}; start again to resume", file=sys.stderr)
-        return 42
-    except Diverged as stop:
-        print(f"localglobal train: {stop}", file=sys.stderr)
-        return 3
-    if args.json:
-        print(json.dumps(results))
-    return 0
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -186,7 +166,7 @@ def evaluate(args: argparse.Namespace) -> None:
         print(json.dumps({"step": step, **results}))
         return
     for split, metrics in results.items():
-        shown = "  ".join(f"{name} {value:.5g}" for name, value in metrics.items())
+        shown = "  ".join(f"{k} {v:.{5 if v % 1 else 99}g}" for k, v in metrics.items())
         print(f"step {step}  {split}  {shown}")
 
 
@@ -242,17 +222,6 @@ def inspect(args: argparse.Namespace) -> int:
         last = found["steps"][-1]
         print("\n".join(f"  {k}  {v['dtype']}{v['shape']}" for k, v in last["leaves"].items()))
     return 1 if bad else 0
-
-
-def convert(args: argparse.Namespace) -> None:
-    from localglobal_jax import conversion
-
-    arguments = conversion.read_arguments(args.args)
-    report = conversion.convert_file(
-        args.source, args.weights, args.out,
-        name=args.name, arguments=arguments, dictionaries=args.dict,
-    )  # fmt: skip
-    print(json.dumps(report) if args.json else "\n".join(f"{k}: {v}" for k, v in report.items()))
 
 
 def models(args: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PyTree
 
-from localglobal_jax import optim, parallel, schema
+from localglobal_jax import optim, parallel, schema, step_context
 from localglobal_jax.tasks import Batch, Loss, Task, Variables
 
 
@@ -77,7 +77,7 @@ def train_step(
     seed: int,
 ) -> tuple[State, PyTree]:
     """One update: the gradient of the mean loss over all examples of the global batch."""
-    key = parallel.own_key(jax.random.fold_in(jax.random.key(seed), state.step))
+    key = step_context.own_key(jax.random.fold_in(jax.random.key(seed), state.step))
     gradient, loss = accumulated_gradient(
         task.loss, state.variables, batch, key, options.accumulate
     )
@@ -129,6 +129,6 @@ def accumulated_gradient(
             body, collections, (split, jax.random.split(key, parts))
         )
         gradient, loss = jax.tree.map(lambda x: x.sum(0), summands)
-    gradient, loss = parallel.sum_over_devices((gradient, loss._replace(collections={})))
+    gradient, loss = step_context.sum_over_devices((gradient, loss._replace(collections={})))
     gradient = jax.tree.map(lambda g: g / loss.weight, gradient)
-    return gradient, loss._replace(collections=collections)
+    return gradient, loss._replace(collections=step_context.mean_over_devices(collections))
