@@ -10,6 +10,7 @@ from localglobal_jax.plan import collectives, hlo, lints
 from localglobal_jax.plan.collectives import Collective
 from localglobal_jax.plan.topologies import Topology
 
+WRAPPERS = ("while", "body", "cond", "closed_call", "checkpoint", "rematted_computation")
 NOT_VALIDATED = "the compiler's estimate, not validated on hardware"
 
 
@@ -116,18 +117,20 @@ def layer_of(op_name: str, parts: Sequence[str]) -> tuple[str, str]:
     """``("stage3/block*/attention", "backward")`` of an op_name; blocks of a stage are one layer.
 
     `parts`: the model's modules at the top. Outside of them, what is differentiated is the loss,
-    with what is done to its inputs; the rest is the optimizer, in training.
+    with what is done to its inputs; the rest is the optimizer, in training. What `remat` computes
+    again is "recomputed". Blocks in a scan have the name of their class alone.
     """
     before, several, after = op_name.partition("/(")  # prefix/(one:another): of a fusion of both
     op_name = f"{before}/{after.split(':')[0]}" if several else op_name
-    words = [word for word in op_name.split("/") if "(" not in word or word.startswith("rematted")]
     way = "backward" if "transpose(" in op_name else "forward"
-    start = next((n for n, word in enumerate(words) if word in parts), None)
-    if start is None:
+    way = "recomputed" if "rematted_computation" in op_name else way
+    *words, _ = [word for word in op_name.split("/") if "(" not in word] or [""]
+    if not (starts := [n for n, word in enumerate(words) if word in parts]):
         return ("(loss)", way) if "jvp(" in op_name else ("(outside the model)", "")
-    inside = [word for word in words[start:-1] if word not in ("while", "body", "closed_call")]
-    inside = inside[:3] or [words[start]]
-    return "/".join(re.sub(r"\d+$", "*", w) if n else w for n, w in enumerate(inside)), way
+    start = starts[-1]
+    inside = [w for w in words[start:] if w not in WRAPPERS and "." not in w][:3]
+    named = ["block*" if w[0].isupper() else re.sub(r"\d+$", "*", w) for w in inside[1:]]
+    return "/".join([inside[0], *named]), way
 
 
 def grouped(sent: Sequence[Collective], parts: Sequence[str]) -> list[dict[str, Any]]:

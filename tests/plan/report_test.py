@@ -120,6 +120,19 @@ def test_out_of_memory_has_no_program(message, said):
             "stage2/block*/mlp",
             "backward",
         ),
+        (
+            "jit(f)/transpose(jvp(CoAtNet))/stage2/jvp(CoAtNet)/stage2/checkpoint/"
+            "rematted_computation/block1.edged/block1/mlp/erfc",
+            "stage2/block*/mlp",
+            "recomputed",
+        ),
+        (
+            "jit(f)/jvp(CoAtNet)/stage2/while/body/closed_call/Transformer/mlp/erfc",
+            "stage2/block*/mlp",
+            "forward",
+        ),
+        ("jit(f)/jvp(CoAtNet)/stem/add", "stem", "forward"),
+        ("", "(outside the model)", ""),
         ("jit(traced)/jvp()/rev", "(loss)", "forward"),
         ("jit(traced)/div", "(outside the model)", ""),
     ],
