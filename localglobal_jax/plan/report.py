@@ -17,7 +17,8 @@ NOT_VALIDATED = "the compiler's estimate, not validated on hardware"
 def build(facts: Mapping[str, Any], text: str, topology: Topology) -> dict[str, Any]:
     """The report on one compiled step (see `compile` for the facts); bytes, FLOP, ms, a device.
 
-    Where the program does not fit there is no program: no text, no collectives, no layers.
+    Of a program that does not fit there is at most the text of the attempt: then its collectives
+    and its largest arrays are told, which is where to look, but no times.
     """
     report: dict[str, Any] = {
         "topology": topology.name,
@@ -49,7 +50,8 @@ def build(facts: Mapping[str, Any], text: str, topology: Topology) -> dict[str, 
     report["collectives"] = grouped(sent, facts["parts"])
     report["layers"] = layers(traffic, facts["parts"])
     report["lints"] = lints.find(facts, sent)
-    return report | bounds(report, topology)
+    report["arrays"] = arrays(program, facts["parts"])
+    return report | (bounds(report, topology) if "memory" in facts else {})
 
 
 def memory(facts: Mapping[str, Any], topology: Topology) -> dict[str, Any]:
@@ -177,6 +179,19 @@ def layers(
         for at in sizes
     ]
     return sorted(rows, key=lambda row: -(row["cycles_share"] or row["bytes_share"]))
+
+
+def arrays(program: hlo.Program, parts: Sequence[str], most: int = 8) -> list[dict[str, Any]]:
+    """The largest that one operation makes in main memory, each shape once."""
+    found: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
+    for i, *_ in program.traffic():
+        for a in i.result if not i.opcode.endswith("-start") else ():
+            layer, way = layer_of(i.op_name, parts) if i.op_name else ("", "")
+            row = {"bytes": a.nbytes, "dtype": a.dtype, "shape": a.shape, "op": i.opcode}
+            old = found.get((a.dtype, a.shape))
+            if a.in_hbm and (old is None or not old["layer"]):
+                found[a.dtype, a.shape] = {**row, "layer": layer, "pass": way}
+    return sorted(found.values(), key=lambda row: -row["bytes"])[:most]
 
 
 def totals(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
