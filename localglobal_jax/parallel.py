@@ -6,6 +6,7 @@ device keeps a part and gathers a layer when it needs it, arXiv 1910.02054, stag
 heads, hidden channels and vocabularies (tensor parallelism, arXiv 1909.08053, section 3).
 """
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -67,6 +68,18 @@ def make_mesh(
         axis_types=(AxisType.Auto,) * len(shape),
         devices=devices,
     )
+
+
+def use_compilation_cache(directory: str | None) -> None:
+    """Keeps what was compiled in `directory`, see `schema.Parallel`; of many hosts, 0 writes.
+
+    Not on CPU unless a directory is named: a program there is tied to the kind of CPU, and writing
+    one (jaxlib 0.10.2) has crashed the interpreter in a long process.
+    """
+    if directory == "auto":
+        on_cpu = jax.default_backend() == "cpu"
+        directory = None if on_cpu else os.path.expanduser("~/.cache/localglobal/xla")
+    jax.config.update("jax_compilation_cache_dir", directory)
 
 
 class Placement:

@@ -26,6 +26,7 @@ FLOORS = [  # a room imports from floors below its own; files of one room see ea
         "metrics",
         "model_card",
         "optim",
+        "remote",
         "reporting",
         "scoring",
         "stored",
