@@ -47,6 +47,7 @@ EXTRAS = {
     "tf": ["tensorflow-cpu>=2.18"],  # only to prepare TFDS sets whose builders need it
     # only to convert .pt files; before 2.6, weights_only could be tricked (CVE-2025-32434)
     "torch": ["torch>=2.6,<3"],
+    # brings the libtpu that fits jax; `localglobal plan` compiles with it where there is no TPU
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],
     "cuda": ["jax[cuda12]>=0.10.2,<0.13"],
     "wandb": ["wandb>=0.18"],

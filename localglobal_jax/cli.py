@@ -17,6 +17,13 @@ from localglobal_jax import (
     translate_command,
 )
 
+OWN_FILES = (  # of commands: their options and what they print
+    ("convert", convert_command, "other people's weights to a checkpoint of ours",
+     "timm coatnet_0_rw_224.safetensors --out runs/coatnet_0_rw"),
+    ("plan", plan_command, "compile for a TPU pod without one: does it fit? how fast at most?",
+     "--config configs/coatnet_imagenet.py --topology v5e-256"),
+)  # fmt: skip
+
 
 def console() -> int:
     """The console script: `main`, in a process whose large allocations use large pages."""
@@ -123,13 +130,6 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--source", metavar="DIR", help="files already downloaded")
     sub.add_argument("--from_tfrecord", metavar="DIR", help="convert a TFRecord data set")
 
-    example = "--config configs/coatnet_imagenet.py --topology v5e-256"
-    sub = command(
-        "plan", plan_command.run, "compile for a TPU pod: will it fit? how fast?", example
-    )
-    add_config(sub)
-    plan_command.add_options(sub)
-
     example = "--workdir runs/muse < test.en > test.de"
     sub = command("translate", translate_command.run, "translate lines of text", example)
     translate_command.add_options(sub)
@@ -150,11 +150,8 @@ def parser() -> argparse.ArgumentParser:
     sub = command("models", models, "named models: sizes beside the papers'", "coatnet_0 volo_d1")
     sub.add_argument("names", nargs="*", metavar="NAME", help="default: all")
 
-    example = "timm coatnet_0_rw_224.safetensors --out runs/coatnet_0_rw"
-    sub = command(
-        "convert", convert_command.run, "other people's weights to a checkpoint of ours", example
-    )
-    convert_command.add_options(sub)
+    for name, room, about, example in OWN_FILES:
+        room.add_options(command(name, room.run, about, example))
     return top
 
 

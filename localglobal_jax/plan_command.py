@@ -11,8 +11,10 @@ from localglobal_jax.plan import process, report, search, table, topologies
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
-    """All but ``--json`` and ``--config``."""
+    """All but ``--json``."""
     add = sub.add_argument
+    add("--config", required=True, metavar="FILE[:ARG]",
+        help="a config file; override fields with --config.a.b=VALUE")  # fmt: skip
     add("--topology", required=True, metavar="SLICE",
         help="v5e:16x16, v5p:8x8x8, or a cloud name (v5e-256); cpu:8 needs no libtpu")  # fmt: skip
     add("--step", choices=("train", "eval", "decode"), default="train", help="default: train")

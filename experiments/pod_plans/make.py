@@ -19,6 +19,7 @@ HERE = pathlib.Path(__file__).parent
 CONFIGS = HERE.parent.parent / "configs"
 SLICES = {"v5e:16x16": 256, "v5p:8x8x8": 512}
 COATNETS = (0, 4, 7)
+BOUNDS = ("compute", "memory", "communication")
 FSDP = {"parallel.strategy": "fsdp", "parallel.mesh": '{"data": -1, "fsdp": 16}'}
 
 
@@ -43,9 +44,7 @@ def plan(config, topology, overrides):
     command = ["-m", "localglobal_jax", "plan", "--config", f"{CONFIGS}/{config}"]
     command += ["--topology", topology, "--json", "--timeout", "5400"]
     command += [f"--config.{key}={value}" for key, value in overrides.items()]
-    done = subprocess.run(
-        [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
     if done.returncode:
         return {"error": done.stderr.strip().splitlines()[-12:]}
     report = json.loads(done.stdout)
@@ -99,22 +98,50 @@ def write_tables():
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(lines)
-    text = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    (HERE / "table.md").write_text("\n".join(markdown(lines)) + "\n")
+
+
+def markdown(lines):
+    """What one asks first; the rest is in results.csv."""
+    columns = (
+        "plan",
+        "fits",
+        "activations",
+        "sent",
+        "bounds ms",
+        "step ms *",
+        "items/s *",
+        "MFU *",
+    )
+    yield "| " + " | ".join(columns) + " |"
+    yield "|" + "---|" * len(columns)
     for line in lines:
-        values = ["" if line.get(key) is None else str(line[key]) for key in columns]
-        text.append("| " + " | ".join(values) + " |")
-    (HERE / "table.md").write_text("\n".join(text) + "\n")
+        known, needed = "sent MB" in line, line.get("needed GiB")
+        memory = f"{needed or 'more'} of {line['usable GiB']} GiB" if "usable GiB" in line else ""
+        bounds = [f"{line[f'{k} ms']:.1f}" for k in BOUNDS] if known else []
+        values = (
+            line["row"],
+            f"{line['fits']}: {memory}" if memory else line["fits"],
+            f"{line['activations GiB']} GiB" if known else "",
+            f"{line['sent MB']:,} MB" if known else "",
+            " / ".join(bounds),
+            line.get("step ms, estimate", ""),
+            line.get("items/s, estimate", ""),
+            f"at most {line['MFU %, at most']} %" if known else "",
+        )
+        yield "| " + " | ".join(values) + " |"
 
 
 def main():
     """Every row that has no result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--table", action="store_true", help="compile nothing")
-    only_tables = parser.parse_args().table
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="of the rows, e.g. in parallel")
+    args = parser.parse_args()
     (HERE / "results").mkdir(exist_ok=True)
     for name, config, topology, overrides in rows():
         file = HERE / "results" / f"{name}.json"
-        if only_tables or file.is_file():
+        if args.table or file.is_file() or name not in (args.only or [name]):
             continue
         print(name, flush=True)
         result = {"overrides": overrides, **plan(config, topology, overrides)}

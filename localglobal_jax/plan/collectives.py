@@ -8,6 +8,10 @@ from collections.abc import Iterator
 from localglobal_jax.plan.hlo import Instruction, Program
 
 CHANNEL = r"channel_id=(\d+)"
+MESH = r"replica_groups=\S*mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))?\s*\{([^}]*)\}"
+# libtpu writes a reduce-scatter as a fusion that calls a computation of this name: an all-reduce
+# of which each device keeps a slice. Only the slices are sent.
+FUSED_SCATTER = "all-reduce-scatter"
 COLLECTIVES = (
     "all-reduce",
     "all-gather",
@@ -42,30 +46,45 @@ def collectives(program: Program) -> list[Collective]:
     """All of a step. The same one shows in several computations when it is asynchronous, so
     that of one channel only one is counted."""
     found: dict[str, list[Collective]] = {}
+    callers = program.callers
     for name, i in program.all():
         op = i.opcode.removesuffix("-start")
         if op not in COLLECTIVES or not program.runs[name]:
             continue
         key = f"{op} {i.attribute(CHANNEL) or i.name}"
         if key not in found or found[key][0].count < program.runs[name]:
-            found[key] = list(_arrays(program, name, i, op, key))
+            caller = callers.get(name)
+            op_name = i.op_name or (caller.op_name if caller else "")
+            found[key] = list(_arrays(program, name, i, key, op_name))
     return [each for several in found.values() for each in several]
 
 
-def _arrays(program: Program, name: str, i: Instruction, op: str, key: str) -> Iterator[Collective]:
-    there = {other.name: other for other in program.instructions[name]}
+def _arrays(
+    program: Program, name: str, i: Instruction, key: str, op_name: str
+) -> Iterator[Collective]:
+    op = i.opcode.removesuffix("-start")
+    inside = program.instructions[name]
+    there = {other.name: other for other in inside}
     arrays = [a for a in i.result if a.dtype != "token"]
     if i.opcode.endswith("-start") and op != "all-reduce":  # (operands, results, ...)
         arrays = arrays[len(i.operands) : 2 * len(i.operands)]
+    if FUSED_SCATTER in name and op == "all-reduce":
+        op, arrays = "reduce-scatter", list(inside[-1].result)
     group = group_size(i, program.devices)
     sources = i.operands if len(i.operands) == len(arrays) else [""] * len(arrays)
     for array, source in zip(arrays, sources, strict=True):
-        payload = array.nbytes
+        own = _origin(there, source) if len(arrays) > 1 else ""
         yield Collective(
-            op, key, array.dtype, array.shape, group, payload,
-            wire_bytes(op, payload, group), program.runs[name],
-            _origin(there, source) if len(arrays) > 1 else i.op_name,
-        )  # fmt: skip
+            op=op,
+            key=key,
+            dtype=array.dtype,
+            shape=array.shape,
+            group=group,
+            payload=array.nbytes,
+            wire=wire_bytes(op, array.nbytes, group),
+            count=program.runs[name],
+            op_name=own or op_name,
+        )
 
 
 def _origin(there: dict[str, Instruction], name: str) -> str:
@@ -80,7 +99,7 @@ def _origin(there: dict[str, Instruction], name: str) -> str:
 def group_size(i: Instruction, devices: int) -> int:
     """Devices that take part in one group of a collective."""
     text = i.attributes
-    if mesh := re.search(r"replica_groups=\S*mesh\[([^\]]*)\]\s*\{([^}]*)\}", text):
+    if mesh := re.search(MESH, text):
         sizes = {k: int(n) for k, n in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
         count = 1
         for axis, parts in re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2]):

@@ -27,6 +27,9 @@ from localglobal_jax.tasks import Task
 from localglobal_jax.train_step import State, check_batches, init_state, make_update
 
 OUT_OF_MEMORY = r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?)"
+TOO_MUCH_TEMPORARY = (
+    r"temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"
+)
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -77,6 +80,7 @@ def compile_step(
         "items": shapes.items(batch),
         "items_name": task.items,
         "rows": next(iter(batch.values())).shape[0],
+        "micro_batches": run.optim.accumulate if step == "train" else 1,
         "mesh": dict(placement.mesh.shape),
         "parameters": sum(x.size for x in jax.tree.leaves(state.variables["params"])),
         "parameter_bytes": nbytes(state.variables["params"]),
@@ -171,16 +175,14 @@ def memory(compiled: Any) -> dict[str, int]:
 
 
 def out_of_memory(message: str) -> dict[str, Any]:
-    """Needed and available bytes, from the compiler's message."""
-    found = re.search(OUT_OF_MEMORY, message)
-    sizes = {"message": "\n".join(message.splitlines()[:40])}
-    if found is None:
-        return sizes
-    needed, unit, there, there_unit = found.groups()
-    return sizes | {
-        "needed": int(float(needed) * UNITS[unit]),
-        "usable": int(float(there) * UNITS[there_unit]),
-    }
+    """Needed and available bytes, from the compiler's message, which comes in two forms."""
+    found: dict[str, Any] = {"message": "\n".join(message.splitlines()[:40])}
+    for name, pattern in (("needed", OUT_OF_MEMORY), ("temporary", TOO_MUCH_TEMPORARY)):
+        if (sizes := re.search(pattern, message)) is not None:
+            needed, unit, there, there_unit = sizes.groups()
+            found[name] = int(float(needed) * UNITS[unit])
+            found["usable"] = int(float(there) * UNITS[there_unit])
+    return found
 
 
 if __name__ == "__main__":

@@ -148,6 +148,11 @@ class Program:
         return runs
 
     @functools.cached_property
+    def callers(self) -> dict[str, Instruction]:
+        """An instruction that calls each computation."""
+        return {called: i for _, i in self.all() for called in self._calls(i)}
+
+    @functools.cached_property
     def scheduled(self) -> dict[str, int]:
         """Computations whose instructions run one by one (not those inside fusions), how often."""
         found: dict[str, int] = {}

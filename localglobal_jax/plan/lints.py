@@ -32,25 +32,28 @@ def _lint(level: str, name: str, text: str) -> dict[str, str]:
 def _whole_batches(facts: Mapping[str, Any], collectives: Sequence[Collective]) -> Any:
     """A device that receives rows of all devices does work, or holds memory, that is not split.
 
-    Known by a dimension as long as the global batch beside none as long as a device's share of it,
-    in what has no parameter's size.
+    Known by a dimension as long as the batch (or micro-batch) of all devices, beside none as long
+    as one device's share of it, in what has no parameter's size.
     """
     parts = math.prod(n for axis, n in facts["mesh"].items() if axis != "model")
-    rows = facts["rows"]
     if parts == 1:
         return
+    whole = {n // m for n in (facts["rows"], facts["items"]) for m in (1, facts["micro_batches"])}
+    own = {n // parts for n in whole} - whole
     seen: dict[tuple[Any, ...], int] = defaultdict(int)
+    names: dict[tuple[Any, ...], str] = {}
     for c in collectives:
-        local = rows // parts in c.shape and rows != rows // parts
-        batch = rows in c.shape or (facts["items"] != rows and facts["items"] in c.shape)
-        if batch and not local and math.prod(c.shape) not in facts["parameter_sizes"]:
-            seen[c.op, c.dtype, c.shape, c.op_name] += c.payload * c.count
-    for (op, dtype, shape, op_name), size in seen.items():
+        shape = set(c.shape)
+        if shape & whole and not shape & own and math.prod(c.shape) not in facts["parameter_sizes"]:
+            at = (c.op, c.dtype, c.shape)
+            seen[at] += c.payload * c.count
+            names.setdefault(at, c.op_name or "nowhere")
+    for (op, dtype, sizes), size in sorted(seen.items(), key=lambda item: -item[1]):
         yield _lint(
             "error" if size >= SMALL else "warning",
             "global batch in a collective",
-            f"{op} of {dtype}{list(shape)} ({size / 1e6:.3g} MB), from {op_name or 'nowhere'}: "
-            f"every device gets all {rows} rows of the batch",
+            f"{op} of {dtype}{list(sizes)} ({size / 1e6:.3g} MB a step), from "
+            f"{names[op, dtype, sizes]}: every device gets the rows of all",
         )
 
 

@@ -80,7 +80,8 @@ def key(run: schema.Run, topology: Topology, step: str) -> str:
     """What a compilation depends on, as one word: run, devices, step, versions, our sources."""
     tree = {k: v for k, v in run.model_dump(mode="json").items() if k not in ASIDE}
     versions = {name: version(name) for name in PACKAGES}
-    parts = json.dumps([tree, topology.name, step, versions, sources()], sort_keys=True)
+    flags = os.environ.get("LIBTPU_INIT_ARGS")
+    parts = json.dumps([tree, topology.name, step, versions, flags, sources()], sort_keys=True)
     return hashlib.sha256(parts.encode()).hexdigest()[:24]
 
 
@@ -105,14 +106,17 @@ def sources() -> str:
 
 
 def environment(topology: Topology, given: Mapping[str, str]) -> dict[str, str]:
-    """Of the compiler's process: the CPU is its only device, even where there is a TPU."""
+    """Of the compiler's process: the CPU is its only device, even where there is a TPU.
+
+    Flags of XLA are left behind: they are not meant for this, and `key` does not know them.
+    """
     found = {**given, "JAX_PLATFORMS": "cpu"}
+    found.pop("XLA_FLAGS", None)
     house = str(pathlib.Path(__file__).parent.parent.parent)
     found["PYTHONPATH"] = os.pathsep.join(filter(None, (house, given.get("PYTHONPATH"))))
     if topology.chip is not None:
         return found | LIBTPU
-    pretended = f"--xla_force_host_platform_device_count={topology.devices}"
-    return found | {"XLA_FLAGS": f"{given.get('XLA_FLAGS', '')} {pretended}".strip()}
+    return found | {"JAX_NUM_CPU_DEVICES": str(topology.devices)}
 
 
 def read(folder: pathlib.Path) -> tuple[dict[str, Any], str]:

@@ -64,6 +64,8 @@ def memory(facts: Mapping[str, Any], topology: Topology) -> dict[str, Any]:
     if (failed := facts.get("out_of_memory")) is not None:
         usable = failed.get("usable", usable)
         needed = failed.get("needed")
+        if "temporary" in failed:
+            needed = failed["temporary"] + sum(split.values())
         return found | {"fits": False, "needed": needed, "usable": usable}
     own = facts["memory"]
     kept = own["arguments"] + own["output"] - own["alias"]
@@ -113,14 +115,16 @@ def bounds(report: Mapping[str, Any], topology: Topology) -> dict[str, Any]:
 def layer_of(op_name: str, parts: Sequence[str]) -> tuple[str, str]:
     """``("stage3/block*/attention", "backward")`` of an op_name; blocks of a stage are one layer.
 
-    `parts`: the model's modules at the top. What is in none of them is the loss, with what is done
-    to its inputs, or the update of the state.
+    `parts`: the model's modules at the top. Outside of them, what is differentiated is the loss,
+    with what is done to its inputs; the rest is the optimizer, in training.
     """
+    before, several, after = op_name.partition("/(")  # prefix/(one:another): of a fusion of both
+    op_name = f"{before}/{after.split(':')[0]}" if several else op_name
     words = [word for word in op_name.split("/") if "(" not in word or word.startswith("rematted")]
     way = "backward" if "transpose(" in op_name else "forward"
     start = next((n for n, word in enumerate(words) if word in parts), None)
     if start is None:
-        return ("(loss)", way) if "jvp(" in op_name else ("(update)", "")
+        return ("(loss)", way) if "jvp(" in op_name else ("(outside the model)", "")
     inside = [word for word in words[start:-1] if word not in ("while", "body", "closed_call")]
     inside = inside[:3] or [words[start]]
     return "/".join(re.sub(r"\d+$", "*", w) if n else w for n, w in enumerate(inside)), way

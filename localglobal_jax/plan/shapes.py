@@ -47,6 +47,7 @@ def batch(run: schema.Run, task: Task, *, train: bool) -> tuple[Shapes, str]:
             "image": jax.ShapeDtypeStruct((rows, *size), np.uint8),
             "label": jax.ShapeDtypeStruct((rows,), np.int32),
             "mask": jax.ShapeDtypeStruct((rows,), np.float32),
+            "index": jax.ShapeDtypeStruct((rows,), np.int32),
         }
         return shapes, f"{rows} images of {'x'.join(map(str, size))}"
     tokens = run.batch_size if train else run.eval.batch_size or run.batch_size

@@ -58,7 +58,7 @@ def text(report: Mapping[str, Any]) -> str:
     if "bytes_accessed" in report:
         lines.append(f"memory    {report['bytes_accessed'] / 1e9:,.2f} GB read and written")
         lines.append(f"network   {report['wire_bytes'] / 1e6:,.1f} MB sent")
-    if report["loops_of_unknown_length"] if "layers" in report else 0:
+    if report.get("loops_of_unknown_length"):
         lines.append(f"{report['loops_of_unknown_length']} loops of unknown length counted once")
     if "step_ms" in report:
         lines += ["", *_times(report)]
@@ -74,7 +74,7 @@ def _memory(found: Mapping[str, Any]) -> list[str]:
     rows = [(name, n) for name, n in found["split"].items() if n]
     names = {"padding": "padding of these", "output": "results", "temporary": "activations"}
     for name in ("padding", "output", "temporary", "code"):
-        if name in found:
+        if found.get(name, 0) > 0:
             rows.append((names.get(name, name), found[name]))
     return [f"  {name:<17} {size(n):>11}" for name, n in rows]
 

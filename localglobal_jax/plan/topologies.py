@@ -100,21 +100,24 @@ def parse(text: str) -> Topology:
         if not 1 <= int(cpu[1]) <= 1024:
             raise ValueError(f"topology {text}: give 1 to 1024 pretended devices")
         return Topology(text, int(cpu[1]), None)
-    if shape := re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", text):
+    if (shape := re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", text)) and shape[1] != "cpu":
         return _shaped(text, shape[1], [int(n) for n in shape[2].split("x")])
-    if cloud := re.fullmatch(r"(\w+)-(\d+)", text):
+    if (cloud := re.fullmatch(r"(\w+)-(\d+)", text)) and cloud[1] != "cpu":
         return _cloud(text, cloud[1], int(cloud[2]))
-    names = [c for chip in CHIPS.values() for c in chip.cloud]
-    known = {*CHIPS, *names, "cpu"}
-    if (kind := re.split(r"[:\-=]", text)[0]) not in known:
-        raise unknown("chip in --topology:", kind, known)
+    _known(re.split(r"[:\-=]", text)[0])
     raise ValueError(f"topology {text}: write v5e:16x16, v5p:8x8x8, v5e-256, or cpu:8")
 
 
+def _known(kind: str) -> str:
+    """Our name of a chip, from ours or the cloud's."""
+    names = {"cpu", *CHIPS, *(name for chip in CHIPS.values() for name in chip.cloud)}
+    if kind not in names:
+        raise unknown("chip in --topology:", kind, names)
+    return next((name for name, chip in CHIPS.items() if kind in chip.cloud), kind)
+
+
 def _shaped(text: str, kind: str, sizes: list[int]) -> Topology:
-    kind = next((name for name, chip in CHIPS.items() if kind in chip.cloud), kind)
-    if kind not in CHIPS:
-        raise unknown("chip in --topology:", kind, [*CHIPS, "cpu"])
+    kind = _known(kind)
     chip = CHIPS[kind]
     limit = "x".join(map(str, chip.limits))
     small = kind in ("v5e", "v6e") and sizes in ([1, 1], [1, 2], [2, 1])
@@ -132,9 +135,7 @@ def _shaped(text: str, kind: str, sizes: list[int]) -> Topology:
 
 
 def _cloud(text: str, kind: str, number: int) -> Topology:
-    kind = next((name for name, chip in CHIPS.items() if kind in chip.cloud), kind)
-    if kind not in CHIPS:
-        raise unknown("chip in --topology:", kind, [*CHIPS, "cpu"])
+    kind = _known(kind)
     chip = CHIPS[kind]
     scale = 2 if chip.counts_cores else 1
     known = cloud_sizes(chip)
