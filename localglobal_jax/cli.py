@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 from localglobal_jax import __version__, translate_command
+from localglobal_jax.launch import command as sweep_command
 
 
 def console() -> int:
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     for noisy in ("absl", "jax", "orbax"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        if overrides and args.command not in ("train", "evaluate", "prepare"):
+        if overrides and args.command not in ("train", "evaluate", "prepare", "sweep"):
             raise ValueError(f"{args.command} takes no --config.{next(iter(overrides))}")
         code = args.run(args) or 0
         sys.stdout.flush()  # a reader that has gone away shows here, not when Python ends
@@ -120,6 +121,13 @@ def parser() -> argparse.ArgumentParser:
     translate_command.add_options(sub)
     add_step(sub)
 
+    example = "--config experiments/coatnet_layouts/sweep.py --workdir runs/layouts --dry_run"
+    sub = command(
+        "sweep", sweep_command.run, "launch many runs of one config, follow them", example
+    )
+    add_config(sub)
+    sweep_command.add_options(sub)
+
     example = "hyp.de test.de --source test.en"
     sub = command("score", score, "BLEU and chrF of translations", example)
     sub.add_argument("hypotheses", metavar="HYP", help="a translation per line")
@@ -137,6 +145,11 @@ def parser() -> argparse.ArgumentParser:
 
     example = "timm coatnet_0_rw_224.safetensors --out runs/coatnet_0_rw"
     sub = command("convert", convert, "other people's weights to a checkpoint of ours", example)
+    convert_options(sub)
+    return top
+
+
+def convert_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("source", choices=("timm", "focal", "fairseq"))
     sub.add_argument("weights", metavar="FILE",
                      help="a .safetensors file, a .pt file of fairseq, or a hub name")  # fmt: skip
@@ -146,7 +159,6 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--dict", nargs="+", default=(), metavar="DICT",
                      help="dict.txt of fairseq: one for both languages, or two")  # fmt: skip
     sub.add_argument("--out", required=True, metavar="DIR")
-    return top
 
 
 # ---------------------------------------------------------------------------- commands

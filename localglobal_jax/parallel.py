@@ -100,6 +100,11 @@ def make_mesh(
     )
 
 
+def pretend(count: int | None = None) -> list[jax.Device]:
+    """So many devices that need not be here (None: as many as are), to check what needs no more."""
+    return [jax.devices()[0]] * (jax.device_count() if count is None else count)
+
+
 class Placement:
     """Where everything of a run lives: a mesh, a strategy, and how its steps are compiled.
 

@@ -11,7 +11,7 @@ import localglobal_jax
 ROOT = pathlib.Path(localglobal_jax.__file__).parent
 FLOORS = [  # a room imports from floors below its own; files of one room see each other
     ["schema"],
-    ["arrays", "configlib", "digest", "mix_token", "parallel", "reach"],
+    ["arrays", "configlib", "digest", "mix_token", "parallel", "reach", "sweeps"],
     ["operators"],
     ["blocks"],
     ["class_attention", "layout", "stems_heads"],
@@ -34,6 +34,7 @@ FLOORS = [  # a room imports from floors below its own; files of one room see ea
     ["evaluate", "run_report", "train_step"],
     ["conversion", "translate"],
     ["train", "translate_command"],
+    ["launch"],
     ["cli"],
     ["__main__"],
 ]
@@ -43,6 +44,13 @@ LIGHT = {
     "configlib",
     "cli",
     "translate_command",
+    "sweeps",
+    "launch",
+}
+LIGHT |= {
+    f"launch.{path.stem}"
+    for path in (ROOT / "launch").glob("*.py")
+    if path.stem not in ("__init__", "preview", "status")
 }  # these never import jax when they are imported
 LINES, FUNCTION = 300, 80
 
