@@ -61,10 +61,10 @@ def get_config(arg=None):
     config.optim = ConfigDict(
         dict(learning_rate=2e-3, warmup_steps=200, weight_decay=0.05, ema=0.99)
     )
-    config.eval = ConfigDict(dict(every=400, batch_size=500))
+    config.eval = ConfigDict(dict(every=400, batch_size=512))
     config.checkpoint = ConfigDict(dict(every=400, best="test/accuracy"))
     if arg.size == "tiny":
-        config.steps, config.batch_size, config.eval.batch_size = 20, 32, 120
+        config.steps, config.batch_size, config.eval.batch_size = 20, 32, 128
         config.model.update(widths=(16, 16, 32, 32), stem=(8, 16), stem_stride=1)
         config.model.blocks.T.head_width = 16
         config.data.update(name="digits", image_size=(8, 8), flip=False)

@@ -47,7 +47,7 @@ NAMES = ("local", "slurm", "xpk", "tpu-vm")
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """What a back end would start. `shown`: the commands of each run, by name, secrets included."""
+    """What a back end would start. `shown`: the commands of each run, by name, for people."""
 
     shown: Mapping[str, tuple[str, ...]]
     files: Mapping[str, str]  # scripts, by file name; no secrets

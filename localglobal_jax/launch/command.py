@@ -56,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
     launch = backends.launch(args, sweep, runs, env)
     rows = _preview(args, sweep, runs, slots)
     if args.dry_run:
-        return _dry_run(args, rows, launch, env)
+        env = shell.masked(env)
+        return _dry_run(args, rows, backends.launch(args, sweep, runs, env), env)
     if args.out:
         paths = execute.write(launch.files, pathlib.Path(args.out))
         if not paths:
@@ -143,13 +144,13 @@ def _dry_run(
     from localglobal_jax.launch import preview
 
     for row in rows:
-        row["commands"] = [shell.masked(text, env) for text in launch.shown[row["name"]]]
+        row["commands"] = launch.shown[row["name"]]
     folder = pathlib.Path(args.config.partition(":")[0]).absolute().parent
     about = {
         "backend": args.backend,
         "image": args.image,
         "git": preview.git(folder),
-        "env": {key: "***" if key in shell.secrets(env) else v for key, v in env.items()},
+        "env": dict(env),
         "scripts": sorted(launch.files),
         **preview.totals(rows),
     }

@@ -29,12 +29,9 @@ def secrets(env: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in env.items() if SECRET.search(name)}
 
 
-def masked(text: str, env: Mapping[str, str]) -> str:
-    """`text`, with ``***`` in place of every secret of `env`."""
-    for value in sorted(secrets(env).values(), key=len, reverse=True):
-        for form in (shlex.quote(value), value):
-            text = text.replace(form, "***") if value else text
-    return text
+def masked(env: Mapping[str, str]) -> dict[str, str]:
+    """`env` as it may be shown."""
+    return {name: "***" if SECRET.search(name) else value for name, value in env.items()}
 
 
 def quoted(words: Sequence[str]) -> str:

@@ -59,6 +59,7 @@ def script(
     return "\n".join(
         [
             "#!/bin/bash",
+            f"# mkdir -p {shlex.quote(root)}; SLURM writes there, then: sbatch this file",
             *(f"#SBATCH {line}" for line in lines),
             "set -u",
             *shell.exports(env or {}),
@@ -75,7 +76,9 @@ BODY = """\
 record() { echo "{$1, \\"time\\": $(date +%s)}" >> "$directory/ATTEMPTS"; }
 mkdir -p "$directory"
 record '"event": "start"'
-srun --kill-on-bad-exit=1 --output="$directory/log.txt" --open-mode=append "${command[@]}" &
+# srun takes all from sbatch but this.
+cpus=${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}
+srun $cpus --kill-on-bad-exit=1 --output="$directory/log.txt" --open-mode=append "${command[@]}" &
 child=$!
 # To the processes of the run, not to srun, which would end them after a few seconds.
 trap 'scancel --signal=TERM "$SLURM_JOB_ID"' TERM

@@ -111,10 +111,11 @@ BODY = """\
 set -u
 @EXPORTS@
 state() { @DESCRIBE@ --format='value(state.state)' 2>/dev/null; }
+create() { @CREATE@ || exit 1; }
 remove() { @DELETE@; }
 case "$(state)" in
-  SUSPENDED|SUSPENDING|FAILED) remove; @CREATE@ || exit 1 ;;
-  '') @CREATE@ || exit 1 ;;
+  '') create ;;
+  SUSPENDED|SUSPENDING|FAILED) remove; create ;;
 esac
 trap 'exit 42' TERM  # while waiting: the request stays in the queue
 until [ "$(state)" = ACTIVE ]; do
@@ -125,7 +126,8 @@ environment=""
 for name in @NAMES@; do environment+="export $name=${!name@Q}; "; done
 @SSH@ --command="$environment"@REMOTE@ &
 child=$!
-trap '@SSH@ --command=@STOP@' TERM
+stop() { @SSH@ --command=@STOP@; }
+trap stop TERM
 while kill -0 "$child" 2>/dev/null; do wait "$child"; done  # a signal ends wait too early
 wait "$child"
 code=$?
