@@ -133,9 +133,16 @@ class Pool:
             self._say(f"{following:<8} {job.name}  {seconds}: {said}")
             return True
         outcome.state = following
-        why = f": {local.explained(code)}; see {job.directory / LOG}" if following != "done" else ""
-        self._say(f"{following:<8} {job.name}  {seconds}{why}")
+        self._say(f"{following:<8} {job.name}  {seconds}{self._why(job, code)}")
         return False
+
+    def _why(self, job: Job, code: int) -> str:
+        """For a run that failed: how, and the last thing that it said."""
+        if code == local.DONE:
+            return ""
+        lines = (job.directory / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return f": {local.explained(code)}; see {job.directory / LOG}\n         {last}".rstrip()
 
     @contextlib.contextmanager
     def _signals(self, children: "list[_Child]") -> Iterator[None]:

@@ -84,7 +84,7 @@ def test_crashes_are_retried_saves_restarted_mistakes_not(tmp_path):
         job(tmp_path, "crashes-once", "if n < 2: os.kill(os.getpid(), signal.SIGKILL)"),
         job(tmp_path, "crashes", "sys.exit(1)"),
         job(tmp_path, "saves", "sys.exit(42 if n < 5 else 0)"),
-        job(tmp_path, "wrong", "sys.exit(2)"),
+        job(tmp_path, "wrong", "print('no such data\\n'); sys.exit(2)"),
         job(tmp_path, "diverges", "sys.exit(3)"),
     ]
     said = []
@@ -102,7 +102,7 @@ def test_crashes_are_retried_saves_restarted_mistakes_not(tmp_path):
     codes = [event["code"] for event in events(jobs[1]) if event["event"] == "end"]
     assert codes == [-9, 0]
     assert any("killed by SIGKILL" in line for line in said)
-    assert any("wrong config or input" in line for line in said)
+    assert any("(wrong config or input)" in line and "no such data" in line for line in said)
 
 
 def test_no_more_at_a_time_than_slots_each_in_its_own(tmp_path):
