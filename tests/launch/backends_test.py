@@ -222,12 +222,13 @@ def test_the_script_of_slurm(body, code, tmp_path):
 
 @pytest.mark.skipif(not shutil.which("xpk"), reason="xpk is not installed")
 def test_xpk_takes_our_arguments(tmp_path):
+    command = (*COMMAND, "--config.parallel.mesh={'data': -1, 'fsdp': 4}")
     argv = xpk.arguments(
-        "n-000-1f2e3d4c", COMMAND, cluster="c", tpu_type="v5litepod-16", image="i", project="p",
+        "n-000-1f2e3d4c", command, cluster="c", tpu_type="v5litepod-16", image="i", project="p",
         zone="us-west4-a",
     )  # fmt: skip
     manifest = tmp_path / "manifest.yaml"
     options = ["--dry-run", "--skip-validation", f"--output-manifest-file={manifest}"]
     env = {**os.environ, "HOME": str(tmp_path)}
     assert subprocess.run([*argv, *options], env=env, check=False).returncode == 0
-    assert "localglobal train" in manifest.read_text()
+    assert f"({shell.quoted(command)}) & PID" in manifest.read_text()
