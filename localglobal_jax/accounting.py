@@ -39,16 +39,22 @@ def account(module: nn.Module, *inputs: Any) -> Account:
     return Account(parameters, _count(jaxpr.jaxpr), shapes)
 
 
-def multiply_adds(function: Callable[..., Any], *args: Any) -> int:
-    """Of one call of a function of arrays (or of `jax.ShapeDtypeStruct`s)."""
-    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+def multiply_adds(
+    function: Callable[..., Any] | ClosedJaxpr, *args: Any, loops: int | None = None
+) -> int:
+    """Of one call of a function of arrays (or of `jax.ShapeDtypeStruct`s), or of its jaxpr.
+
+    `loops`: how often a while loop is taken to run, which a jaxpr does not say.
+    """
+    jaxpr = function if isinstance(function, ClosedJaxpr) else jax.make_jaxpr(function)(*args)
+    return _count(jaxpr.jaxpr, loops)
 
 
-def _count(jaxpr: Jaxpr) -> int:
-    return sum(_count_equation(equation) for equation in jaxpr.eqns)
+def _count(jaxpr: Jaxpr, loops: int | None = None) -> int:
+    return sum(_count_equation(equation, loops) for equation in jaxpr.eqns)
 
 
-def _count_equation(equation: Any) -> int:
+def _count_equation(equation: Any, loops: int | None) -> int:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracting, _), _ = params["dimension_numbers"]
@@ -60,7 +66,7 @@ def _count_equation(equation: Any) -> int:
         kernel = equation.invars[1].aval
         features = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
         return int(equation.outvars[0].aval.size * (kernel.size // features))
-    counts = [_count(inner) for inner in _inner(params)]
+    counts = [_count(inner, loops) for inner in _inner(params)]
     if name == "scan":
         return params["length"] * sum(counts)
     if name == "cond":
@@ -68,6 +74,8 @@ def _count_equation(equation: Any) -> int:
         # elementwise products shows no product to count; the costliest form is the true count.
         return max(counts)
     if name == "while" and sum(counts):
+        if loops is not None:
+            return loops * sum(counts)
         raise ValueError("cannot count a while loop: how often it runs is not in the program")
     return sum(counts)
 

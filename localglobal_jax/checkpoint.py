@@ -23,9 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
-from localglobal_jax import digest, parallel, schema, stored
+from localglobal_jax import digest, hosts, schema, stored
 from localglobal_jax.stored import CorruptCheckpoint, inspect, read
 
 __all__ = ["Checkpoints", "CorruptCheckpoint", "Restored", "inspect", "read"]
@@ -171,7 +170,7 @@ class Checkpoints:
         if self._manager:
             with self._or_abandon():
                 self._manager.wait_until_finished()
-            if parallel.host() == 0 and (self.directory / TRASH).exists():
+            if hosts.rank() == 0 and (self.directory / TRASH).exists():
                 (self.directory / TRASH).rmtree()
 
     def close(self) -> None:
@@ -195,9 +194,9 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         """Orbax's manager, after what it would mistake for a good step is out of its way."""
-        if parallel.host() == 0 and self.directory.exists():
+        if hosts.rank() == 0 and self.directory.exists():
             self._tidy()
-        multihost_utils.sync_global_devices("localglobal_jax.checkpoint")
+        hosts.barrier("checkpoints")
         self._damaged.clear()
         policies: list[Any] = [ocp.checkpoint_managers.LatestN(self._options.keep)]
         if self._options.keep_every:

@@ -9,8 +9,14 @@ import os
 import sys
 from typing import Any
 
-from localglobal_jax import __version__, translate_command
-from localglobal_jax.launch import command as sweep_command
+from localglobal_jax import (
+    __version__,
+    convert_command,
+    plan_command,
+    sweep_command,
+    train_command,
+    translate_command,
+)
 
 
 def console() -> int:
@@ -34,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     for noisy in ("absl", "jax", "orbax"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        if overrides and args.command not in ("train", "evaluate", "prepare", "sweep"):
+        if overrides and args.command not in ("train", "evaluate", "prepare", "plan", "sweep"):
             raise ValueError(f"{args.command} takes no --config.{next(iter(overrides))}")
         code = args.run(args) or 0
         sys.stdout.flush()  # a reader that has gone away shows here, not when Python ends
@@ -101,9 +107,10 @@ def parser() -> argparse.ArgumentParser:
                          help="mean of N checkpoints, this one and those before")  # fmt: skip
 
     digits = "--config configs/coatnet_digits.py"
-    sub = command("train", train, "train, or resume, a run", f"{digits} --workdir runs/digits")
+    example = f"{digits} --workdir runs/digits"
+    sub = command("train", train_command.run, "train, or resume, a run", example)
     add_config(sub)
-    sub.add_argument("--workdir", required=True, metavar="DIR", help="where everything is written")
+    train_command.add_options(sub)
 
     sub = command("evaluate", evaluate, "evaluate a checkpoint", "--workdir runs/digits")
     sub.add_argument("--workdir", required=True, metavar="DIR")
@@ -116,15 +123,18 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--source", metavar="DIR", help="files already downloaded")
     sub.add_argument("--from_tfrecord", metavar="DIR", help="convert a TFRecord data set")
 
+    example = "--config configs/coatnet_imagenet.py --topology v5e-256"
+    sub = command("plan", plan_command.run, "compile for a TPU pod: fits? how fast?", example)
+    add_config(sub)
+    plan_command.add_options(sub)
+
     example = "--workdir runs/muse < test.en > test.de"
     sub = command("translate", translate_command.run, "translate lines of text", example)
     translate_command.add_options(sub)
     add_step(sub)
 
     example = "--config experiments/coatnet_layouts/sweep.py --workdir runs/layouts --dry_run"
-    sub = command(
-        "sweep", sweep_command.run, "launch many runs of one config, follow them", example
-    )
+    sub = command("sweep", sweep_command.run, "many runs of one config", example)
     add_config(sub)
     sweep_command.add_options(sub)
 
@@ -144,43 +154,14 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("names", nargs="*", metavar="NAME", help="default: all")
 
     example = "timm coatnet_0_rw_224.safetensors --out runs/coatnet_0_rw"
-    sub = command("convert", convert, "other people's weights to a checkpoint of ours", example)
-    convert_options(sub)
+    sub = command(
+        "convert", convert_command.run, "other people's weights to a checkpoint of ours", example
+    )
+    convert_command.add_options(sub)
     return top
 
 
-def convert_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("source", choices=("timm", "focal", "fairseq"))
-    sub.add_argument("weights", metavar="FILE",
-                     help="a .safetensors file, a .pt file of fairseq, or a hub name")  # fmt: skip
-    sub.add_argument("--name", help="timm's name of the model (default: that of the file)")
-    sub.add_argument("--args", metavar="JSON", default="{}",
-                     help="of the original model: an object, @FILE or FILE.json")  # fmt: skip
-    sub.add_argument("--dict", nargs="+", default=(), metavar="DICT",
-                     help="dict.txt of fairseq: one for both languages, or two")  # fmt: skip
-    sub.add_argument("--out", required=True, metavar="DIR")
-
-
 # ---------------------------------------------------------------------------- commands
-
-
-def train(args: argparse.Namespace) -> int:
-    from localglobal_jax import configlib
-    from localglobal_jax import train as loop
-    from localglobal_jax.run_report import Diverged
-
-    run = configlib.check(configlib.load(args.config, args.overrides))
-    try:
-        results = loop.train(run, args.workdir)
-    except loop.Preempted as stop:
-        print(f"localglobal train: {stop}; start again to resume", file=sys.stderr)
-        return 42
-    except Diverged as stop:
-        print(f"localglobal train: {stop}", file=sys.stderr)
-        return 3
-    if args.json:
-        print(json.dumps(results))
-    return 0
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -191,7 +172,7 @@ def evaluate(args: argparse.Namespace) -> None:
         print(json.dumps({"step": step, **results}))
         return
     for split, metrics in results.items():
-        shown = "  ".join(f"{name} {value:.5g}" for name, value in metrics.items())
+        shown = "  ".join(f"{k} {v:.{5 if v % 1 else 99}g}" for k, v in metrics.items())
         print(f"step {step}  {split}  {shown}")
 
 
@@ -247,17 +228,6 @@ def inspect(args: argparse.Namespace) -> int:
         last = found["steps"][-1]
         print("\n".join(f"  {k}  {v['dtype']}{v['shape']}" for k, v in last["leaves"].items()))
     return 1 if bad else 0
-
-
-def convert(args: argparse.Namespace) -> None:
-    from localglobal_jax import conversion
-
-    arguments = conversion.read_arguments(args.args)
-    report = conversion.convert_file(
-        args.source, args.weights, args.out,
-        name=args.name, arguments=arguments, dictionaries=args.dict,
-    )  # fmt: skip
-    print(json.dumps(report) if args.json else "\n".join(f"{k}: {v}" for k, v in report.items()))
 
 
 def models(args: argparse.Namespace) -> None:

@@ -86,7 +86,7 @@ def evaluate(
         raise ValueError("data.eval_splits=() names nothing to evaluate: give a split")
     field, rows = run.eval_rows
     placement.check_batch(rows, what=field)
-    shard = (parallel.host(), parallel.hosts())
+    shard = placement.shard
     task = create_task(run, shard=shard, train=False, workdir=workdir)
     found, variables, _ = read_variables(workdir, step, average)
     return found, Evaluation(task, placement)(placement.put(variables))

@@ -13,9 +13,10 @@ import flax.linen as nn
 import numpy as np
 from jaxtyping import Array, Float
 
-from localglobal_jax import configlib, parallel
+from localglobal_jax import configlib
 from localglobal_jax.blocks import BLOCKS
 from localglobal_jax.blocks.residual import Rounding
+from localglobal_jax.in_sequence import in_sequence
 
 Options = Mapping[str, Mapping[str, Any]]
 
@@ -90,17 +91,23 @@ class BlockStage(nn.Module):
     def __call__(
         self, x: Float[Array, "b h w d"], *, train: bool = False
     ) -> Float[Array, "b i j e"]:
-        for i, letter in enumerate(self.stage.letters):
-            x = parallel.constrain(x)
-            x = BLOCKS[letter](
+        blocks = [
+            BLOCKS[letter](
                 features=self.stage.width,
                 stride=self.stage.stride if i == 0 else 1,
                 drop_path=self.drop_path[i],
                 dtype=self.dtype,
                 name=f"block{i + 1}",
                 **self.options.get(letter, {}),
-            )(x, train=train)
-        return parallel.constrain(x)
+            )
+            for i, letter in enumerate(self.stage.letters)
+        ]
+
+        def call(block: nn.Module, x: Array, own: None) -> Array:
+            del own
+            return block(x, train=train)
+
+        return in_sequence(self, blocks, x, call, [None] * len(blocks))[-1]
 
 
 def odd_grids(letter: str, options: Options) -> Rounding:

@@ -15,6 +15,7 @@ def model_card(
     parameters: int,
     steps: int,
     metrics: Mapping[str, Mapping[str, float]],
+    use: str,
     versions: Mapping[str, str],
     environment: Mapping[str, Any],
     command: str | None = None,
@@ -24,6 +25,7 @@ def model_card(
 
     Args:
       metrics: final numbers by split, ``{"test": {"accuracy": 0.98, "count": 360}}``.
+      use: Python that loads the model from "path/to/this/directory" and uses it.
       curve: the learning curve's path, relative to the card.
     """
     names = list(dict.fromkeys(key for numbers in metrics.values() for key in numbers))
@@ -40,9 +42,8 @@ def model_card(
         f"![learning curve]({curve})" if curve else "",
         "## Data",
         _table(["", ""], [[key, _show(value)] for key, value in data.items()]),
-        "## How to load",
-        "```python\nimport localglobal_jax as lg\n\n"
-        'module, variables = lg.load("path/to/this/directory")\n```',
+        "## How to use it",
+        f"```python\nimport localglobal_jax as lg\n\n{use}\n```",
         f"## How it was trained\n\n```sh\n{command}\n```" if command else "",
         "## Config",
         f"```json\n{json.dumps(config, indent=2, default=str)}\n```",

@@ -6,18 +6,17 @@ device keeps a part and gathers a layer when it needs it, arXiv 1910.02054, stag
 heads, hidden channels and vocabularies (tensor parallelism, arXiv 1909.08053, section 3).
 """
 
-import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
-from localglobal_jax import schema
+from localglobal_jax import schema, step_context
 
 BATCH_AXES = ("data", "fsdp")
 AXES = (*BATCH_AXES, "model")
@@ -33,36 +32,6 @@ TENSOR_RULES = (
     (r"/(mlp/output|pointwise|project)/kernel", -2),
     (r"(^|/)\w*embedding/embedding", 0),  # vocabulary
 )
-
-# What a strategy does to activations at the edges of blocks, and the axis name under pmap. Set only
-# while a step is traced.
-_edge: ContextVar[Callable[[Array], Array]] = ContextVar("edge", default=lambda x: x)
-_axis: ContextVar[str | None] = ContextVar("axis", default=None)
-
-
-def constrain(x: Array) -> Array:
-    """What every activation ``[b, ...]`` at the edge of a block passes through.
-
-    The identity, unless parameters are split: then it says that activations are split by the batch
-    alone. Without it XLA may follow the parameters instead and sum whole batches over devices (8 TB
-    per chip and step were seen in a model of 2.4 B parameters, 33 GB with it).
-    """
-    return _edge.get()(x)
-
-
-def axis_name() -> str | None:
-    """The name of the device axis while a step is traced for pmap; else None."""
-    return _axis.get()
-
-
-def sum_over_devices(tree: PyTree) -> PyTree:
-    """The sum of what each device has, under pmap; under jit arrays are whole already."""
-    return jax.lax.psum(tree, _axis.get()) if _axis.get() else tree
-
-
-def own_key(key: Array) -> Array:
-    """Another random key on every device, under pmap; under jit there is one of each number."""
-    return jax.random.fold_in(key, jax.lax.axis_index(_axis.get())) if _axis.get() else key
 
 
 def make_mesh(
@@ -119,6 +88,8 @@ class Placement:
         options = options or schema.Parallel()
         self.mesh = make_mesh(options.mesh, devices)
         self.strategy, self.compile = options.strategy, options.compile
+        self._forms = step_context.BlockForms(options.remat == "blocks", options.scan)
+        self._global_norm = options.batch_norm == "global"
         for strategy, axis in (("fsdp", "fsdp"), ("tensor", "model")):
             if strategy in self.strategy.split("+") and axis not in self.mesh.shape:
                 raise ValueError(
@@ -130,6 +101,11 @@ class Placement:
                 f"parallel.compile=pmap replicates: it needs strategy=replicate, not "
                 f'{self.strategy}, and no axis but "data" in parallel.mesh, not {options.mesh}'
             )
+        if self.compile != "pmap" and not self._global_norm:
+            raise ValueError(
+                "parallel.batch_norm=per_device needs parallel.compile=pmap: under jit a batch is "
+                "one array, and so are its statistics"
+            )
         self._batch = tuple(axis for axis in BATCH_AXES if axis in self.mesh.shape)
 
     @property
@@ -137,16 +113,44 @@ class Placement:
         """Into how many parts the batch is split."""
         return int(np.prod([self.mesh.shape[axis] for axis in self._batch]))
 
+    @property
+    def shard(self) -> tuple[int, int]:
+        """Which part of every batch this host reads, and of how many.
+
+        Hosts whose devices hold parts of the same rows, along "model", read the same ones.
+        """
+        axes = tuple(self.mesh.shape)
+        order = [axes.index(axis) for axis in self._batch]
+        sizes = [self.mesh.shape[axis] for axis in self._batch]
+        rows: dict[int, set[int]] = {}
+        for place, device in np.ndenumerate(self.mesh.devices):
+            row = int(np.ravel_multi_index([place[i] for i in order], sizes))
+            rows.setdefault(device.process_index, set()).add(row)
+        parts = sorted({tuple(sorted(own)) for own in rows.values()})
+        if sum(map(len, parts)) != self.batch_parts:
+            raise ValueError(
+                f"parallel.mesh={dict(self.mesh.shape)}: hosts would share some rows of a batch "
+                'but not all: give "model" a size that divides the devices of a host, or the other '
+                "way round"
+            )
+        own = rows[jax.process_index()] if jax.process_index() in rows else rows[min(rows)]
+        return parts.index(tuple(sorted(own))), len(parts)
+
     def check_batch(self, batch_size: int, *, what: str = "batch_size") -> None:
-        """Raises ValueError unless the global batch divides over hosts and devices."""
-        parts = (self.batch_parts, "devices that split the batch"), (hosts(), "hosts")
-        for count, of in parts:
-            if batch_size % count:
-                lower, upper = batch_size // count * count, -(-batch_size // count) * count
-                nearest = f"{lower} or {upper}" if lower else f"{upper}"
-                raise ValueError(
-                    f"{what}={batch_size} is not divisible by the {count} {of}: use {nearest}"
-                )
+        """Raises ValueError unless the global batch divides over the devices that split it."""
+        parts = self.batch_parts
+        if batch_size % parts:
+            lower, upper = batch_size // parts * parts, -(-batch_size // parts) * parts
+            nearest = f"{lower} or {upper}" if lower else f"{upper}"
+            raise ValueError(
+                f"{what}={batch_size} is not divisible by the {parts} devices that split the "
+                f"batch: use {nearest}"
+            )
+
+    def split(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shapes of a global batch, with their shardings."""
+        where = self._batched()
+        return {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for k, x in batch.items()}
 
     def spec(self, path: str, shape: tuple[int, ...]) -> PartitionSpec:
         """How the array of a state at `path` ("variables/params/stem/conv1/kernel") is split."""
@@ -205,22 +209,15 @@ class Placement:
     def _replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
 
-    @contextlib.contextmanager
-    def _tracing(self, axis_name: str | None = None) -> Iterator[None]:
-        """Sets what the functions above do, while a function is traced."""
-        edge = _edge.set(
-            lambda x: (
-                jax.lax.with_sharding_constraint(x, self._batched())
-                if self.strategy != "replicate"
-                else x
-            )
+    def _tracing(self, axis: str | None = None) -> AbstractContextManager[None]:
+        """What the code of a step is told while it is traced."""
+        split = self.strategy != "replicate"
+        return step_context.tracing(
+            edge=lambda x: jax.lax.with_sharding_constraint(x, self._batched()) if split else x,
+            axis=axis,
+            norm_axis=axis if self._global_norm else None,
+            forms=self._forms,
         )
-        axis = _axis.set(axis_name)
-        try:
-            yield
-        finally:
-            _edge.reset(edge)
-            _axis.reset(axis)
 
     def compile_init(self, init: Callable[[], Any]) -> Callable[[], Any]:
         """jit of a function without arguments that makes a state.
@@ -238,7 +235,7 @@ class Placement:
         """``(state, batch) -> (state, metrics)``, compiled; the state is donated.
 
         `state`: its shapes. Under pmap it is the same on every device, and the step has to use
-        `sum_over_devices`.
+        `step_context.sum_over_devices`.
         """
 
         axis = "data" if self.compile == "pmap" else None
@@ -267,23 +264,11 @@ class Placement:
         return jax.jit(traced, out_shardings=self._replicated())
 
 
-def hosts() -> int:
-    """How many processes run this program."""
-    return jax.process_count()
-
-
-def host() -> int:
-    """Which of them this is; 0 writes the files."""
-    return jax.process_index()
-
-
 def describe() -> str:
     """E.g. ``"2 x cpu (TFRT_CPU) on 1 host"``."""
-    device = jax.devices()[0]
-    plural = "" if hosts() == 1 else "s"
-    return (
-        f"{jax.device_count()} x {device.device_kind} ({device.platform}), {hosts()} host{plural}"
-    )
+    device, hosts = jax.devices()[0], jax.process_count()
+    plural = "" if hosts == 1 else "s"
+    return f"{jax.device_count()} x {device.device_kind} ({device.platform}), {hosts} host{plural}"
 
 
 def by_platform(*args: Any, default: Callable[..., Any], **platforms: Callable[..., Any]) -> Any:

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from localglobal_jax import metrics, model_card, optim, parallel, reporting, schema
+from localglobal_jax import hosts, metrics, model_card, optim, parallel, reporting, schema
 from localglobal_jax.tasks import HostBatch, Task
 from localglobal_jax.workdir import write_atomically
 
@@ -29,7 +29,7 @@ class Diverged(Exception):
 
 def announce(run: schema.Run, task: Task, params: PyTree, start: int) -> None:
     """Parameters, data, devices and what is about to happen."""
-    if parallel.host():
+    if hosts.rank():
         return
     log.info("%s", reporting.parameter_table(params))
     log.info("data     %s", task.summary)
@@ -88,7 +88,7 @@ class Window:
             self._compiled.add(shapes)
             seconds = time.perf_counter() - began
             self._paused += seconds
-            if parallel.host() == 0:
+            if hosts.rank() == 0:
                 log.info("compiled in %.1f s", seconds)
 
     def add(self, sums: PyTree) -> None:
@@ -141,7 +141,7 @@ class Output:
     def __init__(self, run: schema.Run, task: Task, directory: pathlib.Path, start: int):
         self._items, self._steps = task.items, run.steps
         self._writer = self._progress = None
-        if parallel.host() == 0:
+        if hosts.rank() == 0:
             self._writer = reporting.Writer(
                 directory, resume_step=start, tensorboard=run.log.tensorboard
             )
@@ -198,25 +198,27 @@ def versions() -> dict[str, str]:
 def finish(
     run: schema.Run, task: Task, directory: pathlib.Path, params: PyTree
 ) -> dict[str, dict[str, float]]:
-    """Writes `model_card.md` and the learning curve; returns the last metrics by split."""
+    """On host 0 writes `model_card.md` and the learning curve, and returns the last metrics."""
     last: dict[str, dict[str, float]] = {}
+    if hosts.rank():
+        return last
     for line in reporting.read_metrics(directory):
         last[line["split"]] = {k: v for k, v in line.items() if k != "split"}
-    if parallel.host() == 0:
-        curve = reporting.learning_curve(directory)
-        card = model_card.model_card(
-            name=f"{run.model['name']} on {run.data.name}",
-            summary=f"A {run.task.name} model trained with localglobal_jax.",
-            config=run.model_dump(mode="json"),
-            data={"name": run.data.name, "training": task.summary},
-            parameters=sum(x.size for x in jax.tree.leaves(params)),
-            steps=run.steps,
-            metrics={split: _results(line) for split, line in last.items()},
-            versions=versions(),
-            environment={"python": platform.python_version(), "devices": parallel.describe()},
-            command=shlex.join(["localglobal", *sys.argv[1:]]) if sys.argv[1:] else None,
-            curve=curve.name,
-        )
-        write_atomically(directory / "model_card.md", card)
-        log.info("wrote %s and %s", directory / "model_card.md", curve)
+    curve = reporting.learning_curve(directory)
+    card = model_card.model_card(
+        name=f"{run.model['name']} on {run.data.name}",
+        summary=f"A {run.task.name} model trained with localglobal_jax.",
+        config=run.model_dump(mode="json"),
+        data={"name": run.data.name, "training": task.summary},
+        parameters=sum(x.size for x in jax.tree.leaves(params)),
+        steps=run.steps,
+        metrics={split: _results(line) for split, line in last.items()},
+        use=task.use,
+        versions=versions(),
+        environment={"python": platform.python_version(), "devices": parallel.describe()},
+        command=shlex.join(["localglobal", *sys.argv[1:]]) if sys.argv[1:] else None,
+        curve=curve.name,
+    )
+    write_atomically(directory / "model_card.md", card)
+    log.info("wrote %s and %s", directory / "model_card.md", curve)
     return last

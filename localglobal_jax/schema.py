@@ -175,6 +175,13 @@ class Parallel(Section):
     # and hidden channels over the axis "model"; both.
     strategy: Literal["replicate", "fsdp", "tensor", "fsdp+tensor"] = "replicate"
     compile: Literal["jit", "pmap"] = "jit"  # pmap: one program per device, all replicated
+    # blocks: their activations are computed again in the backward pass: less memory, more time
+    remat: Literal["none", "blocks"] = "none"
+    scan: bool = (
+        False  # equal blocks in a row are compiled once: less compile time; best with remat
+    )
+    # Statistics over the global batch, or, under pmap, over what each device has of it.
+    batch_norm: Literal["global", "per_device"] = "global"
 
 
 class Run(Section):

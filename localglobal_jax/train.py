@@ -8,19 +8,25 @@ a resumed run repeats nothing and skips nothing.
 
 import logging
 import pathlib
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from typing import Any
 
 import jax
 from jaxtyping import PyTree
 
-from localglobal_jax import checkpoint, conversion, evaluate, optim, parallel, schema, workdir
+from localglobal_jax import (
+    checkpoint,
+    conversion,
+    evaluate,
+    hosts,
+    optim,
+    parallel,
+    schema,
+    workdir,
+)
 from localglobal_jax.run_report import Output, Window, announce, finish, versions
-from localglobal_jax.tasks import Batch, create_task
-from localglobal_jax.train_step import State, init_state, start_from, train_step
+from localglobal_jax.tasks import create_task
+from localglobal_jax.train_step import check_batches, init_state, make_update, start_from
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +47,7 @@ def train(run: schema.Run, directory: str | pathlib.Path) -> dict[str, dict[str,
     check_batches(run, placement)
     workdir.refuse_other(run, directory)
     trace = Trace(run, directory)
-    shard = (parallel.host(), parallel.hosts())
-    task = create_task(run, shard=shard, workdir=directory)
+    task = create_task(run, shard=placement.shard, workdir=directory)
     optimizer = optim.make_optimizer(run.optim, run.steps)
     init = placement.compile_init(lambda: init_state(task, optimizer, run))
     template = placement.template(jax.eval_shape(init))
@@ -52,9 +57,12 @@ def train(run: schema.Run, directory: str | pathlib.Path) -> dict[str, dict[str,
     pretrained = conversion.pretrained(run.init, task.model, task.inputs) if run.init else None
 
     # ---- state: restored, or made
-    if parallel.host() == 0:
+    hosts.barrier("checked")  # what one host refuses, no host writes
+    if hosts.rank() == 0:
         workdir.claim(run, directory)
         task.save(directory)
+    hosts.barrier("claimed")
+    workdir.check_shared(directory)
     checkpoints = checkpoint.Checkpoints(directory / "checkpoints", run.checkpoint)
     restored = checkpoints.restore(template)
     start, state = (restored.step, restored.state) if restored else (0, init())
@@ -63,13 +71,7 @@ def train(run: schema.Run, directory: str | pathlib.Path) -> dict[str, dict[str,
     params = template.variables["params"]
     announce(run, task, params, start)
 
-    # ---- compile
-    def update(state: State, batch: Batch) -> tuple[State, PyTree]:
-        return train_step(
-            state, batch, task=task, optimizer=optimizer, options=run.optim, seed=run.seed
-        )
-
-    step_fn = placement.compile_step(update, template)
+    step_fn = placement.compile_step(make_update(task, optimizer, run), template)
     about = {"config": run.model_dump(mode="json"), "model": dict(task.model_spec)}
     about["versions"] = versions()
 
@@ -77,14 +79,14 @@ def train(run: schema.Run, directory: str | pathlib.Path) -> dict[str, dict[str,
     window = Window(run, task, start, restored.metadata["window"] if restored else None)
     batches = task.train_batches(start, run.steps)
     with (
-        stop_requests() as stop,
+        hosts.stop_requests() as asked_to_stop,
         closing(checkpoints),
         closing(trace),
         closing(Output(run, task, directory, start)) as output,
     ):
         for step in range(start, run.steps + 1):
             last, new, results = step == run.steps, step > start, {}
-            stopping = stop.is_set()  # asked once: a signal may come between two lines
+            stopping = asked_to_stop(step)  # once: a signal may come between two lines
             if new and (last or due(step, run.eval.every)):
                 with window.paused():
                     results = evaluation(state.average or state.variables)
@@ -114,46 +116,6 @@ def train(run: schema.Run, directory: str | pathlib.Path) -> dict[str, dict[str,
 def due(step: int, every: int) -> bool:
     """Is `step` one of every n-th? 0 means never."""
     return every > 0 and step % every == 0
-
-
-def check_batches(run: schema.Run, placement: parallel.Placement) -> None:
-    """Raises ValueError unless every batch divides over devices, hosts and micro-batches."""
-    (field, rows), parts = run.train_rows, run.optim.accumulate
-    if rows % parts:
-        raise ValueError(
-            f"{field}={rows} is not divisible by optim.accumulate={parts} micro-batches"
-        )
-    what = field if parts == 1 else f"{field} / optim.accumulate"
-    placement.check_batch(rows // parts, what=what)
-    field, rows = run.eval_rows
-    placement.check_batch(rows, what=field)
-
-
-@contextmanager
-def stop_requests() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, as schedulers send it before they take a machine away.
-
-    Ctrl-C sets it too, once; the second one interrupts as usual.
-    """
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event  # Python allows handlers in the main thread only
-        return
-
-    def ask(number: int, frame: Any) -> None:
-        event.set()
-        if number == signal.SIGINT:
-            log.warning("saving after this step; Ctrl-C again to stop at once")
-            signal.signal(signal.SIGINT, previous[signal.SIGINT])
-
-    previous: dict[int, Any] = {}
-    for asked in (signal.SIGTERM, signal.SIGINT):
-        previous[asked] = signal.signal(asked, ask)
-    try:
-        yield event
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 class Trace:

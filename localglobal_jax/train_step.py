@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PyTree
 
-from localglobal_jax import optim, parallel, schema
+from localglobal_jax import optim, parallel, schema, step_context
 from localglobal_jax.tasks import Batch, Loss, Task, Variables
 
 
@@ -41,6 +41,32 @@ def start_from(state: State, variables: Variables) -> State:
     return state.replace(variables=variables, average=average)
 
 
+def check_batches(run: schema.Run, placement: parallel.Placement) -> None:
+    """Raises ValueError unless every batch divides over devices, hosts and micro-batches."""
+    (field, rows), parts = run.train_rows, run.optim.accumulate
+    if rows % parts:
+        raise ValueError(
+            f"{field}={rows} is not divisible by optim.accumulate={parts} micro-batches"
+        )
+    what = field if parts == 1 else f"{field} / optim.accumulate"
+    placement.check_batch(rows // parts, what=what)
+    field, rows = run.eval_rows
+    placement.check_batch(rows, what=field)
+
+
+def make_update(
+    task: Task, optimizer: optax.GradientTransformation, run: schema.Run
+) -> Callable[[State, Batch], tuple[State, PyTree]]:
+    """The update that training compiles, and that `plan` compiles for devices that are not here."""
+
+    def update(state: State, batch: Batch) -> tuple[State, PyTree]:
+        return train_step(
+            state, batch, task=task, optimizer=optimizer, options=run.optim, seed=run.seed
+        )
+
+    return update
+
+
 def train_step(
     state: State,
     batch: Batch,
@@ -51,7 +77,7 @@ def train_step(
     seed: int,
 ) -> tuple[State, PyTree]:
     """One update: the gradient of the mean loss over all examples of the global batch."""
-    key = parallel.own_key(jax.random.fold_in(jax.random.key(seed), state.step))
+    key = step_context.own_key(jax.random.fold_in(jax.random.key(seed), state.step))
     gradient, loss = accumulated_gradient(
         task.loss, state.variables, batch, key, options.accumulate
     )
@@ -103,6 +129,6 @@ def accumulated_gradient(
             body, collections, (split, jax.random.split(key, parts))
         )
         gradient, loss = jax.tree.map(lambda x: x.sum(0), summands)
-    gradient, loss = parallel.sum_over_devices((gradient, loss._replace(collections={})))
+    gradient, loss = step_context.sum_over_devices((gradient, loss._replace(collections={})))
     gradient = jax.tree.map(lambda g: g / loss.weight, gradient)
-    return gradient, loss._replace(collections=collections)
+    return gradient, loss._replace(collections=step_context.mean_over_devices(collections))

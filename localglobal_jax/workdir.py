@@ -55,6 +55,15 @@ def claim(run: schema.Run, workdir: pathlib.Path) -> None:
     write_atomically(workdir / "config.json", configlib.to_json(run))
 
 
+def check_shared(workdir: pathlib.Path) -> None:
+    """Raises ValueError on a host that does not see what host 0 has claimed."""
+    if not (workdir / "config.json").exists():
+        raise ValueError(
+            f"--workdir {workdir} is not the directory that host 0 sees there: all hosts need a "
+            "file system that they share"
+        )
+
+
 def write_atomically(file: pathlib.Path, text: str) -> None:
     """A reader, or a crash, sees the old file or the new one, never a part."""
     partial = file.with_name(f".{file.name}.partial")

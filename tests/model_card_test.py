@@ -13,6 +13,7 @@ GIVEN = {
     "parameters": 1234567,
     "steps": 1000,
     "metrics": {"test": {"loss": 0.0512, "count": 360}, "train": {"loss": 0.01}},
+    "use": 'module, variables = lg.load("path")',
     "versions": {"jax": "0.10.2"},
     "environment": {"devices": "2 x cpu | host\nname"},
 }

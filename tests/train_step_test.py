@@ -41,6 +41,7 @@ TASK = Task(
     evaluators={},
     items="points",
     summary="",
+    use="",
 )
 RUN = configlib.check({"model": {"name": "line"}, "optim": {"ema": 0.5}})
 

@@ -6,9 +6,10 @@ from typing import Literal
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from localglobal_jax import arrays, parallel
+from localglobal_jax import arrays, step_context
 from localglobal_jax.operators.activation import ACTIVATIONS, Activation
 
 Grid = Float[Array, "b h w d"]
@@ -21,14 +22,15 @@ Norm = Literal["batch", "layer"]
 def make_norm(kind: Norm, *, eps: float, train: bool, dtype: str, name: str) -> nn.Module:
     """A "batch" or "layer" norm; statistics are float32 at least.
 
-    Those of a batch are over the global batch, however many devices share it. Running statistics
+    Those of a batch are over the global batch, however many devices share it (or over a device's
+    part, if `parallel.batch_norm` says so). Running statistics
     follow TensorFlow's rule: momentum 0.9 and the biased variance of the batch
     (torch keeps the unbiased one; they differ by n / (n - 1)).
     """
     if kind == "batch":
         return nn.BatchNorm(
             use_running_average=not train,
-            axis_name=parallel.axis_name(),
+            axis_name=step_context.norm_axis(),
             momentum=0.9,
             epsilon=eps,
             dtype=dtype,
@@ -80,15 +82,16 @@ class Shortcut(nn.Module):
 class DropPath(nn.Module):
     """Stochastic depth: drops the branch of an example (arXiv 1603.09382), scales up the others."""
 
-    rate: float = 0.0
+    rate: float | Float[Array, ""] = 0.0  # an array where blocks are scanned
 
     @nn.compact
     def __call__(self, x: Float[Array, " b *rest"], *, train: bool) -> Float[Array, " b *rest"]:
-        if not train or self.rate == 0.0:
+        if not train or (isinstance(self.rate, float) and self.rate == 0.0):
             return x
         shape = (x.shape[0],) + (1,) * (x.ndim - 1)
-        kept = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.rate, shape)
-        return x * kept.astype(x.dtype) / (1.0 - self.rate)
+        keep = 1.0 - self.rate
+        kept = jax.random.bernoulli(self.make_rng("dropout"), keep, shape)
+        return x * kept.astype(x.dtype) / jnp.asarray(keep, x.dtype)
 
 
 class LayerScale(nn.Module):

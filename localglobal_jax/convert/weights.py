@@ -122,7 +122,7 @@ def assemble(
       what: the name of the model, for the error.
 
     Raises:
-      ValueError: names are missing or left over, or shapes differ; lists all of them.
+      ValueError: names are missing or left over, or shapes differ; lists them, once each.
     """
     missing, shapes, used = [], [], set()
 
@@ -147,8 +147,13 @@ def assemble(
     left_over = [name for name in state_dict if name not in used and not ignored(name)]
     problems = {"missing": missing, "left over": left_over, "of another shape": shapes}
     if any(problems.values()):
-        lists = "; ".join(
-            f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names
-        )
+        lists = "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
         raise ValueError(f"the state dict does not fit {what}: {lists}")
     return variables
+
+
+def _some(names: list[str], at_most: int = 20) -> str:
+    """Each name once; of very many the first, and how many more there are."""
+    names = list(dict.fromkeys(names))
+    more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
+    return ", ".join(names[:at_most]) + more

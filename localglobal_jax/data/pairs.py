@@ -35,7 +35,14 @@ def read(options: schema.Text, split: str) -> Pairs:
     if options.mock:
         return _filtered(*mock_language(options, split))
     if options.files:
-        return _filtered(*text_files.read_pairs(options.files, split))
+        found = _filtered(*text_files.read_pairs(options.files, split))
+        if not found.sources:
+            raise ValueError(
+                f"data.files={options.files} holds no pair of the split {split}: give a file per "
+                'split, with "{split}" in their names; one alone is parted by its sources, a pair '
+                f"in {text_files.EVERY} to each of validation and test"
+            )
+        return found
     return _from_records(options, split)
 
 

@@ -34,11 +34,11 @@ def write(files: Mapping[str, str], folder: pathlib.Path) -> list[str]:
 
 
 def call(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, str]:
-    """Exit code and all output of a tool."""
+    """Exit code and all output of a tool; the answer to whatever it may ask is no."""
     done = subprocess.run(
         command,
         env=dict(environment),
-        stdin=subprocess.DEVNULL,
+        input="n\n",
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -9,8 +9,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from localglobal_jax import parallel
 from localglobal_jax.blocks.sequence import SEQUENCE_BLOCKS
+from localglobal_jax.in_sequence import in_sequence
 from localglobal_jax.operators.sequence import Cache, Memory
 
 PER_LAYER = {"windows": 2, "window": 1}  # options that may be one per layer: nested this deep
@@ -82,12 +82,15 @@ class Stack(nn.Module):
         train: bool = False,
     ) -> tuple[Float[Array, "b l d"], dict[str, Float[Array, "b l d"]]]:
         """The output, and that of every layer."""
-        outputs = {}
-        for name, layer in self._named():
-            own = None if memory is None else memory[name]
-            x = layer(parallel.constrain(x), mask=mask, memory=own, train=train)
-            x = outputs[name] = parallel.constrain(x)
-        return self._last(x), outputs
+
+        def call(layer: nn.Module, x: Array, own: tuple[Any, Any]) -> Array:
+            mask, memory = own
+            return layer(x, mask=mask, memory=memory, train=train)
+
+        names, layers = zip(*self._named(), strict=True)
+        given = [(mask, None if memory is None else memory[name]) for name in names]
+        outputs = in_sequence(self, layers, x, call, given)
+        return self._last(outputs[-1]), dict(zip(names, outputs, strict=True))
 
     def remember(
         self, encoded: Float[Array, "b m e"], mask: Bool[Array, "b m"]

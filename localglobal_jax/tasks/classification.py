@@ -15,6 +15,9 @@ from localglobal_jax.data import images, loader, mixing
 from localglobal_jax.models import create_model
 from localglobal_jax.tasks.task import Batch, Evaluator, HostBatch, Loss, Task, Variables
 
+USE = """module, variables = lg.load("path/to/this/directory")
+logits, _ = module.apply(variables, images, train=False)  # [b, h, w, c], normalised as below"""
+
 
 def create(
     run: schema.ClassificationRun,
@@ -62,6 +65,7 @@ def create(
             for split in run.data.eval_splits
         },
         items="images",
+        use=USE,
         summary=f"{run.data.name}/{run.data.train_split}: {size} {'x'.join(map(str, shape))}, "
         f"{classes} classes",
     )

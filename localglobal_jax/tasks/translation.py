@@ -17,6 +17,8 @@ from localglobal_jax.data import text, tokenizer
 from localglobal_jax.models import create_model
 from localglobal_jax.tasks.task import Batch, Evaluator, HostBatch, Loss, Task, Variables
 
+USE = """translator = lg.translate.load("path/to/this/directory")
+print(translator.translate(["A sentence."])[0].text)"""
 UNKNOWN = 0.05  # share of tokens from which we warn
 log = logging.getLogger(__name__)
 
@@ -83,6 +85,7 @@ def create(
             for split in run.data.eval_splits
         },
         items="tokens",
+        use=USE,
         summary=f"{run.data.name}/{run.data.train_split}: {source.summary if source else 'text'}",
         save=lambda directory: tokenizer.save(tokenizers, directory / tokenizer.DIRECTORY),
     )

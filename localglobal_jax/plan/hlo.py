@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads the text of a compiled program (XLA's HLO). Pure; knows neither models nor chips.
+
+What XLA's own cost analysis gets wrong is done here: the body of a loop counts as often as it runs.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator
+
+BITS = {"pred": 8, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "bf16": 16, "token": 0}
+ARRAY = re.compile(r"\b(pred|token|bf16|[suf]\d+[a-z0-9]*|c64|c128)\[([\d,]*)\](\{[^{}]*\})?")
+NAME = re.compile(r"%([\w.\-]+)")
+HEAD = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
+CALLS = re.compile(
+    r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
+    r"|\b(?:branch_computations|called_computations)=\{([^}]*)\}"
+)
+# Neither reads nor writes memory by itself: what is behind a name, or what others do.
+FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
+    "call", "after-all", "partition-id", "replica-id", "opt-barrier", "iota",
+}  # fmt: skip
+WINDOWS = ("dynamic-slice", "slice", "gather")  # read only what they give
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """One array of an instruction's result."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    in_hbm: bool  # S(1) and above name the chip's own memories
+
+    @property
+    def nbytes(self) -> int:
+        """Without the padding of the chip's layouts."""
+        known = BITS.get(self.dtype)
+        bits = int(re.findall(r"\d+", self.dtype)[0]) if known is None else known
+        return (math.prod(self.shape) * bits + 7) // 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """``%name = result opcode(operands), attributes``."""
+
+    name: str
+    opcode: str
+    result: tuple[Array, ...]
+    operands: tuple[str, ...]
+    inside: str  # the text between the parentheses: the value of a constant, the number of a param
+    attributes: str
+
+    def attribute(self, pattern: str) -> str | None:
+        """The first group of `pattern` in the attributes."""
+        found = re.search(pattern, self.attributes)
+        return found[1] if found else None
+
+    @property
+    def op_name(self) -> str:
+        """Where it comes from: ``jit(traced)/jvp(CoAtNet)/stage1/block1/norm/reduce_sum``."""
+        return self.attribute(r'op_name="([^"]*)"') or ""
+
+    @property
+    def cycles(self) -> int:
+        """The TPU compiler's estimate; 0 where it gives none."""
+        return int(self.attribute(r'"estimated_cycles":"(\d+)"') or 0)
+
+
+class Program:
+    """A parsed module. `instructions`: of each computation, in order."""
+
+    def __init__(self, text: str):
+        self.instructions: dict[str, list[Instruction]] = {}
+        self.entry = ""
+        current: list[Instruction] = []
+        for line in text.splitlines():
+            if line[:1] not in (" ", "", "}") and line.rstrip().endswith("{"):
+                found = re.match(r"(ENTRY )?%?([\w.\-]+) ", line)
+                if found and "=" not in line.split("(")[0]:
+                    current = self.instructions[found[2]] = []
+                    self.entry = found[2] if found[1] else self.entry
+            elif (head := HEAD.match(line)) is not None:
+                current.append(_instruction(head[1], line[head.end() :]))
+        if self.entry not in self.instructions:
+            raise ValueError("this is not the text of a compiled program: it has no ENTRY")
+        self.devices = int((re.search(r"num_partitions=(\d+)", text) or [0, 1])[1])
+
+    @functools.cached_property
+    def trips(self) -> dict[str, int | None]:
+        """How often each loop runs, by the name of its body; None where nothing says so."""
+        return {_called(i, "body"): self._trips(i) for _, i in self.all() if i.opcode == "while"}
+
+    def _trips(self, loop: Instruction) -> int | None:
+        known = loop.attribute(r'"known_trip_count":\{"n":"(\d+)"')
+        if known:
+            return int(known)
+        # jax compares a counter that starts at 0 with a constant, alone in the condition; a
+        # condition with more than that (rejection sampling, "until all are done") has a bound at
+        # most, and with no constant it has none.
+        limits = {
+            int(i.inside)
+            for name in self._below(_called(loop, "condition"))
+            for i in self.instructions[name]
+            if i.opcode == "constant" and i.result[0].dtype in ("s32", "u32", "s64", "u64")
+            and i.result[0].shape == () and i.inside.isdigit()
+        }  # fmt: skip
+        return max(limits) if limits else None
+
+    def _below(self, name: str) -> Iterator[str]:
+        yield name
+        for instruction in self.instructions[name]:
+            for called in self._calls(instruction):
+                yield from self._below(called)
+
+    def _calls(self, instruction: Instruction) -> list[str]:
+        found = []
+        for one, several in CALLS.findall(instruction.attributes):
+            found += [one] if one else NAME.findall(several)
+        return [name for name in found if name in self.instructions]
+
+    @functools.cached_property
+    def runs(self) -> dict[str, int]:
+        """How often each computation runs in one step; a loop of unknown length counts once."""
+        order: list[str] = []
+        seen: set[str] = set()
+
+        def visit(name: str) -> None:
+            seen.add(name)
+            for instruction in self.instructions[name]:
+                for called in self._calls(instruction):
+                    if called not in seen:
+                        visit(called)
+            order.append(name)
+
+        visit(self.entry)
+        runs = dict.fromkeys(self.instructions, 0)
+        runs[self.entry] = 1
+        for name in reversed(order):  # callers before those they call
+            for instruction in self.instructions[name]:
+                times = 1
+                if instruction.opcode == "while":
+                    times = self.trips[_called(instruction, "body")] or 1
+                for called in self._calls(instruction):
+                    runs[called] += runs[name] * times
+        return runs
+
+    @functools.cached_property
+    def scheduled(self) -> dict[str, int]:
+        """Computations whose instructions run one by one (not those inside fusions), how often."""
+        found: dict[str, int] = {}
+
+        def visit(name: str) -> None:
+            if name in found:
+                return
+            found[name] = self.runs[name]
+            for i in self.instructions[name]:
+                if i.opcode in ("while", "conditional", "call"):
+                    for called in self._calls(i):
+                        visit(called)
+
+        visit(self.entry)
+        return found
+
+    def all(self) -> Iterator[tuple[str, Instruction]]:
+        """Every instruction, with the name of its computation."""
+        for name, instructions in self.instructions.items():
+            for instruction in instructions:
+                yield name, instruction
+
+    def traffic(self) -> Iterator[tuple[Instruction, int, int]]:
+        """Every instruction that is run by itself, its bytes in main memory, and how often.
+
+        Operands and results that are in main memory; of an operand that a fusion only takes slices
+        of, the slices, and of a result that it updates in place, the update. Not known here: reads
+        that a fusion repeats, and the padding of layouts.
+        """
+        for name, runs in self.scheduled.items():
+            there = {i.name: i for i in self.instructions[name]}
+            for i in self.instructions[name]:
+                if i.opcode not in FREE and not i.opcode.endswith("-done"):
+                    yield i, self._bytes(i, there), runs
+
+    def _bytes(self, i: Instruction, there: dict[str, Instruction]) -> int:
+        if i.opcode == "slice-start":  # (operand, slice, ...)
+            return sum(a.nbytes * (1 + a.in_hbm) for a in i.result[1:2])
+        if i.opcode.endswith("-start"):  # its result names its operands too
+            return sum(a.nbytes for a in i.result if a.in_hbm)
+        written = sum(a.nbytes for a in i.result if a.in_hbm)
+        operands = [there.get(name) for name in i.operands]
+        reads = [sum(a.nbytes for a in o.result if a.in_hbm) if o else 0 for o in operands]
+        if i.opcode in WINDOWS:
+            return 2 * written + sum(reads[1:])
+        if i.opcode == "dynamic-update-slice":
+            return 2 * reads[1]
+        if i.opcode == "fusion":
+            (called,) = self._calls(i)[:1] or [""]
+            inside = self.instructions.get(called, [])
+            for number, window in _windows(inside).items():
+                if number < len(reads) and reads[number]:
+                    reads[number] = min(reads[number], window)
+            if (update := _update(inside)) is not None:
+                number, size = update
+                if number < len(reads) and reads[number] == written:
+                    reads[number], written = 0, 2 * min(size, written)
+        return written + sum(reads)
+
+
+def _instruction(name: str, rest: str) -> Instruction:
+    end = _close(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    kind, rest = rest[:end], rest[end:].lstrip()
+    at = rest.index("(")
+    close = _close(rest, at)
+    arrays = tuple(
+        Array(dtype, tuple(int(n) for n in shape.split(",") if n), "S(" not in (layout or ""))
+        for dtype, shape, layout in ARRAY.findall(kind)
+    )
+    inside = rest[at + 1 : close]
+    return Instruction(
+        name, rest[:at], arrays, tuple(NAME.findall(inside)), inside, rest[close + 1 :]
+    )
+
+
+def _close(text: str, at: int) -> int:
+    """The parenthesis that closes the one at `at`."""
+    depth = 0
+    for found in re.compile(r"[()]").finditer(text, at):
+        depth += 1 if found[0] == "(" else -1
+        if depth == 0:
+            return found.start()
+    raise ValueError(f"unbalanced: {text[:80]}")
+
+
+def _called(instruction: Instruction, role: str) -> str:
+    return instruction.attribute(rf"\b{role}=%?([\w.\-]+)") or ""
+
+
+def _windows(inside: list[Instruction]) -> dict[int, int]:
+    """Parameters of a fused computation that are only sliced -> bytes of their slices."""
+    users: dict[str, list[Instruction]] = {}
+    for i in inside:
+        for operand in i.operands:
+            users.setdefault(operand, []).append(i)
+    found = {}
+    for i in inside:
+        if i.opcode != "parameter" or not users.get(i.name):
+            continue
+        if all(u.opcode in WINDOWS and u.operands[0] == i.name for u in users[i.name]):
+            found[int(i.inside)] = sum(a.nbytes for u in users[i.name] for a in u.result)
+    return found
+
+
+def _update(inside: list[Instruction]) -> tuple[int, int] | None:
+    """The parameter that a fused computation updates in place at its end, and by how much."""
+    there = {i.name: i for i in inside}
+    last = inside[-1] if inside else None
+    while last is not None and last.opcode == "bitcast":
+        last = there.get(last.operands[0])
+    if last is None or last.opcode != "dynamic-update-slice":
+        return None
+    target, update = (there[name] for name in last.operands[:2])
+    while target.opcode == "bitcast":
+        target = there[target.operands[0]]
+    if target.opcode != "parameter":
+        return None
+    return int(target.inside), sum(a.nbytes for a in update.result)

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a compiled program does that its author may not have meant. Pure."""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from localglobal_jax.plan.collectives import Collective
+
+SMALL = 64 * 2**10  # bytes below which a message costs its latency
+MANY = 10
+FEW_TIMES = 4  # parameter bytes that a step may send: gathers forward and backward, gradients
+LEVELS = ("error", "warning", "notice")
+
+
+def find(facts: Mapping[str, Any], collectives: Sequence[Collective]) -> list[dict[str, str]]:
+    """``{"level", "name", "text"}`` each, the worst first."""
+    found = [
+        *_whole_batches(facts, collectives),
+        *_much(facts, collectives),
+        *_tiny(collectives),
+        *_gradient_types(facts, collectives),
+    ]
+    return sorted(found, key=lambda lint: LEVELS.index(lint["level"]))
+
+
+def _lint(level: str, name: str, text: str) -> dict[str, str]:
+    return {"level": level, "name": name, "text": text}
+
+
+def _whole_batches(facts: Mapping[str, Any], collectives: Sequence[Collective]) -> Any:
+    """A device that receives rows of all devices does work, or holds memory, that is not split.
+
+    Known by a dimension as long as the global batch beside none as long as a device's share of it,
+    in what has no parameter's size.
+    """
+    parts = math.prod(n for axis, n in facts["mesh"].items() if axis != "model")
+    rows = facts["rows"]
+    if parts == 1:
+        return
+    seen: dict[tuple[Any, ...], int] = defaultdict(int)
+    for c in collectives:
+        local = rows // parts in c.shape and rows != rows // parts
+        batch = rows in c.shape or (facts["items"] != rows and facts["items"] in c.shape)
+        if batch and not local and math.prod(c.shape) not in facts["parameter_sizes"]:
+            seen[c.op, c.dtype, c.shape, c.op_name] += c.payload * c.count
+    for (op, dtype, shape, op_name), size in seen.items():
+        yield _lint(
+            "error" if size >= SMALL else "warning",
+            "global batch in a collective",
+            f"{op} of {dtype}{list(shape)} ({size / 1e6:.3g} MB), from {op_name or 'nowhere'}: "
+            f"every device gets all {rows} rows of the batch",
+        )
+
+
+def _much(facts: Mapping[str, Any], collectives: Sequence[Collective]) -> Any:
+    wire = sum(c.wire * c.count for c in collectives)
+    if wire > FEW_TIMES * facts["parameter_bytes"]:
+        yield _lint(
+            "warning",
+            "much is sent",
+            f"a device sends {wire / 1e6:,.0f} MB a step, {wire / facts['parameter_bytes']:.1f} "
+            "times the size of all parameters; activations may travel because they are not "
+            "constrained, or because this strategy sends them (tensor)",
+        )
+
+
+def _tiny(collectives: Sequence[Collective]) -> Any:
+    sizes: dict[str, int] = defaultdict(int)
+    counts: dict[str, int] = {}
+    names = {}
+    for c in collectives:
+        if c.op == "all-reduce":
+            sizes[c.key] += c.payload
+            counts[c.key], names[c.key] = c.count, c.op_name
+    tiny = [key for key, size in sizes.items() if size < SMALL]
+    if (number := sum(counts[key] for key in tiny)) >= MANY:
+        norms = sum(counts[key] for key in tiny if "norm" in names[key])
+        yield _lint(
+            "notice",
+            "many small all-reduces",
+            f"{number} all-reduces of less than 64 KiB, each of which costs its latency; {norms} "
+            "are of normalisations: statistics of BatchNorm over the global batch are one each",
+        )
+
+
+def _gradient_types(facts: Mapping[str, Any], collectives: Sequence[Collective]) -> Any:
+    sizes: dict[str, int] = defaultdict(int)
+    for c in collectives:
+        summed = c.op in ("all-reduce", "reduce-scatter") and "transpose(" in c.op_name
+        if summed and math.prod(c.shape) in facts["parameter_sizes"]:
+            sizes[c.dtype] += c.payload * c.count
+    if sizes:
+        types = ", ".join(f"{n / 1e6:,.1f} MB in {t}" for t, n in sorted(sizes.items()))
+        yield _lint(
+            "notice", "type of the gradient's sum", f"gradients are summed over devices: {types}"
+        )

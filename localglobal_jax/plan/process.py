@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiler in a process of its own: started, watched, stopped; what it found is kept on disk.
+
+Imports no jax: the process that asks needs none.
+"""
+
+import gzip
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from localglobal_jax import schema
+from localglobal_jax.plan.topologies import Topology
+
+CACHE = pathlib.Path("~/.cache/localglobal/plan")
+TELL = 15.0  # seconds between two lines of progress
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu")
+# Without these two libtpu asks the cloud where it is, and writes that nobody answered; the type
+# need not be that of the target. Without the last one, two compilations cannot run side by side.
+LIBTPU = {
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+ASIDE = ("checkpoint", "log")  # sections of a run that change no compiled step
+NOT_COMPILED = ("cli.py", "plan_command.py")  # and what in this room only reads the results
+READERS = ("hlo.py", "collectives.py", "report.py", "table.py", "lints.py", "search.py")
+
+
+class CompilerFailed(RuntimeError):
+    """The compiler ended without an answer."""
+
+
+def measure(
+    run: schema.Run, topology: Topology, step: str, *, timeout: float, cache: bool = True
+) -> tuple[dict[str, Any], str]:
+    """Facts (see `compile`) and the compiled program's text, empty where it does not fit.
+
+    Raises ValueError for a run that cannot be, `CompilerFailed` where the compiler breaks down or
+    takes more than `timeout` seconds.
+    """
+    if topology.chip is not None and importlib.util.find_spec("libtpu") is None:
+        raise ValueError(
+            f"topology {topology.name} needs the TPU compiler, libtpu, which is not installed: "
+            'pip install "localglobal_jax[tpu]" (no TPU is needed). --topology cpu:8 answers the '
+            "questions of memory and collectives without it"
+        )
+    root = CACHE.expanduser()
+    root.mkdir(parents=True, exist_ok=True)
+    kept = root / key(run, topology, step)
+    if not (cache and (kept / "facts.json").is_file()):
+        with tempfile.TemporaryDirectory(dir=root, prefix="new-") as name:
+            folder = pathlib.Path(name)
+            _compile(run, topology, step, folder, timeout)
+            if "error" not in read(folder)[0]:
+                shutil.rmtree(kept, ignore_errors=True)
+                shutil.copytree(folder, kept)
+            facts, text = read(folder)
+    else:
+        print(f"compiled before: {kept}", file=sys.stderr)
+        facts, text = read(kept)
+    if "error" in facts:
+        raise ValueError(facts["error"])
+    return facts | {"kept": str(kept)}, text
+
+
+def key(run: schema.Run, topology: Topology, step: str) -> str:
+    """What a compilation depends on, as one word: run, devices, step, versions, our sources."""
+    tree = {k: v for k, v in run.model_dump(mode="json").items() if k not in ASIDE}
+    versions = {name: version(name) for name in PACKAGES}
+    parts = json.dumps([tree, topology.name, step, versions, sources()], sort_keys=True)
+    return hashlib.sha256(parts.encode()).hexdigest()[:24]
+
+
+def version(package: str) -> str | None:
+    """Of an installed package."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def sources() -> str:
+    """Digest of the package's files that a compiled step may depend on."""
+    house = pathlib.Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for file in sorted(house.rglob("*.py")):
+        name = file.relative_to(house).as_posix()
+        reader = file.parent.name == "plan" and file.name in READERS
+        if name not in NOT_COMPILED and not reader:
+            digest.update(name.encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def environment(topology: Topology, given: Mapping[str, str]) -> dict[str, str]:
+    """Of the compiler's process: the CPU is its only device, even where there is a TPU."""
+    found = {**given, "JAX_PLATFORMS": "cpu"}
+    house = str(pathlib.Path(__file__).parent.parent.parent)
+    found["PYTHONPATH"] = os.pathsep.join(filter(None, (house, given.get("PYTHONPATH"))))
+    if topology.chip is not None:
+        return found | LIBTPU
+    pretended = f"--xla_force_host_platform_device_count={topology.devices}"
+    return found | {"XLA_FLAGS": f"{given.get('XLA_FLAGS', '')} {pretended}".strip()}
+
+
+def read(folder: pathlib.Path) -> tuple[dict[str, Any], str]:
+    """What a compiler's process wrote."""
+    facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    program = folder / "program.txt.gz"
+    if not program.is_file():
+        return facts, ""
+    with gzip.open(program, "rt", encoding="utf-8") as file:
+        return facts, file.read()
+
+
+def _compile(
+    run: schema.Run, topology: Topology, step: str, folder: pathlib.Path, timeout: float
+) -> None:
+    request = {"run": run.model_dump(mode="json"), "topology": topology.name, "step": step}
+    (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
+    command = [sys.executable, "-m", "localglobal_jax.plan.compile"]
+    with (folder / "log").open("w") as log:
+        child = subprocess.Popen(
+            [*command, str(folder / "request.json"), str(folder)],
+            env=environment(topology, os.environ),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            _watch(child, f"the {step} step for {topology.name}", timeout)
+        finally:
+            if child.poll() is None:
+                child.kill()
+                child.wait()
+    if child.returncode != 0 or not (folder / "facts.json").is_file():
+        said = (folder / "log").read_text(encoding="utf-8", errors="replace").strip()
+        how = f"exit code {child.returncode}"
+        if child.returncode < 0:
+            how = signal.Signals(-child.returncode).name
+        raise CompilerFailed(
+            f"the compiler ended with {how} on {topology.name}; its last words:\n"
+            + "\n".join(line[:400] for line in said.splitlines()[-12:])
+        )
+
+
+def _watch(child: "subprocess.Popen[bytes]", what: str, timeout: float) -> None:
+    """Waits, and tells how long it has been."""
+    began = time.monotonic()
+    while True:
+        gone = time.monotonic() - began
+        try:
+            child.wait(min(TELL, max(timeout - gone, 0.01)))
+            return
+        except subprocess.TimeoutExpired:
+            gone = time.monotonic() - began
+            if gone >= timeout:
+                raise CompilerFailed(
+                    f"compiling {what} took more than {timeout:g} s: give --timeout SECONDS"
+                ) from None
+            print(f"compiling {what} ... {gone:.0f} s", file=sys.stderr, flush=True)

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From what the compiler said to what one wants to know: one dict of numbers. Pure."""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from localglobal_jax.plan import collectives, hlo, lints
+from localglobal_jax.plan.collectives import Collective
+from localglobal_jax.plan.topologies import Topology
+
+NOT_VALIDATED = "the compiler's estimate, not validated on hardware"
+
+
+def build(facts: Mapping[str, Any], text: str, topology: Topology) -> dict[str, Any]:
+    """The report on one compiled step (see `compile` for the facts); bytes, FLOP, ms, a device.
+
+    Where the program does not fit there is no program: no text, no collectives, no layers.
+    """
+    report: dict[str, Any] = {
+        "topology": topology.name,
+        "chips": topology.chips,
+        "devices": topology.devices,
+        "mesh": facts["mesh"],
+        "batch": facts["batch"],
+        "items": facts["items"],
+        "items_name": facts["items_name"],
+        "parameters": facts["parameters"],
+        "memory": memory(facts, topology),
+        "flops": 2 * facts["multiply_adds"] / topology.devices,
+        "compile": {
+            "cpu_seconds": facts["compile_cpu_seconds"],
+            "peak_bytes": facts["compile_peak_bytes"],
+            "kept": facts.get("kept"),
+        },
+    }
+    report["fits"] = report["memory"]["fits"]
+    if not text:
+        return report
+    program = hlo.Program(text)
+    sent = collectives.collectives(program)
+    traffic = [(i, size * runs, i.cycles * runs) for i, size, runs in program.traffic()]
+    report["bytes_accessed"] = sum(size for _, size, _ in traffic)
+    report["estimated_cycles"] = sum(cycles for *_, cycles in traffic)
+    report["wire_bytes"] = sum(c.wire * c.count for c in sent)
+    report["loops_of_unknown_length"] = sum(n is None for n in program.trips.values())
+    report["collectives"] = grouped(sent, facts["parts"])
+    report["layers"] = layers(traffic, facts["parts"])
+    report["lints"] = lints.find(facts, sent)
+    return report | bounds(report, topology)
+
+
+def memory(facts: Mapping[str, Any], topology: Topology) -> dict[str, Any]:
+    """What one device holds, beside what a program may use of it.
+
+    `parameters`, `optimizer` and so on are counted from shapes and shardings; `arguments`,
+    `temporary` (activations and workspace) and `code` are the compiler's account, with the padding
+    of its layouts.
+    """
+    split = facts["arguments"]
+    usable = topology.usable_bytes
+    found: dict[str, Any] = {"split": split, "usable": usable, "fits": None}
+    if (failed := facts.get("out_of_memory")) is not None:
+        usable = failed.get("usable", usable)
+        needed = failed.get("needed")
+        return found | {"fits": False, "needed": needed, "usable": usable}
+    own = facts["memory"]
+    kept = own["arguments"] + own["output"] - own["alias"]
+    needed = max(kept + own["temporary"] + own["code"], own["peak"])
+    found |= {
+        "arguments": own["arguments"],
+        "padding": own["arguments"] - sum(split.values()),
+        "output": own["output"] - own["alias"],
+        "temporary": own["temporary"],
+        "code": own["code"],
+        "needed": needed,
+    }
+    return found | {"fits": None if usable is None else needed <= usable}
+
+
+def bounds(report: Mapping[str, Any], topology: Topology) -> dict[str, Any]:
+    """Times that no run can beat, by published peaks; and a bracket for the time of a step.
+
+    The lower end is the largest of three bounds: they may overlap perfectly. The upper end is the
+    compiler's own cycles, one operation after the other, and then all that is sent.
+    """
+    if topology.chip is None:
+        return {}
+    amounts = {
+        "compute": (report["flops"], "flops"),
+        "memory": (report["bytes_accessed"], "hbm"),
+        "communication": (report["wire_bytes"], "ici"),
+    }
+    ms = {name: 1e3 * n / (topology.peak(peak) or 1) for name, (n, peak) in amounts.items()}
+    low, clock = max(ms.values()), topology.chip.clock
+    found: dict[str, Any] = {"bounds_ms": ms, "bound_by": max(ms, key=lambda name: ms[name])}
+    high = None
+    if clock and report["estimated_cycles"]:
+        high = max(low, 1e3 * report["estimated_cycles"] / clock + ms["communication"])
+    step = [low, high]
+    found["step_ms"] = {"low": low, "high": high, "note": NOT_VALIDATED}
+    found["items_per_second"] = {
+        "high": report["items"] / low * 1e3,
+        "low": report["items"] / high * 1e3 if high else None,
+    }
+    found["mfu"] = dict(
+        zip(("high", "low"), (ms["compute"] / n if n else None for n in step), strict=True)
+    )
+    return found
+
+
+def layer_of(op_name: str, parts: Sequence[str]) -> tuple[str, str]:
+    """``("stage3/block*/attention", "backward")`` of an op_name; blocks of a stage are one layer.
+
+    `parts`: the model's modules at the top. What is in none of them is the loss, with what is done
+    to its inputs, or the update of the state.
+    """
+    words = [word for word in op_name.split("/") if "(" not in word or word.startswith("rematted")]
+    way = "backward" if "transpose(" in op_name else "forward"
+    start = next((n for n, word in enumerate(words) if word in parts), None)
+    if start is None:
+        return ("(loss)", way) if "jvp(" in op_name else ("(update)", "")
+    inside = [word for word in words[start:-1] if word not in ("while", "body", "closed_call")]
+    inside = inside[:3] or [words[start]]
+    return "/".join(re.sub(r"\d+$", "*", w) if n else w for n, w in enumerate(inside)), way
+
+
+def grouped(sent: Sequence[Collective], parts: Sequence[str]) -> list[dict[str, Any]]:
+    """One row for each (op, dtype, group size, layer, way), the largest first.
+
+    XLA sends many arrays in one message: `count` are the messages that a row has a share in.
+    """
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    keys: dict[tuple[Any, ...], dict[str, int]] = defaultdict(dict)
+    for c in sent:
+        layer, way = layer_of(c.op_name, parts)
+        at = (c.op, c.dtype, c.group, layer, way)
+        row = rows.setdefault(
+            at,
+            {"op": c.op, "dtype": c.dtype, "group": c.group, "layer": layer, "pass": way}
+            | {"count": 0, "payload": 0, "wire": 0.0},
+        )
+        keys[at][c.key] = c.count
+        row["payload"] += c.payload * c.count
+        row["wire"] += c.wire * c.count
+    for at, row in rows.items():
+        row["count"] = sum(keys[at].values())
+    return sorted(rows.values(), key=lambda row: -row["wire"])
+
+
+def layers(
+    traffic: Sequence[tuple[hlo.Instruction, int, int]], parts: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Shares of the compiler's cycles and of the bytes in main memory, the largest first."""
+    cycles: dict[tuple[str, str], int] = defaultdict(int)
+    sizes: dict[tuple[str, str], int] = defaultdict(int)
+    for i, size, n in traffic:
+        at = layer_of(i.op_name, parts) if i.op_name else ("(moved by the compiler)", "")
+        cycles[at] += n
+        sizes[at] += size
+    all_cycles, all_bytes = sum(cycles.values()), sum(sizes.values())
+    rows = [
+        {
+            "layer": at[0],
+            "pass": at[1],
+            "cycles_share": cycles[at] / all_cycles if all_cycles else None,
+            "bytes_share": sizes[at] / max(all_bytes, 1),
+        }
+        for at in sizes
+    ]
+    return sorted(rows, key=lambda row: -(row["cycles_share"] or row["bytes_share"]))
+
+
+def totals(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of rows of collectives, by (op, dtype, group)."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        at = (row["op"], row["dtype"], row["group"])
+        names = dict(zip(("op", "dtype", "group"), at, strict=True))
+        total = found.setdefault(at, {**names, "payload": 0, "wire": 0.0})
+        total["payload"] += row["payload"]
+        total["wire"] += row["wire"]
+    return sorted(found.values(), key=lambda row: -row["wire"])

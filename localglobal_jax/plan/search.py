@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The largest batch that fits, in few trials. Pure but for what it is given to try."""
+
+from collections.abc import Callable
+
+CLOSE = 16  # stop where the next trial could gain less than a 16th
+
+
+def largest(fits: Callable[[int], bool], start: int, unit: int) -> int:
+    """The largest multiple of `unit` that fits, to a 16th; 0 if not even `unit` does.
+
+    Doubles or halves from `start`, then bisects. Whatever fits must fit with less.
+    """
+    good, bad = 0, 0
+    n = max(start // unit, 1)
+    while not (good and bad):
+        if fits(n * unit):
+            good, n = n, 2 * n
+        else:
+            bad, n = n, n // 2
+            if n == 0:
+                return 0
+    while bad - good > max(1, good // CLOSE):
+        middle = (good + bad) // 2
+        if fits(middle * unit):
+            good = middle
+        else:
+            bad = middle
+    return good * unit

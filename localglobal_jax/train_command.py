@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `localglobal train`: a run, on this machine or as one of many hosts."""
+
+import argparse
+import json
+import sys
+import traceback
+
+
+def add_options(sub: argparse.ArgumentParser) -> None:
+    """Of the command line, beside --config."""
+    sub.add_argument("--workdir", required=True, metavar="DIR", help="where everything is written")
+    sub.add_argument("--distributed", action="store_true",
+                     help="one of many hosts, as Cloud TPU, Kubernetes or SLURM say")  # fmt: skip
+    sub.add_argument("--coordinator", metavar="HOST:PORT", help="host 0, if nobody says")
+    sub.add_argument("--hosts", type=int, metavar="N", help="how many hosts there are")
+    sub.add_argument("--host", type=int, metavar="I", help="which of them this is")
+    sub.add_argument("--start_timeout", type=float, default=300.0, metavar="SECONDS",
+                     help="how long to wait for the other hosts")  # fmt: skip
+
+
+def join(args: argparse.Namespace) -> None:
+    """Joins the other hosts, if there are any."""
+    from localglobal_jax import hosts
+
+    given = (args.coordinator, args.hosts, args.host)
+    if any(x is not None for x in given):
+        if args.distributed or any(x is None for x in given):
+            raise ValueError("give --coordinator, --hosts and --host together, or --distributed")
+        cluster = hosts.Cluster(*given)
+    elif args.distributed:
+        cluster = hosts.detect(args.start_timeout)
+    else:
+        return
+    hosts.start(cluster, args.start_timeout)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains; the exit codes are those of `cli`."""
+    from localglobal_jax import configlib, hosts
+    from localglobal_jax import train as loop
+    from localglobal_jax.run_report import Diverged
+
+    run = configlib.check(configlib.load(args.config, args.overrides))
+    try:
+        join(args)
+        with hosts.naming_the_lost():
+            results = loop.train(run, args.workdir)
+    except loop.Preempted as stop:
+        return _say(f"{stop}; start again to resume", 42)
+    except Diverged as stop:
+        return _say(str(stop), 3)
+    except hosts.Lost as stop:
+        hosts.leave(_say(str(stop), 42))
+    except Exception as error:
+        if not hosts.joined():
+            raise
+        if not isinstance(error, ValueError | OSError):
+            traceback.print_exc()
+        hosts.leave(_say(str(error), 2 if isinstance(error, ValueError) else 1))
+    if args.json and hosts.rank() == 0:
+        print(json.dumps(results))
+    return 0
+
+
+def _say(text: str, code: int) -> int:
+    print(f"localglobal train: {text}", file=sys.stderr)
+    return code
