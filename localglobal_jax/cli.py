@@ -133,8 +133,7 @@ def parser() -> argparse.ArgumentParser:
     translate_command.add_options(sub)
     add_step(sub)
 
-    example = "--config experiments/coatnet_layouts/sweep.py --workdir runs/layouts --dry_run"
-    sub = command("sweep", sweep_command.run, "many runs of one config", example)
+    sub = command("sweep", sweep_command.run, "many runs of one config", sweep_command.EXAMPLE)
     add_config(sub)
     sweep_command.add_options(sub)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from localglobal_jax.launch import backends, execute, expand, local, pool, shell
 
+EXAMPLE = "--config experiments/coatnet_layouts/sweep.py --workdir runs/layouts --dry_run"
 NOTES = """\
 --dry_run checks every run and prints what it would be; it writes nothing and touches no network.
 The real launch checks the same first. Names are a function of the overrides, so the same command
@@ -101,8 +102,6 @@ def _look(args: argparse.Namespace, runs: list[expand.Description]) -> int:
 
 def _slots(args: argparse.Namespace, environment: Mapping[str, str]) -> list[local.Slot]:
     """Of this machine; for machines elsewhere, as many as wait here for one each."""
-    if args.slots is not None and args.slots < 1:
-        raise ValueError(f"--slots {args.slots}: at least 1")
     if args.backend != "local":
         return [local.Slot()] * (args.slots or 0)
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]

@@ -42,6 +42,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
 REQUIRED = {"xpk": ("cluster", "image", "tpu_type"), "tpu-vm": ("zone", "tpu_type")}
 NUMBERS = {"slots", "retries", "cores_per_slot", "gpus_per_slot", "nodes", "gpus", "cpus"}
 NUMBERS |= {"num_slices", "max_restarts"}
+MAY_BE_ZERO = {"retries", "gpus", "gpus_per_slot", "max_restarts"}
 NAMES = ("local", "slurm", "xpk", "tpu-vm")
 
 
@@ -55,10 +56,15 @@ class Launch:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ValueError for an option that is for another back end, or that is missing."""
+    """Raises ValueError for an option that is for another back end, missing, or too small."""
     for option, (names, _) in OPTIONS.items():
-        if getattr(args, option) and args.backend not in names:
+        given = getattr(args, option)
+        if given is not None and given is not False and args.backend not in names:
             raise ValueError(f"--{option} is for --backend {' or '.join(names)}")
+    for option in ("devices", *sorted(NUMBERS)):
+        least = 0 if option in MAY_BE_ZERO else 1
+        if (given := getattr(args, option)) is not None and given < least:
+            raise ValueError(f"--{option} {given}: at least {least}")
     for option in REQUIRED.get(args.backend, ()):
         if not getattr(args, option):
             raise ValueError(f"--backend {args.backend} needs --{option}")

@@ -37,8 +37,6 @@ def slots(
 
     A GPU is never shared (two processes would ask for its memory); cores are, if they must.
     """
-    if count < 1:
-        raise ValueError(f"--slots {count}: at least 1")
     each = len(gpus) // count if gpus_per_slot is None else gpus_per_slot
     if (gpus and not each and gpus_per_slot is None) or each * count > len(gpus):
         raise ValueError(

@@ -97,6 +97,10 @@ def arguments(*words):
         (("--backend=xpk", "--cluster=c"), "needs --image"),
         (("--backend=tpu-vm", "--tpu_type=v4-8", "--slots=1"), "needs --zone"),
         (("--backend=slurm", "--cores_per_slot=1"), "is for --backend local"),
+        (("--backend=slurm", "--retries=0"), "is for --backend local or tpu-vm"),
+        (("--slots=0",), "--slots 0: at least 1"),
+        (("--devices=0",), "--devices 0: at least 1"),
+        (("--retries=-1",), "--retries -1: at least 0"),
     ],
 )
 def test_options_of_other_back_ends(words, message):
