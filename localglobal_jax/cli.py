@@ -13,6 +13,7 @@ from localglobal_jax import (
     __version__,
     convert_command,
     plan_command,
+    sweep_command,
     train_command,
     translate_command,
 )
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     for noisy in ("absl", "jax", "orbax"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        if overrides and args.command not in ("train", "evaluate", "prepare", "plan"):
+        if overrides and args.command not in ("train", "evaluate", "prepare", "plan", "sweep"):
             raise ValueError(f"{args.command} takes no --config.{next(iter(overrides))}")
         code = args.run(args) or 0
         sys.stdout.flush()  # a reader that has gone away shows here, not when Python ends
@@ -113,9 +114,8 @@ def parser() -> argparse.ArgumentParser:
                          help="mean of N checkpoints, this one and those before")  # fmt: skip
 
     digits = "--config configs/coatnet_digits.py"
-    sub = command(
-        "train", train_command.run, "train, or resume, a run", f"{digits} --workdir runs/digits"
-    )
+    example = f"{digits} --workdir runs/digits"
+    sub = command("train", train_command.run, "train, or resume, a run", example)
     add_config(sub)
     train_command.add_options(sub)
 
@@ -134,6 +134,10 @@ def parser() -> argparse.ArgumentParser:
     sub = command("translate", translate_command.run, "translate lines of text", example)
     translate_command.add_options(sub)
     add_step(sub)
+
+    sub = command("sweep", sweep_command.run, "many runs of one config", sweep_command.EXAMPLE)
+    add_config(sub)
+    sweep_command.add_options(sub)
 
     example = "hyp.de test.de --source test.en"
     sub = command("score", score, "BLEU and chrF of translations", example)

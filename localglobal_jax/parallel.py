@@ -82,6 +82,11 @@ def use_compilation_cache(directory: str | None) -> None:
     jax.config.update("jax_compilation_cache_dir", directory)
 
 
+def pretend(count: int | None = None) -> list[jax.Device]:
+    """So many devices that need not be here (None: as many as are), to check what needs no more."""
+    return [jax.devices()[0]] * (jax.device_count() if count is None else count)
+
+
 class Placement:
     """Where everything of a run lives: a mesh, a strategy, and how its steps are compiled.
 

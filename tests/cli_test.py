@@ -181,7 +181,7 @@ def test_score(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "command",
-    ["train", "evaluate", "prepare", "translate", "score", "inspect", "models", "convert"],
+    ["train", "evaluate", "prepare", "translate", "score", "inspect", "models", "convert", "sweep"],
 )
 def test_every_command_has_help_with_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
