@@ -26,7 +26,7 @@ from localglobal_jax import (
     workdir,
 )
 from localglobal_jax.run_report import Output, Window, announce, finish, versions
-from localglobal_jax.tasks import create_task
+from localglobal_jax.tasks import Task, create_task
 from localglobal_jax.train_step import check_batches, init_state, make_update, start_from
 
 log = logging.getLogger(__name__)
@@ -61,15 +61,7 @@ def train(run: schema.Run, directory: str | pathlib.Path) -> dict[str, dict[str,
     parallel.use_compilation_cache(run.parallel.compilation_cache)
 
     # ---- state: restored, or made
-    hosts.barrier("checked")  # what one host refuses, no host writes
-    if hosts.rank() == 0:
-        workdir.claim(run, directory)
-        task.save(directory)
-        copy.push()
-    hosts.barrier("claimed")
-    if hosts.rank():
-        copy.pull()
-    workdir.check_shared(directory)
+    claim(run, task, copy)
     checkpoints = checkpoint.Checkpoints(copy.checkpoints, run.checkpoint)
     restored = checkpoints.restore(template)
     start, state = (restored.step, restored.state) if restored else (0, init())
@@ -123,6 +115,19 @@ def train(run: schema.Run, directory: str | pathlib.Path) -> dict[str, dict[str,
     if hosts.rank() == 0:
         copy.push()
     return results
+
+
+def claim(run: schema.Run, task: Task, copy: remote.Copy) -> None:
+    """Makes the workdir this run's, once every host has found nothing wrong."""
+    hosts.barrier("checked")
+    if hosts.rank() == 0:
+        workdir.claim(run, copy.local)
+        task.save(copy.local)
+        copy.push()
+    hosts.barrier("claimed")
+    if hosts.rank():
+        copy.pull()
+    workdir.check_shared(copy.local)
 
 
 def due(step: int, every: int) -> bool:
