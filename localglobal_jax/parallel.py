@@ -114,6 +114,11 @@ class Placement:
                 f"parallel.compile=pmap replicates: it needs strategy=replicate, not "
                 f'{self.strategy}, and no axis but "data" in parallel.mesh, not {options.mesh}'
             )
+        if self.compile == "pmap" and jax.process_count() > 1:
+            raise ValueError(
+                "parallel.compile=pmap is for one host: what it returns belongs to each host alone "
+                "and cannot be saved as one checkpoint. Use jit, which gives the same losses"
+            )
         if self.compile != "pmap" and not self._global_norm:
             raise ValueError(
                 "parallel.batch_norm=per_device needs parallel.compile=pmap: under jit a batch is "
