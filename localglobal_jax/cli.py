@@ -13,9 +13,17 @@ from localglobal_jax import (
     __version__,
     convert_command,
     plan_command,
+    sweep_command,
     train_command,
     translate_command,
 )
+
+OWN_FILES = (  # of commands: their options and what they print
+    ("convert", convert_command, "other people's weights to a checkpoint of ours",
+     "timm coatnet_0_rw_224.safetensors --out runs/coatnet_0_rw"),
+    ("plan", plan_command, "compile for a TPU pod without one: does it fit? how fast at most?",
+     "--config configs/coatnet_imagenet.py --topology v5e-256"),
+)  # fmt: skip
 
 
 def console() -> int:
@@ -39,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     for noisy in ("absl", "jax", "orbax"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        if overrides and args.command not in ("train", "evaluate", "prepare", "plan"):
+        if overrides and args.command not in ("train", "evaluate", "prepare", "plan", "sweep"):
             raise ValueError(f"{args.command} takes no --config.{next(iter(overrides))}")
         code = args.run(args) or 0
         sys.stdout.flush()  # a reader that has gone away shows here, not when Python ends
@@ -106,9 +114,8 @@ def parser() -> argparse.ArgumentParser:
                          help="mean of N checkpoints, this one and those before")  # fmt: skip
 
     digits = "--config configs/coatnet_digits.py"
-    sub = command(
-        "train", train_command.run, "train, or resume, a run", f"{digits} --workdir runs/digits"
-    )
+    example = f"{digits} --workdir runs/digits"
+    sub = command("train", train_command.run, "train, or resume, a run", example)
     add_config(sub)
     train_command.add_options(sub)
 
@@ -123,14 +130,14 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--source", metavar="DIR", help="files already downloaded")
     sub.add_argument("--from_tfrecord", metavar="DIR", help="convert a TFRecord data set")
 
-    example = "--config configs/coatnet_imagenet.py --topology v5e-256"
-    sub = command("plan", plan_command.run, "compile for a pod: does it fit? how fast?", example)
-    plan_command.add_options(sub)
-
     example = "--workdir runs/muse < test.en > test.de"
     sub = command("translate", translate_command.run, "translate lines of text", example)
     translate_command.add_options(sub)
     add_step(sub)
+
+    sub = command("sweep", sweep_command.run, "many runs of one config", sweep_command.EXAMPLE)
+    add_config(sub)
+    sweep_command.add_options(sub)
 
     example = "hyp.de test.de --source test.en"
     sub = command("score", score, "BLEU and chrF of translations", example)
@@ -147,11 +154,8 @@ def parser() -> argparse.ArgumentParser:
     sub = command("models", models, "named models: sizes beside the papers'", "coatnet_0 volo_d1")
     sub.add_argument("names", nargs="*", metavar="NAME", help="default: all")
 
-    example = "timm coatnet_0_rw_224.safetensors --out runs/coatnet_0_rw"
-    sub = command(
-        "convert", convert_command.run, "other people's weights to a checkpoint of ours", example
-    )
-    convert_command.add_options(sub)
+    for name, room, about, example in OWN_FILES:
+        room.add_options(command(name, room.run, about, example))
     return top
 
 

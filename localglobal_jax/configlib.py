@@ -123,6 +123,26 @@ def load_module(spec: str) -> tuple[Any, str | None]:
 
 def override(config: ConfigDict, field: str, text: str) -> None:
     """Sets ``a.b.c`` of `config` to `text`, read as the type that the field has."""
+    _set(config, field, lambda default: parse_value(text, default, f"config.{field}"))
+
+
+def override_value(config: ConfigDict, field: str, value: Any) -> Any:
+    """Sets ``a.b.c`` of `config` to a Python value, as the field's type; returns what it became."""
+    return _set(config, field, lambda default: fit(value, default))
+
+
+def fit(value: Any, default: Any) -> Any:
+    """`value` as the type of `default`, where nothing is lost: 1 as 1.0, 1e3 as 1000, lists."""
+    if type(value).__module__ == "numpy":
+        value = value.tolist()
+    if isinstance(default, float) and type(value) is int:
+        return float(value)
+    if type(default) is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    return tuples(value)
+
+
+def _set(config: ConfigDict, field: str, read: Callable[[Any], Any]) -> Any:
     *parents, leaf = field.split(".")
     section: Any = config
     known: Any = run_class(config)
@@ -143,8 +163,10 @@ def override(config: ConfigDict, field: str, text: str) -> None:
         default = ""
     if isinstance(default, ConfigDict | pydantic.BaseModel):
         raise ValueError(f"config.{field} is a section: set one of its keys, config.{field}.KEY")
+    value = read(default)
     with section.ignore_type():
-        section[leaf] = parse_value(text, default, f"config.{field}")
+        section[leaf] = value
+    return value
 
 
 def _is_text(annotation: Any) -> bool:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from localglobal_jax import checkpoint, configlib, metrics, parallel, schema, stored
+from localglobal_jax import checkpoint, configlib, metrics, parallel, remote, schema, stored
 from localglobal_jax.models import create_model
 from localglobal_jax.tasks import Evaluator, Task, Variables, create_task
 
@@ -72,8 +72,8 @@ def evaluate(
     `step` and `average`: see `load`. `overrides`: of the config it was trained with, e.g.
     ``{"data.dir": "/data"}`` on another machine.
     """
-    workdir = pathlib.Path(workdir)
-    config = ConfigDict(configlib.tuples(read_run(workdir).model_dump()))
+    files = remote.Copy(workdir).local
+    config = ConfigDict(configlib.tuples(read_run(files).model_dump()))
     for field, text in (overrides or {}).items():
         if field.split(".")[0] == "model":
             raise ValueError(
@@ -86,8 +86,7 @@ def evaluate(
         raise ValueError("data.eval_splits=() names nothing to evaluate: give a split")
     field, rows = run.eval_rows
     placement.check_batch(rows, what=field)
-    shard = placement.shard
-    task = create_task(run, shard=shard, train=False, workdir=workdir)
+    task = create_task(run, shard=placement.shard, train=False, workdir=files)
     found, variables, _ = read_variables(workdir, step, average)
     return found, Evaluation(task, placement)(placement.put(variables))
 
@@ -98,10 +97,10 @@ def find_step(path: str | pathlib.Path, step: int | str | None) -> int | None:
         return None if step is None else int(step)
     if step != "best":
         raise ValueError(f'step "{step}": give a number, or "best"')
-    options = read_run(pathlib.Path(path)).checkpoint
-    best = checkpoint.Checkpoints(pathlib.Path(path) / "checkpoints", options).best()
+    copy = remote.Copy(path)
+    best = checkpoint.Checkpoints(copy.checkpoints, read_run(copy.local).checkpoint).best()
     if best is None:
-        raise ValueError(f"no step of {path} has the metric checkpoint.best={options.best}")
+        raise ValueError(f"no step of {path} has the metric that its checkpoint.best names")
     return best
 
 

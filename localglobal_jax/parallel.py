@@ -6,6 +6,7 @@ device keeps a part and gathers a layer when it needs it, arXiv 1910.02054, stag
 heads, hidden channels and vocabularies (tensor parallelism, arXiv 1909.08053, section 3).
 """
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -69,6 +70,23 @@ def make_mesh(
     return Mesh(laid_out, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
 
 
+def use_compilation_cache(directory: str | None) -> None:
+    """Keeps what was compiled in `directory`, see `schema.Parallel`; of many hosts, 0 writes.
+
+    Not on CPU unless a directory is named: a program there is tied to the kind of CPU, and writing
+    one (jaxlib 0.10.2) has crashed the interpreter in a long process.
+    """
+    if directory == "auto":
+        on_cpu = jax.default_backend() == "cpu"
+        directory = None if on_cpu else os.path.expanduser("~/.cache/localglobal/xla")
+    jax.config.update("jax_compilation_cache_dir", directory)
+
+
+def pretend(count: int | None = None) -> list[jax.Device]:
+    """So many devices that need not be here (None: as many as are), to check what needs no more."""
+    return [jax.devices()[0]] * (jax.device_count() if count is None else count)
+
+
 class Placement:
     """Where everything of a run lives: a mesh, a strategy, and how its steps are compiled.
 
@@ -95,6 +113,11 @@ class Placement:
             raise ValueError(
                 f"parallel.compile=pmap replicates: it needs strategy=replicate, not "
                 f'{self.strategy}, and no axis but "data" in parallel.mesh, not {options.mesh}'
+            )
+        if self.compile == "pmap" and jax.process_count() > 1:
+            raise ValueError(
+                "parallel.compile=pmap is for one host: what it returns belongs to each host alone "
+                "and cannot be saved as one checkpoint. Use jit, which gives the same losses"
             )
         if self.compile != "pmap" and not self._global_norm:
             raise ValueError(

@@ -182,6 +182,9 @@ class Parallel(Section):
     )
     # Statistics over the global batch, or, under pmap, over what each device has of it.
     batch_norm: Literal["global", "per_device"] = "global"
+    # Where compiled programs are kept, to start faster the next time. "auto": in
+    # ~/.cache/localglobal/xla, but not on CPU; None: nowhere.
+    compilation_cache: str | None = "auto"
 
 
 class Run(Section):

@@ -21,11 +21,12 @@ from localglobal_jax import (
     hosts,
     optim,
     parallel,
+    remote,
     schema,
     workdir,
 )
 from localglobal_jax.run_report import Output, Window, announce, finish, versions
-from localglobal_jax.tasks import create_task
+from localglobal_jax.tasks import Task, create_task
 from localglobal_jax.train_step import check_batches, init_state, make_update, start_from
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,8 @@ def train(run: schema.Run, directory: str | pathlib.Path) -> dict[str, dict[str,
     after a SIGTERM, once the state is saved; Diverged if the loss is not finite.
     """
     # ---- set up: all that can refuse comes first
-    directory = workdir.locate(directory)
+    copy = remote.Copy(directory)
+    directory = copy.local
     placement = parallel.Placement(run.parallel)
     check_batches(run, placement)
     workdir.refuse_other(run, directory)
@@ -56,14 +58,11 @@ def train(run: schema.Run, directory: str | pathlib.Path) -> dict[str, dict[str,
     evaluation.check_metric(run.checkpoint.best)
     pretrained = conversion.pretrained(run.init, task.model, task.inputs) if run.init else None
 
+    parallel.use_compilation_cache(run.parallel.compilation_cache)
+
     # ---- state: restored, or made
-    hosts.barrier("checked")  # what one host refuses, no host writes
-    if hosts.rank() == 0:
-        workdir.claim(run, directory)
-        task.save(directory)
-    hosts.barrier("claimed")
-    workdir.check_shared(directory)
-    checkpoints = checkpoint.Checkpoints(directory / "checkpoints", run.checkpoint)
+    claim(run, task, copy)
+    checkpoints = checkpoint.Checkpoints(copy.checkpoints, run.checkpoint)
     restored = checkpoints.restore(template)
     start, state = (restored.step, restored.state) if restored else (0, init())
     if pretrained and not restored:
@@ -94,6 +93,8 @@ def train(run: schema.Run, directory: str | pathlib.Path) -> dict[str, dict[str,
             if new and (last or stopping or due(step, run.checkpoint.every)):
                 with window.paused():
                     output.flush()  # a checkpoint never knows more than the metrics beside it
+                    if hosts.rank() == 0:
+                        copy.push()
                     named = {f"{s}/{k}": v for s, line in results.items() for k, v in line.items()}
                     metadata = {**about, "window": window.partial()}
                     checkpoints.save(step, state, metadata=metadata, metrics=named)
@@ -110,7 +111,23 @@ def train(run: schema.Run, directory: str | pathlib.Path) -> dict[str, dict[str,
             window.add(sums)
             if step + 1 == run.steps or due(step + 1, run.log.every):
                 output.training(step + 1, window.close(step + 1))
-    return finish(run, task, directory, params)
+    results = finish(run, task, directory, params)
+    if hosts.rank() == 0:
+        copy.push()
+    return results
+
+
+def claim(run: schema.Run, task: Task, copy: remote.Copy) -> None:
+    """Makes the workdir this run's, once every host has found nothing wrong."""
+    hosts.barrier("checked")
+    if hosts.rank() == 0:
+        workdir.claim(run, copy.local)
+        task.save(copy.local)
+        copy.push()
+    hosts.barrier("claimed")
+    if hosts.rank():
+        copy.pull()
+    workdir.check_shared(copy.local)
 
 
 def due(step: int, every: int) -> bool:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from localglobal_jax import decoding, evaluate
+from localglobal_jax import decoding, evaluate, remote
 from localglobal_jax.data import tokenizer
 from localglobal_jax.models import EncoderDecoder
 from localglobal_jax.tasks import Variables
@@ -248,7 +248,7 @@ def load(path: str | pathlib.Path, step: int | str | None = None, average: int =
     checkpoint, or no vocabulary beside it.
     """
     module, variables = evaluate.load(path, step, average)
-    tokenizers = tokenizer.load(pathlib.Path(path) / tokenizer.DIRECTORY)
+    tokenizers = tokenizer.load(remote.Copy(path).local / tokenizer.DIRECTORY)
     if tokenizers is None:
         raise ValueError(
             f"{path} has no words (no tokenizer/tokenizer.json). Give the workdir of a translation "
@@ -259,7 +259,7 @@ def load(path: str | pathlib.Path, step: int | str | None = None, average: int =
 
 def defaults(path: str | pathlib.Path) -> Mapping[str, Any]:
     """Beam and length penalty of the run in `path`; where there is none, 4 and 1."""
-    workdir = pathlib.Path(path)
+    workdir = remote.Copy(path).local
     task = evaluate.read_run(workdir).task if (workdir / "config.json").is_file() else None
     return {
         "beam": getattr(task, "beam", 0) or 4,  # 0 there: evaluation only measures the loss

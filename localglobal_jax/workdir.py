@@ -4,18 +4,10 @@
 import logging
 import os
 import pathlib
-import re
 
 from localglobal_jax import configlib, schema
 
 log = logging.getLogger(__name__)
-
-
-def locate(directory: str | os.PathLike[str]) -> pathlib.Path:
-    """The absolute path; ValueError for what is not a local directory, such as ``gs://...``."""
-    if re.match(r"\w+:/", os.fspath(directory)):
-        raise ValueError(f"--workdir {directory}: only local directories are supported so far")
-    return pathlib.Path(directory).absolute()
 
 
 def refuse_other(run: schema.Run, workdir: pathlib.Path) -> None:

@@ -11,7 +11,7 @@ import localglobal_jax
 ROOT = pathlib.Path(localglobal_jax.__file__).parent
 FLOORS = [  # a room imports from floors below its own; files of one room see each other
     ["schema"],
-    ["arrays", "configlib", "digest", "hosts", "mix_token", "reach", "step_context"],
+    ["arrays", "configlib", "digest", "hosts", "mix_token", "reach", "step_context", "sweeps"],
     ["in_sequence", "parallel"],
     ["operators"],
     ["blocks"],
@@ -26,6 +26,7 @@ FLOORS = [  # a room imports from floors below its own; files of one room see ea
         "metrics",
         "model_card",
         "optim",
+        "remote",
         "reporting",
         "scoring",
         "stored",
@@ -35,7 +36,8 @@ FLOORS = [  # a room imports from floors below its own; files of one room see ea
     ["evaluate", "run_report", "train_step"],
     ["conversion", "translate"],
     ["convert_command", "plan", "train", "translate_command"],
-    ["plan_command", "train_command"],
+    ["launch", "plan_command", "train_command"],
+    ["sweep_command"],
     ["cli"],
     ["__main__"],
 ]
@@ -56,6 +58,14 @@ LIGHT = {
     "plan_command",
     "train_command",
     "translate_command",
+    "sweeps",
+    "sweep_command",
+    "launch",
+}
+LIGHT |= {
+    f"launch.{path.stem}"
+    for path in (ROOT / "launch").glob("*.py")
+    if path.stem not in ("__init__", "preview", "status")
 }  # these never import jax when they are imported
 LINES, FUNCTION = 300, 80
 

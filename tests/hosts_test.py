@@ -82,7 +82,9 @@ def stopped_after(workdir, step, processes):
 
 
 def test_two_hosts_train_as_one_stop_together_and_go_on_as_another_number(tmp_path):
-    with training(tmp_path / "run", 2, 2) as two:
+    """Parameters are split over two of the four devices; then one device has all of them."""
+    split = ("--config.parallel.strategy=fsdp", "--config.parallel.mesh={'data': 2, 'fsdp': 2}")
+    with training(tmp_path / "run", 2, 2, *split) as two:
         saved = stopped_after(tmp_path / "run", 3, two)
         for host, process in enumerate(two):
             text = process.log.read_text()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Unrolled, remat and scan: the same numbers and the same tree, less memory, less to compile."""
+"""Unrolled, remat and scan: the same numbers, the same tree (both: `strategies_test.py`)."""
 
 import functools
 import pathlib
@@ -24,6 +24,7 @@ RUNS = {
         {
             "model.depths": "(3, 3)",
             "model.dropout": "0.0",
+            "model.attention_dropout": "0.0",
             "model.blocks": "{'M': {'kernel_dropout': 0.0}}",
             "data.buckets": "1",
             "dtype": "float32",
@@ -34,7 +35,6 @@ FORMS = {
     "unrolled": {},
     "remat": {"remat": "blocks"},
     "scan": {"scan": True},
-    "remat and scan": {"remat": "blocks", "scan": True},
 }
 
 
@@ -61,14 +61,15 @@ def test_the_same_step(model, form):
     _, wanted, sums = step_of(model, "unrolled")
     _, found, others = step_of(model, form)
     assert jax.tree.structure(found) == jax.tree.structure(wanted)  # checkpoints fit
-    # Of the update, Adam shows little: it is the sign of the gradient. Its first moment shows all.
+    # The parameters show little: Adam's first update is the sign of the gradient. Its moments show
+    # all of it.
+    shown = [(x.optimizer, {**x.variables, "params": None}) for x in (found, wanted)]
     for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(wanted), strict=True
+        jax.tree_util.tree_leaves_with_path(shown[0]), jax.tree.leaves(shown[1]), strict=True
     ):
         scale = max(float(jnp.abs(b).max()), 1e-4)
         name = jax.tree_util.keystr(path)
-        tolerance = 1e-3 if "optimizer" in name or "stats" in name else 2e-2
-        np.testing.assert_allclose(a, b, atol=tolerance * scale, rtol=0, err_msg=name)
+        np.testing.assert_allclose(a, b, atol=1e-3 * scale, rtol=0, err_msg=name)
     np.testing.assert_allclose(sums["loss"][0], others["loss"][0], rtol=1e-5)
     np.testing.assert_allclose(sums["gradient_norm"][0], others["gradient_norm"][0], rtol=1e-4)
 
@@ -81,6 +82,6 @@ def test_scan_is_one_program_for_equal_blocks(model):
 
 def test_scan_draws_other_blocks_to_drop_in_every_block():
     """The rates differ from block to block inside one loop; the loss stays a loss."""
-    loss, weight = step_of("coatnet", "remat and scan", drop=True)[2]["loss"]
+    loss, weight = step_of("coatnet", "scan", drop=True)[2]["loss"]
     same, _ = step_of("coatnet", "unrolled")[2]["loss"]
     assert np.isfinite(loss) and weight > 0 and not np.isclose(loss, same, rtol=1e-6)

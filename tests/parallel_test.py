@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,6 +50,39 @@ def test_global_batch_is_split_over_devices():
     x = parallel.Placement().global_batch(batch)["x"]
     np.testing.assert_array_equal(x, batch["x"])
     assert {s.data.shape for s in x.addressable_shards} == {(2, 2)}
+
+
+def test_the_compilation_cache_is_off_on_cpu_unless_it_is_named(tmp_path):
+    try:
+        parallel.use_compilation_cache("auto")
+        assert jax.config.jax_compilation_cache_dir is None
+        parallel.use_compilation_cache(str(tmp_path))
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+    finally:
+        parallel.use_compilation_cache(None)
+
+
+def test_hosts_that_share_rows_read_the_same_ones():
+    """Four hosts of two devices each, as their process indices say."""
+
+    class Device:
+        def __init__(self, number):
+            self.process_index = number // 2
+
+    def shards(sizes, axes):
+        placement = parallel.Placement()
+        devices = np.array([Device(i) for i in range(np.prod(sizes))]).reshape(sizes)
+        placement.mesh = SimpleNamespace(devices=devices, shape=dict(zip(axes, sizes, strict=True)))
+        placement._batch = tuple(axis for axis in axes if axis != "model")
+        return placement.shard
+
+    assert shards((8,), ("data",)) == (0, 4)
+    assert shards((2, 4), ("data", "fsdp")) == (0, 4)
+    assert shards((4, 2), ("data", "model")) == (0, 4)
+    assert shards((2, 4), ("data", "model")) == (0, 2)  # two hosts hold halves of the same rows
+    assert shards((4, 2), ("model", "data")) == (0, 1)  # each host holds a part of every row
+    with pytest.raises(ValueError, match="share some rows of a batch but not all"):
+        shards((8 // 3, 3), ("data", "model"))
 
 
 def test_by_platform_takes_this_platforms_and_differentiates():

@@ -3,6 +3,7 @@
 
 import pathlib
 import re
+import shlex
 
 import pytest
 
@@ -31,7 +32,11 @@ def test_commands_parse():
     ]
     assert lines
     for line in lines:
-        words = [word for word in line.split()[1:] if not word.startswith("--config.")]
+        words = [
+            word
+            for word in shlex.split(line, comments=True)[1:]
+            if not word.startswith("--config.")
+        ]
         parser().parse_args(words)
 
 

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A config file and the name of a sweep -> descriptions of its runs, checked one by one."""
+
+import dataclasses
+import fnmatch
+import inspect
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from localglobal_jax import configlib, schema, sweeps
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """One run: all that a back end needs to know."""
+
+    index: int
+    name: str
+    overrides: Mapping[str, Any]  # as the types that their fields have
+    run: schema.Run
+    workdir: str
+    arguments: tuple[str, ...]  # of localglobal: train --config ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Runs and what they have in common."""
+
+    prefix: str
+    base: schema.Run  # the config without overrides
+    runs: tuple[Description, ...]
+
+
+def is_remote(root: str) -> bool:
+    """``gs://...`` and the like."""
+    return re.match(r"\w+://", root) is not None
+
+
+def expand(
+    spec: str, root: str, sweep: str = "sweep", given: Mapping[str, str] | None = None
+) -> Sweep:
+    """All runs of ``FILE[:arg]``. `given`: overrides of the command line, the same for all runs.
+
+    Raises ValueError, before anything is done, for a run that is wrong or that is there twice.
+    """
+    module, arg = configlib.load_module(spec)
+    function = sweep if sweep.startswith("sweep") else f"sweep_{sweep}"
+    known = {name for name in vars(module) if name == "sweep" or name.startswith("sweep_")}
+    if function not in known:
+        raise configlib.unknown(f"sweep of {spec}:", sweep, known)
+    given = given or {}
+    base = configlib.check(configlib.load(spec, given))
+    prefix = prefix_of(spec, function)
+    root = root.rstrip("/") if is_remote(root) else str(pathlib.Path(root).absolute())
+
+    runs: list[Description] = []
+    seen: dict[str, str] = {}
+    for index, overrides in enumerate(points(getattr(module, function), arg, f"{spec} {function}")):
+        where = f"run {index} of {function}: "
+        try:
+            run, applied, texts = apply(spec, given, overrides)
+        except ValueError as error:
+            raise ValueError(f"{where}{error}") from None
+        name = sweeps.name(prefix, index, applied)
+        twin = seen.setdefault(sweeps.canonical(applied), name)
+        if twin != name:
+            raise ValueError(f"{name} has the same overrides as {twin}: {shown(applied)}")
+        name = known_as(root, name)
+        workdir = f"{root}/{name}"
+        flags = (f"--config.{field}={text}" for field, text in {**given, **texts}.items())
+        arguments = ("train", "--config", spec, "--workdir", workdir, *flags)
+        runs.append(Description(index, name, applied, run, workdir, arguments))
+    if not runs:
+        raise ValueError(f"{function} of {spec} yields nothing")
+    return Sweep(prefix, base, tuple(runs))
+
+
+def prefix_of(spec: str, function: str) -> str:
+    """What all names of a sweep begin with: its file (or folder) and, but for "sweep", its name."""
+    file = pathlib.Path(spec.partition(":")[0])
+    stem = file.absolute().parent.name if file.stem == "sweep" else file.stem
+    return sweeps.safe(stem + function.removeprefix("sweep"))
+
+
+def points(function: Any, arg: str | None, where: str) -> list[Mapping[str, Any]]:
+    """What a sweep function yields."""
+    try:
+        takes = len(inspect.signature(function).parameters)
+        found = list(function(arg) if takes else function())
+    except ValueError:
+        raise
+    except Exception as error:  # whatever a user's file may do
+        raise ValueError(f"{where} failed: {type(error).__name__}: {error}") from error
+    for item in found:
+        if not isinstance(item, Mapping) or not all(isinstance(key, str) for key in item):
+            raise ValueError(f"{where} yields {item!r}: it has to yield {{'a.field': value}}")
+    return found
+
+
+def apply(
+    spec: str, given: Mapping[str, str], overrides: Mapping[str, Any]
+) -> tuple[schema.Run, dict[str, Any], dict[str, str]]:
+    """The run with `overrides`, these as the types of their fields, and as ``--config.`` texts."""
+    twice = given.keys() & overrides.keys()
+    if twice:
+        raise ValueError(f"--config.{sorted(twice)[0]} is a field that the sweep sets")
+    config = configlib.load(spec, given)
+    applied = {k: configlib.override_value(config, k, v) for k, v in overrides.items()}
+    run = configlib.check(config)
+    texts = {field: text_of(value) for field, value in applied.items()}
+    # A run is started as a command, whose words must mean the same.
+    there = configlib.check(configlib.load(spec, {**given, **texts}))
+    for field, (here, read) in configlib.difference(run.model_dump(), there.model_dump()).items():
+        raise ValueError(
+            f"config.{field}={here!r} cannot be said on a command line, where it would be read as "
+            f"{read!r}: give get_config a value of the same type"
+        )
+    return run, applied, texts
+
+
+def text_of(value: Any) -> str:
+    """A value as ``--config.field=TEXT`` takes it."""
+    return value if isinstance(value, str) else repr(value)
+
+
+def shown(overrides: Mapping[str, Any]) -> str:
+    """For people."""
+    return "  ".join(f"{key}={text_of(value)}" for key, value in overrides.items()) or "(none)"
+
+
+def known_as(root: str, name: str) -> str:
+    """`name`; or, if the sweep has grown and moved a run that is there, the name it has there."""
+    prefix, digest = name.rsplit("-", 2)[0], name.rsplit("-", 1)[1]
+    folder = pathlib.Path(root)
+    if is_remote(root) or not folder.is_dir() or (folder / name).exists():
+        return name
+    same = [p.name for p in folder.glob(f"{prefix}-*-{digest}") if p.is_dir()]
+    return min(same, default=name)
+
+
+def select(runs: Sequence[Description], only: Sequence[str] | None) -> list[Description]:
+    """Those whose index or name (a pattern like ``*-1f2e3d4c``) is among `only`."""
+    if not only:
+        return list(runs)
+    chosen = set()
+    for pattern in only:
+        if pattern.isdigit():
+            found = {run.index for run in runs if run.index == int(pattern)}
+        else:
+            found = {run.index for run in runs if fnmatch.fnmatchcase(run.name, pattern)}
+        if not found:
+            names = f"{runs[0].name} to {runs[-1].name}"
+            raise ValueError(f"--only {pattern}: no such run among {len(runs)}, {names}")
+        chosen |= found
+    return [run for run in runs if run.index in chosen]

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks every run of a sweep as its training would, and says what it will be. Touches no network,
+writes nothing, needs no data: made-up images and words of the right shapes stand for them.
+"""
+
+import json
+import pathlib
+import subprocess
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from localglobal_jax import configlib, optim, parallel, schema, tasks, train, workdir
+from localglobal_jax.launch import expand, status
+from localglobal_jax.launch.target import Target
+
+
+class Preview:
+    """Counts each different model once."""
+
+    def __init__(self, base: schema.Run, target: Target | None = None):
+        """`target`: where the runs will be; None: one process with the devices of this one."""
+        self._base, self._hosts = base, target.hosts if target else 1
+        self._devices = parallel.pretend(target.devices if target else None)
+        self._known: dict[str, tuple[int, list[str]]] = {}
+
+    def row(self, run: expand.Description) -> dict[str, Any]:
+        """What a run will be. Raises ValueError, beginning with its name, if it cannot be."""
+        try:
+            return self._row(run)
+        except ValueError as error:
+            raise ValueError(f"{run.name} ({expand.shown(run.overrides)}): {error}") from None
+
+    def _row(self, described: expand.Description) -> dict[str, Any]:
+        run = described.run
+        placement = parallel.Placement(run.parallel, self._devices)
+        train.check_batches(run, placement)
+        for field, rows in (run.train_rows, run.eval_rows):
+            if rows % self._hosts:
+                raise ValueError(f"{field}={rows} is not divisible by {self._hosts} hosts")
+        optim.make_optimizer(run.optim, run.steps)
+        parameters, metrics = self._model(run)
+        best = (run.checkpoint.best or "").removeprefix("-")
+        if best and best not in metrics:
+            raise configlib.unknown("metric in checkpoint.best:", best, metrics)
+        remote = expand.is_remote(described.workdir)
+        if not remote:
+            workdir.refuse_other(run, pathlib.Path(described.workdir))
+        found = None if remote else status.latest_step(pathlib.Path(described.workdir))
+        difference = configlib.difference(self._base.model_dump(), run.model_dump())
+        return {
+            "index": described.index,
+            "name": described.name,
+            "overrides": dict(described.overrides),
+            "difference": {k: list(v) for k, v in difference.items()},
+            "batch_size": run.batch_size,
+            "per_device": run.batch_size / placement.batch_parts,
+            "accumulate": run.optim.accumulate,
+            "unit": "tokens" if isinstance(run.data, schema.Text) else "images",
+            "model": run.model["name"],
+            "parameters": parameters,
+            "mesh": dict(placement.mesh.shape),
+            "strategy": run.parallel.strategy,
+            "devices": len(self._devices),
+            "hosts": self._hosts,
+            "steps": run.steps,
+            "workdir": described.workdir,
+            "latest_step": found,
+            "remote": remote,
+        }
+
+    def _model(self, run: schema.Run) -> tuple[int, list[str]]:
+        """The number of its parameters, and the names of the metrics that evaluation will give."""
+        what = run.model_dump(mode="json", include={"model", "data", "task", "dtype", "init"})
+        key = json.dumps(what, sort_keys=True)
+        if key not in self._known:
+            text = isinstance(run.data, schema.Text)
+            made_up = {"mock": True} if text else {"mock": True, "in_memory": False}
+            mock = run.model_copy(update={"data": run.data.model_copy(update=made_up)})
+            task = tasks.create_task(mock, train=text)
+
+            def init(*inputs: Any) -> Any:
+                return task.model.init(jax.random.key(0), *inputs, train=False)
+
+            params = jax.eval_shape(init, *task.inputs)["params"]
+            names = [f"{s}/{m}" for s, e in task.evaluators.items() for m in e.metric_names]
+            self._known[key] = (sum(leaf.size for leaf in jax.tree.leaves(params)), names)
+        return self._known[key]
+
+
+def git(folder: pathlib.Path) -> dict[str, Any]:
+    """The commit that `folder` is at, and whether files differ from it; {} outside of git."""
+
+    def ask(*words: str) -> str | None:
+        # without locks: else `status` would write the index
+        command = ["git", "--no-optional-locks", "-C", str(folder), *words]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = ask("rev-parse", "HEAD")
+    return {"commit": commit, "dirty": bool(ask("status", "--porcelain"))} if commit else {}
+
+
+def text(row: Mapping[str, Any], commands: Sequence[str]) -> str:
+    """One run, for people."""
+    mesh = " x ".join(f"{axis} {n}" for axis, n in row["mesh"].items())
+    hosts = f" on {row['hosts']} hosts" if row["hosts"] > 1 else ""
+    accumulate = f" in {row['accumulate']} parts" if row["accumulate"] > 1 else ""
+    there = "not looked up" if row["remote"] else "no checkpoint there"
+    if row["latest_step"] is not None:
+        done = row["latest_step"] >= row["steps"]
+        there = "done" if done else f"resumes at step {row['latest_step']:,}"
+    lines = [
+        ("overrides", expand.shown(row["overrides"])),
+        *(("differs", f"{k}: {a!r} -> {b!r}") for k, (a, b) in row["difference"].items()),
+        (
+            "batch",
+            f"{row['batch_size']:,} {row['unit']}{accumulate}, {row['per_device']:,g} per device",
+        ),
+        ("model", f"{row['model']}, {row['parameters']:,} parameters"),
+        ("mesh", f"{mesh} ({row['strategy']}){hosts}"),
+        ("steps", f"{row['steps']:,}; {there}"),
+        ("workdir", row["workdir"]),
+        *(("command", command) for command in commands),
+    ]
+    return "\n".join([row["name"], *(f"  {what:<10}{value}" for what, value in lines)])
+
+
+def totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of all runs together."""
+    left = [max(0, row["steps"] - (row["latest_step"] or 0)) for row in rows]
+    parameters = [row["parameters"] for row in rows]
+    return {
+        "runs": len(rows),
+        "done": sum(n == 0 for n in left),
+        "steps": sum(row["steps"] for row in rows),
+        "steps_left": sum(left),
+        "examples_left": sum(n * row["batch_size"] for n, row in zip(left, rows, strict=True)),
+        "parameters": [min(parameters), max(parameters)],
+        "models": len({(row["model"], row["parameters"]) for row in rows}),
+    }
+
+
+def summary(about: Mapping[str, Any]) -> str:
+    """The totals, for people."""
+    low, high = about["parameters"]
+    commit = about["git"].get("commit", "none")[:12]
+    dirty = ", with uncommitted changes" if about["git"].get("dirty") else ""
+    lines = [
+        f"{about['runs']} runs ({about['done']} done): {about['steps_left']:,} of "
+        f"{about['steps']:,} steps left",
+        f"{about['models']} models of {low:,} to {high:,} parameters",
+        f"backend {about['backend']}, image {about['image'] or 'none'}, git {commit}{dirty}",
+    ]
+    if about["scripts"]:
+        lines.append(f"scripts (--out writes them): {' '.join(about['scripts'])}")
+    if about["env"]:
+        lines.append("environment: " + " ".join(f"{k}={v}" for k, v in about["env"].items()))
+    return "\n".join(lines)

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What became of a sweep: read from its workdirs, at any time, also while it runs."""
+
+import csv
+import io
+import json
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from localglobal_jax import reporting
+from localglobal_jax.launch import local, pool
+from localglobal_jax.launch.expand import Description
+
+SILENT = 600  # seconds without a line after which nobody believes that a run is running
+STATES = ("done", "running", "preempted", "failed", "not started")
+SHOWN = 4  # metrics of a split in the table; the CSV has all
+
+
+def read(run: Description, now: float | None = None) -> dict[str, Any]:
+    """One run: its state, step, last metrics by split, seconds since the last line."""
+    directory = pathlib.Path(run.workdir)
+    lines = reporting.read_metrics(directory)
+    metrics: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        metrics[line["split"]] = {k: v for k, v in line.items() if k != "split"}
+    saved = latest_step(directory)
+    events = _events(directory / pool.ATTEMPTS)
+    last = events[-1] if events else {}
+    marks = [float(last["time"])] if "time" in last else []
+    if (directory / "metrics.jsonl").exists():
+        marks.append((directory / "metrics.jsonl").stat().st_mtime)
+    age = max(0.0, (time.time() if now is None else now) - max(marks)) if marks else None
+    state, note = _state(run, saved, last, age, pool.is_locked(directory))
+    if not (directory / "config.json").exists() and not events:
+        state, note = "not started", ""
+    return {
+        "index": run.index,
+        "name": run.name,
+        "state": state,
+        "note": note,
+        "step": max([saved or 0, *(line["step"] for line in lines)]),
+        "steps": run.run.steps,
+        "saved": saved,
+        "age": age,
+        "attempts": sum(event.get("event") == "start" for event in events),
+        "overrides": dict(run.overrides),
+        "metrics": metrics,
+        "workdir": run.workdir,
+    }
+
+
+def latest_step(directory: pathlib.Path) -> int | None:
+    """Of the checkpoints of a workdir: a number for a name, and not empty (see `stored`)."""
+    folder = directory / "checkpoints"
+    found = [p for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
+    return max((int(p.name) for p in found if p.is_dir() and any(p.iterdir())), default=None)
+
+
+def _state(
+    run: Description, saved: int | None, last: Mapping[str, Any], age: float | None, locked: bool
+) -> tuple[str, str]:
+    """The state and, where it needs one, a note."""
+    since = f"last line {duration(age)} ago" if age is not None else ""
+    if locked:
+        return "running", since
+    if saved is not None and saved >= run.run.steps:
+        return "done", ""
+    if last.get("event") == "end":
+        code = int(last.get("code", 1))
+        if code == local.PREEMPTED:
+            return "preempted", local.explained(code)
+        return "failed", f"{local.explained(code)}; see {run.workdir}/{pool.LOG}"
+    if age is not None and age < SILENT:
+        return "running", since
+    return "preempted", f"silent: {since}" if since else "silent"
+
+
+def _events(file: pathlib.Path) -> list[dict[str, Any]]:
+    found = []
+    for text in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue  # torn
+        if isinstance(line, dict):
+            found.append(line)
+    return found
+
+
+def duration(seconds: float | None) -> str:
+    """``12 s``, ``3:20 min``, ``2:05 h``, ``3 d``."""
+    total = round(seconds or 0)
+    if total < 60:
+        return f"{total} s"
+    if total < 3600:
+        return f"{total // 60}:{total % 60:02d} min"
+    return f"{total // 3600}:{total % 3600 // 60:02d} h" if total < 86400 else f"{total // 86400} d"
+
+
+# ---------------------------------------------------------------------------- for people
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each run, and how many there are of each state."""
+    width = max(len(row["name"]) for row in rows)
+    lines = []
+    for row in rows:
+        steps = f"{row['step']:,}/{row['steps']:,}"
+        said = "  ".join(filter(None, [_last(row["metrics"]), row["note"]]))
+        lines.append(f"{row['name']:<{width}}  {row['state']:<11}  {steps:>13}  {said}".rstrip())
+    counts = {state: sum(row["state"] == state for row in rows) for state in STATES}
+    total = ", ".join(f"{n} {state}" for state, n in counts.items() if n)
+    return "\n".join([*lines, f"{len(rows)} runs: {total}"])
+
+
+def _last(metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    """The metrics of the last evaluation (of training, if there was none), in short."""
+    split = next((name for name in metrics if name != "train"), "train")
+    numbers = {k: v for k, v in metrics.get(split, {}).items() if k not in ("step", "count")}
+    shown = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in numbers.items()][
+        :SHOWN
+    ]
+    return f"{split}: " + "  ".join(shown) if shown else ""
+
+
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A row for each run: name, state, steps, overrides, last metrics as ``split/metric``.
+
+    Nothing in it depends on when it is written, once all runs are done.
+    """
+    flat = [
+        {f"{s}/{k}": v for s, line in row["metrics"].items() for k, v in line.items()}
+        for row in rows
+    ]
+    overrides = dict.fromkeys(key for row in rows for key in row["overrides"])
+    columns = dict.fromkeys(key for line in flat for key in line)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["name", "state", "step", "steps", *overrides, *columns])
+    for row, line in zip(rows, flat, strict=True):
+        fixed = [row[key] for key in ("name", "state", "step", "steps")]
+        given = [row["overrides"].get(key, "") for key in overrides]
+        writer.writerow([*fixed, *given, *(line.get(key, "") for key in columns)])
+    return text.getvalue()

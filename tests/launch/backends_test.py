@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the back ends build: golden argument lists; scripts run, with tools that pretend."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import time
+
+import pytest
+
+from localglobal_jax.cli import main, parser
+from localglobal_jax.launch import backends, expand, shell, slurm, target, tpu_vm, xpk
+
+LAYOUTS = str(pathlib.Path(__file__).parents[2] / "experiments/coatnet_layouts/sweep.py")
+COMMAND = ("localglobal", "train", "--config.model.depths=(1, 1)", "--workdir", "gs://b/it's")
+ENV = {"NOTE": "it's a 'test'", "HF_TOKEN": "hunter 2's"}
+
+
+def test_xpk():
+    assert xpk.arguments(
+        "layouts-000-1f2e3d4c",
+        COMMAND,
+        cluster="pod",
+        tpu_type="v5litepod-16",
+        image="gcr.io/p/i:1",
+        slices=2,
+        project="p",
+        zone="z",
+        env={"A": "b c"},
+    ) == [
+        *("xpk", "workload", "create", "--workload=layouts-000-1f2e3d4c", "--cluster=pod"),
+        *("--project=p", "--zone=z", "--tpu-type=v5litepod-16", "--num-slices=2"),
+        *("--docker-image=gcr.io/p/i:1", "--priority=medium", "--max-restarts=100"),
+        *("--restart-on-exit-codes=42", "--termination-grace-period-seconds=120", "--env=A=b c"),
+        "--command=localglobal train '--config.model.depths=(1, 1)' --workdir 'gs://b/it'\"'\"'s'",
+    ]
+
+
+def test_queued_resources():
+    where = {"zone": "z", "project": "p"}
+    made = tpu_vm.create("n", accelerator="v5litepod-16", spot=True, **where)
+    assert made == [
+        *("gcloud", "compute", "tpus", "queued-resources", "create", "n", "--node-id=n"),
+        *("--zone=z", "--project=p", "--accelerator-type=v5litepod-16"),
+        *("--runtime-version=v2-alpha-tpuv5-lite", "--spot", "--quiet"),
+    ]
+    assert tpu_vm.ssh("n", **where) == [
+        *("gcloud", "compute", "tpus", "tpu-vm", "ssh", "n"),
+        *("--zone=z", "--project=p", "--worker=all"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "slices", "devices", "hosts"),
+    [
+        ("v5e-256", 1, 256, 64),
+        ("v5litepod-8", 1, 8, 1),
+        ("v5e:16x16", 2, 512, 128),
+        ("v5p-128", 1, 64, 16),
+        ("v4-8", 1, 4, 1),
+        ("v3-32", 1, 32, 4),
+        ("v6e-4", 4, 16, 4),
+        ("tpu7x:4x4x4", 1, 128, 16),
+    ],
+)
+def test_tpu_names(name, slices, devices, hosts):
+    assert target.of_tpu(name, slices) == (devices, hosts)
+
+
+@pytest.mark.parametrize("name", ["v5e", "v8-4", "v5e:16", "h100-8", "v4-1"])
+def test_wrong_tpu_names(name):
+    with pytest.raises(ValueError, match="topology"):
+        target.of_tpu(name)
+
+
+def test_environments():
+    outside = {"HF_TOKEN": "x", "B": "y"}
+    assert shell.environment(["A=1=2", "HF_TOKEN"], outside) == {"A": "1=2", "HF_TOKEN": "x"}
+    with pytest.raises(ValueError, match="not set here"):
+        shell.environment(["C"], outside)
+    with pytest.raises(ValueError, match="NAME=VALUE"):
+        shell.environment(["1=2"], outside)
+    given = {"WANDB_API_KEY": "a", "my_secret": "b", "db_password": "c", "x_token": "d", "LR": "e"}
+    assert list(shell.masked(given).values()) == ["***", "***", "***", "***", "e"]
+
+
+def arguments(*words):
+    return parser().parse_args(["sweep", "--config", LAYOUTS, "--workdir", "gs://b/r", *words])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--cluster=c",), "--cluster is for --backend xpk"),
+        (("--backend=xpk", "--cluster=c"), "needs --image"),
+        (("--backend=tpu-vm", "--tpu_type=v4-8", "--slots=1"), "needs --zone"),
+        (("--backend=slurm", "--cores_per_slot=1"), "is for --backend local"),
+        (("--backend=slurm", "--retries=0"), "is for --backend local or tpu-vm"),
+        (("--slots=0",), "--slots 0: at least 1"),
+        (("--devices=0",), "--devices 0: at least 1"),
+        (("--retries=-1",), "--retries -1: at least 0"),
+    ],
+)
+def test_options_of_other_back_ends(words, message):
+    with pytest.raises(ValueError, match=message):
+        backends.check(arguments(*words))
+
+
+XPK = ("--backend=xpk", "--cluster=c", "--image=i", "--tpu_type=v5litepod-16")
+TPU_VM = ("--backend=tpu-vm", "--zone=z", "--tpu_type=v5litepod-16")
+
+
+@pytest.mark.parametrize("words", [XPK, TPU_VM, ("--backend=slurm", "--gpus=2")])
+def test_secrets_are_neither_printed_nor_written(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", ENV["HF_TOKEN"])
+    root = str(tmp_path / "root") if "slurm" in words[0] else "gs://b/r"
+    command = ["sweep", f"--config={LAYOUTS}", f"--workdir={root}", "--only", "0", *words]
+    command += ["--env=HF_TOKEN", f"--env=NOTE={ENV['NOTE']}"]
+    assert main([*command, "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    assert "hunter" not in printed and "***" in printed
+    assert not list(tmp_path.iterdir())
+    assert main([*command, f"--out={tmp_path / 'out'}"]) == 0
+    (file,) = (tmp_path / "out").iterdir()
+    text = file.read_text()
+    assert "hunter" not in text and "${HF_TOKEN:?" in text
+    assert subprocess.run(["bash", "-n", file], check=False).returncode == 0
+    assert not (tmp_path / "root").exists()
+
+
+# ------------------------------------------------ scripts, with tools that pretend
+
+
+def tool(folder, name, body):
+    file = folder / name
+    file.write_text("#!/bin/bash\n" + body)
+    file.chmod(0o755)
+
+
+def executed(script, tools, env, wait_for=None):
+    """Runs a script; sends it SIGTERM once the file `wait_for` is there."""
+    path = f"{tools}:{os.environ['PATH']}"
+    process = subprocess.Popen(["bash", script], env={**os.environ, "PATH": path, **env})
+    if wait_for:
+        while not wait_for.exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.terminate()
+    return process.wait(60)
+
+
+GCLOUD = """
+echo "$*" >> "$PLACE/calls"
+case "$4" in
+  describe) cat "$PLACE/state" 2>/dev/null ;;
+  create) echo ACTIVE > "$PLACE/state" ;;
+  delete) rm "$PLACE/state" ;;
+  ssh) for word; do case "$word" in --command=*) bash -c "${word#--command=}"; exit ;; esac; done ;;
+esac
+"""
+SAVES = """trap 'exit 42' TERM; touch "$PLACE/ready"; while :; do sleep 0.05; done"""
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "left"),
+    [
+        ('test "$HF_TOKEN" = "hunter 2\'s" && test "$NOTE" = "it\'s a \'test\'"', 0, False),
+        ("exit 2", 2, False),
+        ("exit 1", 1, True),
+        ("exit 42", 42, True),
+        ('echo SUSPENDED > "$PLACE/state"; exit 255', 42, True),
+        (SAVES, 42, True),
+    ],
+)
+def test_the_script_of_a_tpu_vm(body, code, left, tmp_path):
+    """Codes are passed on; machines go back when the run is over; SIGTERM arrives at the run."""
+    tool(tmp_path, "gcloud", GCLOUD)
+    tool(tmp_path, "localglobal", body)
+    text = tpu_vm.script("n", ("localglobal", "train"), zone="z", accelerator="v4-8", env=ENV)
+    pid = tmp_path / "pid"  # tests may run side by side
+    (tmp_path / "n.sh").write_text(text.replace("/tmp/localglobal.pid", str(pid)))
+    env = {**ENV, "PLACE": str(tmp_path)}
+    ready = tmp_path / "ready" if body == SAVES else None
+    assert executed(tmp_path / "n.sh", tmp_path, env, ready) == code
+    assert (tmp_path / "state").exists() == left
+    assert (tmp_path / "calls").read_text().count(" create n ") == 1
+
+
+def described(tmp_path):
+    return expand.expand(LAYOUTS, str(tmp_path)).runs
+
+
+def test_the_head_of_an_sbatch_script(tmp_path):
+    runs = [described(tmp_path)[i] for i in (0, 1, 2, 5)]
+    text = slurm.script(
+        runs, {run.name: COMMAND for run in runs}, prefix="p", root="/r", nodes=2, gpus=4,
+        concurrent=3, options=["--time=1:00:00"], env=ENV,
+    )  # fmt: skip
+    head = [line.split()[1] for line in text.splitlines() if line.startswith("#SBATCH")]
+    assert head == [
+        *("--job-name=p", "--array=0-2,5%3", "--requeue", "--open-mode=append"),
+        *("--signal=B:TERM@120", "--output=/r/slurm-%A_%a.txt", "--nodes=2"),
+        *("--ntasks-per-node=4", "--gpus-per-node=4", "--time=1:00:00"),
+    ]
+
+
+@pytest.mark.parametrize(("body", "code"), [("exit 0", 0), ("exit 2", 2), (SAVES, 42)])
+def test_the_script_of_slurm(body, code, tmp_path):
+    """A task that saved is put back into the queue, no other; SIGTERM arrives at the run."""
+    tool(tmp_path, "srun", f'echo $$ > "$PLACE/pid"\n{body}')
+    tool(tmp_path, "scancel", 'kill -TERM "$(cat "$PLACE/pid")"')
+    tool(tmp_path, "scontrol", 'echo "$*" > "$PLACE/requeued"')
+    run = described(tmp_path)[5]
+    text = slurm.script([run], {run.name: COMMAND}, prefix="p", root="/r")
+    (tmp_path / "s.sh").write_text(text)
+    env = {"PLACE": str(tmp_path), "SLURM_ARRAY_TASK_ID": "5", "SLURM_JOB_ID": "7"}
+    ready = tmp_path / "ready" if body == SAVES else None
+    assert executed(tmp_path / "s.sh", tmp_path, env, ready) == code
+    events = pathlib.Path(run.workdir, "attempts.jsonl").read_text().splitlines()
+    assert [json.loads(e)["event"] for e in events] == ["start", "end"]
+    assert json.loads(events[1])["code"] == code
+    assert (tmp_path / "requeued").exists() == (code == 42)
+
+
+@pytest.mark.skipif(not shutil.which("xpk"), reason="xpk is not installed")
+def test_xpk_takes_our_arguments(tmp_path):
+    command = (*COMMAND, "--config.parallel.mesh={'data': -1, 'fsdp': 4}")
+    argv = xpk.arguments(
+        "n-000-1f2e3d4c", command, cluster="c", tpu_type="v5litepod-16", image="i", project="p",
+        zone="us-west4-a",
+    )  # fmt: skip
+    manifest = tmp_path / "manifest.yaml"
+    options = ["--dry-run", "--skip-validation", f"--output-manifest-file={manifest}"]
+    env = {**os.environ, "HOME": str(tmp_path)}
+    assert subprocess.run([*argv, *options], env=env, check=False).returncode == 0
+    assert f"({shell.quoted(command)}) & PID" in manifest.read_text()

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole sweeps on this machine: the command line, real runs, in two slots."""
+
+import csv
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from localglobal_jax.cli import main
+
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIG = f"""
+from localglobal_jax import configlib
+
+def get_config(arg=None):
+    config = configlib.load({str(ROOT / "configs/coatnet_digits.py")!r} + ":size=tiny,data=mock")
+    config.model.update(layout="T", depths=(1,), widths=(16,), strides=(1,))
+    config.batch_size, config.optim.warmup_steps = 4, 1
+    config.data.eval_splits = ("test[:8]",)
+    config.checkpoint.best = None
+    config.log = dict(every=1)
+    return config
+
+def sweep():
+    for seed in range(2):
+        yield {{"seed": seed, "optim.learning_rate": 1e-3}}
+"""
+
+
+def start(folder, *words):
+    """A sweep as a process of its own; its workdirs are the folders of ``folder/runs``."""
+    (folder / "c.py").write_text(CONFIG)
+    command = [sys.executable, "-m", "localglobal_jax", "sweep", f"--config={folder / 'c.py'}"]
+    command += [f"--workdir={folder / 'runs'}", *words]
+    return command, subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def events(folder):
+    file = folder / "attempts.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def wait_for(process, condition):
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+def folders(folder):
+    return sorted((folder / "runs").glob("c-00?-*"))
+
+
+def test_a_killed_child_is_started_again(tmp_path, capsys):
+    command, sweep = start(tmp_path, "--slots=2", "--retries=1", "--config.steps=2")
+    wait_for(sweep, lambda: len(folders(tmp_path)) == 2 and events(folders(tmp_path)[1]))
+    os.kill(events(folders(tmp_path)[0])[0]["pid"], signal.SIGKILL)
+    _, said = sweep.communicate(timeout=300)
+    assert sweep.returncode == 0, said
+    assert "killed by SIGKILL, 1 of 1 retries" in said and "2 of 2 done" in said
+    first, second = folders(tmp_path)
+    assert [event.get("code") for event in events(first)] == [None, -9, None, 0]
+    assert [event.get("code") for event in events(second)] == [None, 0]
+
+    assert main([*command[3:], "--config.steps=2", "--collect", str(tmp_path / "r.csv")]) == 0
+    rows = list(csv.DictReader((tmp_path / "r.csv").read_text().splitlines()))
+    assert [(row["state"], row["step"], row["seed"]) for row in rows] == [
+        ("done", "2", "0"),
+        ("done", "2", "1"),
+    ]
+    assert rows[0]["test[:8]/loss"] != rows[1]["test[:8]/loss"]
+    capsys.readouterr()
+    # again: there is nothing to do
+    assert main([*command[3:], "--config.steps=2"]) == 0
+    assert "0 of 0 done" in capsys.readouterr().err
+    # another config in the same folders: refused before anything starts
+    assert main([*command[3:], "--config.steps=3"]) == 2
+    assert "steps: 2 there, 3 now" in capsys.readouterr().err
+    assert len(events(second)) == 2
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_asked_to_stop_saves_and_goes_on_later(tmp_path):
+    words = ("--slots=2", "--config.steps=3000", "--config.checkpoint.every=0")
+    _, sweep = start(tmp_path, *words)
+
+    def training():
+        files = [folder / "metrics.jsonl" for folder in folders(tmp_path)]
+        return len(files) == 2 and all(f.exists() and f.stat().st_size for f in files)
+
+    wait_for(sweep, training)
+    sweep.send_signal(signal.SIGTERM)
+    _, said = sweep.communicate(timeout=300)
+    assert sweep.returncode == 42, said
+    for folder in folders(tmp_path):
+        assert [event.get("code") for event in events(folder)] == [None, 42]
+        assert list((folder / "checkpoints").iterdir())
+    _, sweep = start(tmp_path, *words)
+    _, said = sweep.communicate(timeout=600)
+    assert sweep.returncode == 0, said
+    for folder in folders(tmp_path):
+        assert "resumed at step" in (folder / "log.txt").read_text()
+        assert (folder / "checkpoints" / "3000").is_dir()

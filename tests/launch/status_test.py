@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Workdirs in every state -> a table and a CSV."""
+
+import csv
+import dataclasses
+import json
+import os
+import pathlib
+
+import pytest
+
+from localglobal_jax import configlib
+from localglobal_jax.cli import main
+from localglobal_jax.launch import expand, status
+
+LAYOUTS = str(pathlib.Path(__file__).parents[2] / "experiments/coatnet_layouts/sweep.py")
+NOW = 1e9
+
+
+def make(run, *, saved=(), lines=(), events=(), age=5.0, config=True):
+    """A workdir as a run may have left it."""
+    folder = pathlib.Path(run.workdir)
+    folder.mkdir(parents=True)
+    if config:
+        (folder / "config.json").write_text(configlib.to_json(run.run))
+    for step in saved:
+        (folder / "checkpoints" / str(step)).mkdir(parents=True)
+        (folder / "checkpoints" / str(step) / "state").touch()
+    if lines:
+        text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 9, "spl'  # torn
+        (folder / "metrics.jsonl").write_text(text)
+        os.utime(folder / "metrics.jsonl", (NOW - age, NOW - age))
+    if events:
+        text = "".join(json.dumps({**e, "time": NOW - age}) + "\n" for e in events)
+        (folder / "attempts.jsonl").write_text(text)
+
+
+START, KILLED = {"event": "start"}, {"event": "end", "code": -9}
+SAVED, WRONG = {"event": "end", "code": 42}, {"event": "end", "code": 2}
+LINE = {"step": 10, "split": "train", "loss": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("files", "state", "note"),
+    [
+        ({"saved": [20], "lines": [LINE], "events": [START]}, "done", ""),
+        ({"saved": [10], "lines": [LINE]}, "running", "5 s ago"),
+        ({"lines": [LINE], "age": 700.0}, "preempted", "silent: last line 11:40 min ago"),
+        ({"saved": [10], "events": [START, SAVED]}, "preempted", "stopped and saved"),
+        ({"saved": [10], "events": [START, KILLED]}, "failed", "killed by SIGKILL"),
+        ({"saved": [10], "events": [START, KILLED, START]}, "running", "5 s ago"),
+        ({"events": [START, WRONG], "config": False}, "failed", "exit code 2 (wrong config"),
+        ({"config": False}, "not started", ""),
+    ],
+)
+def test_states(files, state, note, tmp_path):
+    run = expand.expand(f"{LAYOUTS}:size=tiny", str(tmp_path)).runs[0]
+    make(run, **files)
+    row = status.read(run, NOW)
+    assert (row["state"], row["steps"]) == (state, 20)
+    assert note in row["note"]
+    assert row["saved"] == max(files.get("saved", []), default=None)
+
+
+def test_an_empty_checkpoint_is_none(tmp_path):
+    run = expand.expand(f"{LAYOUTS}:size=tiny", str(tmp_path)).runs[0]
+    assert status.read(run)["state"] == "not started"
+    (tmp_path / run.name / "checkpoints" / "20").mkdir(parents=True)
+    assert status.latest_step(tmp_path / run.name) is None
+
+
+def test_status_and_collect(tmp_path, capsys):
+    runs = expand.expand(f"{LAYOUTS}:size=tiny", str(tmp_path)).runs
+    evaluation = {"step": 20, "split": "test", "accuracy": 0.25, "count": 360}
+    make(runs[0], saved=[10, 20], lines=[LINE, {**LINE, "step": 20, "loss": 0.25}, evaluation])
+    make(runs[5], saved=[10], lines=[LINE], events=[START, SAVED])
+    command = ["sweep", f"--config={LAYOUTS}:size=tiny", f"--workdir={tmp_path}"]
+    file = tmp_path / "results.csv"
+    assert main([*command, "--status", "--collect", str(file)]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 7 and table[-1] == "6 runs: 1 done, 1 preempted, 4 not started"
+    assert "done" in table[0] and "20/20" in table[0] and "test: accuracy 0.25" in table[0]
+    assert "preempted" in table[5] and "10/20" in table[5]
+
+    rows = list(csv.DictReader(file.read_text().splitlines()))
+    assert [row["name"] for row in rows] == [run.name for run in runs]
+    assert rows[0]["train/loss"] == "0.25" and rows[0]["test/accuracy"] == "0.25"
+    assert rows[0]["model.layout"] == "CCCC" and rows[0]["model.depths"] == "(1, 1, 4, 1)"
+    assert rows[5]["state"] == "preempted" and rows[5]["train/loss"] == "0.5"
+    assert rows[1]["state"] == "not started" and rows[1]["train/loss"] == ""
+    before = file.read_bytes()
+    assert main([*command, "--collect", str(file), "--json"]) == 0
+    assert file.read_bytes() == before
+    found = json.loads(capsys.readouterr().out)["runs"]
+    assert found[0]["metrics"]["test"]["accuracy"] == 0.25
+
+    assert main([*command[:2], "--workdir=gs://b/x", "--status"]) == 2
+    assert "local folders" in capsys.readouterr().err
+
+
+def test_descriptions_do_not_change():
+    run = expand.expand(LAYOUTS, "gs://b").runs[0]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        run.name = "other"

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A workdir on an object store, which here is a file system in memory."""
+
+from typing import ClassVar
+
+import fsspec
+import pytest
+from etils import epath
+from fsspec.implementations.memory import MemoryFileSystem
+
+from localglobal_jax import configlib, evaluate, remote, train
+
+
+class Bucket(MemoryFileSystem):
+    """In memory, under another name."""
+
+    protocol = "s3"
+    store: ClassVar = {}
+    pseudo_dirs: ClassVar = [""]
+
+
+@pytest.fixture
+def bucket():
+    fsspec.register_implementation("s3", Bucket, clobber=True)
+    Bucket.store.clear()
+    return "s3://bucket/runs/one"
+
+
+def test_small_files_go_there_and_come_back(bucket):
+    one = remote.Copy(bucket)
+    (one.local / "metrics.jsonl").write_text("1\n")
+    (one.local / "tokenizer").mkdir()
+    (one.local / "tokenizer" / "joint.model").write_bytes(b"\x00")
+    one.push()
+    (one.local / "metrics.jsonl").write_text("1\n2\n")
+    one.push()
+    other = remote.Copy(bucket)
+    assert other.local != one.local
+    assert (other.local / "metrics.jsonl").read_text() == "1\n2\n"
+    assert (other.local / "tokenizer" / "joint.model").read_bytes() == b"\x00"
+    assert str(other.checkpoints) == f"{bucket}/checkpoints"
+
+
+def test_a_run_stops_resumes_and_is_evaluated_there(bucket, tmp_path, data_dir, monkeypatch):
+    """Checkpoints are orbax's affair, which has no store in memory: they are local here."""
+    real = remote.Copy.__init__
+
+    def with_local_checkpoints(self, directory):
+        real(self, directory)
+        self.checkpoints = epath.Path(tmp_path / "checkpoints")
+
+    monkeypatch.setattr(remote.Copy, "__init__", with_local_checkpoints)
+    options = {"data.dir": data_dir, "steps": "6", "log.tensorboard": "false"}
+    config = configlib.load("configs/coatnet_digits.py:size=tiny", options)
+    results = train.train(configlib.check(config), bucket)
+    there = epath.Path(bucket)
+    assert {"config.json", "metrics.jsonl", "model_card.md"} <= {p.name for p in there.iterdir()}
+    again = train.train(configlib.check(config), bucket)  # nothing is left to do
+    assert again["test"] == results["test"]
+    monkeypatch.setattr(
+        evaluate.stored, "_locate", lambda path: (epath.Path(tmp_path / "checkpoints"), None)
+    )
+    step, found = evaluate.evaluate(bucket)
+    assert step == 6 and found["test"]["loss"] == pytest.approx(results["test"]["loss"], rel=1e-6)
+    other = configlib.load("configs/coatnet_digits.py:size=tiny", {**options, "seed": "7"})
+    with pytest.raises(ValueError, match="belongs to a run with another config"):
+        train.train(configlib.check(other), bucket)
+
+
+@pytest.mark.parametrize("path", ["gs:/bucket/x", "ftp://a/b", "gs://bucket"])
+def test_stores_that_nobody_knows(path):
+    with pytest.raises(ValueError, match="want a local directory, or gs://BUCKET/PATH"):
+        remote.is_remote(path)
