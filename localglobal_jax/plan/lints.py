@@ -44,6 +44,8 @@ def _whole_batches(facts: Mapping[str, Any], collectives: Sequence[Collective]) 
     names: dict[tuple[Any, ...], str] = {}
     for c in collectives:
         shape = set(c.shape)
+        if len(c.shape) < 2:  # a bias may be as long as the batch
+            continue
         if shape & whole and not shape & own and math.prod(c.shape) not in facts["parameter_sizes"]:
             at = (c.op, c.dtype, c.shape)
             seen[at] += c.payload * c.count

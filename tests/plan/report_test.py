@@ -160,6 +160,7 @@ def names(collectives, **facts):
 def test_lint_global_batch():
     error = ("error", "global batch in a collective")
     assert names([sent("all-gather", (64, 1000))]) == [error]
+    assert names([sent("all-gather", (64,))]) == []  # a bias
     assert names([sent("all-gather", (64, 1024))]) == []  # as large as a parameter
     assert names([sent("all-gather", (16, 64, 100))]) == []  # 16 of 64 rows: some other 64
     assert names([sent("all-gather", (64, 1000))], mesh={"data": 1, "model": 4}) == []
