@@ -45,7 +45,7 @@ def in_sequence(
             step = nn.remat(step) if forms.remat else step
             outputs.append(step(blocks[run[0]], x, own[0]))
         else:
-            outputs += _scan(parent, [blocks[i] for i in run], x, call, own, forms)
+            outputs += _scan(parent, [blocks[i] for i in run], x, call, own, forms=forms)
         x = outputs[-1]
     return outputs
 
@@ -84,6 +84,7 @@ def _scan(
     x: Array,
     call: Call,
     given: Sequence[Any],
+    *,
     forms: step_context.BlockForms,
 ) -> list[Array]:
     """Equal blocks as one loop over their stacked variables."""

@@ -7,7 +7,6 @@ heads, hidden channels and vocabularies (tensor parallelism, arXiv 1909.08053, s
 """
 
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from localglobal_jax import parallel
+from localglobal_jax import parallel, schema
 
 
 def test_mesh_takes_all_devices():
@@ -20,6 +20,20 @@ def test_mesh_takes_all_devices():
 def test_mesh_that_does_not_fit_is_refused(shape):
     with pytest.raises(ValueError, match=r"parallel\.mesh"):
         parallel.make_mesh(shape)
+
+
+def test_fsdp_splits_what_is_large_but_no_depthwise_kernel():
+    options = schema.Parallel(strategy="fsdp", mesh={"data": 1, "fsdp": 2})
+    placement = parallel.Placement(options)
+
+    def spec(path, shape):
+        return tuple(placement.spec(path, shape))
+
+    assert spec("variables/params/stage1/block1/expand/kernel", (64, 2048)) == (None, "fsdp")
+    assert spec("variables/params/stage1/block1/expand/bias", (2048,)) == (None,)
+    path = "variables/params/stage1/block1/depthwise/kernel"
+    assert spec(path, (3, 3, 1, 2048)) == spec(f"optimizer/1/mu/{path}", (3, 3, 1, 2048))
+    assert spec(path, (3, 3, 1, 2048)) == (None,) * 4
 
 
 def test_batch_must_divide():

@@ -46,7 +46,7 @@ def plan(config, topology, overrides):
     command += [f"--config.{key}={value}" for key, value in overrides.items()]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
     if done.returncode:
-        return {"error": done.stderr.strip().splitlines()[-12:]}
+        return {"error": done.stderr.strip().splitlines()[-1]}
     report = json.loads(done.stdout)
     del report["compile"]["kept"]  # a path of this machine
     return {**report, "config": f"configs/{config}", "layers": report.get("layers", [])[:30]}
@@ -55,7 +55,7 @@ def plan(config, topology, overrides):
 def figures(name, result):
     """One line of the tables."""
     if "error" in result:
-        return {"row": name, "fits": "failed: " + result["error"][-1][:80]}
+        return {"row": name, "fits": "failed: " + result["error"][:120]}
     memory, split = result["memory"], result["memory"]["split"]
     gib = {
         "needed": memory["needed"],

@@ -96,10 +96,17 @@ def compile_step(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
+        for file in (folder / "dump").glob("*oom_intermediate_module.txt"):
+            keep(folder, file.read_text(encoding="utf-8"))
         return facts | {"out_of_memory": out_of_memory(str(error))}
-    with gzip.open(folder / "program.txt.gz", "wt", encoding="utf-8") as file:
-        file.write(compiled.as_text())
+    keep(folder, compiled.as_text())
     return facts | {"memory": memory(compiled), "compile_seconds": time.monotonic() - began}
+
+
+def keep(folder: pathlib.Path, program: str) -> None:
+    """Writes the text of a program."""
+    with gzip.open(folder / "program.txt.gz", "wt", encoding="utf-8") as file:
+        file.write(program)
 
 
 def devices_of(topology: topologies.Topology) -> list[jax.Device] | None:

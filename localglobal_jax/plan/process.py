@@ -105,17 +105,21 @@ def sources() -> str:
     return digest.hexdigest()
 
 
-def environment(topology: Topology, given: Mapping[str, str]) -> dict[str, str]:
+def environment(
+    topology: Topology, given: Mapping[str, str], dump: pathlib.Path | None = None
+) -> dict[str, str]:
     """Of the compiler's process: the CPU is its only device, even where there is a TPU.
 
     Flags of XLA are left behind: they are not meant for this, and `key` does not know them.
+    `dump`: where the TPU's compiler leaves the program that did not fit.
     """
     found = {**given, "JAX_PLATFORMS": "cpu"}
     found.pop("XLA_FLAGS", None)
     house = str(pathlib.Path(__file__).parent.parent.parent)
     found["PYTHONPATH"] = os.pathsep.join(filter(None, (house, given.get("PYTHONPATH"))))
     if topology.chip is not None:
-        return found | LIBTPU
+        flags = f"--xla_dump_to={dump} --xla_dump_hlo_as_text" if dump else ""
+        return found | LIBTPU | {"XLA_FLAGS": flags}
     return found | {"JAX_NUM_CPU_DEVICES": str(topology.devices)}
 
 
@@ -138,7 +142,7 @@ def _compile(
     with (folder / "log").open("w") as log:
         child = subprocess.Popen(
             [*command, str(folder / "request.json"), str(folder)],
-            env=environment(topology, os.environ),
+            env=environment(topology, os.environ, folder / "dump"),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -149,6 +153,7 @@ def _compile(
             if child.poll() is None:
                 child.kill()
                 child.wait()
+            shutil.rmtree(folder / "dump", ignore_errors=True)
     if child.returncode != 0 or not (folder / "facts.json").is_file():
         said = (folder / "log").read_text(encoding="utf-8", errors="replace").strip()
         how = f"exit code {child.returncode}"

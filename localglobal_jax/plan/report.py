@@ -10,13 +10,15 @@ from localglobal_jax.plan import collectives, hlo, lints
 from localglobal_jax.plan.collectives import Collective
 from localglobal_jax.plan.topologies import Topology
 
+WRAPPERS = ("while", "body", "cond", "closed_call", "checkpoint", "rematted_computation")
 NOT_VALIDATED = "the compiler's estimate, not validated on hardware"
 
 
 def build(facts: Mapping[str, Any], text: str, topology: Topology) -> dict[str, Any]:
     """The report on one compiled step (see `compile` for the facts); bytes, FLOP, ms, a device.
 
-    Where the program does not fit there is no program: no text, no collectives, no layers.
+    Of a program that does not fit there is at most the text of the attempt: then its collectives
+    and its largest arrays are told, which is where to look, but no times.
     """
     report: dict[str, Any] = {
         "topology": topology.name,
@@ -48,7 +50,8 @@ def build(facts: Mapping[str, Any], text: str, topology: Topology) -> dict[str, 
     report["collectives"] = grouped(sent, facts["parts"])
     report["layers"] = layers(traffic, facts["parts"])
     report["lints"] = lints.find(facts, sent)
-    return report | bounds(report, topology)
+    report["arrays"] = arrays(program, facts["parts"])
+    return report | (bounds(report, topology) if "memory" in facts else {})
 
 
 def memory(facts: Mapping[str, Any], topology: Topology) -> dict[str, Any]:
@@ -116,18 +119,20 @@ def layer_of(op_name: str, parts: Sequence[str]) -> tuple[str, str]:
     """``("stage3/block*/attention", "backward")`` of an op_name; blocks of a stage are one layer.
 
     `parts`: the model's modules at the top. Outside of them, what is differentiated is the loss,
-    with what is done to its inputs; the rest is the optimizer, in training.
+    with what is done to its inputs; the rest is the optimizer, in training. What `remat` computes
+    again is "recomputed". Blocks in a scan have the name of their class alone.
     """
     before, several, after = op_name.partition("/(")  # prefix/(one:another): of a fusion of both
     op_name = f"{before}/{after.split(':')[0]}" if several else op_name
-    words = [word for word in op_name.split("/") if "(" not in word or word.startswith("rematted")]
     way = "backward" if "transpose(" in op_name else "forward"
-    start = next((n for n, word in enumerate(words) if word in parts), None)
-    if start is None:
+    way = "recomputed" if "rematted_computation" in op_name else way
+    *words, _ = [word for word in op_name.split("/") if "(" not in word] or [""]
+    if not (starts := [n for n, word in enumerate(words) if word in parts]):
         return ("(loss)", way) if "jvp(" in op_name else ("(outside the model)", "")
-    inside = [word for word in words[start:-1] if word not in ("while", "body", "closed_call")]
-    inside = inside[:3] or [words[start]]
-    return "/".join(re.sub(r"\d+$", "*", w) if n else w for n, w in enumerate(inside)), way
+    start = starts[-1]
+    inside = [w for w in words[start:] if w not in WRAPPERS and "." not in w][:3]
+    named = ["block*" if w[0].isupper() else re.sub(r"\d+$", "*", w) for w in inside[1:]]
+    return "/".join([inside[0], *named]), way
 
 
 def grouped(sent: Sequence[Collective], parts: Sequence[str]) -> list[dict[str, Any]]:
@@ -174,6 +179,19 @@ def layers(
         for at in sizes
     ]
     return sorted(rows, key=lambda row: -(row["cycles_share"] or row["bytes_share"]))
+
+
+def arrays(program: hlo.Program, parts: Sequence[str], most: int = 8) -> list[dict[str, Any]]:
+    """The largest that one operation makes in main memory, each shape once."""
+    found: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
+    for i, *_ in program.traffic():
+        for a in i.result if not i.opcode.endswith("-start") else ():
+            layer, way = layer_of(i.op_name, parts) if i.op_name else ("", "")
+            row = {"bytes": a.nbytes, "dtype": a.dtype, "shape": a.shape, "op": i.opcode}
+            old = found.get((a.dtype, a.shape))
+            if a.in_hbm and (old is None or not old["layer"]):
+                found[a.dtype, a.shape] = {**row, "layer": layer, "pass": way}
+    return sorted(found.values(), key=lambda row: -row["bytes"])[:most]
 
 
 def totals(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -62,6 +62,8 @@ def text(report: Mapping[str, Any]) -> str:
         lines.append(f"{report['loops_of_unknown_length']} loops of unknown length counted once")
     if "step_ms" in report:
         lines += ["", *_times(report)]
+    if report["fits"] is False and report.get("arrays"):
+        lines += ["", "the largest arrays of the attempt:", *_arrays(report["arrays"])]
     if "layers" in report:
         lines += ["", *_collectives(report["collectives"]), "", *_layers(report["layers"])]
         lines += ["", *[f"{x['level']}: {x['name']}: {x['text']}" for x in report["lints"]]]
@@ -77,6 +79,14 @@ def _memory(found: Mapping[str, Any]) -> list[str]:
         if found.get(name, 0) > 0:
             rows.append((names.get(name, name), found[name]))
     return [f"  {name:<17} {size(n):>11}" for name, n in rows]
+
+
+def _arrays(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [
+        f"{size(row['bytes']):>11}  {row['dtype']}{list(row['shape'])} {row['op']}  "
+        f"{row['layer']} {row['pass']}".rstrip()
+        for row in rows
+    ]
 
 
 def _times(report: Mapping[str, Any]) -> list[str]:

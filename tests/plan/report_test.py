@@ -102,6 +102,18 @@ def test_out_of_memory_has_no_program(message, said):
     assert table.beside([built, built])
 
 
+def test_an_attempt_that_did_not_fit_shows_what_is_large():
+    text = gzip.decompress(GOLDEN.read_bytes()).decode()
+    failed = {k: v for k, v in FACTS.items() if k != "memory"}
+    failed["out_of_memory"] = out_of_memory("Used 43.37G of 15.75G hbm")
+    built = report.build(failed, text, V5E)
+    sizes = [row["bytes"] for row in built["arrays"]]
+    assert sizes == sorted(sizes, reverse=True) and sizes
+    assert built["collectives"] and built["lints"] and "step_ms" not in built
+    about = {"config": "x.py", "step": "train", "strategy": "fsdp"}
+    assert "largest arrays" in table.text({**about, **built})
+
+
 @pytest.mark.parametrize(
     ("op_name", "layer", "way"),
     [
@@ -120,6 +132,19 @@ def test_out_of_memory_has_no_program(message, said):
             "stage2/block*/mlp",
             "backward",
         ),
+        (
+            "jit(f)/transpose(jvp(CoAtNet))/stage2/jvp(CoAtNet)/stage2/checkpoint/"
+            "rematted_computation/block1.edged/block1/mlp/erfc",
+            "stage2/block*/mlp",
+            "recomputed",
+        ),
+        (
+            "jit(f)/jvp(CoAtNet)/stage2/while/body/closed_call/Transformer/mlp/erfc",
+            "stage2/block*/mlp",
+            "forward",
+        ),
+        ("jit(f)/jvp(CoAtNet)/stem/add", "stem", "forward"),
+        ("", "(outside the model)", ""),
         ("jit(traced)/jvp()/rev", "(loss)", "forward"),
         ("jit(traced)/div", "(outside the model)", ""),
     ],
