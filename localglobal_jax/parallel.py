@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
@@ -50,13 +51,12 @@ def make_mesh(
             f"parallel.mesh={shape} uses {fixed} of {count} devices; "
             "set one axis to -1 to use all of them"
         )
-    # make_mesh defaults to Explicit axes, under which linen's Embed, Dropout and reshapes break.
-    return jax.make_mesh(
-        tuple(shape.values()),
-        tuple(shape),
-        axis_types=(AxisType.Auto,) * len(shape),
-        devices=devices,
+    # Not jax.make_mesh: it refuses an axis of 16 on 8x8x8 chips of a v5p, whose rows are of 8.
+    laid_out = mesh_utils.create_device_mesh(
+        tuple(shape.values()), devices, allow_split_physical_axes=True
     )
+    # The default, Explicit axes, breaks linen's Embed, Dropout and reshapes.
+    return Mesh(laid_out, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
 
 
 def use_compilation_cache(directory: str | None) -> None:
@@ -66,6 +66,8 @@ def use_compilation_cache(directory: str | None) -> None:
     one (jaxlib 0.10.2) has crashed the interpreter in a long process.
     """
     if directory == "auto":
+        if jax.config.jax_compilation_cache_dir:  # the user's own, by environment
+            return
         on_cpu = jax.default_backend() == "cpu"
         directory = None if on_cpu else os.path.expanduser("~/.cache/localglobal/xla")
     jax.config.update("jax_compilation_cache_dir", directory)
