@@ -40,11 +40,12 @@ def in_sequence(
     for run in runs:
         own = [given[i] for i in run]
         if len(run) == 1:
-            edged = _edged(call)
-            step = nn.remat(edged) if forms.remat else edged
+            step = _edged(call)
+            step = _gathered(step, forms.gather) if forms.gather else step
+            step = nn.remat(step) if forms.remat else step
             outputs.append(step(blocks[run[0]], x, own[0]))
         else:
-            outputs += _scan(parent, [blocks[i] for i in run], x, call, own, remat=forms.remat)
+            outputs += _scan(parent, [blocks[i] for i in run], x, call, own, forms=forms)
         x = outputs[-1]
     return outputs
 
@@ -54,6 +55,10 @@ def _edged(call: Call) -> Call:
         return step_context.constrain(call(block, step_context.constrain(x), own))
 
     return edged
+
+
+def _gathered(call: Call, gather: Callable[[PyTree], PyTree]) -> Call:
+    return nn.map_variables(call, "params", gather)
 
 
 def _kind(parent: nn.Module, block: nn.Module) -> tuple[Any, ...]:
@@ -80,7 +85,7 @@ def _scan(
     call: Call,
     given: Sequence[Any],
     *,
-    remat: bool,
+    forms: step_context.BlockForms,
 ) -> list[Array]:
     """Equal blocks as one loop over their stacked variables."""
 
@@ -103,7 +108,7 @@ def _scan(
         y, new = block.apply(variables, x, given, method=_edged(call), mutable=changing, rngs=rngs)
         return y, (y, new)
 
-    step = jax.checkpoint(body, prevent_cse=False) if remat else body
+    step = jax.checkpoint(body, prevent_cse=False) if forms.remat else body
     xs = (variables, jnp.asarray(rates, jnp.float32), stack(given), keys)
     _, (outputs, changed) = jax.lax.scan(step, x, xs)
     for i, block in enumerate(blocks):

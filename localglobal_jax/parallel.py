@@ -7,7 +7,6 @@ heads, hidden channels and vocabularies (tensor parallelism, arXiv 1909.08053, s
 """
 
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -18,22 +17,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from localglobal_jax import schema, step_context
-
-BATCH_AXES = ("data", "fsdp")
-AXES = (*BATCH_AXES, "model")
-SMALL = 2**14  # elements: splitting less than this costs more messages than it saves memory
-
-# End of a parameter's path -> the axis that "model" splits: the way out of a product, then the way
-# in of the next, so that only its result has to be summed over devices.
-TENSOR_RULES = (
-    (r"/(qkv|query|key_value)/(kernel|bias)", -2),  # heads
-    (r"/attention/output/kernel", -2),
-    (r"/(hidden|expand)/(kernel|bias)", -1),
-    (r"/depthwise/kernel", -1),
-    (r"/(mlp/output|pointwise|project)/kernel", -2),
-    (r"(^|/)\w*embedding/embedding", 0),  # vocabulary
-)
+from localglobal_jax import schema, sharding, step_context
 
 
 def make_mesh(
@@ -49,7 +33,12 @@ def make_mesh(
     count = jax.device_count() if devices is None else len(devices)
     fixed = int(np.prod([n for n in shape.values() if n != -1]))
     free = [axis for axis, n in shape.items() if n == -1]
-    if not {"data"} <= shape.keys() <= {*AXES} or len(free) > 1 or fixed < 1 or count % fixed:
+    if (
+        not {"data"} <= shape.keys() <= {*sharding.AXES}
+        or len(free) > 1
+        or fixed < 1
+        or count % fixed
+    ):
         raise ValueError(
             f"parallel.mesh={shape} does not fit {count} device(s): it needs an axis named "
             '"data", may have "fsdp" and "model", at most one of them -1, and sizes whose product '
@@ -77,6 +66,8 @@ def use_compilation_cache(directory: str | None) -> None:
     one (jaxlib 0.10.2) has crashed the interpreter in a long process.
     """
     if directory == "auto":
+        if jax.config.jax_compilation_cache_dir:  # the user's own, by environment
+            return
         on_cpu = jax.default_backend() == "cpu"
         directory = None if on_cpu else os.path.expanduser("~/.cache/localglobal/xla")
     jax.config.update("jax_compilation_cache_dir", directory)
@@ -101,7 +92,11 @@ class Placement:
         options = options or schema.Parallel()
         self.mesh = make_mesh(options.mesh, devices)
         self.strategy, self.compile = options.strategy, options.compile
-        self._forms = step_context.BlockForms(options.remat == "blocks", options.scan)
+        self._forms = step_context.BlockForms(
+            remat=options.remat == "blocks",
+            scan=options.scan,
+            gather=self._whole if "fsdp" in options.strategy else None,
+        )
         self._global_norm = options.batch_norm == "global"
         for strategy, axis in (("fsdp", "fsdp"), ("tensor", "model")):
             if strategy in self.strategy.split("+") and axis not in self.mesh.shape:
@@ -124,7 +119,7 @@ class Placement:
                 "parallel.batch_norm=per_device needs parallel.compile=pmap: under jit a batch is "
                 "one array, and so are its statistics"
             )
-        self._batch = tuple(axis for axis in BATCH_AXES if axis in self.mesh.shape)
+        self._batch = tuple(axis for axis in sharding.BATCH_AXES if axis in self.mesh.shape)
 
     @property
     def batch_parts(self) -> int:
@@ -172,31 +167,15 @@ class Placement:
 
     def spec(self, path: str, shape: tuple[int, ...]) -> PartitionSpec:
         """How the array of a state at `path` ("variables/params/stem/conv1/kernel") is split."""
-        axes: list[str | None] = [None] * len(shape)
-        if "tensor" in self.strategy:
-            for pattern, axis in TENSOR_RULES:
-                found = re.search(f"{pattern}$", path)
-                if found and shape[axis] % self.mesh.shape["model"] == 0:
-                    axes[axis] = "model"
-                    break
-        # A depthwise kernel split by channels makes XLA split its convolution's gradient alike:
-        # whole batches were then summed over all devices (49 GiB each in coatnet_7).
-        large = np.prod(shape) >= SMALL and not path.endswith("depthwise/kernel")
-        if "fsdp" in self.strategy and large:
-            parts = self.mesh.shape["fsdp"]
-            whole = [i for i, n in enumerate(shape) if axes[i] is None and n % parts == 0]
-            if whole:
-                axes[max(whole, key=lambda i: shape[i])] = "fsdp"
-        return PartitionSpec(*axes)
+        return sharding.spec(path, shape, self.strategy, self.mesh.shape)
 
     def shardings(self, tree: PyTree) -> PyTree:
         """Of every leaf of a state, variables, or of their shapes."""
 
-        def sharding(path: Any, leaf: Any) -> NamedSharding:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            return NamedSharding(self.mesh, self.spec(name, tuple(leaf.shape)))
+        def where(path: Any, leaf: Any) -> NamedSharding:
+            return NamedSharding(self.mesh, self.spec(_name(path), tuple(leaf.shape)))
 
-        return jax.tree_util.tree_map_with_path(sharding, tree)
+        return jax.tree_util.tree_map_with_path(where, tree)
 
     def template(self, shapes: PyTree) -> PyTree:
         """The shapes with their shardings, to restore into."""
@@ -229,6 +208,18 @@ class Placement:
 
     def _replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
+
+    def _whole(self, params: PyTree) -> PyTree:
+        """Parameters of a block, no longer split over "fsdp"."""
+
+        def whole(path: Any, leaf: jax.Array) -> jax.Array:
+            spec = self.spec("/" + _name(path), leaf.shape)
+            if "fsdp" not in spec:
+                return leaf
+            rest = PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
+            return jax.lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, rest))
+
+        return jax.tree_util.tree_map_with_path(whole, params)
 
     def _tracing(self, axis: str | None = None) -> AbstractContextManager[None]:
         """What the code of a step is told while it is traced."""
@@ -283,6 +274,10 @@ class Placement:
                 return step(variables, batch)
 
         return jax.jit(traced, out_shardings=self._replicated())
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def describe() -> str:

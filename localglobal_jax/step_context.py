@@ -19,6 +19,9 @@ class BlockForms(NamedTuple):
 
     remat: bool = False
     scan: bool = False
+    # Makes the split parameters of a block whole when it is computed, and again in its backward
+    # pass. Left to itself XLA gathered activations instead.
+    gather: Callable[[PyTree], PyTree] | None = None
 
 
 _edge: ContextVar[Callable[[Array], Array]] = ContextVar("edge", default=lambda x: x)

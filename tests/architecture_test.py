@@ -11,7 +11,17 @@ import localglobal_jax
 ROOT = pathlib.Path(localglobal_jax.__file__).parent
 FLOORS = [  # a room imports from floors below its own; files of one room see each other
     ["schema"],
-    ["arrays", "configlib", "digest", "hosts", "mix_token", "reach", "step_context", "sweeps"],
+    [
+        "arrays",
+        "configlib",
+        "digest",
+        "hosts",
+        "mix_token",
+        "reach",
+        "sharding",
+        "step_context",
+        "sweeps",
+    ],
     ["in_sequence", "parallel"],
     ["operators"],
     ["blocks"],

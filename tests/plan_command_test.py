@@ -4,8 +4,10 @@
 import importlib.util
 import json
 import os
+import pathlib
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -42,8 +44,8 @@ def test_a_plan_and_what_is_kept_of_it(home):
     # a good part is split four ways, and the optimizer's two moments go with their parameters
     assert 4 * first["parameters"] / 4 < split["parameters"] < 2 * first["parameters"]
     assert split["optimizer"] == pytest.approx(2 * split["parameters"], rel=0.01)
-    # the gradients of what is whole are summed over all, of what is split, over "data" too
-    assert {row["group"] for row in first["collectives"]} == {2, 4, 8}
+    # parameters are gathered from those that split them, gradients are summed over all
+    assert {row["group"] for row in first["collectives"]} >= {4, 8}
     assert first["flops"] > 0 and first["bytes_accessed"] > first["memory"]["needed"] / 4
     assert any(x["name"] == "type of the gradient's sum" for x in first["lints"])
 
@@ -75,6 +77,23 @@ def test_two_configs_side_by_side(home):
 def test_errors_say_what_to_do(home, args, code, said):
     out, err = plan(home, "--config", DIGITS, *args, code=code)
     assert said in err and "Traceback" not in err and not out
+
+
+def test_ended_from_outside_it_leaves_no_compiler_behind(tmp_path):
+    command = [sys.executable, "-m", "localglobal_jax", "plan", "--config", DIGITS]
+    env = {**os.environ, "HOME": str(tmp_path)}
+    cache = tmp_path / ".cache/localglobal/plan"
+    with subprocess.Popen([*command, "--topology", "cpu:2"], env=env) as asked:
+        while asked.poll() is None and not list(cache.glob("new-*/log")):
+            time.sleep(0.05)
+        (children,) = pathlib.Path(f"/proc/{asked.pid}/task").glob("*/children")
+        compiler = children.read_text().split()
+        while not compiler:
+            compiler = children.read_text().split()
+        asked.terminate()
+        assert asked.wait() == 143
+    assert not pathlib.Path(f"/proc/{compiler[0]}").exists()
+    assert not list(cache.iterdir())
 
 
 def test_without_libtpu(monkeypatch):

@@ -44,12 +44,12 @@ RUNS = {
 ALL = """
 import json, sys
 import jax
-from localglobal_jax import configlib, optim, parallel, schema
+from localglobal_jax import configlib, optim, parallel, schema, sharding
 from localglobal_jax.tasks import create_task
 from localglobal_jax.train_step import init_state, make_update
 
 config, overrides, strategies = map(json.loads, sys.argv[1:])
-parallel.SMALL = 0  # split whatever can be split
+sharding.SMALL = 0  # split whatever can be split
 run = configlib.check(configlib.load(config, overrides))
 task, optimizer = create_task(run), optim.make_optimizer(run.optim, run.steps)
 start = jax.device_get(jax.jit(lambda: init_state(task, optimizer, run))())

@@ -20,7 +20,11 @@ CONFIGS = HERE.parent.parent / "configs"
 SLICES = {"v5e:16x16": 256, "v5p:8x8x8": 512}
 COATNETS = (0, 4, 7)
 BOUNDS = ("compute", "memory", "communication")
-FSDP = {"parallel.strategy": "fsdp", "parallel.mesh": '{"data": -1, "fsdp": 16}'}
+FSDP = {
+    "parallel.strategy": "fsdp",
+    "parallel.mesh": '{"data": -1, "fsdp": 16}',
+    "parallel.remat": "blocks",
+}
 
 
 def rows():

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -147,9 +148,15 @@ def _compile(
             stdout=log,
             stderr=subprocess.STDOUT,
         )
+        previous = None
+        if threading.current_thread() is threading.main_thread():
+            # ended politely, as by `timeout` or a scheduler, no compiler is left behind
+            previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         try:
             _watch(child, f"the {step} step for {topology.name}", timeout)
         finally:
+            if previous is not None:
+                signal.signal(signal.SIGTERM, previous)
             if child.poll() is None:
                 child.kill()
                 child.wait()

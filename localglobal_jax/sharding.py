@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which axis of a mesh splits which axis of a parameter: one table, and one rule."""
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+from jax.sharding import PartitionSpec
+
+BATCH_AXES = ("data", "fsdp")
+AXES = (*BATCH_AXES, "model")
+SMALL = 2**14  # elements: splitting less than this costs more messages than it saves memory
+
+# End of a parameter's path -> the axis that "model" splits: the way out of a product, then the way
+# in of the next, so that only its result has to be summed over devices.
+TENSOR_RULES = (
+    (r"/(qkv|query|key_value)/(kernel|bias)", -2),  # heads
+    (r"/attention/output/kernel", -2),
+    (r"/(hidden|expand)/(kernel|bias)", -1),
+    (r"/depthwise/kernel", -1),
+    (r"/(mlp/output|pointwise|project)/kernel", -2),
+    (r"(^|/)\w*embedding/embedding", 0),  # vocabulary
+)
+
+
+def spec(
+    path: str, shape: tuple[int, ...], strategy: str, mesh: Mapping[str, int]
+) -> PartitionSpec:
+    """How an array at `path` is split: by the table over "model", by its size over "fsdp".
+
+    The optimizer's moments have the paths of their parameters at the end of theirs.
+    """
+    axes: list[str | None] = [None] * len(shape)
+    if "tensor" in strategy:
+        for pattern, axis in TENSOR_RULES:
+            found = re.search(f"{pattern}$", path)
+            if found and shape[axis] % mesh["model"] == 0:
+                axes[axis] = "model"
+                break
+    # A depthwise kernel split by channels makes XLA split its convolution's gradient alike: whole
+    # batches were then summed over all devices (49 GiB each in coatnet_7).
+    large = np.prod(shape) >= SMALL and not path.endswith("depthwise/kernel")
+    if "fsdp" in strategy and large:
+        whole = [i for i, n in enumerate(shape) if axes[i] is None and n % mesh["fsdp"] == 0]
+        if whole:
+            axes[max(whole, key=lambda i: shape[i])] = "fsdp"
+    return PartitionSpec(*axes)
