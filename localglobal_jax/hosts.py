@@ -74,7 +74,8 @@ def start(cluster: Cluster, timeout: float = 300.0) -> None:
     that did not come within `timeout` seconds.
     """
     coordinator, size, number, devices = cluster
-    if not re.fullmatch(r"\S+:\d+", coordinator) or not 0 <= number < size:
+    port = int(coordinator.rpartition(":")[2]) if re.fullmatch(r"\S+:\d+", coordinator) else 0
+    if not 0 < port < 2**16 or not 0 <= number < size:
         raise ValueError(
             f"--coordinator {coordinator} --hosts {size} --host {number}: want HOST:PORT, and "
             "0 <= host < hosts"
@@ -118,16 +119,18 @@ def _listen(cluster: Cluster, deadline: float) -> list[str]:
             server.settimeout(max(deadline - time.monotonic(), 0.01))
             try:
                 call = open_calls.enter_context(server.accept()[0])
-                call.settimeout(5)
-                number, name = call.makefile().readline().split()
             except TimeoutError:
                 break
+            try:
+                call.settimeout(2)
+                text, name = call.makefile().readline(1000).split()
+                number = int(text)
             except (ValueError, OSError):
                 continue  # not one of ours
-            if int(number) in (0, *callers) or not 0 < int(number) < cluster.size:
+            if number in callers or not 0 < number < cluster.size:
                 twice = f"{name} says that it is host {number}, which is another one's number"
             else:
-                callers[int(number)] = name, call
+                callers[number] = name, call
         missing = [i for i in range(1, cluster.size) if i not in callers]
         names = [socket.gethostname(), *(callers[i][0] for i in sorted(callers))]
         if twice:

@@ -40,7 +40,8 @@ def make_mesh(
         or count % fixed
     ):
         raise ValueError(
-            f"parallel.mesh={shape} does not fit {count} device(s): it needs an axis named "
+            f"parallel.mesh={shape} does not fit {count} device(s) (--config.parallel.mesh and "
+            ".strategy may change at any time): it needs an axis named "
             '"data", may have "fsdp" and "model", at most one of them -1, and sizes whose product '
             f"divides {count}"
         )
@@ -66,7 +67,7 @@ def use_compilation_cache(directory: str | None) -> None:
     one (jaxlib 0.10.2) has crashed the interpreter in a long process.
     """
     if directory == "auto":
-        if jax.config.jax_compilation_cache_dir:  # the user's own, by environment
+        if "JAX_COMPILATION_CACHE_DIR" in os.environ:  # the user's own
             return
         on_cpu = jax.default_backend() == "cpu"
         directory = None if on_cpu else os.path.expanduser("~/.cache/localglobal/xla")

@@ -73,7 +73,7 @@ def searched(
     """The run with the largest batch that fits; `trials` gets every one that was compiled."""
 
     def fits(batch_size: int) -> bool:
-        tried = measured(run.model_copy(update={"batch_size": batch_size}), args, topology)
+        tried = measured(with_batch(run, batch_size), args, topology)
         trials.append({"batch_size": batch_size, "needed": tried["memory"]["needed"]})
         trials[-1]["fits"] = tried["fits"]
         print(f"batch_size={batch_size}: {table.verdict(tried)}", file=sys.stderr, flush=True)
@@ -85,7 +85,13 @@ def searched(
             f"not even batch_size={trials[-1]['batch_size']} fits {topology.name}: take more "
             "devices, or split the parameters (parallel.strategy=fsdp)"
         )
-    return run.model_copy(update={"batch_size": best})
+    return with_batch(run, best)
+
+
+def with_batch(run: schema.Run, batch_size: int) -> schema.Run:
+    """The run with that batch, in training and in evaluation."""
+    evaluation = run.eval.model_copy(update={"batch_size": None})
+    return run.model_copy(update={"batch_size": batch_size, "eval": evaluation})
 
 
 def unit(run: schema.Run, devices: int) -> int:

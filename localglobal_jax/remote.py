@@ -1,22 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Workdirs on object stores (``gs://``, ``s3://``, ``az://``), and the only place that knows them.
+"""Workdirs on Google Cloud Storage (``gs://``), and the only place that knows them.
 
 An object cannot be appended to, so the small files of such a workdir (config, metrics, tokenizer,
-model card, TensorBoard) live in a local copy, which is put back after every flush. Checkpoints do
+model card, TensorBoard) live in a local copy, which is put back with
+every checkpoint and at the end, however that comes about. Checkpoints do
 not pass through here: orbax writes them to the store itself, every host its own part.
 
-Tested with fsspec's file system in memory; no real bucket was at hand. It needs fsspec's package
-for the store (``gcsfs``, ``s3fs``, ``adlfs``).
+Tested with fsspec's file system in memory; no real bucket was at hand. It needs ``gcsfs``. Orbax
+knows no other store.
 """
 
 import atexit
+import contextlib
 import os
 import pathlib
-import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 from etils import epath
+
+from localglobal_jax.stores import is_remote
 
 
 class Copy:
@@ -47,6 +51,15 @@ class Copy:
         except ImportError as error:
             raise ValueError(f"{self._store}: {error}") from None
 
+    @contextlib.contextmanager
+    def kept(self, ours: bool) -> Iterator[None]:
+        """Puts back what has changed when the block ends, however it does, if that is `ours`."""
+        try:
+            yield
+        finally:
+            if ours:
+                self.push()
+
     def push(self) -> None:
         """Puts back what has changed since the last time."""
         if self._store is None:
@@ -58,18 +71,6 @@ class Copy:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(file.read_bytes())
                 self._pushed[file] = changed
-
-
-def is_remote(directory: str | os.PathLike[str]) -> bool:
-    """``gs://bucket/run`` is, ``runs/gs`` is not; ValueError for stores that nobody knows."""
-    scheme = re.match(r"(\w+):/", os.fspath(directory))
-    if not scheme:
-        return False
-    if not re.match(r"(gs|s3|az)://[^/]+/.", os.fspath(directory)):
-        raise ValueError(
-            f"{directory}: want a local directory, or gs://BUCKET/PATH, s3://... or az://..."
-        )
-    return True
 
 
 def _fetch(source: epath.Path, target: pathlib.Path, leave_out: tuple[str, ...] = ()) -> None:

@@ -240,6 +240,7 @@ RUNS: dict[str, type[Run]] = {"classification": ClassificationRun, "translation"
 # Fields that may differ between a run and its resumption: they change nothing that is computed,
 # but for the order in which another number of devices adds up, and records that were bad.
 MAY_CHANGE = (
-    *("checkpoint", "eval", "log", "parallel"),
+    *("checkpoint", "eval", "log"),
+    *(f"parallel.{field}" for field in Parallel.model_fields if field != "batch_norm"),
     *("data.dir", "data.in_memory", "data.max_bad_records", "data.threads"),
 )

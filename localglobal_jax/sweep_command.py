@@ -5,11 +5,14 @@ import argparse
 import json
 import os
 import pathlib
+import shlex
 import sys
 from collections.abc import Mapping
 from typing import Any
 
-from localglobal_jax.launch import backends, execute, expand, local, pool, shell
+from localglobal_jax import sweeps
+from localglobal_jax.launch import backends, execute, expand, local, pool, shell, tpu_vm
+from localglobal_jax.stores import is_remote
 
 EXAMPLE = "--config experiments/coatnet_layouts/sweep.py --workdir runs/layouts --dry_run"
 NOTES = """\
@@ -82,11 +85,13 @@ def run(args: argparse.Namespace) -> int:
 def _look(args: argparse.Namespace, runs: list[expand.Description]) -> int:
     from localglobal_jax.launch import status
 
-    if expand.is_remote(args.workdir):
+    if is_remote(args.workdir):
         raise ValueError(
             f"--workdir {args.workdir}: status and collect read local folders; copy the small "
             "files first (config.json, metrics.jsonl and the names in checkpoints/)"
         )
+    if args.collect and not pathlib.Path(args.collect).absolute().parent.is_dir():
+        raise ValueError(f"--collect {args.collect}: there is no such folder")
     rows = [status.read(described) for described in runs]
     if args.collect:
         from localglobal_jax import workdir
@@ -172,18 +177,35 @@ def _submit(
     """SLURM: what is neither done nor in the queue."""
     execute.need("sbatch")
     root = pathlib.Path(args.workdir).absolute()
-    waiting = execute.queued(backends.slurm_job(sweep.prefix, str(root)), environment)
-    left = [run for run in runs if run.index not in waiting]
-    for described in runs:
-        if described.index in waiting:
-            _say(f"queued   {described.name}: already")
-    if not left:
-        return 0
-    launch = backends.launch(args, sweep, left, env)
-    (file,) = execute.write(launch.files, root)
-    code, output = execute.call(["sbatch", "--parsable", file], environment)
-    _say(output)
+    waiting = set()
+    job = backends.slurm_job(sweep.prefix, str(root))
+    for array, task in execute.queued(job, environment):
+        # A sweep that grew has other numbers than the array that waits: names tell which is which.
+        names = root / f"slurm-{array}.json"
+        known = json.loads(names.read_text()) if names.exists() else {}
+        waiting.add(known.get(str(task), ""))
+    left = [run for run in runs if run.name not in waiting]
+    code, output = 0, ""
+    if left:
+        launch = backends.launch(args, sweep, left, env)
+        (file,) = execute.write(launch.files, root)
+        code, output = execute.call(["sbatch", "--parsable", file], environment)
+    if output and not code:
+        numbers = {run.index: run.name for run in left}
+        (root / f"slurm-{output.partition(';')[0]}.json").write_text(json.dumps(numbers))
+    new = "failed" if code else "queued"
+    states = {run.name: new if run in left else "already" for run in runs}
+    _report(args, 1 if code else 0, states, output)
     return 1 if code else 0
+
+
+def _report(args: argparse.Namespace, code: int, states: Mapping[str, str], output: str) -> None:
+    """What has become of every run; what the tool said."""
+    for name, state in states.items():
+        _say(f"{state:<8} {name}")
+    _say(output)
+    if args.json:
+        print(json.dumps({"code": code, "runs": {k: {"state": v} for k, v in states.items()}}))
 
 
 def _create(
@@ -194,15 +216,17 @@ def _create(
 ) -> int:
     """xpk: one workload after the other. One that exists is left alone."""
     execute.need("xpk")
-    failed = 0
+    states, said = {}, ""
     for described in runs:
         code, output = execute.call(launch.commands[described.name], environment)
         there = code and "already exists" in output
-        _say(f"{'exists' if there else 'failed' if code else 'created':<8} {described.name}")
-        if code and not there:
-            failed += 1
-            _say(output)
-    return 1 if failed else 0
+        states[described.name] = "exists" if there else "failed" if code else "created"
+        said += f"{output}\n" if code and not there else ""
+    failed = int("failed" in states.values())
+    if "exists" in states.values():
+        said += "What exists is left alone, done or not: delete a workload to start it again."
+    _report(args, failed, states, said)
+    return failed
 
 
 def _pool(
@@ -227,12 +251,29 @@ def _pool(
     workers = pool.Pool(slots, retries, environment, _say)
     outcomes = workers.run(jobs)
     failed = [name for name, outcome in outcomes.items() if outcome.state == "failed"]
-    code = 42 if workers.stopped else 1 if failed else 0
+    busy = any(outcome.state == "busy" for outcome in outcomes.values())
+    code = 42 if workers.stopped else 1 if failed or busy else 0
+    if args.backend == "tpu-vm":
+        _give_back(args, outcomes, environment)
     if args.json:
         print(json.dumps({"code": code, "runs": {k: vars(v) for k, v in outcomes.items()}}))
     ended = sum(outcome.state == "done" for outcome in outcomes.values())
     _say(f"{ended} of {len(jobs)} done, {len(failed)} failed")
     return code
+
+
+def _give_back(
+    args: argparse.Namespace, outcomes: Mapping[str, Any], environment: Mapping[str, str]
+) -> None:
+    """The machines of runs that failed for good; of those that were stopped, says how."""
+    for run, outcome in outcomes.items():
+        name = sweeps.elsewhere(run, args.workdir)
+        command = tpu_vm.delete(name, zone=args.zone, project=args.project)
+        if outcome.state == "failed":
+            execute.call(command, environment)
+        elif outcome.state == "stopped":
+            _say(f"kept     the machines of {run}, for when it goes on; to give them back:")
+            _say(f"         {shlex.join(command)}")
 
 
 def _say(line: str) -> None:

@@ -96,6 +96,13 @@ def name(prefix: str, index: int, overrides: Mapping[str, Any]) -> str:
     return safe(prefix)[: LONGEST - len(end)].rstrip("-") + end
 
 
+def elsewhere(name: str, root: str) -> str:
+    """`name` for a cloud, where names of several sweeps meet: with a hash of their root."""
+    prefix, index, end = name.rsplit("-", 2)
+    end = f"-{index}-{end}-{hashlib.sha256(root.encode()).hexdigest()[:4]}"
+    return prefix[: LONGEST - len(end)].rstrip("-") + end
+
+
 def safe(text: str) -> str:
     """`text` without what a name may not have."""
     kept = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

@@ -78,6 +78,7 @@ def train(run: schema.Run, directory: str | pathlib.Path) -> dict[str, dict[str,
     window = Window(run, task, start, restored.metadata["window"] if restored else None)
     batches = task.train_batches(start, run.steps)
     with (
+        copy.kept(hosts.rank() == 0),
         hosts.stop_requests() as asked_to_stop,
         closing(checkpoints),
         closing(trace),

@@ -147,6 +147,31 @@ def test_roll_call_gives_all_names():
     assert found == dict.fromkeys(range(3), [socket.gethostname()] * 3)
 
 
+def test_strangers_do_not_disturb_the_roll_call():
+    results, address = {}, f"localhost:{free_port()}"
+    threads = [
+        threading.Thread(target=call, args=(hosts.Cluster(address, 2, rank), 60, results))
+        for rank in (0, 1)
+    ]
+    threads[0].start()
+    place = ("localhost", int(address.rpartition(":")[2]))
+    with _connected(place), _connected(place) as talking:  # one says nothing, one not our words
+        talking.sendall(b"EHLO me\n")
+        threads[1].start()
+        for thread in threads:
+            thread.join()
+    assert results == dict.fromkeys(range(2), [socket.gethostname()] * 2)
+
+
+def _connected(place):
+    for _ in range(200):
+        try:
+            return socket.create_connection(place)
+        except OSError:
+            time.sleep(0.05)
+    raise AssertionError("host 0 does not listen")
+
+
 def test_roll_call_names_who_is_missing_on_every_host():
     found = calls(4, (0, 2))
     assert found == dict.fromkeys(
@@ -168,7 +193,9 @@ def test_two_hosts_with_one_number():
     assert "says that it is host 1, which is another one's number" in results[0]
 
 
-@pytest.mark.parametrize(("address", "rank"), [("nowhere", 0), ("localhost:1", 2)])
+@pytest.mark.parametrize(
+    ("address", "rank"), [("nowhere", 0), ("localhost:1", 2), ("localhost:99999", 0)]
+)
 def test_a_cluster_that_cannot_be(address, rank):
     with pytest.raises(ValueError, match="want HOST:PORT, and 0 <= host < hosts"):
         hosts.start(hosts.Cluster(address, 2, rank))

@@ -8,22 +8,23 @@ import pytest
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
-from localglobal_jax import configlib, evaluate, remote, train
+from localglobal_jax import configlib, evaluate, remote, stores, train
 
 
 class Bucket(MemoryFileSystem):
     """In memory, under another name."""
 
-    protocol = "s3"
+    protocol = ("gs", "gcs")
     store: ClassVar = {}
     pseudo_dirs: ClassVar = [""]
 
 
 @pytest.fixture
 def bucket():
-    fsspec.register_implementation("s3", Bucket, clobber=True)
+    for name in ("gs", "gcs"):
+        fsspec.register_implementation(name, Bucket, clobber=True)
     Bucket.store.clear()
-    return "s3://bucket/runs/one"
+    return "gs://bucket/runs/one"
 
 
 def test_small_files_go_there_and_come_back(bucket):
@@ -67,7 +68,7 @@ def test_a_run_stops_resumes_and_is_evaluated_there(bucket, tmp_path, data_dir, 
         train.train(configlib.check(other), bucket)
 
 
-@pytest.mark.parametrize("path", ["gs:/bucket/x", "ftp://a/b", "gs://bucket"])
+@pytest.mark.parametrize("path", ["gs:/bucket/x", "s3://a/b", "gs://bucket"])
 def test_stores_that_nobody_knows(path):
     with pytest.raises(ValueError, match="want a local directory, or gs://BUCKET/PATH"):
-        remote.is_remote(path)
+        stores.is_remote(path)

@@ -84,3 +84,11 @@ def test_names_never_change():
     """Else the same command would start everything again under other names."""
     overrides = {"optim.learning_rate": 1e-3, "model.depths": (1, 2), "model.layout": "CT"}
     assert sweeps.name("coatnet_layouts", 3, overrides) == "coatnet-layouts-003-2af4d8c2"
+
+
+@given(prefix=st.text(min_size=1, max_size=60), index=st.integers(0, 999))
+def test_names_elsewhere_tell_two_sweeps_apart(prefix, index):
+    here = sweeps.name(prefix, index, {"seed": 1})
+    one, other = (sweeps.elsewhere(here, root) for root in ("gs://a/x", "gs://b/x"))
+    assert one != other and one[:-4] == other[:-4]
+    assert len(one) <= sweeps.LONGEST and re.fullmatch(r"[a-z][a-z0-9-]*", one)

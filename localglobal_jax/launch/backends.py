@@ -4,13 +4,17 @@
 import argparse
 import dataclasses
 import hashlib
+import os
 import pathlib
+import re
 import sys
 from collections.abc import Mapping, Sequence
 
 from localglobal_jax.launch import shell, slurm, tpu_vm, xpk
-from localglobal_jax.launch.expand import Description, Sweep, is_remote
+from localglobal_jax.launch.expand import Description, Sweep
 from localglobal_jax.launch.target import Target, of_tpu
+from localglobal_jax.stores import is_remote
+from localglobal_jax.sweeps import elsewhere
 
 # option -> the back ends it is for, and its help
 OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -65,6 +69,15 @@ def check(args: argparse.Namespace) -> None:
         least = 0 if option in MAY_BE_ZERO else 1
         if (given := getattr(args, option)) is not None and given < least:
             raise ValueError(f"--{option} {given}: at least {least}")
+    if args.backend in ("xpk", "tpu-vm") and not is_remote(args.workdir):
+        raise ValueError(
+            f"--backend {args.backend} needs a --workdir that outlives its machines: "
+            "gs://BUCKET/PATH"
+        )
+    if args.backend == "slurm" and re.search(r"[\s%]", os.path.abspath(args.workdir)):
+        raise ValueError(f"--workdir {args.workdir}: SLURM takes no blanks and no % in a path")
+    if args.backend == "local" and args.out:
+        raise ValueError("--out is for back ends that make scripts; local runs are started here")
     for option in REQUIRED.get(args.backend, ()):
         if not getattr(args, option):
             raise ValueError(f"--backend {args.backend} needs --{option}")
@@ -100,7 +113,7 @@ def launch(
         commands = {
             run.name: tuple(
                 xpk.arguments(
-                    run.name,
+                    elsewhere(run.name, args.workdir),
                     there[run.name],
                     cluster=args.cluster,
                     tpu_type=args.tpu_type,
@@ -124,12 +137,13 @@ def launch(
     pairs: dict[str, tuple[str, ...]] = {}
     for run in runs:
         options = {"accelerator": args.tpu_type, "version": args.runtime, "spot": args.spot}
+        name = elsewhere(run.name, args.workdir)
         files[f"{run.name}.sh"] = tpu_vm.script(
-            run.name, there[run.name], setup=args.setup, env=env, **place, **options
+            name, there[run.name], setup=args.setup, env=env, **place, **options
         )
         remote = tpu_vm.exported(env) + tpu_vm.remote(there[run.name], args.setup)
-        ssh = [*tpu_vm.ssh(run.name, **place), f"--command={remote}"]
-        made = tpu_vm.create(run.name, **place, **options)
+        ssh = [*tpu_vm.ssh(name, **place), f"--command={remote}"]
+        made = tpu_vm.create(name, **place, **options)
         pairs[run.name] = (shell.quoted(made), shell.quoted(ssh))
     return Launch(pairs, files, {run.name: ("bash", f"{run.name}.sh") for run in runs})
 
@@ -153,6 +167,7 @@ def _slurm(
         "time": args.time,
         "cpus-per-task": args.cpus,
         "mem": args.mem,
+        "chdir": os.getcwd(),  # a config's path may be relative to here
     }
     options = [f"--{key}={value}" for key, value in named.items() if value]
     root = str(pathlib.Path(args.workdir).absolute())

@@ -47,10 +47,11 @@ def call(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, s
     return done.returncode, done.stdout.strip()
 
 
-def queued(job: str, environment: Mapping[str, str]) -> set[int]:
-    """Numbers of the tasks of the SLURM array `job` that wait or run already."""
-    command = ["squeue", "--me", "--array", "--noheader", f"--name={job}", "--format=%K"]
+def queued(job: str, environment: Mapping[str, str]) -> set[tuple[int, int]]:
+    """(array, task) of what waits or runs already of the SLURM jobs of that name."""
+    command = ["squeue", "--me", "--array", "--noheader", f"--name={job}", "--format=%F %K"]
     code, output = call(command, environment)
     if code:
         raise OSError(f"squeue failed, so runs might be started twice: {output}")
-    return {int(word) for word in output.split() if word.isdigit()}
+    pairs = (line.split() for line in output.splitlines())
+    return {(int(p[0]), int(p[1])) for p in pairs if len(p) == 2 and all(map(str.isdigit, p))}

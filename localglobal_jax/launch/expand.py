@@ -5,11 +5,11 @@ import dataclasses
 import fnmatch
 import inspect
 import pathlib
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from localglobal_jax import configlib, schema, sweeps
+from localglobal_jax.stores import is_remote
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +31,6 @@ class Sweep:
     prefix: str
     base: schema.Run  # the config without overrides
     runs: tuple[Description, ...]
-
-
-def is_remote(root: str) -> bool:
-    """``gs://...`` and the like."""
-    return re.match(r"\w+://", root) is not None
 
 
 def expand(

@@ -22,6 +22,7 @@ from localglobal_jax.launch import local
 
 LOG, ATTEMPTS = "log.txt", "attempts.jsonl"
 PAUSE = 0.1  # seconds between two looks at the children
+SHORT, LONGEST = 60.0, 300.0  # seconds: of an attempt that got nowhere, and of a wait
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Outcome:
     code: int | None = None
     attempts: int = 0
     crashes: int = 0
+    short: int = 0  # attempts in a row that ended within a minute with 42
+    ready: float = 0.0  # when it may start again
 
 
 class Pool:
@@ -64,8 +67,12 @@ class Pool:
         with self._signals(children):
             try:
                 while children or (waiting and not self._stops):
-                    while waiting and free and not self._stops:
-                        job, slot = waiting.popleft(), free.popleft()
+                    while free and not self._stops:
+                        ready = [j for j in waiting if outcomes[j.name].ready <= time.monotonic()]
+                        if not ready:
+                            break
+                        job, slot = ready[0], free.popleft()
+                        waiting.remove(job)
                         child = self._start(job, slot, outcomes[job.name])
                         if not child:
                             free.append(slot)
@@ -122,7 +129,12 @@ class Pool:
         outcome.code = code
         outcome.crashes += code not in (local.DONE, local.PREEMPTED)
         following = local.what_next(code, outcome.crashes, self._retries)
-        seconds = f"after {time.monotonic() - child.since:.0f} s"
+        lasted = time.monotonic() - child.since
+        seconds = f"after {lasted:.0f} s"
+        if following == "restart":  # the second one at once, then later and later
+            outcome.short = outcome.short + 1 if lasted < SHORT else 0
+            pause = min(2.0**outcome.short, LONGEST) if outcome.short > 1 else 0.0
+            outcome.ready = time.monotonic() + pause
         if self._stops and code not in (local.DONE, local.WRONG, local.DIVERGED):
             outcome.state = "stopped"
             self._say(f"stopped  {job.name}  {seconds}: {local.explained(code)}")

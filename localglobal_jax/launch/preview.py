@@ -14,6 +14,7 @@ import jax
 from localglobal_jax import configlib, optim, parallel, schema, tasks, train, workdir
 from localglobal_jax.launch import expand, status
 from localglobal_jax.launch.target import Target
+from localglobal_jax.stores import is_remote
 
 
 class Preview:
@@ -36,15 +37,12 @@ class Preview:
         run = described.run
         placement = parallel.Placement(run.parallel, self._devices)
         train.check_batches(run, placement)
-        for field, rows in (run.train_rows, run.eval_rows):
-            if rows % self._hosts:
-                raise ValueError(f"{field}={rows} is not divisible by {self._hosts} hosts")
         optim.make_optimizer(run.optim, run.steps)
         parameters, metrics = self._model(run)
         best = (run.checkpoint.best or "").removeprefix("-")
         if best and best not in metrics:
             raise configlib.unknown("metric in checkpoint.best:", best, metrics)
-        remote = expand.is_remote(described.workdir)
+        remote = is_remote(described.workdir)
         if not remote:
             workdir.refuse_other(run, pathlib.Path(described.workdir))
         found = None if remote else status.latest_step(pathlib.Path(described.workdir))

@@ -86,7 +86,10 @@ while kill -0 "$child" 2>/dev/null; do wait "$child"; done  # a signal ends wait
 wait "$child"
 code=$?
 record "\\"event\\": \\"end\\", \\"code\\": $code"
-if [ "$code" -eq 42 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+if [ "$code" -eq 42 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 1000 ]; then
+  sleep 10  # a cluster that is not well is not asked every second
+  scontrol requeue "$SLURM_JOB_ID"
+fi
 exit "$code"
 """
 

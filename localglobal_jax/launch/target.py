@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many devices and hosts a machine has that is known by its name only."""
 
+import re
 from typing import NamedTuple
 
 from localglobal_jax.plan import topologies
@@ -16,7 +17,9 @@ class Target(NamedTuple):
 
 
 def of_tpu(name: str, slices: int = 1) -> Target:
-    """So many slices of ``v5e-256``, ``v5litepod-256`` or ``v5e:16x16``."""
+    """So many slices of ``v5litepod-256`` or ``v5p-128``, as the cloud names them."""
+    if not re.fullmatch(r"v\w+-\d+", name):
+        raise ValueError(f"--tpu_type {name}: want a name of the cloud, v5litepod-256 or v5p-128")
     found = topologies.parse(name)
     single = found.name.partition(":")[0] in SINGLE and found.chips <= 8
     return Target(found.devices * slices, (1 if single else max(1, found.chips // 4)) * slices)

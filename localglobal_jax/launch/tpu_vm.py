@@ -21,7 +21,8 @@ RUNTIMES = {  # of the documentation of Cloud TPU; --runtime overrides
 
 def runtime(accelerator: str) -> str:
     """The image of the system for an accelerator type."""
-    return RUNTIMES.get(accelerator.partition("-")[0], "tpu-ubuntu2204-base")
+    kind = accelerator.partition("-")[0].replace("v5e", "v5litepod")
+    return RUNTIMES.get(kind, "tpu-ubuntu2204-base")
 
 
 def create(
@@ -38,11 +39,17 @@ def create(
         *("gcloud", "compute", "tpus", "queued-resources", "create", name),
         f"--node-id={name}",
         *where(zone, project),
-        f"--accelerator-type={accelerator}",
+        f"--accelerator-type={accelerator.replace('v5e-', 'v5litepod-')}",
         f"--runtime-version={version or runtime(accelerator)}",
         *(["--spot"] if spot else []),
         "--quiet",
     ]
+
+
+def delete(name: str, *, zone: str, project: str | None = None) -> list[str]:
+    """The argument list that gives the machines back."""
+    command = ["gcloud", "compute", "tpus", "queued-resources", "delete", name]
+    return [*command, *where(zone, project), "--force", "--quiet"]
 
 
 def ssh(name: str, *, zone: str, project: str | None = None) -> list[str]:
@@ -95,7 +102,7 @@ def script(
         "REMOTE": shlex.quote(remote(command, setup)),
         "CREATE": shell.quoted(made),
         "DESCRIBE": f"gcloud compute tpus queued-resources describe {name} {place}",
-        "DELETE": f"gcloud compute tpus queued-resources delete {name} {place} --force --quiet",
+        "DELETE": shell.quoted(delete(name, zone=zone, project=project)),
         "SSH": shell.quoted(ssh(name, zone=zone, project=project)),
         "STOP": shlex.quote(STOP),
         "NAMES": " ".join(env or {}),
@@ -119,7 +126,7 @@ case "$(state)" in
 esac
 trap 'exit 42' TERM  # while waiting: the request stays in the queue
 until [ "$(state)" = ACTIVE ]; do
-  case "$(state)" in FAILED|SUSPENDED) exit 42 ;; esac
+  case "$(state)" in FAILED) exit 1 ;; SUSPENDED) exit 42 ;; esac
   sleep 30 & wait $!
 done
 environment=""

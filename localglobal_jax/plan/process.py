@@ -4,6 +4,7 @@
 Imports no jax: the process that asks needs none.
 """
 
+import contextlib
 import gzip
 import hashlib
 import importlib.metadata
@@ -62,13 +63,16 @@ def measure(
     root.mkdir(parents=True, exist_ok=True)
     kept = root / key(run, topology, step)
     if not (cache and (kept / "facts.json").is_file()):
-        with tempfile.TemporaryDirectory(dir=root, prefix="new-") as name:
-            folder = pathlib.Path(name)
+        folder = pathlib.Path(tempfile.mkdtemp(dir=root, prefix="new-"))
+        try:
             _compile(run, topology, step, folder, timeout)
-            if "error" not in read(folder)[0]:
-                shutil.rmtree(kept, ignore_errors=True)
-                shutil.copytree(folder, kept)
             facts, text = read(folder)
+            if "error" not in facts:
+                shutil.rmtree(kept, ignore_errors=True)
+                with contextlib.suppress(OSError):  # another process was as quick
+                    folder.rename(kept)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
     else:
         print(f"compiled before: {kept}", file=sys.stderr)
         facts, text = read(kept)

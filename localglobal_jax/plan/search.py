@@ -3,6 +3,7 @@
 
 from collections.abc import Callable
 
+MOST = 2**24  # no batch is larger
 CLOSE = 16  # stop where the next trial could gain less than a 16th
 
 
@@ -14,6 +15,8 @@ def largest(fits: Callable[[int], bool], start: int, unit: int) -> int:
     good, bad = 0, 0
     n = max(start // unit, 1)
     while not (good and bad):
+        if n * unit > MOST:
+            return good * unit
         if fits(n * unit):
             good, n = n, 2 * n
         else:

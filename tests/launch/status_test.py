@@ -99,6 +99,6 @@ def test_status_and_collect(tmp_path, capsys):
 
 
 def test_descriptions_do_not_change():
-    run = expand.expand(LAYOUTS, "gs://b").runs[0]
+    run = expand.expand(LAYOUTS, "gs://b/runs").runs[0]
     with pytest.raises(dataclasses.FrozenInstanceError):
         run.name = "other"
