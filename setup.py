@@ -50,6 +50,7 @@ EXTRAS = {
     # brings the libtpu that fits jax; `localglobal plan` compiles with it where there is no TPU
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],
     "cuda": ["jax[cuda12]>=0.10.2,<0.13"],
+    "gcs": ["gcsfs>=2024.6"],  # workdirs on gs://
     "wandb": ["wandb>=0.18"],
 }
 

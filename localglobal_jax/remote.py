@@ -6,8 +6,8 @@ model card, TensorBoard) live in a local copy, which is put back with
 every checkpoint and at the end, however that comes about. Checkpoints do
 not pass through here: orbax writes them to the store itself, every host its own part.
 
-Tested with fsspec's file system in memory; no real bucket was at hand. It needs ``gcsfs``. Orbax
-knows no other store.
+Tested with fsspec's file system in memory; no real bucket was at hand. It needs the extra
+``gcs``. Orbax knows no other store.
 """
 
 import atexit
