@@ -5,8 +5,9 @@ import pathlib
 
 import pytest
 
-from localglobal_jax import configlib
+from localglobal_jax import configlib, optim, parallel
 from localglobal_jax.cli import main
+from localglobal_jax.train_step import check_batches
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 IMAGES = ["--config.batch_size=4", "--config.eval.batch_size=128"]
@@ -14,7 +15,25 @@ IMAGES = ["--config.batch_size=4", "--config.eval.batch_size=128"]
 TEXT = ["--config.data.buckets=1", "--config.task.beam=0", "--config.checkpoint.best=None"]
 
 
+# A model of each kind in every run of the suite; the others compile the same things again.
+OFTEN = ("coatnet_digits", "coatnet_finetune", "focal_imagenet", "muse_lohelp", "volo_imagenet")
+MARKED = [
+    pytest.param(file, id=file.stem, marks=() if file.stem in OFTEN else pytest.mark.slow)
+    for file in CONFIGS
+]
+
+
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("size", ["full", "tiny"])
+def test_is_right(file, size):
+    """The real run, whose data set is not here, and the shrunken one: all that needs no data."""
+    argument = ":size=tiny" if size == "tiny" else ""
+    run = configlib.check(configlib.load(f"{file}{argument}"))
+    optim.make_optimizer(run.optim, run.steps)
+    check_batches(run, parallel.Placement(run.parallel))
+
+
+@pytest.mark.parametrize("file", MARKED)
 def test_tiny_run_on_mock_data(file, tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "nothing"))
     spec = f"{file}:size=tiny,data=mock"
