@@ -76,9 +76,16 @@ print(json.dumps(found))
 """
 
 
-@pytest.fixture(scope="module", params=RUNS)
-def found(request):
-    config, overrides = RUNS[request.param]
+@pytest.mark.parametrize("model", RUNS)
+def test_the_same_losses_and_what_is_split(model):
+    found = run(model)
+    check_losses(found)
+    check_split(found)
+
+
+def run(model):
+    """What every strategy computed, by its name."""
+    config, overrides = RUNS[model]
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     arguments = [json.dumps(x) for x in (str(CONFIGS / config), overrides, STRATEGIES)]
     done = subprocess.run(
@@ -92,7 +99,7 @@ def found(request):
     return json.loads(done.stdout)
 
 
-def test_the_same_losses(found):
+def check_losses(found):
     wanted = found["one device"]
     found = dict(found)
     apart = found.pop("pmap, statistics per device")
@@ -103,7 +110,7 @@ def test_the_same_losses(found):
         np.testing.assert_allclose(other["norms"][0], wanted["norms"][0], rtol=1e-3, err_msg=name)
 
 
-def test_what_is_split(found):
+def check_split(found):
     """Parameters and both of Adam's moments, by the axis of the strategy; nothing else is."""
     assert not found["replicate"]["split"] and not found["pmap"]["split"]
     for strategy, axis in (("fsdp", "fsdp"), ("tensor", "model")):

@@ -78,7 +78,8 @@ def events(found):
     ]
 
 
-def test_crashes_are_retried_saves_restarted_mistakes_not(tmp_path):
+def test_crashes_are_retried_saves_restarted_mistakes_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(pool, "SHORT", 0.0)  # no pauses
     jobs = [
         job(tmp_path, "good", "print('hello')"),
         job(tmp_path, "crashes-once", "if n < 2: os.kill(os.getpid(), signal.SIGKILL)"),
