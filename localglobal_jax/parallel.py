@@ -218,7 +218,9 @@ class Placement:
             if "fsdp" not in spec:
                 return leaf
             rest = PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
-            return jax.lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, rest))
+            return sharding.gather(
+                leaf, NamedSharding(self.mesh, spec), NamedSharding(self.mesh, rest)
+            )
 
         return jax.tree_util.tree_map_with_path(whole, params)
 

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which axis of a mesh splits which axis of a parameter: one table, and one rule."""
+"""Which axis of a mesh splits which axis of a parameter: one table, one rule; and the way back."""
 
 import re
 from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
+import jax
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 BATCH_AXES = ("data", "fsdp")
 AXES = (*BATCH_AXES, "model")
@@ -45,3 +48,26 @@ def spec(
         if whole:
             axes[max(whole, key=lambda i: shape[i])] = "fsdp"
     return PartitionSpec(*axes)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gather(x: jax.Array, parts: NamedSharding, whole: NamedSharding) -> jax.Array:
+    """`x`, kept in parts, as a whole; its gradient in parts.
+
+    The transpose of a sharding constraint is the same one: it would sum the whole gradient on every
+    device, twice what summing parts sends.
+    """
+    del parts
+    return jax.lax.with_sharding_constraint(x, whole)
+
+
+def _gather_forward(x: jax.Array, parts: NamedSharding, whole: NamedSharding) -> Any:
+    return gather(x, parts, whole), None
+
+
+def _gather_backward(parts: NamedSharding, whole: NamedSharding, _: None, g: jax.Array) -> Any:
+    del whole
+    return (jax.lax.with_sharding_constraint(g, parts),)
+
+
+gather.defvjp(_gather_forward, _gather_backward)
