@@ -6,11 +6,11 @@ wrong with one, and each is a `ValueError` that names the field, what was given 
 the argument (``FILE:size=tiny``), an override (``--config.optim.learning_rate=3e-4``), a value.
 """
 
-import ast
 import dataclasses
 import difflib
 import importlib.util
 import json
+import math
 import pathlib
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +20,7 @@ import pydantic
 from ml_collections import ConfigDict
 
 from localglobal_jax import schema
+from localglobal_jax.config_values import LARGEST, fit, leaves, parse_value, shown, tuples
 
 # ---------------------------------------------------------------------------- did you mean
 
@@ -54,31 +55,6 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
         if key in choices and values[key] not in choices[key]:
             raise unknown(f"value of the config argument {key}:", text, map(str, choices[key]))
     return ConfigDict(values)
-
-
-def parse_value(text: str, default: Any, field: str) -> Any:
-    """Reads a command-line `text` as a value of the type that `default` has (None: any type)."""
-    if text == "None" or isinstance(default, str):
-        return None if text == "None" else text
-    if isinstance(default, bool):
-        if text.lower() in ("true", "1", "yes", "on"):
-            return True
-        if text.lower() in ("false", "0", "no", "off"):
-            return False
-        raise ValueError(f"{field}={text}: expected true or false")
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = text  # a bare word; the schema decides whether it may be one
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(default, int) and isinstance(value, float) and value == int(value):
-        return int(value)  # 1e3 steps
-    if isinstance(default, tuple) and isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-    if isinstance(default, tuple):
-        return tuple(value) if isinstance(value, list | tuple) else (value,)
-    return value
 
 
 def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
@@ -131,17 +107,6 @@ def override_value(config: ConfigDict, field: str, value: Any) -> Any:
     return _set(config, field, lambda default: fit(value, default))
 
 
-def fit(value: Any, default: Any) -> Any:
-    """`value` as the type of `default`, where nothing is lost: 1 as 1.0, 1e3 as 1000, lists."""
-    if type(value).__module__ == "numpy":
-        value = value.tolist()
-    if isinstance(default, float) and type(value) is int:
-        return float(value)
-    if type(default) is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    return tuples(value)
-
-
 def _set(config: ConfigDict, field: str, read: Callable[[Any], Any]) -> Any:
     *parents, leaf = field.split(".")
     section: Any = config
@@ -189,10 +154,17 @@ def check(config: ConfigDict | Mapping[str, Any]) -> schema.Run:
     """`config` as a frozen, typed `schema.Run`, or a ValueError that lists every wrong field."""
     tree = to_tree(config)
     kind = run_class(tree)
+    problems = [
+        f"config.{field}={shown(value)}: beyond {LARGEST:g}, what float32 holds"
+        for field, value in flatten(tree).items()
+        if isinstance(value, int | float) and LARGEST < abs(value) < math.inf
+    ]
     try:
-        return kind.model_validate(tuples(tree))
+        run = kind.model_validate(tuples(tree))
     except pydantic.ValidationError as error:
         problems = [_explain(e, kind) for e in error.errors(include_url=False)]
+    if not problems:
+        return run
     raise ValueError("the config is wrong:\n  " + "\n  ".join(problems))
 
 
@@ -221,7 +193,7 @@ def _explain(error: Mapping[str, Any], kind: type[schema.Run]) -> str:
     given, reason = error["input"], error.get("ctx", {}).get("error", error["msg"])
     if isinstance(reason, ValueError) and isinstance(given, Mapping):
         return f"config.{where}: {reason}"  # fields of a section that do not fit each other
-    return f"config.{where}={given!r} ({type(given).__name__}): {reason}"
+    return f"config.{where}={shown(given)} ({type(given).__name__}): {reason}"
 
 
 def check_fields(cls: type, values: Mapping[str, Any], what: str) -> None:
@@ -237,10 +209,12 @@ def check_fields(cls: type, values: Mapping[str, Any], what: str) -> None:
             pydantic.TypeAdapter(hints[name]).validate_python(plain, strict=True)
         except pydantic.ValidationError as error:
             reason = "; ".join(e["msg"] for e in error.errors(include_url=False))
-            raise ValueError(f"{what}: {name}={value!r}: {reason}") from None
-        numbers = value if isinstance(value, tuple) else (value,)
-        if any(isinstance(v, int | float) and v < 0 for v in numbers):
-            raise ValueError(f"{what}: {name}={value!r}: no option of a model is negative")
+            raise ValueError(f"{what}: {name}={shown(value)}: {reason}") from None
+        numbers = leaves(value) if not isinstance(value, Mapping) else []  # blocks check their own
+        if not all(0 <= v <= 2**24 for v in numbers if isinstance(v, int | float)):  # no nan
+            raise ValueError(
+                f"{what}: {name}={shown(value)}: numbers of a model are from 0 to {2**24}"
+            )
 
 
 # ---------------------------------------------------------------------------- trees
@@ -249,13 +223,6 @@ def check_fields(cls: type, values: Mapping[str, Any], what: str) -> None:
 def to_tree(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
     """A plain nested dict."""
     return config.to_dict() if isinstance(config, ConfigDict) else dict(config)
-
-
-def tuples(tree: Any) -> Any:
-    """Lists as tuples, the inverse of what JSON does to a config."""
-    if isinstance(tree, Mapping):
-        return {key: tuples(value) for key, value in tree.items()}
-    return tuple(map(tuples, tree)) if isinstance(tree, list | tuple) else tree
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -139,7 +139,10 @@ def pretrained(path: str, module: nn.Module, inputs: tuple[jax.ShapeDtypeStruct,
     Position tables are resized, and a classifier for another number of classes starts at zero.
     Raises ValueError where anything else differs.
     """
-    old, variables = evaluate.load(path)
+    try:
+        old, variables = evaluate.load(path)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"init={path}: {error}") from error
     if type(old) is not type(module):
         raise ValueError(
             f"init={path} is a {type(old).__name__}, but this run trains a {type(module).__name__}"

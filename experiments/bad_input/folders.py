@@ -69,12 +69,13 @@ def write(folder: pathlib.Path, name: str, contents: Sequence[bytes]) -> None:
     writer.close()
 
 
-def planted(clean: pathlib.Path, root: pathlib.Path, contents: list[bytes], bad: bytes) -> None:
-    """A copy of the set `clean` below `root`, with `bad` in the middle of its records."""
+def copied(clean: pathlib.Path, root: pathlib.Path, contents: list[bytes]) -> pathlib.Path:
+    """A copy of the set `clean` below `root`, with other records; returns its folder."""
     name = clean.parent.name
     target = root / name / clean.name
     shutil.copytree(clean, target)
-    write(target, name, [*contents[:BAD], bad, *contents[BAD + 1 :]])
+    write(target, name, contents)
+    return target
 
 
 def batches(root: pathlib.Path, name: str, **options: Any) -> list[loader.Batch]:

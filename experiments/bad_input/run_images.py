@@ -87,7 +87,8 @@ def through(
     scratch: pathlib.Path, clean: pathlib.Path, contents: list[bytes], record: bytes, options: dict
 ) -> str:
     name = clean.parent.name
-    folders.planted(clean, scratch / "dirty", contents, record)
+    bad = folders.BAD
+    folders.copied(clean, scratch / "dirty", [*contents[:bad], record, *contents[bad + 1 :]])
     return folders.verdict(scratch / "dirty", name, clean_batches(clean, options), **options)
 
 

@@ -31,12 +31,12 @@ def create(
     spec = {"classes": classes, **run.model, "dtype": run.dtype}
     if "dtype" in run.model:
         raise ValueError("model.dtype follows from the run: set config.dtype instead")
-    if spec["classes"] < classes:
+    model = create_model(**spec)
+    if model.classes < classes:
         raise ValueError(
-            f"model.classes={spec['classes']}, but {run.data.name} has {classes} classes: "
+            f"model.classes={model.classes}, but {run.data.name} has {classes} classes: "
             "leave model.classes out to take the data set's"
         )
-    model = create_model(**spec)
     shape = (*run.data.image_size, channels)
     example = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
     jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), example)

@@ -100,7 +100,10 @@ def stored_tokenizers(
     """
     found = tokenizer.load(workdir / tokenizer.DIRECTORY) if workdir else None
     if found is None and run.init:
-        found = tokenizer.load(pathlib.Path(run.init) / tokenizer.DIRECTORY)
+        try:
+            found = tokenizer.load(pathlib.Path(run.init) / tokenizer.DIRECTORY)
+        except OSError as error:  # no path at all, such as one of a thousand letters
+            raise ValueError(f"init={run.init}: {error.strerror}") from error
         if found is None:
             raise ValueError(
                 f"init={run.init} has no {tokenizer.DIRECTORY}: give the workdir of a translation "
