@@ -29,7 +29,7 @@ STRATEGIES = {
 RUNS = {
     "coatnet": (
         "coatnet_digits.py:size=tiny,data=mock",
-        {"model.drop_path": "0.0", "model.depths": "(2, 3)"},
+        {"model.drop_path": "0.0", "model.depths": "(1, 3)"},
     ),
     "muse": (
         "muse_lohelp.py:size=tiny,data=mock",
@@ -67,7 +67,7 @@ for name, options in strategies.items():
     }
     losses, norms = [], []
     for batch in task.train_batches(0, 4):
-        state, sums = step(state, placement.train_batch(batch))
+        state, (sums, _) = step(state, placement.train_batch(batch))
         losses.append(float(sums["loss"][0]) / float(sums["loss"][1]))
         norms.append(float(sums["gradient_norm"][0]))
     found[name] = {"losses": losses, "norms": norms, "split": split}
