@@ -21,5 +21,6 @@ def check(what: str, size: int, remedy: str) -> None:
     """Raises ValueError if `size` bytes, what `what` need at the very least, are more than all."""
     if size > (there := total()):
         raise ValueError(
-            f"{what}: that is {size / GIB:,.1f} GiB, and this machine has {there / GIB:,.1f}. {remedy}"
+            f"{what}: {size / GIB:,.1f} GiB at least, and this machine has {there / GIB:,.1f}. "
+            + remedy
         )

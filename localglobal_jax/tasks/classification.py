@@ -39,7 +39,10 @@ def create(
         )
     shape = (*run.data.image_size, channels)
     example = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
-    jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), example)
+    try:
+        jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), example)
+    except MemoryError as error:  # of tables that grow with the square of the pixels
+        raise ValueError(f"data.image_size={run.data.image_size}: {error}") from None
     source = images.open_split(run.data, run.data.train_split, train=True) if train else None
 
     def train_batches(start: int, stop: int) -> Iterator[HostBatch]:
