@@ -176,13 +176,15 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def prepare(args: argparse.Namespace) -> None:
     from localglobal_jax import configlib, schema
-    from localglobal_jax.data import pairs
-    from localglobal_jax.data import prepare as data
 
     name, directory, options = args.name, args.dir, None
     if args.config:
         options = configlib.check(configlib.load(args.config, args.overrides)).data
         name, directory = options.name, directory or options.dir
+
+    from localglobal_jax.data import pairs
+    from localglobal_jax.data import prepare as data
+
     if isinstance(options, schema.Text) and (options.files or options.mock):
         counts = pairs.count(options)  # nothing to prepare, but can it be read?
     elif args.from_tfrecord:

@@ -24,9 +24,12 @@ def trusted(folder: pathlib.Path) -> Iterator[None]:
 
     Whatever damage makes TFDS raise becomes a ValueError that names the folder.
     """
-    for depth in ("", "*/", "*/*/"):
-        for path in folder.glob(depth + FEATURES):
-            _refuse_foreign_code(path)
+    try:
+        files = [path for depth in ("", "*/", "*/*/") for path in folder.glob(depth + FEATURES)]
+    except OSError as error:  # no path at all, such as one of a thousand letters
+        raise ValueError(f"the data directory (data.dir): {error}") from error
+    for path in files:
+        _refuse_foreign_code(path)
     try:
         yield
     except (AssertionError, tfds.core.DatasetNotFoundError):

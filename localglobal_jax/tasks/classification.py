@@ -41,8 +41,9 @@ def create(
     example = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
     try:
         jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), example)
-    except MemoryError as error:  # of tables that grow with the square of the pixels
-        raise ValueError(f"data.image_size={run.data.image_size}: {error}") from None
+    except (ValueError, MemoryError) as error:  # tables may grow with the square of the pixels
+        size = run.data.image_size
+        raise ValueError(f"config.model, on images of data.image_size={size}: {error}") from error
     source = images.open_split(run.data, run.data.train_split, train=True) if train else None
 
     def train_batches(start: int, stop: int) -> Iterator[HostBatch]:
