@@ -33,7 +33,7 @@ def console() -> int:
     # large pages), and glibc reads this setting only when a process starts.
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # nosec B606 # ourselves
     return main()
 
 

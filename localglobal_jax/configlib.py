@@ -254,5 +254,5 @@ def read_json(file: pathlib.Path) -> schema.Run:
     """The inverse of `to_json`, from a file."""
     try:
         return check(json.loads(file.read_text(encoding="utf-8")))
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged, or of another version: {error}") from None

@@ -42,8 +42,8 @@ def create(
     try:
         jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), example)
     except (ValueError, MemoryError) as error:  # tables may grow with the square of the pixels
-        size = run.data.image_size
-        raise ValueError(f"config.model, on images of data.image_size={size}: {error}") from error
+        where = f"config.model, on images of data.image_size={run.data.image_size}"
+        raise ValueError(f"{where}: {error}") from error
     source = images.open_split(run.data, run.data.train_split, train=True) if train else None
 
     def train_batches(start: int, stop: int) -> Iterator[HostBatch]:
