@@ -65,7 +65,7 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
         config = get_config(arg) if arg is not None else get_config()
     except ValueError:
         raise
-    except Exception as error:  # whatever a user's file may do
+    except (Exception, SystemExit) as error:  # whatever a user's file may do
         raise ValueError(f"{spec}: get_config failed: {type(error).__name__}: {error}") from error
     if not isinstance(config, ConfigDict):
         raise ValueError(
@@ -80,16 +80,21 @@ def load_module(spec: str) -> tuple[Any, str | None]:
     """The module behind ``FILE[:arg]``, and ``arg``."""
     path, _, arg = spec.partition(":")
     file = pathlib.Path(path)
-    if not file.is_file():
+    try:
+        found_spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
+        missing = not file.is_file()
+    except OSError as error:  # no path at all, such as one of a thousand letters
+        raise ValueError(f"--config {shown(path)}: {error.strerror}") from error
+    if missing:
         folder = file.parent if file.parent.is_dir() else pathlib.Path("configs")
         found = [str(p) for p in sorted(folder.glob("*.py"))]
         raise unknown("config file", path, found)
-    found_spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
-    assert found_spec is not None and found_spec.loader is not None
+    if found_spec is None or found_spec.loader is None:
+        raise ValueError(f"--config {path}: want a Python file, NAME.py, with get_config(arg)")
     module = importlib.util.module_from_spec(found_spec)
     try:
         found_spec.loader.exec_module(module)
-    except Exception as error:  # whatever a user's file may do
+    except (Exception, SystemExit) as error:  # whatever a user's file may do
         line = next((f":{e.lineno}" for e in [error] if isinstance(e, SyntaxError)), "")
         raise ValueError(f"{path}{line}: {type(error).__name__}: {error}") from error
     if not hasattr(module, "get_config"):

@@ -210,6 +210,13 @@ class Run(Section):
     log: Log = Log()
     parallel: Parallel = Parallel()
 
+    @pydantic.field_validator("model")
+    @classmethod
+    def _named(cls, model: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(model.get("name"), str):
+            raise ValueError("set model.name to the name of a model, see `localglobal models`")
+        return model
+
     @property
     def train_rows(self) -> tuple[str, int]:
         """The field that says how many examples a batch has, or a multiple of how many."""

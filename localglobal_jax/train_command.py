@@ -41,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
     """Trains; the exit codes are those of `cli`."""
     from localglobal_jax import configlib
 
+    if not args.workdir.strip():  # a shell variable that is not set
+        raise ValueError("--workdir is empty: give the directory where everything is written")
     run = configlib.check(configlib.load(args.config, args.overrides))  # before jax takes seconds
 
     from localglobal_jax import health, hosts

@@ -64,7 +64,10 @@ def find_builder(name: str, data_dir: str | None = None) -> tfds.core.DatasetBui
         )
     try:
         with descriptions.trusted(pathlib.Path(root, parts[1])):
-            return tfds.builder(name, data_dir=root)
+            builder = tfds.builder(name, data_dir=root)
+            if builder.name != parts[1]:
+                raise ValueError(f"it describes itself as {builder.name!r}")
+            return builder
     except tfds.core.DatasetNotFoundError:
         raise ValueError(_unknown(name)) from None
     except AssertionError as error:  # how TFDS reports an unknown version
@@ -212,7 +215,8 @@ def _why_not(builder: tfds.core.DatasetBuilder, split: str, error: Exception) ->
     splits = list(builder.info.splits)
     near = difflib.get_close_matches(split, splits, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
-    return f'split "{split}" of {builder.info.full_name}: {error}. It has {splits}.{hint}'
+    what = f'split "{split}" of {builder.info.full_name} (data.train_split, data.eval_splits)'
+    return f"{what}: {error}. It has {splits}.{hint}"
 
 
 class Tolerance:
