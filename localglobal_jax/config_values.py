@@ -17,7 +17,7 @@ def parse_value(text: str, default: Any, field: str) -> Any:
             return True
         if text.lower() in ("false", "0", "no", "off"):
             return False
-        raise ValueError(f"{field}={text}: expected true or false")
+        raise ValueError(f"{field}={shown(text)}: expected true or false")
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):

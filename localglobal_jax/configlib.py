@@ -30,6 +30,7 @@ def unknown(what: str, given: str, allowed: Iterable[str]) -> ValueError:
     allowed = sorted(allowed)
     near = difflib.get_close_matches(given, allowed, n=1, cutoff=0.5)
     hint = f'; did you mean "{near[0]}"?' if near else "."
+    given = given if len(given) <= 200 else f"{given[:150]}..."
     return ValueError(f'unknown {what} "{given}"{hint} Known: {", ".join(allowed) or "none"}')
 
 
@@ -134,6 +135,8 @@ def _set(config: ConfigDict, field: str, read: Callable[[Any], Any]) -> Any:
     if isinstance(default, ConfigDict | pydantic.BaseModel):
         raise ValueError(f"config.{field} is a section: set one of its keys, config.{field}.KEY")
     value = read(default)
+    if isinstance(default, float) and type(value) is int:  # else `read` had made a float of it
+        raise ValueError(f"config.{field}={shown(value)}: beyond {LARGEST:g}, what float32 holds")
     with section.ignore_type():
         section[leaf] = value
     return value
@@ -179,7 +182,9 @@ def run_class(config: ConfigDict | Mapping[str, Any]) -> type[schema.Run]:
     default = next(iter(schema.RUNS))
     name = task.get("name", default) if isinstance(task, ConfigDict | Mapping) else default
     if not isinstance(name, str) or name not in schema.RUNS:
-        raise ValueError(f"config.task.name={name!r}: {unknown('task', str(name), schema.RUNS)}")
+        raise ValueError(
+            f"config.task.name={shown(name)}: {unknown('task', str(name), schema.RUNS)}"
+        )
     return schema.RUNS[name]
 
 

@@ -20,11 +20,12 @@ WRONG = (
     (DIGITS, "optim.learning_rate=-1"), (DIGITS, "optim.learning_rate=nan"), (DIGITS, "steps=0"),
     (DIGITS, "batch_size=-8"), (DIGITS, "stepz=1"), (DIGITS, "data.image_size=(0, 8)"),
     (DIGITS, "seed=1e400"), (DIGITS, "optim.b1=" + "9" * 400), (DIGITS, "model.name=coatnot"),
-    (DIGITS, "model.depths=(1,)"), (DIGITS, "model.classes=None"), (DIGITS, "batch_size=33333333333"),
+    (DIGITS, "model.depths=(1,)"), (DIGITS, "model.classes=None"),
+    (DIGITS, "batch_size=33333333333"), (DIGITS, "optim.accumulate=7"),
     (DIGITS, "model.widths=(16, 100000)"), (DIGITS, "checkpoint.best=test/acuracy"),
     (DIGITS + ",sise=tiny", "steps=1"), (DIGITS.replace("digits", "digit"), "steps=1"),
     (MUSE, "data.max_length=1"), (MUSE, "data.vocab=10000000000"), (MUSE, "task.beam=-1"),
-    (MUSE, "data.tokenizer=dict"), (MUSE, "model.heads=(3, 3)"), (MUSE, "batch_size=8"),
+    (MUSE, "model.heads=(3, 3)"), (MUSE, "batch_size=8"),
 )  # fmt: skip
 
 
@@ -50,7 +51,7 @@ def main() -> None:
             assert done.returncode == 2, (override, done.returncode, done.stderr[-2000:])
             assert first.startswith("localglobal train: "), first
             assert not pathlib.Path(root, "x").exists()
-            name = config.replace(str(HERE.parents[1]), "").strip("/")
+            name, first = (x.replace(f"{HERE.parents[1]}/", "") for x in (config, first))
             numbers = f"{wall:.2f}", f"{cpu:.2f}", f"{os.getloadavg()[0]:.1f}"
             rows.writerow((name, override[:40], done.returncode, *numbers, first))
             out.flush()
