@@ -18,7 +18,7 @@ import tempfile
 
 import trial
 
-GROUPS = ("images", "texts", "sets", "fields", "commands")
+GROUPS = ("images", "texts", "translate", "sets", "fields", "commands")
 RESULTS = pathlib.Path(__file__).parent / "results"
 COLUMNS = ("name", "kind", "good", "seconds", "megabytes", "message")
 
