@@ -77,6 +77,7 @@ def test_any_text_is_a_value_or_an_error_that_names_the_field(which, value):
         (["--config.batch_size=2147483648"], "batch_size=2147483648: 128.0 GiB at least"),
         (["--config.model.widths=(16, 100000)"], "the parameters of config.model"),
         (["--config.data.image_size=(16384, 16384)"], "data.image_size=(16384, 16384)"),
+        (["--config.model.depths=(1, 1000000)"], "depths=(1, 1000000): at most 1000 blocks"),
         (["--config.model.classes=None"], "classes=None"),
         (["--config.init=/no/such/run"], "init=/no/such/run: no checkpoint"),
         (["--config.data.dir=" + "x" * 3000, "--config.data.mock=False"], "data.dir"),
