@@ -69,10 +69,11 @@ def summary() -> str:
         kinds = collections.Counter(row["kind"] for row in found if row["good"] == "True")
         broken = sum(row["good"] != "True" for row in found)
         slowest = max(float(row["seconds"]) for row in found)
-        memory = max(float(row["megabytes"]) for row in found)
+        memory = max((float(row["megabytes"]) for row in found if row["megabytes"]), default=None)
+        most = "not measured" if memory is None else f"{memory:.0f} MB"
         shown = (kinds["works"], kinds["skipped"], kinds["refused"], broken)
         cells = " | ".join(f"{n:,}" for n in (len(found), *shown))
-        lines.append(f"| {group} | {cells} | {slowest:.1f} s | {memory:.0f} MB |")
+        lines.append(f"| {group} | {cells} | {slowest:.1f} s | {most} |")
     return "\n".join(lines)
 
 

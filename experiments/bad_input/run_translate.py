@@ -83,7 +83,7 @@ def main() -> None:
                 kind, message = "error", f"{type(error).__name__}: {error}"
                 print(name, message[:400])
             took = f"{time.monotonic() - started:.2f}"
-            rows.writerow((name, kind, kind != "error", took, 0, message[:200]))
+            rows.writerow((name, kind, kind != "error", took, "", message[:200]))
             out.flush()
 
 
