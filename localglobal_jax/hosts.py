@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, NoReturn
 
 import jax
+import numpy as np
 from jax._src import distributed  # jax has no public barrier with a timeout,
 from jax._src.clusters import ClusterEnv  # and no other way to ask without starting
 from jax.experimental import multihost_utils
@@ -48,6 +49,11 @@ def count() -> int:
 def rank() -> int:
     """Which of them this is; 0 writes the files."""
     return jax.process_index()
+
+
+def gathered(rows: np.ndarray) -> np.ndarray:
+    """The rows of all hosts; all have to call it."""
+    return np.asarray(multihost_utils.process_allgather(rows, tiled=True)) if count() > 1 else rows
 
 
 # ---------------------------------------------------------------------------------------- start

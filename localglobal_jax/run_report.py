@@ -23,10 +23,6 @@ from localglobal_jax.workdir import write_atomically
 log = logging.getLogger(__name__)
 
 
-class Diverged(Exception):
-    """The loss is not a finite number (exit code 3)."""
-
-
 def announce(run: schema.Run, task: Task, params: PyTree, start: int) -> None:
     """Parameters, data, devices and what is about to happen."""
     if hosts.rank():
@@ -41,9 +37,9 @@ def announce(run: schema.Run, task: Task, params: PyTree, start: int) -> None:
 class Window:
     """Sums the metrics of the steps between two reports, and says where the time went.
 
-    At most one step is in flight beyond the one being waited for, so that the clock tells what the
-    device does. `partial` sums go into every checkpoint: a run that resumes inside a window reports
-    the same means as one that was never stopped.
+    `health.Watch` lets at most one step be in flight beyond the one being waited for, so that the
+    clock tells what the device does. `partial` sums go into every checkpoint: a run that resumes
+    inside a window reports the same means as one that was never stopped.
     """
 
     def __init__(
@@ -93,8 +89,6 @@ class Window:
 
     def add(self, sums: PyTree) -> None:
         """One step's metrics, still on the device."""
-        if self._steps:
-            jax.block_until_ready(self._sums[-1])
         self._sums.append(sums)
         self._steps += 1
 
@@ -103,25 +97,15 @@ class Window:
         for sums in rest:
             total = metrics.merge(total, sums)
         self._sums = [total] if total else []
-        for name in ("loss", "gradient_norm"):
-            if name in total and not np.isfinite(total[name][0]):
-                raise Diverged(
-                    f"{name} became {total[name][0]} after step {self._first}, within "
-                    f"{self._steps} steps; the checkpoints before it are kept. "
-                    "Lower optim.learning_rate, warm up longer, or clip the gradient"
-                )
         return total
 
     def partial(self) -> dict[str, Any]:
-        """What `__init__` needs to go on, as JSON: float32 survives it exactly.
-
-        Raises Diverged, so that a state that is not finite never becomes a checkpoint.
-        """
+        """What `__init__` needs to go on, as JSON: float32 survives it exactly."""
         sums = {k: [np.asarray(v).item() for v in pair] for k, pair in self._total().items()}
         return {"first": self._first, "sums": sums}
 
     def close(self, step: int) -> dict[str, float]:
-        """The means over the window; raises Diverged if the loss is not finite."""
+        """The means over the window."""
         total = self._total()
         items = int(total["loss"][1]) - self._items_before
         line = metrics.compute(total)

@@ -139,6 +139,7 @@ class Optim(Section):
     clip_norm: NonNegativeFloat = 1.0  # global norm of the gradient; 0: off
     ema: Fraction = 0.0  # decay of the parameters' moving average, used in evaluation; 0: off
     accumulate: PositiveInt = 1  # micro-batches per step; the gradient is that of the whole batch
+    skip_nonfinite: NonNegativeInt = 0  # skip so many updates of a run that are NaN or infinite
 
 
 class Checkpoints(Section):

@@ -14,20 +14,11 @@ from contextlib import closing, contextmanager
 import jax
 from jaxtyping import PyTree
 
-from localglobal_jax import (
-    checkpoint,
-    conversion,
-    evaluate,
-    hosts,
-    optim,
-    parallel,
-    remote,
-    schema,
-    workdir,
-)
+from localglobal_jax import evaluate, health, hosts, parallel, remote, schema, workdir
 from localglobal_jax.run_report import Output, Window, announce, finish, versions
-from localglobal_jax.tasks import Task, create_task
-from localglobal_jax.train_step import check_batches, init_state, make_update, start_from
+from localglobal_jax.session import open_session
+from localglobal_jax.tasks import Task
+from localglobal_jax.train_step import make_update
 
 log = logging.getLogger(__name__)
 
@@ -40,42 +31,32 @@ def train(run: schema.Run, directory: str | pathlib.Path) -> dict[str, dict[str,
     """Trains, or resumes, `run` in the workdir `directory`; returns its last metrics by split.
 
     Raises ValueError, before anything on disk is touched, if the run cannot be right; Preempted
-    after a SIGTERM, once the state is saved; Diverged if the loss is not finite.
+    after a SIGTERM, once the state is saved; Diverged if a loss or a gradient is not finite.
     """
     # ---- set up: all that can refuse comes first
-    copy = remote.Copy(directory)
+    session = open_session(run, directory)
+    copy, placement, task = session.copy, session.placement, session.task
     directory = copy.local
-    placement = parallel.Placement(run.parallel)
-    check_batches(run, placement)
-    workdir.refuse_other(run, directory)
     trace = Trace(run, directory)
-    task = create_task(run, shard=placement.shard, workdir=directory)
-    optimizer = optim.make_optimizer(run.optim, run.steps)
-    init = placement.compile_init(lambda: init_state(task, optimizer, run))
-    template = placement.template(jax.eval_shape(init))
-
     evaluation = evaluate.Evaluation(task, placement)
     evaluation.check_metric(run.checkpoint.best)
-    pretrained = conversion.pretrained(run.init, task.model, task.inputs) if run.init else None
 
     parallel.use_compilation_cache(run.parallel.compilation_cache)
 
     # ---- state: restored, or made
     claim(run, task, copy)
-    checkpoints = checkpoint.Checkpoints(copy.checkpoints, run.checkpoint)
-    restored = checkpoints.restore(template)
-    start, state = (restored.step, restored.state) if restored else (0, init())
-    if pretrained and not restored:
-        state = start_from(state, placement.put(pretrained))
-    params = template.variables["params"]
+    checkpoints = session.checkpoints(run)
+    start, state, before = checkpoints.restore(session.template) or session.begin()
+    params = session.template.variables["params"]
     announce(run, task, params, start)
 
-    step_fn = placement.compile_step(make_update(task, optimizer, run), template)
+    step_fn = placement.compile_step(make_update(task, session.optimizer, run), session.template)
     about = {"config": run.model_dump(mode="json"), "model": dict(task.model_spec)}
     about["versions"] = versions()
 
     # ---- loop: evaluate, save, next batch, step, report (do not change the order)
-    window = Window(run, task, start, restored.metadata["window"] if restored else None)
+    window = Window(run, task, start, before.get("window"))
+    watch = health.Watch(run, params, directory, start, before.get("skipped", 0))
     batches = task.train_batches(start, run.steps)
     with (
         copy.kept(hosts.rank() == 0),
@@ -93,11 +74,12 @@ def train(run: schema.Run, directory: str | pathlib.Path) -> dict[str, dict[str,
                 output.evaluation(step, results)
             if new and (last or stopping or due(step, run.checkpoint.every)):
                 with window.paused():
+                    watch.settle(saving=step)  # a state that is not finite is never saved
                     output.flush()  # a checkpoint never knows more than the metrics beside it
                     if hosts.rank() == 0:
                         copy.push()
                     named = {f"{s}/{k}": v for s, line in results.items() for k, v in line.items()}
-                    metadata = {**about, "window": window.partial()}
+                    metadata = {**about, "window": window.partial(), "skipped": watch.skipped}
                     checkpoints.save(step, state, metadata=metadata, metrics=named)
             if last:
                 break
@@ -107,11 +89,13 @@ def train(run: schema.Run, directory: str | pathlib.Path) -> dict[str, dict[str,
             with window.waiting():
                 batch = next(batches)
             with trace.step(step), window.compiling(batch):
-                state, sums = step_fn(state, placement.train_batch(batch))
-                trace.wait_for(sums)
-            window.add(sums)
+                state, outcome = step_fn(state, placement.train_batch(batch))
+                trace.wait_for(outcome)
+            watch.add(step, outcome, batch["index"])
+            window.add(outcome.metrics)
             if step + 1 == run.steps or due(step + 1, run.log.every):
-                output.training(step + 1, window.close(step + 1))
+                watch.settle()
+                output.training(step + 1, window.close(step + 1) | watch.line())
     results = finish(run, task, directory, params)
     if hosts.rank() == 0:
         copy.push()

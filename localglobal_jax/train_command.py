@@ -10,6 +10,8 @@ import traceback
 def add_options(sub: argparse.ArgumentParser) -> None:
     """Of the command line, beside --config."""
     sub.add_argument("--workdir", required=True, metavar="DIR", help="where everything is written")
+    sub.add_argument("--replay", type=int, metavar="STEP",
+                     help="compute this step again and say what is wrong with it")  # fmt: skip
     sub.add_argument("--distributed", action="store_true",
                      help="one of many hosts, as Cloud TPU, Kubernetes or SLURM say")  # fmt: skip
     sub.add_argument("--coordinator", metavar="HOST:PORT", help="host 0, if nobody says")
@@ -37,18 +39,21 @@ def join(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains; the exit codes are those of `cli`."""
-    from localglobal_jax import configlib, hosts
+    from localglobal_jax import configlib, health, hosts
+    from localglobal_jax import replay as again
     from localglobal_jax import train as loop
-    from localglobal_jax.run_report import Diverged
 
     run = configlib.check(configlib.load(args.config, args.overrides))
     try:
         join(args)
         with hosts.naming_the_lost():
+            if args.replay is not None:
+                found = again.replay(run, args.workdir, args.replay)
+                return _replayed(found, args.json)
             results = loop.train(run, args.workdir)
     except loop.Preempted as stop:
         return _say(f"{stop}; start again to resume", 42)
-    except Diverged as stop:
+    except health.Diverged as stop:
         return _say(str(stop), 3)
     except hosts.Lost as stop:
         hosts.leave(_say(str(stop), 42))
@@ -61,6 +66,15 @@ def run(args: argparse.Namespace) -> int:
     if args.json and hosts.rank() == 0:
         print(json.dumps(results))
     return 0
+
+
+def _replayed(found: dict, as_json: bool) -> int:
+    from localglobal_jax import health, hosts
+
+    if hosts.rank() == 0:  # JSON knows no NaN
+        plain = {k: str(v) if isinstance(v, float) and v - v != 0 else v for k, v in found.items()}
+        print(json.dumps(plain) if as_json else health.describe(found))
+    return 0 if found["finite"] else 3
 
 
 def _say(text: str, code: int) -> int:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PyTree
 
-from localglobal_jax import optim, parallel, schema, step_context
+from localglobal_jax import health, optim, parallel, schema, step_context
+from localglobal_jax.health import Outcome
 from localglobal_jax.tasks import Batch, Loss, Task, Variables
 
 
@@ -56,10 +57,10 @@ def check_batches(run: schema.Run, placement: parallel.Placement) -> None:
 
 def make_update(
     task: Task, optimizer: optax.GradientTransformation, run: schema.Run
-) -> Callable[[State, Batch], tuple[State, PyTree]]:
+) -> Callable[[State, Batch], tuple[State, Outcome]]:
     """The update that training compiles, and that `plan` compiles for devices that are not here."""
 
-    def update(state: State, batch: Batch) -> tuple[State, PyTree]:
+    def update(state: State, batch: Batch) -> tuple[State, Outcome]:
         return train_step(
             state, batch, task=task, optimizer=optimizer, options=run.optim, seed=run.seed
         )
@@ -75,8 +76,12 @@ def train_step(
     optimizer: optax.GradientTransformation,
     options: schema.Optim,
     seed: int,
-) -> tuple[State, PyTree]:
-    """One update: the gradient of the mean loss over all examples of the global batch."""
+) -> tuple[State, Outcome]:
+    """One update: the gradient of the mean loss over all examples of the global batch.
+
+    With ``skip_nonfinite`` a step whose loss or gradient is not finite only counts as a step: it
+    changes nothing else, and its metrics are zeros.
+    """
     key = step_context.own_key(jax.random.fold_in(jax.random.key(seed), state.step))
     gradient, loss = accumulated_gradient(
         task.loss, state.variables, batch, key, options.accumulate
@@ -88,8 +93,16 @@ def train_step(
     if options.ema:
         average = optim.ema(average, variables, options.ema, state.step)
     one = jnp.ones((), jnp.float32)
-    sums = {**loss.metrics, "gradient_norm": (optax.global_norm(gradient), one)}
-    return State(state.step + 1, variables, opt_state, average), sums
+    squares = health.squares(gradient)
+    sums = {**loss.metrics, "gradient_norm": (jnp.sqrt(jnp.sum(squares)), one)}
+    finite = health.finite(loss.total, squares)
+    after = State(state.step + 1, variables, opt_state, average)
+    if options.skip_nonfinite:
+        fine = finite.all()
+        same = state.replace(step=after.step)
+        after = jax.tree.map(lambda new, old: jnp.where(fine, new, old), after, same)
+        sums = jax.tree.map(lambda x: jnp.where(fine, x, jnp.zeros_like(x)), sums)
+    return after, Outcome(sums, finite)
 
 
 def accumulated_gradient(

@@ -67,7 +67,7 @@ for name, options in strategies.items():
     }
     losses, norms = [], []
     for batch in task.train_batches(0, 4):
-        state, sums = step(state, placement.train_batch(batch))
+        state, (sums, _) = step(state, placement.train_batch(batch))
         losses.append(float(sums["loss"][0]) / float(sums["loss"][1]))
         norms.append(float(sums["gradient_norm"][0]))
     found[name] = {"losses": losses, "norms": norms, "split": split}

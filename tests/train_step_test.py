@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from localglobal_jax import configlib, schema
+from localglobal_jax import configlib, health, schema
 from localglobal_jax.tasks import Loss, Task
 from localglobal_jax.train_step import init_state, train_step
 
@@ -70,7 +70,7 @@ def step(state, batch, **options):
 def test_one_step_of_gradient_descent_on_the_examples_that_count():
     state = init_state(TASK, optax.sgd(0.1), RUN)
     b = batch()
-    after, sums = step(state, b)
+    after, (sums, finite) = step(state, b)
     params = state.variables["params"]["dense"]
     live = np.asarray(b["mask"]) > 0
     x, y = np.asarray(b["x"])[live], np.asarray(b["y"])[live]
@@ -78,14 +78,14 @@ def test_one_step_of_gradient_descent_on_the_examples_that_count():
     expected = np.asarray(params["kernel"])[:, 0] - 0.1 * 2 * (error @ x) / len(y)
     np.testing.assert_allclose(after.variables["params"]["dense"]["kernel"][:, 0], expected, 1e-5)
     np.testing.assert_allclose(sums["loss"][0] / sums["loss"][1], np.mean(error**2), 1e-5)
-    assert after.step == 1
+    assert after.step == 1 and finite.all()
 
 
 @pytest.mark.parametrize("parts", [2, 4])
 def test_accumulation_gives_the_numbers_of_one_large_batch(parts):
     state = init_state(TASK, optax.sgd(0.1), RUN)
-    whole, sums = step(state, batch())
-    split, split_sums = step(state, batch(), accumulate=parts)
+    whole, (sums, _) = step(state, batch())
+    split, (split_sums, _) = step(state, batch(), accumulate=parts)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(split), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
     assert split.variables["batch_stats"]["seen"] == 8
@@ -109,3 +109,20 @@ def test_average_follows_all_variables():
 def test_no_average_unless_asked_for():
     run = configlib.check({"model": {"name": "line"}})
     assert init_state(TASK, optax.sgd(0.1), run).average == {}
+
+
+def test_a_step_that_is_not_finite_is_told_and_if_allowed_changes_nothing():
+    state = init_state(TASK, optax.sgd(0.1), RUN)
+    bad = {**batch(), "x": batch()["x"].at[3, 0].set(jnp.inf)}
+    after, outcome = step(state, bad)
+    assert not jnp.isfinite(after.variables["params"]["dense"]["kernel"]).all()
+    params = state.variables["params"]
+    assert health.wrong(outcome.finite, params) == (True, ["dense/bias", "dense/kernel"])
+
+    kept, (sums, finite) = step(state, bad, skip_nonfinite=1, ema=0.5)
+    assert not finite[0] and kept.step == 1
+    same = kept.replace(step=state.step)
+    jax.tree.map(np.testing.assert_array_equal, same, state)
+    assert not any(np.any(x) for x in jax.tree.leaves(sums))
+    fine = step(state, batch(), skip_nonfinite=1)[0], step(state, batch())[0]
+    jax.tree.map(np.testing.assert_array_equal, *fine)

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from localglobal_jax import configlib, optim, parallel, schema, tasks, train, workdir
+from localglobal_jax import configlib, optim, parallel, schema, tasks, train_step, workdir
 from localglobal_jax.launch import expand, status
 from localglobal_jax.launch.target import Target
 from localglobal_jax.stores import is_remote
@@ -36,7 +36,7 @@ class Preview:
     def _row(self, described: expand.Description) -> dict[str, Any]:
         run = described.run
         placement = parallel.Placement(run.parallel, self._devices)
-        train.check_batches(run, placement)
+        train_step.check_batches(run, placement)
         optim.make_optimizer(run.optim, run.steps)
         parameters, metrics = self._model(run)
         best = (run.checkpoint.best or "").removeprefix("-")
