@@ -11,12 +11,12 @@ import os
 import sys
 import zlib
 
-from localglobal_jax import cli, train
+from localglobal_jax import cli, session
 
 
 def main():
     notes = os.open(os.environ["OBSERVED_BATCHES"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    create_task = train.create_task
+    create_task = session.create_task
 
     def observed_task(*args, **kwargs):
         task = create_task(*args, **kwargs)
@@ -31,7 +31,7 @@ def main():
 
         return dataclasses.replace(task, train_batches=batches)
 
-    train.create_task = observed_task
+    session.create_task = observed_task
     return cli.main()
 
 
