@@ -43,6 +43,7 @@ class Life:
     def __init__(self, command, workdir, data_dir, environment):
         self.workdir, self.data_dir = workdir, data_dir
         self.lines: list[str] = []
+        self._left = self._half_made()  # by a process before this one
         self.began = time.monotonic()
         self.process = subprocess.Popen(
             command,
@@ -70,9 +71,12 @@ class Life:
         except FileNotFoundError:
             return set()
 
+    def _half_made(self):
+        return {str(path) for path in self.data_dir.rglob("incomplete.*")}
+
     def preparing(self):
-        """Is a data set half made?"""
-        return any(self.data_dir.rglob("incomplete.*")) if self.data_dir else False
+        """Is a data set half made, by this process?"""
+        return bool(self._half_made() - self._left)
 
     def wait_for(self, condition):
         """True once it holds; False if the process ends first."""
