@@ -30,9 +30,17 @@ class Preempted(Exception):
 def train(run: schema.Run, directory: str | pathlib.Path) -> dict[str, dict[str, float]]:
     """Trains, or resumes, `run` in the workdir `directory`; returns its last metrics by split.
 
-    Raises ValueError, before anything on disk is touched, if the run cannot be right; Preempted
-    after a SIGTERM, once the state is saved; Diverged if a loss or a gradient is not finite.
+    Raises ValueError, before anything on disk is touched, if the run cannot be right or another
+    one is under way there; Preempted after a SIGTERM, once the state is saved; Diverged if a loss
+    or a gradient is not finite.
     """
+    with workdir.Lock() as lock:
+        return _train(run, directory, lock)
+
+
+def _train(
+    run: schema.Run, directory: str | pathlib.Path, lock: workdir.Lock
+) -> dict[str, dict[str, float]]:
     # ---- set up: all that can refuse comes first
     session = open_session(run, directory)
     copy, placement, task = session.copy, session.placement, session.task
@@ -44,7 +52,7 @@ def train(run: schema.Run, directory: str | pathlib.Path) -> dict[str, dict[str,
     parallel.use_compilation_cache(run.parallel.compilation_cache)
 
     # ---- state: restored, or made
-    claim(run, task, copy)
+    claim(run, task, copy, lock)
     checkpoints = session.checkpoints(run)
     start, state, before = checkpoints.restore(session.template) or session.begin()
     params = session.template.variables["params"]
@@ -102,10 +110,12 @@ def train(run: schema.Run, directory: str | pathlib.Path) -> dict[str, dict[str,
     return results
 
 
-def claim(run: schema.Run, task: Task, copy: remote.Copy) -> None:
+def claim(run: schema.Run, task: Task, copy: remote.Copy, lock: workdir.Lock) -> None:
     """Makes the workdir this run's, once every host has found nothing wrong."""
     hosts.barrier("checked")
     if hosts.rank() == 0:
+        lock.take(copy.lock)
+        workdir.refuse_other(run, copy.local)  # again: another one may have come first
         workdir.claim(run, copy.local)
         task.save(copy.local)
         copy.push()

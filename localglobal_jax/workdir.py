@@ -1,9 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A workdir belongs to one config. Another one is refused before anything in it is touched."""
+"""A workdir belongs to one config, and at any time to one run.
 
+Another one is refused before anything in it is touched.
+"""
+
+import datetime
+import fcntl
+import json
 import logging
 import os
 import pathlib
+import socket
 
 from localglobal_jax import configlib, schema
 
@@ -45,6 +52,68 @@ def claim(run: schema.Run, workdir: pathlib.Path) -> None:
     """Writes `config.json`, atomically."""
     workdir.mkdir(parents=True, exist_ok=True)
     write_atomically(workdir / "config.json", configlib.to_json(run))
+
+
+class Lock:
+    """Held from the first thing that a run writes to its last: no two write to one workdir.
+
+    It is the kernel's (``flock``), so it ends with its process, however that ends: a killed run
+    leaves a file that locks nothing. Readers ask for no lock. Of a ``gs://`` workdir it keeps away
+    only other runs of this machine; a file system without locks is warned of.
+    """
+
+    def __init__(self) -> None:
+        self._held: tuple[int, pathlib.Path] | None = None
+
+    def take(self, file: pathlib.Path) -> None:
+        """Locks `file`, or raises ValueError with the process that holds it."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        while self._held is None:
+            handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                other = os.read(handle, 1000).decode(errors="replace")
+                os.close(handle)
+                raise ValueError(
+                    f"another run is writing to this --workdir: {file} is locked by {_owner(other)}"
+                    ". Wait for it, stop it, or give another --workdir"
+                ) from None
+            except OSError as error:
+                log.warning("%s cannot be locked (%s): start one run at a time", file, error)
+            if _is_at(handle, file):
+                self._held = handle, file
+            else:  # its last owner has just removed it
+                os.close(handle)
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": now}
+        os.ftruncate(self._held[0], 0)
+        os.write(self._held[0], json.dumps(owner).encode())
+
+    def __enter__(self) -> "Lock":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._held:
+            handle, file = self._held
+            file.unlink(missing_ok=True)
+            os.close(handle)
+            self._held = None
+
+
+def _owner(text: str) -> str:
+    try:
+        found = json.loads(text)
+        return f"pid {found['pid']} on {found['host']}, since {found['since']}"
+    except (ValueError, KeyError, TypeError):
+        return "a process that is just starting"
+
+
+def _is_at(handle: int, file: pathlib.Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), file.stat())
+    except FileNotFoundError:
+        return False
 
 
 def check_shared(workdir: pathlib.Path) -> None:

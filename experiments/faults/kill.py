@@ -11,6 +11,7 @@ was not finished when the harness itself was stopped is done anew.
 """
 
 import argparse
+import contextlib
 import json
 import pathlib
 import re
@@ -43,7 +44,7 @@ class Life:
     def __init__(self, command, workdir, data_dir, environment):
         self.workdir, self.data_dir = workdir, data_dir
         self.lines: list[str] = []
-        self._left = self._half_made()  # by a process before this one
+        self._left = self._half_made() | self._temporary()  # by a process before this one
         self.began = time.monotonic()
         self.process = subprocess.Popen(
             command,
@@ -63,13 +64,17 @@ class Life:
         """How many lines so far begin like this."""
         return sum(bool(re.match(pattern, line)) for line in list(self.lines))
 
+    def _temporary(self):
+        found = set()
+        with contextlib.suppress(FileNotFoundError):
+            for path in (self.workdir / "checkpoints").iterdir():
+                if "orbax-checkpoint-tmp" in path.name:
+                    found.add((path.name, path.stat().st_ino))
+        return found
+
     def saving(self):
-        """The names of saves under way."""
-        folder = self.workdir / "checkpoints"
-        try:
-            return {p.name for p in folder.iterdir() if "orbax-checkpoint-tmp" in p.name}
-        except FileNotFoundError:
-            return set()
+        """Saves under way."""
+        return self._temporary() - self._left
 
     def _half_made(self):
         return {str(path) for path in self.data_dir.rglob("incomplete.*")}
@@ -261,9 +266,7 @@ def draw_plan(rng, kills, preparing):
     """`kills` moments with their signals; the first `preparing` of them in data preparation."""
     moments = rng.choice(list(MOMENTS), kills - preparing, p=list(MOMENTS.values()))
     signals = rng.choice(list(SIGNALS), kills, p=list(SIGNALS.values()))
-    return list(
-        zip(["preparation"] * preparing + moments.tolist(), signals.tolist(), strict=True)
-    )
+    return list(zip(["preparation"] * preparing + moments.tolist(), signals.tolist(), strict=True))
 
 
 def unfinished_dropped(out):
