@@ -149,7 +149,11 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("inspect", inspect, "what is in a checkpoint", "runs/digits --verify")
     sub.add_argument("path", metavar="PATH", help="a workdir, or a checkpoint in it")
-    sub.add_argument("--verify", action="store_true", help="re-check the digest of every leaf")
+    sub.add_argument(
+        "--verify",
+        action="store_true",
+        help="re-check the digest of every leaf, and the files of the workdir",
+    )
 
     sub = command("models", models, "named models: sizes beside the papers'", "coatnet_0 volo_d1")
     sub.add_argument("names", nargs="*", metavar="NAME", help="default: all")
@@ -204,14 +208,20 @@ def score(args: argparse.Namespace) -> None:
 
 
 def inspect(args: argparse.Namespace) -> int:
-    from localglobal_jax import stored
+    from localglobal_jax import remote, stored, verification
 
     found = stored.inspect(args.path, verify=args.verify)
     bad = [step for step in found["steps"] if step["error"]]
+    copy = remote.Copy(args.path)
+    if args.verify and found["directory"] == str(copy.checkpoints):  # a workdir, no part of one
+        found["files"] = verification.files(copy.local, found["steps"])
+        bad += [file for file in found["files"] if file["error"]]
     if args.json:
         print(json.dumps(found))
         return 1 if bad else 0
     print(found["directory"])
+    for file in found.get("files", []):
+        print(f"{file['file']}: " + (f"DAMAGED: {file['error']}" if file["error"] else "verified"))
     for step in found["steps"]:
         if step["error"]:
             print(f"step {step['step']}: DAMAGED: {step['error']}")

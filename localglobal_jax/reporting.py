@@ -13,6 +13,7 @@ import pathlib
 import shutil
 import sys
 import time
+import zlib
 from collections.abc import Mapping
 from typing import Any, TextIO
 
@@ -28,16 +29,29 @@ class Writer:
 
     A run that died has usually written past its last checkpoint; it will compute those steps
     again. So opening drops every line after ``resume_step`` (all of them if that is None), and a
-    last line that was torn. No (step, split) is ever written twice.
+    last line that was torn. No (step, split) is ever written twice. `checksum` goes into every
+    checkpoint; given back as ``expected``, it tells whether the lines are still those.
     """
 
     def __init__(
-        self, workdir: str | os.PathLike, *, resume_step: int | None, tensorboard: bool = True
+        self,
+        workdir: str | os.PathLike,
+        *,
+        resume_step: int | None,
+        tensorboard: bool = True,
+        expected: int | None = None,
     ):
         self.path = pathlib.Path(workdir) / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         last = -1 if resume_step is None else resume_step
         self._written = _drop_after(self.path, last)
+        self.checksum = checksum(workdir, last)
+        if expected is not None and expected != self.checksum:
+            log.error(
+                "%s is not what it was when step %d was saved: lines are missing or have changed. "
+                "The run goes on as if they had not; restore the file to have them back",
+                *(self.path, last),
+            )
         self._file = self.path.open("a", encoding="utf-8")
         self._board: Any = None
         if tensorboard:
@@ -60,7 +74,9 @@ class Writer:
         self._written.add((step, split))
         values = {name: _number(value) for name, value in numbers.items()}
         line = {"step": int(step), "split": split} | values
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        text = json.dumps(line, allow_nan=False) + "\n"
+        self.checksum = zlib.crc32(text.encode(), self.checksum)
+        self._file.write(text)
         if self._board:
             for name, value in values.items():
                 if not isinstance(value, str):
@@ -98,19 +114,35 @@ def _parse(text: str) -> dict | None:
     return line if known and isinstance(line.get("split"), str) else None
 
 
+def _up_to(last: int, contents: bytes) -> dict[tuple[int, str], str]:
+    """The lines by step and split, without what is later, torn or double."""
+    kept = dict[tuple[int, str], str]()
+    for text in contents.decode("utf-8", errors="replace").splitlines():
+        line = _parse(text)
+        if line and line["step"] <= last:
+            kept.setdefault((line["step"], line["split"]), text)
+    return kept
+
+
+def _as_file(lines: dict[tuple[int, str], str]) -> bytes:
+    return "".join(text + "\n" for text in lines.values()).encode()
+
+
+def checksum(workdir: str | os.PathLike, last: int) -> int:
+    """CRC-32 of the lines of ``metrics.jsonl`` up to step `last`: those that a checkpoint knows."""
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    return zlib.crc32(_as_file(_up_to(last, path.read_bytes())) if path.exists() else b"")
+
+
 def _drop_after(path: pathlib.Path, last: int) -> set[tuple[int, str]]:
     """Rewrites the file, if it must change, without what is later, torn or double."""
     if not path.exists():
         return set()
-    before, kept = path.read_bytes(), dict[tuple[int, str], str]()
-    lines = before.decode("utf-8", errors="replace").splitlines()
-    for text in lines:
-        line = _parse(text)
-        if line and line["step"] <= last:
-            kept.setdefault((line["step"], line["split"]), text)
-    after = "".join(text + "\n" for text in kept.values()).encode()
+    before = path.read_bytes()
+    kept = _up_to(last, before)
+    after = _as_file(kept)
     if after != before:
-        dropped = len(lines) - len(kept)
+        dropped = len(before.splitlines()) - len(kept)
         log.info("%s: dropping %d lines after step %d, to be computed again", path, dropped, last)
         temporary = path.with_suffix(".tmp")
         with temporary.open("wb") as file:

@@ -71,7 +71,7 @@ def _train(
         hosts.stop_requests() as asked_to_stop,
         closing(checkpoints),
         closing(trace),
-        closing(Output(run, task, directory, start)) as output,
+        closing(Output(run, task, directory, start, before.get("metrics_crc32"))) as output,
     ):
         for step in range(start, run.steps + 1):
             last, new, results = step == run.steps, step > start, {}
@@ -83,11 +83,12 @@ def _train(
             if new and (last or stopping or due(step, run.checkpoint.every)):
                 with window.paused():
                     watch.settle(saving=step)  # a state that is not finite is never saved
-                    output.flush()  # a checkpoint never knows more than the metrics beside it
+                    written = output.flush()  # a checkpoint knows no more than the file beside it
                     if hosts.rank() == 0:
                         copy.push()
                     named = {f"{s}/{k}": v for s, line in results.items() for k, v in line.items()}
                     metadata = {**about, "window": window.partial(), "skipped": watch.skipped}
+                    metadata["metrics_crc32"] = written
                     checkpoints.save(step, state, metadata=metadata, metrics=named)
             if last:
                 break

@@ -11,6 +11,8 @@ import logging
 import os
 import pathlib
 import socket
+from collections.abc import Mapping
+from typing import Any
 
 from localglobal_jax import configlib, schema
 
@@ -34,18 +36,32 @@ def refuse_other(run: schema.Run, workdir: pathlib.Path) -> None:
                 )
         return
     old = configlib.read_json(file).model_dump()
-    changed = {
-        field: values
-        for field, values in configlib.difference(old, run.model_dump()).items()
-        if not any(field == free or field.startswith(f"{free}.") for free in schema.MAY_CHANGE)
-    }
-    if changed:
-        lines = [f"  {field}: {was!r} there, {now!r} now" for field, (was, now) in changed.items()]
+    if changed := _changed(old, run.model_dump(), "there", "now"):
         raise ValueError(
-            f"{workdir} belongs to a run with another config:\n" + "\n".join(lines) + "\n"
+            f"{workdir} belongs to a run with another config:\n{changed}\n"
             "Choose another --workdir, or give the same config to resume. "
             f"(These may change: {', '.join(schema.MAY_CHANGE)}.)"
         )
+
+
+def check_config(workdir: pathlib.Path, step: int, metadata: Mapping[str, Any]) -> None:
+    """Raises ValueError unless `config.json` is what a checkpoint there was trained with."""
+    file, saved = workdir / "config.json", metadata.get("config")
+    now = configlib.read_json(file).model_dump(mode="json")
+    if saved and (changed := _changed(saved, now, f"in step {step}", "in the file")):
+        raise ValueError(
+            f"{file} is not the config of the checkpoints beside it:\n{changed}\n"
+            "Restore it; `localglobal inspect --json` shows the config of every step"
+        )
+
+
+def _changed(old: Mapping[str, Any], new: Mapping[str, Any], old_name: str, new_name: str) -> str:
+    """A line for every field that differs and may not; empty if there is none."""
+    return "\n".join(
+        f"  {field}: {was!r} {old_name}, {now!r} {new_name}"
+        for field, (was, now) in configlib.difference(old, new).items()
+        if not any(field == free or field.startswith(f"{free}.") for free in schema.MAY_CHANGE)
+    )
 
 
 def claim(run: schema.Run, workdir: pathlib.Path) -> None:

@@ -43,7 +43,7 @@ FLOORS = [  # a room imports from floors below its own; files of one room see ea
         "stored",
         "workdir",
     ],
-    ["checkpoint", "convert", "health", "tasks"],
+    ["checkpoint", "convert", "health", "tasks", "verification"],
     ["evaluate", "run_report", "train_step"],
     ["conversion", "translate"],
     ["convert_command", "plan", "session", "translate_command"],

@@ -171,11 +171,16 @@ class Harness:
         command = runs.command(["prepare", name, *options])
         return Life(command, self.work, data_dir, runs.environment(True, data_dir))
 
-    def train(self, kind, workdir, data_dir):
-        """The life that trains, noting its batches in the workdir's batches.txt."""
+    def train(self, kind, workdir, data_dir, compiling=False):
+        """The life that trains, noting its batches in the workdir's batches.txt.
+
+        With a cache of compiled programs, which is two thirds of a short life; without it where
+        the compiling is what shall be killed.
+        """
         workdir.mkdir(parents=True, exist_ok=True)
         noted = {"OBSERVED_BATCHES": str(workdir / "batches.txt")}
-        arguments = runs.arguments(kind, workdir, **self.overrides)
+        cache = {} if compiling else {"parallel.compilation_cache": str(self.work / "compiled")}
+        arguments = runs.arguments(kind, workdir, **self.overrides, **cache)
         command = [sys.executable, str(runs.OBSERVED), *arguments]
         return Life(command, workdir, data_dir, runs.environment(True, data_dir) | noted)
 
@@ -184,11 +189,10 @@ class Harness:
         workdir, data_dir = self.work / f"{kind}-reference", self.work / f"{kind}-data"
         if not (workdir / "model_card.md").exists():
             shutil.rmtree(workdir, ignore_errors=True)
-            for life in (
-                self.prepare(kind, data_dir),
-                self.train(kind, workdir, data_dir),
-            ):
-                assert life.finish() == 0, "\n".join(life.lines)
+            prepared = self.prepare(kind, data_dir)
+            assert prepared.finish() == 0, "\n".join(prepared.lines)
+            trained = self.train(kind, workdir, data_dir)
+            assert trained.finish() == 0, "\n".join(trained.lines)
         return workdir, data_dir
 
     def chain(self, kind, plan, rng, note):
@@ -208,7 +212,7 @@ class Harness:
             life = (
                 self.prepare(kind, data_dir)
                 if moment == "preparation"
-                else self.train(kind, workdir, data_dir)
+                else self.train(kind, workdir, data_dir, compiling=moment == "compile")
             )
             lives += 1
             came = bool(plan) and await_moment(life, moment, rng)

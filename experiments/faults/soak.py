@@ -3,9 +3,9 @@
 
     python experiments/faults/soak.py images --out experiments/faults/soak_images --hours 1
 
-Reads ``/proc``, so Linux only. The run checkpoints and evaluates hundreds of times an hour, which is
-what leaks. Time per step is the CPU's as well as the clock's: other people's work on the
-machine changes the clock's only. Ends the run by SIGTERM and writes OUT.csv, OUT.json, OUT.png.
+Reads ``/proc``, so Linux only. The run checkpoints and evaluates hundreds of times, which is what
+leaks. Time per step is the CPU's as well as the clock's: other people's work on the machine
+changes the clock's only. Ends the run by SIGTERM and writes OUT.csv, OUT.json, OUT.png.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def last_step(metrics):
     return json.loads(lines[-1])["step"] if lines and lines[-1].startswith(b"{") else 0
 
 
-def watch(kind, out, hours, every, workdir, data_dir):
+def watch(kind, out, workdir, *, hours, every, data_dir):
     """Runs it; the table goes to the disk row by row."""
     arguments = runs.arguments(kind, workdir, steps="100000000", **OVERRIDES[kind])
     with open(f"{out}.log", "w") as log, open(f"{out}.csv", "w", newline="") as table:
@@ -85,7 +85,8 @@ def watch(kind, out, hours, every, workdir, data_dir):
 
 def judge(table):
     """What the table says, and whether that is flat."""
-    rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(open(table))]
+    with open(table, newline="") as file:
+        rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
     columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     seconds = columns["seconds"]
     warm = seconds > WARM_UP * seconds[-1]
@@ -156,7 +157,14 @@ def main():
     code = None
     if not args.judge:
         workdir = args.workdir or pathlib.Path(f"{args.out}.run")
-        code = watch(args.kind, args.out, args.hours, args.every, workdir, args.data_dir)
+        code = watch(
+            args.kind,
+            args.out,
+            workdir,
+            hours=args.hours,
+            every=args.every,
+            data_dir=args.data_dir,
+        )
     verdict, columns, warm = judge(f"{args.out}.csv")
     verdict = {"kind": args.kind, "exit": code, **verdict}
     draw(columns, warm, args.out)
