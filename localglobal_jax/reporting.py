@@ -12,7 +12,6 @@ import os
 import pathlib
 import shutil
 import sys
-import time
 import zlib
 from collections.abc import Mapping
 from typing import Any, TextIO
@@ -55,14 +54,10 @@ class Writer:
         self._file = self.path.open("a", encoding="utf-8")
         self._board: Any = None
         if tensorboard:
-            import tensorboardX  # noqa: PLC0415, here because it takes a while and may be off
+            # here because it takes a while and may be off
+            from localglobal_jax.event_file import EventFile  # noqa: PLC0415
 
-            self._board = tensorboardX.SummaryWriter(
-                str(self.path.parent / "tensorboard"),
-                purge_step=last + 1,
-                # Its own names are seconds: a second run in the same one would overwrite the first.
-                filename_suffix=f".{time.time_ns()}",
-            )
+            self._board = EventFile(self.path.parent / "tensorboard", forget=last + 1)
 
     def write(self, step: int, split: str, numbers: Mapping[str, Any]) -> bool:
         """Adds one line; False, and nothing is written, if this step and split are there already.
@@ -91,11 +86,12 @@ class Writer:
             self._board.flush()
 
     def close(self) -> None:
-        """Flushes and closes."""
-        self.flush()
-        self._file.close()
-        if self._board:
-            self._board.close()
+        """Flushes and closes. It may be called because the disk is full: then it only says so."""
+        for file in filter(None, (self._file, self._board)):
+            try:
+                file.close()
+            except OSError as error:
+                log.error("the last lines are not in %s: %s", self.path.parent, error)
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict]:

@@ -34,7 +34,7 @@ def train(run: schema.Run, directory: str | pathlib.Path) -> dict[str, dict[str,
     one is under way there; Preempted after a SIGTERM, once the state is saved; Diverged if a loss
     or a gradient is not finite.
     """
-    with workdir.Lock() as lock:
+    with workdir.Lock() as lock, workdir.named_in_errors(directory):
         return _train(run, directory, lock)
 
 

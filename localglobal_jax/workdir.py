@@ -4,6 +4,7 @@
 Another one is refused before anything in it is touched.
 """
 
+import contextlib
 import datetime
 import fcntl
 import json
@@ -11,7 +12,7 @@ import logging
 import os
 import pathlib
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from localglobal_jax import configlib, schema
@@ -103,8 +104,9 @@ class Lock:
                 os.close(handle)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": now}
-        os.ftruncate(self._held[0], 0)
-        os.write(self._held[0], json.dumps(owner).encode())
+        with contextlib.suppress(OSError):  # a full disk is found by what needs the room
+            os.ftruncate(self._held[0], 0)
+            os.write(self._held[0], json.dumps(owner).encode())
 
     def __enter__(self) -> "Lock":
         return self
@@ -144,8 +146,23 @@ def check_shared(workdir: pathlib.Path) -> None:
 def write_atomically(file: pathlib.Path, text: str) -> None:
     """A reader, or a crash, sees the old file or the new one, never a part."""
     partial = file.with_name(f".{file.name}.partial")
-    with open(partial, "w", encoding="utf-8") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
+    try:
+        with open(partial, "w", encoding="utf-8") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
     partial.replace(file)
+
+
+@contextlib.contextmanager
+def named_in_errors(workdir: str | os.PathLike[str]) -> Iterator[None]:
+    """Says of an OSError without a file name ("No space left on device") where it was."""
+    try:
+        yield
+    except OSError as error:
+        if type(error) is not OSError or error.errno is None or error.filename:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(workdir)) from error

@@ -15,6 +15,7 @@ FLOORS = [  # a room imports from floors below its own; files of one room see ea
         "arrays",
         "configlib",
         "digest",
+        "event_file",
         "hosts",
         "mix_token",
         "reach",
