@@ -46,12 +46,13 @@ def arrays(workdir, step):
     return stored.flatten(tree)[0], metadata
 
 
-def differences(reference, workdir, *, steps, wanted_steps):
+def differences(reference, workdir, *, steps, wanted_steps, seen=True):
     """A list of sentences, empty if nothing differs.
 
     Args:
       steps: of the whole run.
       wanted_steps: the checkpoints that must be left; those the reference has too are compared.
+      seen: the batches were written down, too (`observed.py`).
     """
     found = []
     ours, theirs = metrics(workdir), metrics(reference)
@@ -79,18 +80,25 @@ def differences(reference, workdir, *, steps, wanted_steps):
     if steps not in there:
         found.append(f"the last step, {steps}, is not there")
 
-    seen = batches(workdir / "batches.txt")
-    expected = dict(batches(reference / "batches.txt"))
-    if missing := set(range(steps)) - {step for step, _ in seen}:
-        found.append(f"no batch was made for the steps {sorted(missing)}")
-    if wrong := sorted({step for step, checksum in seen if expected[step] != checksum}):
-        found.append(f"other batches than the undisturbed run at the steps {wrong}")
+    if seen:
+        found += batches_differ(reference, workdir, steps)
     configs = [json.loads((folder / "config.json").read_text()) for folder in (reference, workdir)]
     for config in configs:
         del config["parallel"]["compilation_cache"]
     if configs[0] != configs[1]:
         found.append("config.json is another")
     found += files_differ(reference, workdir, ["tokenizer"])
+    return found
+
+
+def batches_differ(reference, workdir, steps):
+    """Sentences on the batches that both runs were given."""
+    seen = batches(workdir / "batches.txt")
+    expected, found = dict(batches(reference / "batches.txt")), []
+    if missing := set(range(steps)) - {step for step, _ in seen}:
+        found.append(f"no batch was made for the steps {sorted(missing)}")
+    if wrong := sorted({step for step, checksum in seen if expected[step] != checksum}):
+        found.append(f"other batches than the undisturbed run at the steps {wrong}")
     return found
 
 
