@@ -34,7 +34,17 @@ def console() -> int:
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    if not os.environ.get("LOCALGLOBAL_DEBUG"):
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        sys.unraisablehook = _without_stragglers
     return main()
+
+
+def _without_stragglers(found: Any) -> None:
+    """Of a save that failed, orbax leaves writes behind that nobody waits for; each would print a
+    traceback here, or in the log of asyncio. Why it failed is said in a line (`SaveFailed`)."""
+    if str(found.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(found)
 
 
 def main(argv: list[str] | None = None) -> int:
