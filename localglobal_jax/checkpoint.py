@@ -16,8 +16,6 @@ import logging
 import math
 import os
 import re
-import time
-import types
 from typing import Any, NamedTuple
 
 import absl.logging
@@ -26,9 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from orbax.checkpoint._src.futures import future, signaling_client  # see below, at `_room`
 
-from localglobal_jax import digest, hosts, schema, stored
+from localglobal_jax import digest, hosts, orbax_mended, schema, stored
 from localglobal_jax.stored import CorruptCheckpoint, inspect, read
 
 __all__ = ["Checkpoints", "CorruptCheckpoint", "Restored", "inspect", "read"]
@@ -39,10 +36,7 @@ absl.logging.get_absl_logger().addFilter(
     lambda record: not record.exc_info or bool(os.environ.get("LOCALGLOBAL_DEBUG"))
 )
 
-for _room in (future, signaling_client):
-    # Orbax's patience (ten minutes for a save) is by the wall clock. When that jumps ahead, as on a
-    # machine that wakes up, a save well under way would "time out" and the process hang at its end.
-    _room.time = types.SimpleNamespace(time=time.monotonic)
+orbax_mended.mend()
 
 PyTree = Any
 FORMAT = 1

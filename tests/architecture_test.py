@@ -18,6 +18,7 @@ FLOORS = [  # a room imports from floors below its own; files of one room see ea
         "event_file",
         "hosts",
         "mix_token",
+        "orbax_mended",
         "reach",
         "sharding",
         "step_context",

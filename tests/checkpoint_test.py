@@ -20,7 +20,7 @@ import pytest
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from localglobal_jax import checkpoint, digest, parallel, schema, stored
+from localglobal_jax import checkpoint, digest, orbax_mended, parallel, schema, stored
 
 
 def state_of(step):
@@ -574,3 +574,16 @@ def test_killed_during_a_save(tmp_path, where):
     checkpoints.save(at_least + 1, {"x": jnp.ones(3)}, metadata={})
     checkpoints.close()  # what the kills left behind is gone
     assert all(path.name.isdigit() for path in tmp_path.iterdir())
+
+
+def test_tensorstore_is_asked_for_json_a_few_times_a_save_not_for_every_leaf(tmp_path):
+    """It never frees what it hands out (0.1.86), which no run of weeks can afford."""
+    asked = orbax_mended._resolved.cache_info()
+    state = {f"leaf{i}": jnp.full(3, i) for i in range(30)}
+    checkpoints = open_at(tmp_path)
+    for step in range(3):
+        checkpoints.save(step, state, metadata={})
+    checkpoints.close()
+    now = orbax_mended._resolved.cache_info()
+    assert now.hits - asked.hits >= 3 * 20  # orbax would have asked tensorstore
+    assert now.misses - asked.misses <= 3 * 5
