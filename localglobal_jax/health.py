@@ -182,6 +182,7 @@ def describe(found: dict[str, Any]) -> str:
     if found["inputs"]:
         lines.append(f"inputs that are not finite: {', '.join(found['inputs'])}")
     if found["alone"] is not None:
-        alone = ", ".join(map(str, found["alone"])) or "none, only all of them together"
+        alone = ", ".join(map(str, found["alone"])) or "none, only several together"
+        alone = "every one" if found["alone"] == found["records"] else alone
         lines.append(f"records that do it in a batch of nothing else: {alone}")
     return "\n".join(lines)

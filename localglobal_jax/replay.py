@@ -56,11 +56,11 @@ def replay(run: schema.Run, directory: str | pathlib.Path, step: int) -> dict[st
     outcome = outcome_of(batch)
     alone = None
     if not outcome.finite.all() and hosts.count() == 1:
-        alone = [
+        alone = sorted(
             int(record)
             for row, record in enumerate(batch["index"])
             if not outcome_of(_only(batch, row)).finite.all()
-        ]
+        )
     _, parameters = health.wrong(outcome.finite, state.variables["params"])
     loss, norm = (outcome.metrics[name] for name in ("loss", "gradient_norm"))
     return {

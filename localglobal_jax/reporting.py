@@ -18,6 +18,7 @@ from typing import Any, TextIO
 
 import jax
 import numpy as np
+from etils import epath
 
 log = logging.getLogger(__name__)
 PANELS = ("loss", "accuracy", "bleu")  # of the learning curve; those that occur are drawn
@@ -96,8 +97,8 @@ class Writer:
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict]:
     """The lines of ``metrics.jsonl``; what is no JSON object with a step and a split is skipped."""
-    path = pathlib.Path(workdir) / "metrics.jsonl"
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    path = epath.Path(workdir) / "metrics.jsonl"
+    text = path.read_bytes().decode("utf-8", errors="replace") if path.exists() else ""
     return [line for line in map(_parse, text.splitlines()) if line]
 
 

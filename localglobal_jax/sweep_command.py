@@ -12,7 +12,6 @@ from typing import Any
 
 from localglobal_jax import sweeps
 from localglobal_jax.launch import backends, execute, expand, local, pool, shell, tpu_vm
-from localglobal_jax.stores import is_remote
 
 EXAMPLE = "--config experiments/coatnet_layouts/sweep.py --workdir runs/layouts --dry_run"
 NOTES = """\
@@ -68,6 +67,11 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError("--out is for back ends that have scripts, which local has not")
         print(json.dumps({"files": paths}) if args.json else "\n".join(paths))
         return 0
+    from localglobal_jax.launch import status
+
+    for row in rows:
+        if row["remote"]:  # asked only now: a dry run touches no network
+            row["latest_step"] = status.latest_step(row["workdir"])
     done = {
         row["name"] for row in rows if row["latest_step"] and row["latest_step"] >= row["steps"]
     }
@@ -85,14 +89,12 @@ def run(args: argparse.Namespace) -> int:
 def _look(args: argparse.Namespace, runs: list[expand.Description]) -> int:
     from localglobal_jax.launch import status
 
-    if is_remote(args.workdir):
-        raise ValueError(
-            f"--workdir {args.workdir}: status and collect read local folders; copy the small "
-            "files first (config.json, metrics.jsonl and the names in checkpoints/)"
-        )
     if args.collect and not pathlib.Path(args.collect).absolute().parent.is_dir():
         raise ValueError(f"--collect {args.collect}: there is no such folder")
-    rows = [status.read(described) for described in runs]
+    try:
+        rows = [status.read(described) for described in runs]
+    except ImportError as error:
+        raise ValueError(f"--workdir {args.workdir}: {error} (the extra gcs)") from None
     if args.collect:
         from localglobal_jax import workdir
 

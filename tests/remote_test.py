@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A workdir on an object store, which here is a file system in memory."""
 
+import csv
+import json
 from typing import ClassVar
 
 import fsspec
@@ -9,6 +11,7 @@ from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
 from localglobal_jax import configlib, evaluate, remote, stores, train
+from localglobal_jax.cli import main
 
 
 class Bucket(MemoryFileSystem):
@@ -72,3 +75,25 @@ def test_a_run_stops_resumes_and_is_evaluated_there(bucket, tmp_path, data_dir, 
 def test_stores_that_nobody_knows(path):
     with pytest.raises(ValueError, match="want a local directory, or gs://BUCKET/PATH"):
         stores.is_remote(path)
+
+
+def test_status_and_collect_look_there(bucket, tmp_path, capsys):
+    """Of six runs one is done, one half way."""
+    sweep = ["sweep", "--config=experiments/coatnet_layouts/sweep.py:size=tiny"]
+    sweep += [f"--workdir={bucket}", "--backend=xpk", "--cluster=c", "--tpu_type=v5litepod-16"]
+    assert main([*sweep, "--image=i", "--dry_run", "--json"]) == 0
+    names = [row["name"] for row in json.loads(capsys.readouterr().out)["runs"]]
+    for name, step in zip(names, (20, 10), strict=False):
+        folder = epath.Path(bucket) / name
+        (folder / "checkpoints" / str(step)).mkdir(parents=True)
+        (folder / "checkpoints" / str(step) / "files.json").write_text("{}")
+        (folder / "config.json").write_text("{}")
+        line = {"step": step, "split": "test", "accuracy": 0.5}
+        (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    table = tmp_path / "all.csv"
+    assert main([*sweep, "--status", f"--collect={table}"]) == 0
+    said = capsys.readouterr().out
+    assert "6 runs: 1 done, 1 unfinished, 4 not started" in said and "accuracy 0.5" in said
+    done, half, *_ = csv.DictReader(table.read_text().splitlines())
+    assert (done["state"], done["step"]) == ("done", "20")
+    assert (half["state"], half["step"]) == ("unfinished", "10")

@@ -29,7 +29,7 @@ STRATEGIES = {
 RUNS = {
     "coatnet": (
         "coatnet_digits.py:size=tiny,data=mock",
-        {"model.drop_path": "0.0", "model.depths": "(2, 3)"},
+        {"model.drop_path": "0.0", "model.depths": "(1, 3)"},
     ),
     "muse": (
         "muse_lohelp.py:size=tiny,data=mock",

@@ -26,7 +26,7 @@ def start(workdir, data_dir, *overrides):
         *("--config.steps=45", "--config.log.every=7", "--config.log.tensorboard=false"),
         *overrides,
     ]
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -4,23 +4,27 @@
 import csv
 import io
 import json
+import os
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from etils import epath
+
 from localglobal_jax import reporting
 from localglobal_jax.launch import local, pool
 from localglobal_jax.launch.expand import Description
+from localglobal_jax.stores import is_remote
 
 SILENT = 600  # seconds without a line after which nobody believes that a run is running
-STATES = ("done", "running", "preempted", "failed", "not started")
+STATES = ("done", "running", "preempted", "failed", "unfinished", "not started")
 SHOWN = 4  # metrics of a split in the table; the CSV has all
 
 
 def read(run: Description, now: float | None = None) -> dict[str, Any]:
     """One run: its state, step, last metrics by split, seconds since the last line."""
-    directory = pathlib.Path(run.workdir)
+    directory = epath.Path(run.workdir)
     lines = reporting.read_metrics(directory)
     metrics: dict[str, dict[str, Any]] = {}
     for line in lines:
@@ -30,9 +34,12 @@ def read(run: Description, now: float | None = None) -> dict[str, Any]:
     last = events[-1] if events else {}
     marks = [float(last["time"])] if "time" in last else []
     if (directory / "metrics.jsonl").exists():
-        marks.append((directory / "metrics.jsonl").stat().st_mtime)
+        changed = (directory / "metrics.jsonl").stat().mtime
+        marks += [float(changed)] if changed else []  # not every store says when
     age = max(0.0, (time.time() if now is None else now) - max(marks)) if marks else None
-    state, note = _state(run, saved, last, age, pool.is_locked(directory))
+    # Of a run on a store nobody here can see whether it runs: it writes there when it saves.
+    locked = None if is_remote(run.workdir) else pool.is_locked(pathlib.Path(run.workdir))
+    state, note = _state(run, saved, last, age, locked)
     if not (directory / "config.json").exists() and not events:
         state, note = "not started", ""
     return {
@@ -51,15 +58,19 @@ def read(run: Description, now: float | None = None) -> dict[str, Any]:
     }
 
 
-def latest_step(directory: pathlib.Path) -> int | None:
+def latest_step(directory: str | os.PathLike[str]) -> int | None:
     """Of the checkpoints of a workdir: a number for a name, and not empty (see `stored`)."""
-    folder = directory / "checkpoints"
+    folder = epath.Path(directory) / "checkpoints"
     found = [p for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
     return max((int(p.name) for p in found if p.is_dir() and any(p.iterdir())), default=None)
 
 
 def _state(
-    run: Description, saved: int | None, last: Mapping[str, Any], age: float | None, locked: bool
+    run: Description,
+    saved: int | None,
+    last: Mapping[str, Any],
+    age: float | None,
+    locked: bool | None,
 ) -> tuple[str, str]:
     """The state and, where it needs one, a note."""
     since = f"last line {duration(age)} ago" if age is not None else ""
@@ -67,6 +78,8 @@ def _state(
         return "running", since
     if saved is not None and saved >= run.run.steps:
         return "done", ""
+    if locked is None:
+        return "unfinished", since
     if last.get("event") == "end":
         code = int(last.get("code", 1))
         if code == local.PREEMPTED:
@@ -77,7 +90,7 @@ def _state(
     return "preempted", f"silent: {since}" if since else "silent"
 
 
-def _events(file: pathlib.Path) -> list[dict[str, Any]]:
+def _events(file: epath.Path) -> list[dict[str, Any]]:
     found = []
     for text in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
         try:

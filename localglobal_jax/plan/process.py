@@ -83,11 +83,13 @@ def measure(
 
 def key(run: schema.Run, topology: Topology, step: str) -> str:
     """What a compilation depends on, as one word: run, devices, step, versions, our sources."""
+    files = map(pathlib.Path, run.data.dicts if isinstance(run.data, schema.Text) else ())
+    words = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
     tree = {k: v for k, v in run.model_dump(mode="json").items() if k not in ASIDE}
     versions = {name: version(name) for name in PACKAGES}
     flags = os.environ.get("LIBTPU_INIT_ARGS")
-    parts = json.dumps([tree, topology.name, step, versions, flags, sources()], sort_keys=True)
-    return hashlib.sha256(parts.encode()).hexdigest()[:24]
+    parts = [tree, topology.name, step, versions, flags, sources(), *words]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def version(package: str) -> str | None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from localglobal_jax.operators import convolution
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(
     space=st.lists(st.integers(3, 8), min_size=1, max_size=2),
     k=st.sampled_from([1, 2, 3, 5]),

@@ -4,7 +4,7 @@ import pytest
 
 from localglobal_jax import configlib, tasks
 from localglobal_jax.data import tokenizer
-from localglobal_jax.plan import shapes
+from localglobal_jax.plan import process, shapes, topologies
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,9 @@ def test_vocabulary_of_the_config_and_of_dictionaries(tmp_path):
         )
     )
     assert variables["params"]
+
+    where = topologies.parse("cpu:8")
+    kept = process.key(run, where, "train")
+    assert process.key(run, where, "train") == kept
+    (tmp_path / "a").write_text("another 1\n")
+    assert process.key(run, where, "train") != kept
