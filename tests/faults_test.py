@@ -18,6 +18,7 @@ sys.path.insert(0, str(FAULTS))
 
 import compare
 import corrupt
+import damage
 import disk
 import kill
 
@@ -52,9 +53,9 @@ def test_what_the_comparison_would_have_seen(harness, tmp_path):
     reference, _ = harness.reference("images")
     steps = [entry["step"] for entry in stored.inspect(reference)["steps"]]
 
-    def differences(damage):
+    def differences(spoil):
         other = shutil.copytree(reference, tmp_path / "other")
-        damage(other)
+        spoil(other)
         found = compare.differences(reference, other, steps=24, wanted_steps=steps)
         shutil.rmtree(other)
         return " ".join(found)
@@ -118,7 +119,7 @@ def test_files_beside_the_checkpoints(harness, tmp_path):
     ]
     os.environ["TFDS_DATA_DIR"], before = str(data_dir), os.environ.get("TFDS_DATA_DIR")
     try:
-        results = list(corrupt.Checkpointed("images", folder).beside(np.random.default_rng(0), 60))
+        results = list(damage.Checkpointed("images", folder).beside(np.random.default_rng(0), 60))
     finally:
         os.environ.pop("TFDS_DATA_DIR")
         os.environ |= {"TFDS_DATA_DIR": before} if before else {}

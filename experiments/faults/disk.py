@@ -95,7 +95,7 @@ class Disk:
             "what": "full disk",
             "kilobytes": kilobytes,
             "exit": died.returncode,
-            "said": said[:250],
+            "said": runs.without_paths(said)[:250],
             "steps": steps,
             "partial": [name for name in there if name.endswith(".partial")],
             "differences": differ,
@@ -116,7 +116,12 @@ class Disk:
             subprocess.run(["umount", mount], check=True)
         said = done.stderr.strip().splitlines()
         right = done.returncode == 2 and len(said) == 1 and "no permission to write" in said[0]
-        return {"what": "read-only", "exit": done.returncode, "said": said[-1], "ok": right}
+        return {
+            "what": "read-only",
+            "exit": done.returncode,
+            "said": runs.without_paths(said[-1]),
+            "ok": right,
+        }
 
     def clock(self):
         """Every look at the clock is ten years off; files are from the past and the future."""

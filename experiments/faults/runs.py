@@ -7,6 +7,7 @@ path, augmentation, windows of metrics that no checkpoint falls on the edge of, 
 
 import os
 import pathlib
+import re
 import sys
 
 HERE = pathlib.Path(__file__).parent
@@ -72,3 +73,8 @@ def environment(fast_compile=False, data_dir=None):
 def command(arguments):
     """Of a training as people start it."""
     return [sys.executable, "-m", "localglobal_jax", *arguments]
+
+
+def without_paths(text):
+    """`text` with file names in place of whole paths: results say nothing of the machine."""
+    return re.sub(r"(?<![\w.])/(?:[\w.+-]+/)+", "", text)
