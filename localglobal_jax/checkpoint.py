@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import re
 from typing import Any, NamedTuple
 
 import absl.logging
@@ -24,17 +25,27 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from localglobal_jax import digest, hosts, schema, stored
+from localglobal_jax import digest, hosts, orbax_mended, schema, stored
 from localglobal_jax.stored import CorruptCheckpoint, inspect, read
 
 __all__ = ["Checkpoints", "CorruptCheckpoint", "Restored", "inspect", "read"]
 
-absl.logging.set_verbosity(absl.logging.WARNING)  # orbax tells the life of every save at INFO
+absl.logging.set_verbosity(absl.logging.WARNING)  # orbax tells the life of every save at INFO,
+# and of one that failed five tracebacks, from as many threads; `SaveFailed` says it in a line.
+absl.logging.get_absl_logger().addFilter(
+    lambda record: not record.exc_info or bool(os.environ.get("LOCALGLOBAL_DEBUG"))
+)
+
+orbax_mended.mend()
 
 PyTree = Any
 FORMAT = 1
 TRASH = "deleted"  # steps on their way out: renamed first, so that a kill leaves no half step
 log = logging.getLogger(__name__)
+
+
+class SaveFailed(OSError):
+    """A step could not be written; those before it are as they were."""
 
 
 class Restored(NamedTuple):
@@ -103,7 +114,8 @@ class Checkpoints:
           False if this step is there already, complete; it is not written again.
 
         Raises:
-          ValueError, TypeError: what cannot be saved. And whatever made the save before this fail.
+          ValueError, TypeError: what cannot be saved.
+          SaveFailed: this save, or the one before it, which was still under way.
         """
         arrays = _as_arrays(state)
         metrics = {name: float(value) for name, value in (metrics or {}).items()}
@@ -166,7 +178,7 @@ class Checkpoints:
         return restored
 
     def wait(self) -> None:
-        """Until the save under way is complete; raises what made it fail."""
+        """Until the save under way is complete; raises SaveFailed if it is not going to be."""
         if self._manager:
             with self._or_abandon():
                 self._manager.wait_until_finished()
@@ -185,12 +197,18 @@ class Checkpoints:
         """After a failure orbax still lists the failed step: the next save opens a new manager."""
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             manager, self._manager = self._manager, None
             with contextlib.suppress(Exception):
                 if manager:
                     manager.close()
-            raise
+            if not isinstance(error, OSError | ValueError):  # tensorstore's errors are ValueErrors
+                raise
+            raise SaveFailed(
+                f"a checkpoint could not be written to {self.directory}: {_reason(error)}. Those "
+                f"of the steps {self.steps()} are as they were; once that is mended, the same "
+                "command goes on from the newest"
+            ) from error
 
     def _open(self) -> ocp.CheckpointManager:
         """Orbax's manager, after what it would mistake for a good step is out of its way."""
@@ -232,6 +250,14 @@ class Checkpoints:
             if aside.exists():
                 aside.rmtree()
             (self.directory / str(step)).rename(aside)
+
+
+def _reason(error: Exception) -> str:
+    """In a few words: tensorstore's errors name ten files and a specification."""
+    number = re.search(r"os_error_code='(\d+)'", str(error))
+    if number:
+        return os.strerror(int(number[1]))
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 def _as_arrays(state: PyTree) -> dict[str, Any]:

@@ -34,7 +34,17 @@ def console() -> int:
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # nosec B606 # ourselves
+    if not os.environ.get("LOCALGLOBAL_DEBUG"):
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        sys.unraisablehook = _without_stragglers
     return main()
+
+
+def _without_stragglers(found: Any) -> None:
+    """Of a save that failed, orbax leaves writes behind that nobody waits for; each would print a
+    traceback here, or in the log of asyncio. Why it failed is said in a line (`SaveFailed`)."""
+    if str(found.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(found)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -149,7 +159,11 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("inspect", inspect, "what is in a checkpoint", "runs/digits --verify")
     sub.add_argument("path", metavar="PATH", help="a workdir, or a checkpoint in it")
-    sub.add_argument("--verify", action="store_true", help="re-check the digest of every leaf")
+    sub.add_argument(
+        "--verify",
+        action="store_true",
+        help="re-check the digest of every leaf, and the files of the workdir",
+    )
 
     sub = command("models", models, "named models: sizes beside the papers'", "coatnet_0 volo_d1")
     sub.add_argument("names", nargs="*", metavar="NAME", help="default: all")
@@ -206,14 +220,20 @@ def score(args: argparse.Namespace) -> None:
 
 
 def inspect(args: argparse.Namespace) -> int:
-    from localglobal_jax import stored
+    from localglobal_jax import remote, stored, verification
 
     found = stored.inspect(args.path, verify=args.verify)
     bad = [step for step in found["steps"] if step["error"]]
+    copy = remote.Copy(args.path)
+    if args.verify and found["directory"] == str(copy.checkpoints):  # a workdir, no part of one
+        found["files"] = verification.files(copy.local, found["steps"])
+        bad += [file for file in found["files"] if file["error"]]
     if args.json:
         print(json.dumps(found))
         return 1 if bad else 0
     print(found["directory"])
+    for file in found.get("files", []):
+        print(f"{file['file']}: " + (f"DAMAGED: {file['error']}" if file["error"] else "verified"))
     for step in found["steps"]:
         if step["error"]:
             print(f"step {step['step']}: DAMAGED: {step['error']}")

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from localglobal_jax import checkpoint, configlib, metrics, parallel, remote, schema, stored
 from localglobal_jax.models import create_model
 from localglobal_jax.tasks import Evaluator, Task, Variables, create_task
+from localglobal_jax.workdir import check_config
 
 
 class Evaluation:
@@ -87,7 +88,8 @@ def evaluate(
     field, rows = run.eval_rows
     placement.check_batch(rows, what=field)
     task = create_task(run, shard=placement.shard, train=False, workdir=files)
-    found, variables, _ = read_variables(workdir, step, average)
+    found, variables, metadata = read_variables(workdir, step, average)
+    check_config(files, found, metadata)
     return found, Evaluation(task, placement)(placement.put(variables))
 
 

@@ -211,7 +211,7 @@ def naming_the_lost() -> Iterator[None]:
     """Turns what a collective raises after the death of another host into Lost."""
     try:
         yield
-    except (jax.errors.JaxRuntimeError, ValueError) as error:
+    except (jax.errors.JaxRuntimeError, ValueError, OSError) as error:
         if count() > 1 and re.search(
             r"Gloo|gloo|NCCL|UNAVAILABLE|coordination|heartbeat", str(error)
         ):

@@ -12,6 +12,7 @@ Tested with fsspec's file system in memory; no real bucket was at hand. It needs
 
 import atexit
 import contextlib
+import hashlib
 import os
 import pathlib
 import shutil
@@ -26,7 +27,7 @@ from localglobal_jax.stores import is_remote
 class Copy:
     """A workdir: `local` holds its small files, `checkpoints` says where the steps are.
 
-    Of a local directory it is the directory itself.
+    Of a local directory it is the directory itself. `lock` is the file to lock, always a local one.
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
@@ -36,11 +37,14 @@ class Copy:
             self.local = pathlib.Path(tempfile.mkdtemp(prefix="localglobal-"))
             atexit.register(shutil.rmtree, self.local, ignore_errors=True)
             self.checkpoints = self._store / "checkpoints"
+            name = hashlib.sha256(os.fspath(self._store).encode()).hexdigest()[:16]
+            self.lock = pathlib.Path(tempfile.gettempdir(), f"localglobal-{name}.lock")
             self._pushed: dict[pathlib.Path, int] = {}
             self.pull()
         else:
             self.local = pathlib.Path(directory).absolute()
             self.checkpoints = epath.Path(self.local / "checkpoints")
+            self.lock = self.local / ".lock"
 
     def pull(self) -> None:
         """Fetches what is there, but for checkpoints."""

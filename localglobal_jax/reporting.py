@@ -12,7 +12,7 @@ import os
 import pathlib
 import shutil
 import sys
-import time
+import zlib
 from collections.abc import Mapping
 from typing import Any, TextIO
 
@@ -29,27 +29,36 @@ class Writer:
 
     A run that died has usually written past its last checkpoint; it will compute those steps
     again. So opening drops every line after ``resume_step`` (all of them if that is None), and a
-    last line that was torn. No (step, split) is ever written twice.
+    last line that was torn. No (step, split) is ever written twice. `checksum` goes into every
+    checkpoint; given back as ``expected``, it tells whether the lines are still those.
     """
 
     def __init__(
-        self, workdir: str | os.PathLike, *, resume_step: int | None, tensorboard: bool = True
+        self,
+        workdir: str | os.PathLike,
+        *,
+        resume_step: int | None,
+        tensorboard: bool = True,
+        expected: int | None = None,
     ):
         self.path = pathlib.Path(workdir) / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         last = -1 if resume_step is None else resume_step
         self._written = _drop_after(self.path, last)
+        self.checksum = checksum(workdir, last)
+        if expected is not None and expected != self.checksum:
+            log.error(
+                "%s is not what it was when step %d was saved: lines are missing or have changed. "
+                "The run goes on as if they had not; restore the file to have them back",
+                *(self.path, last),
+            )
         self._file = self.path.open("a", encoding="utf-8")
         self._board: Any = None
         if tensorboard:
-            import tensorboardX  # noqa: PLC0415, here because it takes a while and may be off
+            # here because it takes a while and may be off
+            from localglobal_jax.event_file import EventFile  # noqa: PLC0415
 
-            self._board = tensorboardX.SummaryWriter(
-                str(self.path.parent / "tensorboard"),
-                purge_step=last + 1,
-                # Its own names are seconds: a second run in the same one would overwrite the first.
-                filename_suffix=f".{time.time_ns()}",
-            )
+            self._board = EventFile(self.path.parent / "tensorboard", forget=last + 1)
 
     def write(self, step: int, split: str, numbers: Mapping[str, Any]) -> bool:
         """Adds one line; False, and nothing is written, if this step and split are there already.
@@ -61,7 +70,9 @@ class Writer:
         self._written.add((step, split))
         values = {name: _number(value) for name, value in numbers.items()}
         line = {"step": int(step), "split": split} | values
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        text = json.dumps(line, allow_nan=False) + "\n"
+        self.checksum = zlib.crc32(text.encode(), self.checksum)
+        self._file.write(text)
         if self._board:
             for name, value in values.items():
                 if not isinstance(value, str):
@@ -76,11 +87,12 @@ class Writer:
             self._board.flush()
 
     def close(self) -> None:
-        """Flushes and closes."""
-        self.flush()
-        self._file.close()
-        if self._board:
-            self._board.close()
+        """Flushes and closes. It may be called because the disk is full: then it only says so."""
+        for file in filter(None, (self._file, self._board)):
+            try:
+                file.close()
+            except OSError as error:
+                log.error("the last lines are not in %s: %s", self.path.parent, error)
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict]:
@@ -99,19 +111,35 @@ def _parse(text: str) -> dict | None:
     return line if known and isinstance(line.get("split"), str) else None
 
 
+def _up_to(last: int, contents: bytes) -> dict[tuple[int, str], str]:
+    """The lines by step and split, without what is later, torn or double."""
+    kept = dict[tuple[int, str], str]()
+    for text in contents.decode("utf-8", errors="replace").splitlines():
+        line = _parse(text)
+        if line and line["step"] <= last:
+            kept.setdefault((line["step"], line["split"]), text)
+    return kept
+
+
+def _as_file(lines: dict[tuple[int, str], str]) -> bytes:
+    return "".join(text + "\n" for text in lines.values()).encode()
+
+
+def checksum(workdir: str | os.PathLike, last: int) -> int:
+    """CRC-32 of the lines of ``metrics.jsonl`` up to step `last`: those that a checkpoint knows."""
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    return zlib.crc32(_as_file(_up_to(last, path.read_bytes())) if path.exists() else b"")
+
+
 def _drop_after(path: pathlib.Path, last: int) -> set[tuple[int, str]]:
     """Rewrites the file, if it must change, without what is later, torn or double."""
     if not path.exists():
         return set()
-    before, kept = path.read_bytes(), dict[tuple[int, str], str]()
-    lines = before.decode("utf-8", errors="replace").splitlines()
-    for text in lines:
-        line = _parse(text)
-        if line and line["step"] <= last:
-            kept.setdefault((line["step"], line["split"]), text)
-    after = "".join(text + "\n" for text in kept.values()).encode()
+    before = path.read_bytes()
+    kept = _up_to(last, before)
+    after = _as_file(kept)
     if after != before:
-        dropped = len(lines) - len(kept)
+        dropped = len(before.splitlines()) - len(kept)
         log.info("%s: dropping %d lines after step %d, to be computed again", path, dropped, last)
         temporary = path.with_suffix(".tmp")
         with temporary.open("wb") as file:

@@ -122,12 +122,22 @@ class Window:
 class Output:
     """The metrics file, TensorBoard and the progress line; nothing but on rank 0."""
 
-    def __init__(self, run: schema.Run, task: Task, directory: pathlib.Path, start: int):
+    def __init__(
+        self,
+        run: schema.Run,
+        task: Task,
+        directory: pathlib.Path,
+        start: int,
+        expected: int | None = None,
+    ):
         self._items, self._steps = task.items, run.steps
         self._writer = self._progress = None
         if hosts.rank() == 0:
             self._writer = reporting.Writer(
-                directory, resume_step=start, tensorboard=run.log.tensorboard
+                directory,
+                resume_step=start,
+                tensorboard=run.log.tensorboard,
+                expected=expected,
             )
             self._progress = reporting.Progress()
 
@@ -155,10 +165,11 @@ class Output:
                 shown = "  ".join(f"{name} {value:.5g}" for name, value in line.items())
                 self._progress.print(f"step {step}  {split}: {shown}")
 
-    def flush(self) -> None:
-        """Returns once everything is on the disk."""
+    def flush(self) -> int | None:
+        """Returns once everything is on the disk; what was written, as `reporting.checksum`."""
         if self._writer:
             self._writer.flush()
+        return self._writer.checksum if self._writer else None
 
     def close(self) -> None:
         """Flushes and closes."""

@@ -30,9 +30,17 @@ class Preempted(Exception):
 def train(run: schema.Run, directory: str | pathlib.Path) -> dict[str, dict[str, float]]:
     """Trains, or resumes, `run` in the workdir `directory`; returns its last metrics by split.
 
-    Raises ValueError, before anything on disk is touched, if the run cannot be right; Preempted
-    after a SIGTERM, once the state is saved; Diverged if a loss or a gradient is not finite.
+    Raises ValueError, before anything on disk is touched, if the run cannot be right or another
+    one is under way there; Preempted after a SIGTERM, once the state is saved; Diverged if a loss
+    or a gradient is not finite.
     """
+    with workdir.Lock() as lock, workdir.named_in_errors(directory):
+        return _train(run, directory, lock)
+
+
+def _train(
+    run: schema.Run, directory: str | pathlib.Path, lock: workdir.Lock
+) -> dict[str, dict[str, float]]:
     # ---- set up: all that can refuse comes first
     session = open_session(run, directory)
     copy, placement, task = session.copy, session.placement, session.task
@@ -44,7 +52,7 @@ def train(run: schema.Run, directory: str | pathlib.Path) -> dict[str, dict[str,
     parallel.use_compilation_cache(run.parallel.compilation_cache)
 
     # ---- state: restored, or made
-    claim(run, task, copy)
+    claim(run, task, copy, lock)
     checkpoints = session.checkpoints(run)
     start, state, before = checkpoints.restore(session.template) or session.begin()
     params = session.template.variables["params"]
@@ -63,7 +71,7 @@ def train(run: schema.Run, directory: str | pathlib.Path) -> dict[str, dict[str,
         hosts.stop_requests() as asked_to_stop,
         closing(checkpoints),
         closing(trace),
-        closing(Output(run, task, directory, start)) as output,
+        closing(Output(run, task, directory, start, before.get("metrics_crc32"))) as output,
     ):
         for step in range(start, run.steps + 1):
             last, new, results = step == run.steps, step > start, {}
@@ -75,11 +83,12 @@ def train(run: schema.Run, directory: str | pathlib.Path) -> dict[str, dict[str,
             if new and (last or stopping or due(step, run.checkpoint.every)):
                 with window.paused():
                     watch.settle(saving=step)  # a state that is not finite is never saved
-                    output.flush()  # a checkpoint never knows more than the metrics beside it
+                    written = output.flush()  # a checkpoint knows no more than the file beside it
                     if hosts.rank() == 0:
                         copy.push()
                     named = {f"{s}/{k}": v for s, line in results.items() for k, v in line.items()}
                     metadata = {**about, "window": window.partial(), "skipped": watch.skipped}
+                    metadata["metrics_crc32"] = written
                     checkpoints.save(step, state, metadata=metadata, metrics=named)
             if last:
                 break
@@ -102,10 +111,12 @@ def train(run: schema.Run, directory: str | pathlib.Path) -> dict[str, dict[str,
     return results
 
 
-def claim(run: schema.Run, task: Task, copy: remote.Copy) -> None:
+def claim(run: schema.Run, task: Task, copy: remote.Copy, lock: workdir.Lock) -> None:
     """Makes the workdir this run's, once every host has found nothing wrong."""
     hosts.barrier("checked")
     if hosts.rank() == 0:
+        lock.take(copy.lock)
+        workdir.refuse_other(run, copy.local)  # again: another one may have come first
         workdir.claim(run, copy.local)
         task.save(copy.local)
         copy.push()

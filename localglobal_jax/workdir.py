@@ -1,9 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A workdir belongs to one config. Another one is refused before anything in it is touched."""
+"""A workdir belongs to one config, and at any time to one run.
 
+Another one is refused before anything in it is touched.
+"""
+
+import contextlib
+import datetime
+import fcntl
+import json
 import logging
 import os
 import pathlib
+import socket
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from localglobal_jax import configlib, schema
 
@@ -30,18 +40,32 @@ def refuse_other(run: schema.Run, workdir: pathlib.Path) -> None:
                 )
         return
     old = configlib.read_json(file).model_dump()
-    changed = {
-        field: values
-        for field, values in configlib.difference(old, run.model_dump()).items()
-        if not any(field == free or field.startswith(f"{free}.") for free in schema.MAY_CHANGE)
-    }
-    if changed:
-        lines = [f"  {field}: {was!r} there, {now!r} now" for field, (was, now) in changed.items()]
+    if changed := _changed(old, run.model_dump(), "there", "now"):
         raise ValueError(
-            f"{workdir} belongs to a run with another config:\n" + "\n".join(lines) + "\n"
+            f"{workdir} belongs to a run with another config:\n{changed}\n"
             "Choose another --workdir, or give the same config to resume. "
             f"(These may change: {', '.join(schema.MAY_CHANGE)}.)"
         )
+
+
+def check_config(workdir: pathlib.Path, step: int, metadata: Mapping[str, Any]) -> None:
+    """Raises ValueError unless `config.json` is what a checkpoint there was trained with."""
+    file, saved = workdir / "config.json", metadata.get("config")
+    now = configlib.read_json(file).model_dump(mode="json")
+    if saved and (changed := _changed(saved, now, f"in step {step}", "in the file")):
+        raise ValueError(
+            f"{file} is not the config of the checkpoints beside it:\n{changed}\n"
+            "Restore it; `localglobal inspect --json` shows the config of every step"
+        )
+
+
+def _changed(old: Mapping[str, Any], new: Mapping[str, Any], old_name: str, new_name: str) -> str:
+    """A line for every field that differs and may not; empty if there is none."""
+    return "\n".join(
+        f"  {field}: {was!r} {old_name}, {now!r} {new_name}"
+        for field, (was, now) in configlib.difference(old, new).items()
+        if not any(field == free or field.startswith(f"{free}.") for free in schema.MAY_CHANGE)
+    )
 
 
 def claim(run: schema.Run, workdir: pathlib.Path) -> None:
@@ -51,6 +75,69 @@ def claim(run: schema.Run, workdir: pathlib.Path) -> None:
     except OSError as error:
         raise ValueError(f"--workdir {workdir} cannot be made: {error.strerror}") from error
     write_atomically(workdir / "config.json", configlib.to_json(run))
+
+
+class Lock:
+    """Held from the first thing that a run writes to its last: no two write to one workdir.
+
+    It is the kernel's (``flock``), so it ends with its process, however that ends: a killed run
+    leaves a file that locks nothing. Readers ask for no lock. Of a ``gs://`` workdir it keeps away
+    only other runs of this machine; a file system without locks is warned of.
+    """
+
+    def __init__(self) -> None:
+        self._held: tuple[int, pathlib.Path] | None = None
+
+    def take(self, file: pathlib.Path) -> None:
+        """Locks `file`, or raises ValueError with the process that holds it."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        while self._held is None:
+            handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                other = os.read(handle, 1000).decode(errors="replace")
+                os.close(handle)
+                raise ValueError(
+                    f"another run is writing to this --workdir: {file} is locked by {_owner(other)}"
+                    ". Wait for it, stop it, or give another --workdir"
+                ) from None
+            except OSError as error:
+                log.warning("%s cannot be locked (%s): start one run at a time", file, error)
+            if _is_at(handle, file):
+                self._held = handle, file
+            else:  # its last owner has just removed it
+                os.close(handle)
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": now}
+        with contextlib.suppress(OSError):  # a full disk is found by what needs the room
+            os.ftruncate(self._held[0], 0)
+            os.write(self._held[0], json.dumps(owner).encode())
+
+    def __enter__(self) -> "Lock":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._held:
+            handle, file = self._held
+            file.unlink(missing_ok=True)
+            os.close(handle)
+            self._held = None
+
+
+def _owner(text: str) -> str:
+    try:
+        found = json.loads(text)
+        return f"pid {found['pid']} on {found['host']}, since {found['since']}"
+    except (ValueError, KeyError, TypeError):
+        return "a process that is just starting"
+
+
+def _is_at(handle: int, file: pathlib.Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), file.stat())
+    except FileNotFoundError:
+        return False
 
 
 def check_shared(workdir: pathlib.Path) -> None:
@@ -65,8 +152,23 @@ def check_shared(workdir: pathlib.Path) -> None:
 def write_atomically(file: pathlib.Path, text: str) -> None:
     """A reader, or a crash, sees the old file or the new one, never a part."""
     partial = file.with_name(f".{file.name}.partial")
-    with open(partial, "w", encoding="utf-8") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
+    try:
+        with open(partial, "w", encoding="utf-8") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
     partial.replace(file)
+
+
+@contextlib.contextmanager
+def named_in_errors(workdir: str | os.PathLike[str]) -> Iterator[None]:
+    """Says of an OSError without a file name ("No space left on device") where it was."""
+    try:
+        yield
+    except OSError as error:
+        if type(error) is not OSError or error.errno is None or error.filename:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(workdir)) from error

@@ -20,7 +20,7 @@ import pytest
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from localglobal_jax import checkpoint, digest, parallel, schema, stored
+from localglobal_jax import checkpoint, digest, orbax_mended, parallel, schema, stored
 
 
 def state_of(step):
@@ -316,6 +316,46 @@ def test_a_failed_save_is_raised_and_is_no_step(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
 
 
+FULL = """
+import resource, sys, jax, jax.numpy as jnp
+from localglobal_jax import checkpoint, schema
+checkpoints = checkpoint.Checkpoints(sys.argv[1], schema.Checkpoints())
+checkpoints.save(1, {"x": jnp.ones(1 << 16)}, metadata={})
+checkpoints.wait()
+resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))
+noise = jax.random.normal(jax.random.key(0), (1 << 16,))
+checkpoints.save(2, {"x": noise}, metadata={})
+try:
+    checkpoints.wait()
+except checkpoint.SaveFailed as error:
+    print(error)
+checkpoints.close()
+"""
+
+
+def test_a_disk_without_room_is_said_in_a_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert len(done.stdout.splitlines()) == 1
+    assert "File too large. Those of the steps [1] are as they were" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert checkpoint.inspect(tmp_path, verify=True)["steps"][0]["verified"]
+    assert open_at(tmp_path).steps() == [1]
+
+
+def test_a_clock_that_jumps_ahead_ends_no_save(tmp_path, monkeypatch):
+    """As on a machine that wakes up; orbax gives a save ten minutes, by that clock."""
+    real, began = time.time, time.monotonic()
+    monkeypatch.setattr(time, "time", lambda: real() + 1e5 * (time.monotonic() - began))
+    saved(tmp_path)
+    assert checkpoint.inspect(tmp_path, verify=True)["latest"] == 2
+
+
 def test_a_directory_that_cannot_be_made_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     checkpoints = open_at(tmp_path / "file" / "checkpoints")
@@ -534,3 +574,16 @@ def test_killed_during_a_save(tmp_path, where):
     checkpoints.save(at_least + 1, {"x": jnp.ones(3)}, metadata={})
     checkpoints.close()  # what the kills left behind is gone
     assert all(path.name.isdigit() for path in tmp_path.iterdir())
+
+
+def test_tensorstore_is_asked_for_json_a_few_times_a_save_not_for_every_leaf(tmp_path):
+    """It never frees what it hands out (0.1.86), which no run of weeks can afford."""
+    asked = orbax_mended._resolved.cache_info()
+    state = {f"leaf{i}": jnp.full(3, i) for i in range(30)}
+    checkpoints = open_at(tmp_path)
+    for step in range(3):
+        checkpoints.save(step, state, metadata={})
+    checkpoints.close()
+    now = orbax_mended._resolved.cache_info()
+    assert now.hits - asked.hits >= 3 * 20  # orbax would have asked tensorstore
+    assert now.misses - asked.misses <= 3 * 5

@@ -52,6 +52,57 @@ def test_however_often_it_dies_the_lines_are_those_of_one_run(tmp_path_factory, 
     assert all(line["loss"] == line["step"] / 10 for line in reporting.read_metrics(workdir))
 
 
+def test_lines_that_are_not_those_of_the_checkpoint_are_told(tmp_path, caplog):
+    writer = write(tmp_path, range(6))
+    assert writer.checksum == reporting.checksum(tmp_path, 5)
+    known = reporting.checksum(tmp_path, 3)
+    path = tmp_path / "metrics.jsonl"
+    good = path.read_bytes()
+
+    def resume():
+        caplog.clear()
+        options = {"resume_step": 3, "tensorboard": False, "expected": known}
+        reporting.Writer(tmp_path, **options).close()
+        return caplog.text
+
+    assert "lines are missing or have changed" not in resume()  # later lines may go
+    for damaged in (good.replace(b"0.2", b"0.3", 1), good.replace(b'"loss"', b'"lo\xf3s"', 1), b""):
+        path.write_bytes(damaged)
+        assert "lines are missing or have changed" in resume()
+    path.unlink()
+    assert "lines are missing or have changed" in resume()
+
+
+FULL = """
+import resource, sys
+from localglobal_jax import reporting
+resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+writer = reporting.Writer(sys.argv[1], resume_step=None)
+try:
+    for step in range(1000):
+        writer.write(step, "train", {f"metric{i}": step / 7 for i in range(20)})
+except OSError as error:
+    print(error.strerror)
+writer.close()
+print("closed")
+"""
+
+
+def test_a_file_that_cannot_grow_is_an_error_and_no_hang(tmp_path):
+    """TensorBoard's is the first here; its writer was a thread once, which training waited for."""
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout == "File too large\nclosed\n"
+    assert "the last lines are not in" in done.stderr
+    assert max(path.stat().st_size for path in tmp_path.glob("tensorboard/*")) == 20000
+    assert reporting.read_metrics(tmp_path)
+
+
 def test_lines_after_the_checkpoint_are_dropped_and_the_first_of_a_step_stays(tmp_path):
     write(tmp_path, range(6))
     writer = reporting.Writer(tmp_path, resume_step=3, tensorboard=False)

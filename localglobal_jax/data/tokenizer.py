@@ -6,8 +6,10 @@ The special ids are fairseq's, so that official checkpoints and our own agree on
 
 import io
 import json
+import os
 import pathlib
 import re
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -234,10 +236,15 @@ def save(tokenizers: Tokenizers, directory: str | pathlib.Path) -> None:
     sides = {"joint": tokenizers.source} if tokenizers.joint else tokenizers._asdict()
     files = {name: f"{name}.{'model' if kind == 'sentencepiece' else 'txt'}" for name in sides}
     contents = {files[name]: side.dump() for name, side in sides.items()}
-    contents[INDEX] = (json.dumps({"format": kind, "files": files}, indent=2) + "\n").encode()
+    checksums = {file: zlib.crc32(data) for file, data in contents.items()}
+    index = {"format": kind, "files": files, "crc32": checksums}
+    contents[INDEX] = (json.dumps(index, indent=2) + "\n").encode()
     for name, data in contents.items():
         partial = directory / f".{name}.partial"
-        partial.write_bytes(data)
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(directory / name)
 
 
@@ -248,11 +255,13 @@ def load(directory: str | pathlib.Path) -> Tokenizers | None:
         return None
     try:
         index = json.loads((directory / INDEX).read_text())
-        make = FORMATS[index["format"]]
-        sides = {
-            name: make((directory / pathlib.PurePath(file).name).read_bytes())  # of this directory
-            for name, file in index["files"].items()
-        }
+        make, sides = FORMATS[index["format"]], {}
+        for name, file in index["files"].items():
+            data = (directory / pathlib.PurePath(file).name).read_bytes()  # of this directory
+            # A flipped bit in a model is another vocabulary, which nothing else would notice.
+            if zlib.crc32(data) != index.get("crc32", {}).get(file, zlib.crc32(data)):
+                raise ValueError(f"{file} has changed")
+            sides[name] = make(data)
         if "joint" in sides:
             return Tokenizers(sides["joint"], sides["joint"])
         return Tokenizers(sides["source"], sides["target"])

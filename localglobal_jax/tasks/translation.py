@@ -102,6 +102,11 @@ def stored_tokenizers(
     Raises ValueError where ``init`` has none: with other words its embeddings would mean nothing.
     """
     found = tokenizer.load(workdir / tokenizer.DIRECTORY) if workdir else None
+    if found is None and workdir and (workdir / "checkpoints").is_dir():
+        raise ValueError(
+            f"{workdir} has checkpoints but no {tokenizer.DIRECTORY}: restore it; a new one may "
+            "have other words"
+        )
     if found is None and run.init:
         try:
             found = tokenizer.load(pathlib.Path(run.init) / tokenizer.DIRECTORY)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import hashlib
 import io
+import json
 import subprocess
 import sys
 
@@ -171,6 +172,23 @@ def test_a_damaged_tokenizer_is_no_reason_to_train_another(tmp_path, file, damag
     (tmp_path / file).write_bytes(damage)
     with pytest.raises(ValueError, match=f"the tokenizer in {tmp_path} is damaged"):
         tk.load(tmp_path)
+
+
+def test_every_flipped_bit_of_a_vocabulary_is_found(tmp_path):
+    """SentencePiece takes many of them for another vocabulary, without a word."""
+    tk.save(tk.create(text(), LINES, LINES), tmp_path)
+    data = (tmp_path / "joint.model").read_bytes()
+    for bit in range(0, 8 * len(data), 97):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "joint.model").write_bytes(flipped)
+        with pytest.raises(ValueError, match=r"joint\.model has changed"):
+            tk.load(tmp_path)
+    (tmp_path / "joint.model").write_bytes(data)
+    index = json.loads((tmp_path / "tokenizer.json").read_text())
+    del index["crc32"]  # as earlier versions wrote it
+    (tmp_path / "tokenizer.json").write_text(json.dumps(index))
+    assert tk.load(tmp_path).source.dump() == data
 
 
 def test_a_model_with_other_special_ids_is_refused():

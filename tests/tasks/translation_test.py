@@ -218,3 +218,9 @@ def test_the_same_evaluation_in_other_batches(trained):
     for name in ("bleu", "accuracy", "count"):
         assert few["validation"][name] == many["validation"][name]
     assert few["validation"]["loss"] == pytest.approx(many["validation"]["loss"], rel=1e-5)
+
+
+def test_checkpoints_without_their_words_get_no_new_ones(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match=r"has checkpoints but no tokenizer: restore it"):
+        create_task(make_run(), workdir=tmp_path)

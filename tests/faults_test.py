@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Short versions of experiments/faults: real runs that are killed, damaged, starved or doubled."""
+
+import json
+import logging
+import os
+import pathlib
+import shutil
+import sys
+
+import numpy as np
+import pytest
+
+from localglobal_jax import evaluate, stored, verification
+
+FAULTS = pathlib.Path(__file__).parents[1] / "experiments" / "faults"
+sys.path.insert(0, str(FAULTS))
+
+import compare
+import corrupt
+import damage
+import disk
+import kill
+
+PLAN = [
+    ("preparation", "KILL"),
+    ("compile", "KILL"),
+    ("training", "TERM"),
+    ("save", "KILL"),
+    ("evaluation", "TERM then KILL"),
+]
+
+
+@pytest.fixture(scope="module")
+def harness(tmp_path_factory):
+    return kill.Harness(tmp_path_factory.mktemp("kills"), overrides={"steps": "24"})
+
+
+def test_five_kills_change_no_bit(harness):
+    told = []
+    result = harness.chain(
+        "images", PLAN, np.random.default_rng(0), lambda **line: told.append(line)
+    )
+    assert result["problems"] == []
+    assert result["kills"] == 5
+    assert [line["signal"] for line in told] == [how for _, how in PLAN]
+    assert {"data preparation", "first compile"} <= {line["hit"] for line in told}
+    assert told[-1]["newest"] >= 3
+
+
+def test_what_the_comparison_would_have_seen(harness, tmp_path):
+    """Else the test above could not fail."""
+    reference, _ = harness.reference("images")
+    steps = [entry["step"] for entry in stored.inspect(reference)["steps"]]
+
+    def differences(spoil):
+        other = shutil.copytree(reference, tmp_path / "other")
+        spoil(other)
+        found = compare.differences(reference, other, steps=24, wanted_steps=steps)
+        shutil.rmtree(other)
+        return " ".join(found)
+
+    def change(name, old, new):
+        def damage(folder):
+            text = (folder / name).read_text()
+            assert old in text
+            (folder / name).write_text(text.replace(old, new, 1))
+
+        return damage
+
+    def drop_last_line(folder):
+        lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (folder / "metrics.jsonl").write_text("".join(lines[:-1]))
+
+    line = (reference / "metrics.jsonl").read_text().splitlines()[3] + "\n"
+    assert differences(lambda folder: None) == ""
+    assert "twice" in differences(change("metrics.jsonl", line, line + line))
+    assert "metrics.jsonl: " in differences(drop_last_line)
+    assert "expected" in differences(lambda d: shutil.rmtree(d / "checkpoints" / "21"))
+    batches = (reference / "batches.txt").read_text().splitlines()
+    assert "steps [5]" in differences(change("batches.txt", batches[5], "5 00000000"))
+    assert "no batch" in differences(change("batches.txt", batches[5], batches[6]))
+    assert "config.json" in differences(change("config.json", '"seed": 0', '"seed": 1'))
+
+
+def test_workers_and_evaluations_change_no_bit(harness, tmp_path):
+    reference, data_dir = harness.reference("images")
+    other = {"data.threads": "1", "eval.every": "0", "checkpoint.every": "7", "log.every": "5"}
+    changed = kill.Harness(harness.work, overrides={"steps": "24", **other})
+    assert changed.train("images", tmp_path, data_dir).finish() == 0
+    ours, _ = compare.arrays(tmp_path, 24)
+    theirs, _ = compare.arrays(reference, 24)
+    assert ours.keys() == theirs.keys()
+    for path, x in ours.items():
+        assert np.asarray(x).tobytes() == np.asarray(theirs[path]).tobytes(), path
+    assert compare.batches_differ(reference, tmp_path, 24) == []
+
+
+def test_two_runs_in_one_workdir(harness, tmp_path):
+    _, data_dir = harness.reference("images")
+    first = harness.train("images", tmp_path, data_dir)
+    assert first.wait_for(lambda: first.count("run      "))
+    second = harness.train("images", tmp_path, data_dir)
+    assert second.finish() == 2
+    assert f"locked by pid {first.process.pid} on " in second.lines[-1]
+    assert not second.count("Traceback")
+    first.end("KILL", None)
+    assert (tmp_path / ".lock").exists()  # and locks nothing, see workdir_test.py
+
+
+def test_files_beside_the_checkpoints(harness, tmp_path):
+    """Damage is found by a run that resumes and by `inspect --verify`, or changes nothing."""
+    reference, data_dir = harness.reference("images")
+    folder = shutil.copytree(reference, tmp_path / "run")
+    steps = stored.inspect(folder)["steps"]
+    assert verification.files(folder, steps) == [
+        {"file": "config.json", "error": None},
+        {"file": "metrics.jsonl", "error": None},
+    ]
+    os.environ["TFDS_DATA_DIR"], before = str(data_dir), os.environ.get("TFDS_DATA_DIR")
+    try:
+        results = list(damage.Checkpointed("images", folder).beside(np.random.default_rng(0), 60))
+    finally:
+        os.environ.pop("TFDS_DATA_DIR")
+        os.environ |= {"TFDS_DATA_DIR": before} if before else {}
+    assert [result for result in results if not result["ok"]] == []
+    assert {result["file"] for result in results} == {"config.json", "metrics.jsonl"}
+    assert sum(bool(result["said"]) for result in results) > 60
+
+
+def test_an_evaluation_believes_no_other_config(harness, tmp_path):
+    reference, data_dir = harness.reference("images")
+    folder = shutil.copytree(reference, tmp_path / "run")
+    config = json.loads((folder / "config.json").read_text())
+    config["data"]["mean"] = [0.25]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"data\.mean: \(0\.5,\) in step 24, \(0\.25,\) in the"):
+        evaluate.evaluate(folder, overrides={"data.dir": str(data_dir)})
+
+
+# ---------------------------------------------------------------------------- long ones
+
+
+@pytest.mark.slow
+def test_every_file_of_a_checkpoint(tmp_path):
+    made = corrupt.train("images", tmp_path / "images")
+    logging.getLogger("localglobal_jax").propagate = False
+    try:
+        results = [*made.every_file(np.random.default_rng(0), 1), *made.all_steps(np.random)]
+    finally:
+        logging.getLogger("localglobal_jax").propagate = True
+    assert [result for result in results if not result["ok"]] == []
+    assert len(results) > 150
+
+
+@pytest.fixture(scope="module")
+def mounts(tmp_path_factory):
+    """Runs on file systems of their own."""
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("only root can mount")
+    return disk.Disk(tmp_path_factory.mktemp("disk"), "images")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kilobytes", [4, 24, 40, 480, 1120])
+def test_a_disk_that_fills(mounts, kilobytes):
+    result = mounts.full(kilobytes)
+    assert result["ok"], result
+    assert result["exit"] == 1
+
+
+@pytest.mark.slow
+def test_a_file_system_that_cannot_be_written(mounts):
+    result = mounts.read_only()
+    assert result["ok"], result
+
+
+@pytest.mark.slow
+def test_a_clock_that_jumps(mounts):
+    result = mounts.clock()
+    assert result["ok"], result
