@@ -37,7 +37,7 @@ def replay(run: schema.Run, directory: str | pathlib.Path, step: int) -> dict[st
     placement, task = session.placement, session.task
     checkpoints = session.checkpoints(run)
     before = [saved for saved in checkpoints.steps() if saved <= step]
-    restored = checkpoints.restore(session.template, max(before)) if before else None
+    restored = session.restore(checkpoints, max(before)) if before else None
     start, state, _ = restored or session.begin()
     log.info("replay   steps %d to %d", start, step)
 

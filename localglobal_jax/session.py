@@ -30,6 +30,21 @@ class Session(NamedTuple):
         """Those of the workdir."""
         return Checkpoints(self.copy.checkpoints, run.checkpoint)
 
+    def restore(self, checkpoints: Checkpoints, step: int | None = None) -> Restored | None:
+        """The newest good checkpoint, or the given one; None if there is none at all.
+
+        Raises ValueError if the data is not what it was: another batch would be number n.
+        """
+        restored = checkpoints.restore(self.template, step)
+        was = restored.metadata.get("order", self.task.order) if restored else self.task.order
+        if restored and was != self.task.order:
+            raise ValueError(
+                f"the training data is not what it was at step {restored.step}: {was} then, "
+                f"{self.task.order} now, so batches would be others. Have the data as it was, or "
+                "give another --workdir"
+            )
+        return restored
+
     def begin(self) -> Restored:
         """The state of step 0."""
         state = self.init()

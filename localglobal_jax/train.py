@@ -10,6 +10,7 @@ import logging
 import pathlib
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from typing import Any
 
 import jax
 from jaxtyping import PyTree
@@ -54,13 +55,13 @@ def _train(
     # ---- state: restored, or made
     claim(run, task, copy, lock)
     checkpoints = session.checkpoints(run)
-    start, state, before = checkpoints.restore(session.template) or session.begin()
+    start, state, before = session.restore(checkpoints) or session.begin()
     params = session.template.variables["params"]
     announce(run, task, params, start)
 
     step_fn = placement.compile_step(make_update(task, session.optimizer, run), session.template)
-    about = {"config": run.model_dump(mode="json"), "model": dict(task.model_spec)}
-    about["versions"] = versions()
+    about: dict[str, Any] = {"config": run.model_dump(mode="json"), "model": dict(task.model_spec)}
+    about |= {"versions": versions(), "order": task.order}
 
     # ---- loop: evaluate, save, next batch, step, report (do not change the order)
     window = Window(run, task, start, before.get("window"))
@@ -87,8 +88,8 @@ def _train(
                     if hosts.rank() == 0:
                         copy.push()
                     named = {f"{s}/{k}": v for s, line in results.items() for k, v in line.items()}
-                    metadata = {**about, "window": window.partial(), "skipped": watch.skipped}
-                    metadata["metrics_crc32"] = written
+                    metadata = {"window": window.partial(), "skipped": watch.skipped}
+                    metadata |= {**about, "metrics_crc32": written}
                     checkpoints.save(step, state, metadata=metadata, metrics=named)
             if last:
                 break

@@ -40,6 +40,7 @@ TASK = Task(
     train_batches=lambda start, stop: iter(()),
     evaluators={},
     items="points",
+    order="",
     summary="",
     use="",
 )

@@ -14,6 +14,7 @@ All but the mask are int32, padded at the right by PAD. ``l`` is the length of a
 """
 
 import itertools
+import zlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -129,6 +130,13 @@ class TextSource:
         """Share of the tokens that the vocabulary does not know: much of it means a wrong one."""
         both = (self._source.flat, self._target.flat)
         return float(np.mean(np.concatenate(both) == UNK))
+
+    @property
+    def order(self) -> str:
+        """What batches are made of, and so their order: how many pairs, and how long they are."""
+        return (
+            f"{len(self)} pairs of lengths {zlib.crc32(self.lengths.astype('<i4').tobytes()):08x}"
+        )
 
     def members(self) -> tuple[np.ndarray, ...]:
         """The numbers of the pairs in each bucket, in order."""

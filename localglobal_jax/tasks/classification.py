@@ -69,6 +69,7 @@ def create(
             for split in run.data.eval_splits
         },
         items="images",
+        order=size,
         use=USE,
         summary=f"{run.data.name}/{run.data.train_split}: {size} {'x'.join(map(str, shape))}, "
         f"{classes} classes",

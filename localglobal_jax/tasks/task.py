@@ -55,6 +55,7 @@ class Task:
     evaluators: Mapping[str, Evaluator]
     items: str  # what is counted per second: "images", "tokens"
     summary: str  # one line for people: the data and its sizes
+    order: str  # what the training batches hang on beside the config: the records that are used
     use: str  # Python for the model card: the trained model from its directory, and what it does
     # Writes what the model's inputs and outputs mean, e.g. a vocabulary, into the workdir.
     save: Callable[[pathlib.Path], None] = lambda directory: None

@@ -88,6 +88,7 @@ def create(
             for split in run.data.eval_splits
         },
         items="tokens",
+        order=source.order if source else "",
         use=USE,
         summary=f"{run.data.name}/{run.data.train_split}: {source.summary if source else 'text'}",
         save=lambda directory: tokenizer.save(tokenizers, directory / tokenizer.DIRECTORY),
