@@ -33,7 +33,7 @@ def console() -> int:
     # large pages), and glibc reads this setting only when a process starts.
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # nosec B606 # ourselves
     if not os.environ.get("LOCALGLOBAL_DEBUG"):
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         sys.unraisablehook = _without_stragglers
@@ -190,13 +190,15 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def prepare(args: argparse.Namespace) -> None:
     from localglobal_jax import configlib, schema
-    from localglobal_jax.data import pairs
-    from localglobal_jax.data import prepare as data
 
     name, directory, options = args.name, args.dir, None
     if args.config:
         options = configlib.check(configlib.load(args.config, args.overrides)).data
         name, directory = options.name, directory or options.dir
+
+    from localglobal_jax.data import pairs
+    from localglobal_jax.data import prepare as data
+
     if isinstance(options, schema.Text) and (options.files or options.mock):
         counts = pairs.count(options)  # nothing to prepare, but can it be read?
     elif args.from_tfrecord:

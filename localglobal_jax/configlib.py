@@ -6,11 +6,11 @@ wrong with one, and each is a `ValueError` that names the field, what was given 
 the argument (``FILE:size=tiny``), an override (``--config.optim.learning_rate=3e-4``), a value.
 """
 
-import ast
 import dataclasses
 import difflib
 import importlib.util
 import json
+import math
 import pathlib
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +20,7 @@ import pydantic
 from ml_collections import ConfigDict
 
 from localglobal_jax import schema
+from localglobal_jax.config_values import LARGEST, fit, leaves, parse_value, shown, tuples
 
 # ---------------------------------------------------------------------------- did you mean
 
@@ -29,6 +30,7 @@ def unknown(what: str, given: str, allowed: Iterable[str]) -> ValueError:
     allowed = sorted(allowed)
     near = difflib.get_close_matches(given, allowed, n=1, cutoff=0.5)
     hint = f'; did you mean "{near[0]}"?' if near else "."
+    given = given if len(given) <= 200 else f"{given[:150]}..."
     return ValueError(f'unknown {what} "{given}"{hint} Known: {", ".join(allowed) or "none"}')
 
 
@@ -56,31 +58,6 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
     return ConfigDict(values)
 
 
-def parse_value(text: str, default: Any, field: str) -> Any:
-    """Reads a command-line `text` as a value of the type that `default` has (None: any type)."""
-    if text == "None" or isinstance(default, str):
-        return None if text == "None" else text
-    if isinstance(default, bool):
-        if text.lower() in ("true", "1", "yes", "on"):
-            return True
-        if text.lower() in ("false", "0", "no", "off"):
-            return False
-        raise ValueError(f"{field}={text}: expected true or false")
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = text  # a bare word; the schema decides whether it may be one
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(default, int) and isinstance(value, float) and value == int(value):
-        return int(value)  # 1e3 steps
-    if isinstance(default, tuple) and isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-    if isinstance(default, tuple):
-        return tuple(value) if isinstance(value, list | tuple) else (value,)
-    return value
-
-
 def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
     """Loads ``FILE[:arg]`` and applies ``{"optim.learning_rate": "3e-4"}`` to it."""
     module, arg = load_module(spec)
@@ -89,7 +66,7 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
         config = get_config(arg) if arg is not None else get_config()
     except ValueError:
         raise
-    except Exception as error:  # whatever a user's file may do
+    except (Exception, SystemExit) as error:  # whatever a user's file may do
         raise ValueError(f"{spec}: get_config failed: {type(error).__name__}: {error}") from error
     if not isinstance(config, ConfigDict):
         raise ValueError(
@@ -104,16 +81,21 @@ def load_module(spec: str) -> tuple[Any, str | None]:
     """The module behind ``FILE[:arg]``, and ``arg``."""
     path, _, arg = spec.partition(":")
     file = pathlib.Path(path)
-    if not file.is_file():
+    try:
+        found_spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
+        missing = not file.is_file()
+    except OSError as error:  # no path at all, such as one of a thousand letters
+        raise ValueError(f"--config {shown(path)}: {error.strerror}") from error
+    if missing:
         folder = file.parent if file.parent.is_dir() else pathlib.Path("configs")
         found = [str(p) for p in sorted(folder.glob("*.py"))]
         raise unknown("config file", path, found)
-    found_spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
-    assert found_spec is not None and found_spec.loader is not None
+    if found_spec is None or found_spec.loader is None:
+        raise ValueError(f"--config {path}: want a Python file, NAME.py, with get_config(arg)")
     module = importlib.util.module_from_spec(found_spec)
     try:
         found_spec.loader.exec_module(module)
-    except Exception as error:  # whatever a user's file may do
+    except (Exception, SystemExit) as error:  # whatever a user's file may do
         line = next((f":{e.lineno}" for e in [error] if isinstance(e, SyntaxError)), "")
         raise ValueError(f"{path}{line}: {type(error).__name__}: {error}") from error
     if not hasattr(module, "get_config"):
@@ -129,17 +111,6 @@ def override(config: ConfigDict, field: str, text: str) -> None:
 def override_value(config: ConfigDict, field: str, value: Any) -> Any:
     """Sets ``a.b.c`` of `config` to a Python value, as the field's type; returns what it became."""
     return _set(config, field, lambda default: fit(value, default))
-
-
-def fit(value: Any, default: Any) -> Any:
-    """`value` as the type of `default`, where nothing is lost: 1 as 1.0, 1e3 as 1000, lists."""
-    if type(value).__module__ == "numpy":
-        value = value.tolist()
-    if isinstance(default, float) and type(value) is int:
-        return float(value)
-    if type(default) is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    return tuples(value)
 
 
 def _set(config: ConfigDict, field: str, read: Callable[[Any], Any]) -> Any:
@@ -164,6 +135,8 @@ def _set(config: ConfigDict, field: str, read: Callable[[Any], Any]) -> Any:
     if isinstance(default, ConfigDict | pydantic.BaseModel):
         raise ValueError(f"config.{field} is a section: set one of its keys, config.{field}.KEY")
     value = read(default)
+    if isinstance(default, float) and type(value) is int:  # else `read` had made a float of it
+        raise ValueError(f"config.{field}={shown(value)}: beyond {LARGEST:g}, what float32 holds")
     with section.ignore_type():
         section[leaf] = value
     return value
@@ -189,10 +162,17 @@ def check(config: ConfigDict | Mapping[str, Any]) -> schema.Run:
     """`config` as a frozen, typed `schema.Run`, or a ValueError that lists every wrong field."""
     tree = to_tree(config)
     kind = run_class(tree)
+    problems = [
+        f"config.{field}={shown(value)}: beyond {LARGEST:g}, what float32 holds"
+        for field, value in flatten(tree).items()
+        if isinstance(value, int | float) and LARGEST < abs(value) < math.inf
+    ]
     try:
-        return kind.model_validate(tuples(tree))
+        run = kind.model_validate(tuples(tree))
     except pydantic.ValidationError as error:
         problems = [_explain(e, kind) for e in error.errors(include_url=False)]
+    if not problems:
+        return run
     raise ValueError("the config is wrong:\n  " + "\n  ".join(problems))
 
 
@@ -202,7 +182,9 @@ def run_class(config: ConfigDict | Mapping[str, Any]) -> type[schema.Run]:
     default = next(iter(schema.RUNS))
     name = task.get("name", default) if isinstance(task, ConfigDict | Mapping) else default
     if not isinstance(name, str) or name not in schema.RUNS:
-        raise ValueError(f"config.task.name={name!r}: {unknown('task', str(name), schema.RUNS)}")
+        raise ValueError(
+            f"config.task.name={shown(name)}: {unknown('task', str(name), schema.RUNS)}"
+        )
     return schema.RUNS[name]
 
 
@@ -221,7 +203,7 @@ def _explain(error: Mapping[str, Any], kind: type[schema.Run]) -> str:
     given, reason = error["input"], error.get("ctx", {}).get("error", error["msg"])
     if isinstance(reason, ValueError) and isinstance(given, Mapping):
         return f"config.{where}: {reason}"  # fields of a section that do not fit each other
-    return f"config.{where}={given!r} ({type(given).__name__}): {reason}"
+    return f"config.{where}={shown(given)} ({type(given).__name__}): {reason}"
 
 
 def check_fields(cls: type, values: Mapping[str, Any], what: str) -> None:
@@ -237,10 +219,12 @@ def check_fields(cls: type, values: Mapping[str, Any], what: str) -> None:
             pydantic.TypeAdapter(hints[name]).validate_python(plain, strict=True)
         except pydantic.ValidationError as error:
             reason = "; ".join(e["msg"] for e in error.errors(include_url=False))
-            raise ValueError(f"{what}: {name}={value!r}: {reason}") from None
-        numbers = value if isinstance(value, tuple) else (value,)
-        if any(isinstance(v, int | float) and v < 0 for v in numbers):
-            raise ValueError(f"{what}: {name}={value!r}: no option of a model is negative")
+            raise ValueError(f"{what}: {name}={shown(value)}: {reason}") from None
+        numbers = leaves(value) if not isinstance(value, Mapping) else []  # blocks check their own
+        if not all(0 <= v <= 2**24 for v in numbers if isinstance(v, int | float)):  # no nan
+            raise ValueError(
+                f"{what}: {name}={shown(value)}: numbers of a model are from 0 to {2**24}"
+            )
 
 
 # ---------------------------------------------------------------------------- trees
@@ -249,13 +233,6 @@ def check_fields(cls: type, values: Mapping[str, Any], what: str) -> None:
 def to_tree(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
     """A plain nested dict."""
     return config.to_dict() if isinstance(config, ConfigDict) else dict(config)
-
-
-def tuples(tree: Any) -> Any:
-    """Lists as tuples, the inverse of what JSON does to a config."""
-    if isinstance(tree, Mapping):
-        return {key: tuples(value) for key, value in tree.items()}
-    return tuple(map(tuples, tree)) if isinstance(tree, list | tuple) else tree
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -287,5 +264,5 @@ def read_json(file: pathlib.Path) -> schema.Run:
     """The inverse of `to_json`, from a file."""
     try:
         return check(json.loads(file.read_text(encoding="utf-8")))
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged, or of another version: {error}") from None

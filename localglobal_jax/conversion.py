@@ -110,7 +110,7 @@ def read_arguments(given: str) -> dict[str, Any]:
             raise ValueError(f"--args: cannot read {where}: {error}") from None
     try:
         arguments = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--args {where} is not JSON: {error}") from None
     if not isinstance(arguments, dict):
         raise ValueError(f'--args {where} is no JSON object: give {{"name": value, ...}}')
@@ -130,7 +130,8 @@ def find_weights(weights: str) -> pathlib.Path:
         raise ValueError(
             f"{weights} is no file; to fetch it as a hub name, pip install huggingface_hub"
         ) from None
-    return pathlib.Path(hf_hub_download(weights, "model.safetensors"))
+    # of whatever revision, only numbers are read, by a reader that trusts nothing
+    return pathlib.Path(hf_hub_download(weights, "model.safetensors"))  # nosec B615
 
 
 def pretrained(path: str, module: nn.Module, inputs: tuple[jax.ShapeDtypeStruct, ...]) -> Variables:
@@ -139,7 +140,10 @@ def pretrained(path: str, module: nn.Module, inputs: tuple[jax.ShapeDtypeStruct,
     Position tables are resized, and a classifier for another number of classes starts at zero.
     Raises ValueError where anything else differs.
     """
-    old, variables = evaluate.load(path)
+    try:
+        old, variables = evaluate.load(path)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"init={path}: {error}") from error
     if type(old) is not type(module):
         raise ValueError(
             f"init={path} is a {type(old).__name__}, but this run trains a {type(module).__name__}"

@@ -14,6 +14,10 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
+# Upper bounds are far beyond any use: they keep a slip of the finger from taking all memory.
+Side = Annotated[int, Field(gt=0, le=16384)]  # pixels
+Threads = Annotated[int, Field(gt=0, le=1024)]
+Alpha = Annotated[float, Field(ge=0, le=1000)]  # of a Beta distribution
 
 
 class Section(pydantic.BaseModel):
@@ -32,20 +36,21 @@ class Images(Section):
     mock: bool = False  # synthetic images of the right shape and number of classes, no data needed
     train_split: str = "train"
     eval_splits: tuple[str, ...] = ("test",)
-    image_size: tuple[PositiveInt, PositiveInt] = (8, 8)  # (height, width) the model sees
+    image_size: tuple[Side, Side] = (8, 8)  # (height, width) the model sees
     mean: tuple[float, ...] = (0.5,)  # per channel, of pixels in [0, 1]
-    std: tuple[PositiveFloat, ...] = (0.5,)
+    std: tuple[Annotated[float, Field(ge=1e-6)], ...] = (0.5,)
     in_memory: bool | None = None  # decode once, keep as uint8; None: if it takes below 2 GiB
     # Training crop. "resized" is Inception's; evaluation then sees the middle 7/8, else everything.
     crop: Literal["none", "pad", "resized"] = "none"
-    pad: NonNegativeInt = 0  # pixels of zero padding around the image before a "pad" crop
+    # Pixels of zero padding around the image before a "pad" crop
+    pad: Annotated[int, Field(ge=0, le=16384)] = 0
     area: tuple[Share, Share] = (0.08, 1.0)  # of a "resized" crop, as a share of the image
     flip: bool = False  # random left-right flips
-    randaugment_layers: NonNegativeInt = 0  # 0: off (arXiv 1909.13719)
+    randaugment_layers: Annotated[int, Field(ge=0, le=100)] = 0  # 0: off (arXiv 1909.13719)
     randaugment_magnitude: Annotated[int, Field(ge=0, le=30)] = 15
     erase: Fraction = 0.0  # probability of erasing a random rectangle (arXiv 1708.04896)
     max_bad_records: NonNegativeInt = 0  # skip (mask) up to this many undecodable records
-    threads: PositiveInt = 4  # decoding threads of one host
+    threads: Threads = 4  # decoding threads of one host
 
     @pydantic.field_validator("area")
     @classmethod
@@ -76,14 +81,14 @@ class Text(Section):
     # Trained on the training split and kept in the workdir; "dict": text that is split into
     # subwords already, with fairseq's dictionaries
     tokenizer: Literal["bpe", "unigram", "dict"] = "bpe"
-    vocab: Annotated[int, Field(ge=8)] = 8000  # ids, four special ones included
+    vocab: Annotated[int, Field(ge=8, le=1_000_000)] = 8000  # ids, four special ones included
     joint: bool = True  # one vocabulary for both languages
     dicts: Annotated[tuple[str, ...], Field(max_length=2)] = ()  # dict.txt of source and target
     max_length: Annotated[int, Field(ge=2)] = 256  # training leaves out pairs with more tokens
     buckets: PositiveInt = 6  # lengths that batches are padded to; each is compiled once
     rows_multiple: PositiveInt = 8  # so that batches are the same on any number of devices
     max_bad_records: NonNegativeInt = 0  # leave out up to this many unreadable records
-    threads: PositiveInt = 2  # batches made at a time by one host
+    threads: Threads = 2  # batches made at a time by one host
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -107,8 +112,8 @@ class Classification(Section):
 
     name: Literal["classification"] = "classification"
     label_smoothing: Fraction = 0.0
-    mixup: NonNegativeFloat = 0.0  # alpha of Beta(alpha, alpha); 0: off (arXiv 1710.09412)
-    cutmix: NonNegativeFloat = 0.0  # alpha; with both on, each batch takes one of them
+    mixup: Alpha = 0.0  # alpha of Beta(alpha, alpha); 0: off (arXiv 1710.09412)
+    cutmix: Alpha = 0.0  # alpha; with both on, each batch takes one of them
     token_weight: NonNegativeFloat = 0.5  # of the loss of all tokens, if the model has their logits
 
 
@@ -118,8 +123,8 @@ class Translation(Section):
     name: Literal["translation"] = "translation"
     label_smoothing: Fraction = 0.1
     # Evaluations translate every split by beam search and score it; 0: they only measure the loss.
-    beam: NonNegativeInt = 4
-    length_penalty: NonNegativeFloat = 1.0
+    beam: Annotated[int, Field(ge=0, le=1024)] = 4
+    length_penalty: Annotated[float, Field(ge=0, le=10)] = 1.0
 
 
 class Optim(Section):
@@ -192,7 +197,7 @@ class Run(Section):
     """A whole run. ``task.name`` decides which of `RUNS` it is, hence what ``data`` may hold."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # beyond, jax.random.key repeats itself
-    steps: PositiveInt = 1000  # optimizer updates
+    steps: Annotated[int, Field(gt=0, lt=2**31)] = 1000  # optimizer updates
     batch_size: PositiveInt = 128  # global, over all hosts and devices; of text: in tokens
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters stay float32
     model: dict[str, Any]  # {"name": ..., **fields of the module}
@@ -204,6 +209,13 @@ class Run(Section):
     eval: Evaluation = Evaluation()
     log: Log = Log()
     parallel: Parallel = Parallel()
+
+    @pydantic.field_validator("model")
+    @classmethod
+    def _named(cls, model: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(model.get("name"), str):
+            raise ValueError("set model.name to the name of a model, see `localglobal models`")
+        return model
 
     @property
     def train_rows(self) -> tuple[str, int]:

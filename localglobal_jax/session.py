@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run before its first step: everything that can refuse has been asked, nothing is written."""
 
+import math
 import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,7 +9,7 @@ from typing import NamedTuple
 import jax
 import optax
 
-from localglobal_jax import conversion, optim, parallel, remote, schema, workdir
+from localglobal_jax import conversion, memory, optim, parallel, remote, schema, workdir
 from localglobal_jax.checkpoint import Checkpoints, Restored
 from localglobal_jax.tasks import Task, Variables, create_task
 from localglobal_jax.train_step import State, check_batches, init_state, start_from
@@ -42,10 +43,24 @@ def open_session(run: schema.Run, directory: str | pathlib.Path) -> Session:
     copy = remote.Copy(directory)
     placement = parallel.Placement(run.parallel)
     check_batches(run, placement)
+    hosts = placement.shard[1]
+    memory.check(f"batch_size={run.batch_size}", batch_bytes(run) // hosts, "Take a smaller one.")
     workdir.refuse_other(run, copy.local)
     task = create_task(run, shard=placement.shard, workdir=copy.local)
     optimizer = optim.make_optimizer(run.optim, run.steps)
     init = placement.compile_init(lambda: init_state(task, optimizer, run))
     template = placement.template(jax.eval_shape(init))
+    if jax.default_backend() == "cpu":  # an accelerator has memory of its own
+        what = "the parameters of config.model and the optimizer's state"
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(template))
+        memory.check(what, size // hosts, "Take a smaller model.")
     pretrained = conversion.pretrained(run.init, task.model, task.inputs) if run.init else None
     return Session(copy, placement, task, optimizer, init, template, pretrained)
+
+
+def batch_bytes(run: schema.Run) -> int:
+    """Of the larger of the global batches as the host holds them, at the very least."""
+    largest = max(run.batch_size, run.eval.batch_size or 0)
+    if isinstance(run.data, schema.Text):
+        return 16 * largest  # source, what the decoder reads, target, mask
+    return largest * math.prod(run.data.image_size)

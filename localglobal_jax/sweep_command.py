@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     if args.backend == "slurm":
         return _submit(args, sweep, left, env, environment)
     if args.backend == "xpk":
-        return _create(args, launch, left, environment)
+        return _create(args, launch, left, env, environment)
     return _pool(args, left, launch, slots, environment)
 
 
@@ -197,7 +197,7 @@ def _submit(
         (root / f"slurm-{output.partition(';')[0]}.json").write_text(json.dumps(numbers))
     new = "failed" if code else "queued"
     states = {run.name: new if run in left else "already" for run in runs}
-    _report(args, 1 if code else 0, states, output)
+    _report(args, 1 if code else 0, states, shell.without(output, env))
     return 1 if code else 0
 
 
@@ -214,6 +214,7 @@ def _create(
     args: argparse.Namespace,
     launch: backends.Launch,
     runs: list[expand.Description],
+    env: Mapping[str, str],
     environment: Mapping[str, str],
 ) -> int:
     """xpk: one workload after the other. One that exists is left alone."""
@@ -223,7 +224,7 @@ def _create(
         code, output = execute.call(launch.commands[described.name], environment)
         there = code and "already exists" in output
         states[described.name] = "exists" if there else "failed" if code else "created"
-        said += f"{output}\n" if code and not there else ""
+        said += f"{shell.without(output, env)}\n" if code and not there else ""
     failed = int("failed" in states.values())
     if "exists" in states.values():
         said += "What exists is left alone, done or not: delete a workload to start it again."

@@ -39,11 +39,16 @@ def join(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains; the exit codes are those of `cli`."""
-    from localglobal_jax import configlib, health, hosts
+    from localglobal_jax import configlib
+
+    if not args.workdir.strip():  # a shell variable that is not set
+        raise ValueError("--workdir is empty: give the directory where everything is written")
+    run = configlib.check(configlib.load(args.config, args.overrides))  # before jax takes seconds
+
+    from localglobal_jax import health, hosts
     from localglobal_jax import replay as again
     from localglobal_jax import train as loop
 
-    run = configlib.check(configlib.load(args.config, args.overrides))
     try:
         join(args)
         with hosts.naming_the_lost():

@@ -22,7 +22,10 @@ log = logging.getLogger(__name__)
 
 def refuse_other(run: schema.Run, workdir: pathlib.Path) -> None:
     """Raises ValueError if `workdir` holds a run that would have given other numbers."""
-    existing = next(path for path in (workdir, *workdir.parents) if path.exists())
+    try:
+        existing = next(path for path in (workdir, *workdir.parents) if path.exists())
+    except OSError as error:  # no path at all, such as one of a thousand letters
+        raise ValueError(f"--workdir: {error.strerror}: {str(workdir)[:200]}") from error
     if not existing.is_dir():
         raise ValueError(f"--workdir {workdir}: {existing} is a file, give a directory")
     if not os.access(existing, os.W_OK | os.X_OK):
@@ -67,7 +70,10 @@ def _changed(old: Mapping[str, Any], new: Mapping[str, Any], old_name: str, new_
 
 def claim(run: schema.Run, workdir: pathlib.Path) -> None:
     """Writes `config.json`, atomically."""
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--workdir {workdir} cannot be made: {error.strerror}") from error
     write_atomically(workdir / "config.json", configlib.to_json(run))
 
 

@@ -10,13 +10,14 @@ import localglobal_jax
 
 ROOT = pathlib.Path(localglobal_jax.__file__).parent
 FLOORS = [  # a room imports from floors below its own; files of one room see each other
-    ["schema"],
+    ["config_values", "schema"],
     [
         "arrays",
         "configlib",
         "digest",
         "event_file",
         "hosts",
+        "memory",
         "mix_token",
         "orbax_mended",
         "reach",
@@ -57,6 +58,7 @@ FLOORS = [  # a room imports from floors below its own; files of one room see ea
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 LIGHT = {
     "schema",
+    "config_values",
     "configlib",
     "cli",
     "convert_command",

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every converter needs: reading ``.safetensors``, transposing, and strict assembly."""
 
+import itertools
 import json
 import math
 import os
@@ -12,12 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from localglobal_jax.config_values import shown
+
 Path = tuple[str, ...]
 Transform = Callable[[np.ndarray], np.ndarray]
 Variables = dict[str, Any]
 
 # ---------------------------------------------------------------------------- reading
 
+MAX_RANK = 32
 MAX_HEADER = 100_000_000  # bytes; the limit of the format's own implementation
 DTYPES: dict[str, Any] = {
     "F64": np.float64,
@@ -40,7 +44,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
     Raises:
       ValueError: not a well-formed file (header too long or not JSON, unknown dtype, a tensor that
-        lies outside the file or whose bytes do not fit its shape).
+        lies outside the file or in another one, or whose bytes do not fit its shape).
     """
     path = pathlib.Path(path)
     size = path.stat().st_size
@@ -54,25 +58,31 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
             raise wrong(f"a header of {length} bytes in a file of {size}")
         try:
             header = json.loads(file.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise wrong(f"its header is not JSON ({error})") from None
     if not isinstance(header, dict):
         raise wrong("its header is not a JSON object")
     data = np.memmap(path, np.uint8, mode="r")[8 + length :]
-    tensors = {}
+    tensors, places = {}, []
     for name, entry in header.items():
         if name == "__metadata__":
             continue
         try:
             dtype = np.dtype(DTYPES[entry["dtype"]])
-            shape = tuple(int(n) for n in entry["shape"])
-            start, stop = (int(n) for n in entry["data_offsets"])
+            shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
+            if len(shape) > MAX_RANK or any(type(n) is not int for n in (*shape, start, stop)):
+                raise ValueError(f"want whole numbers, and at most {MAX_RANK} dimensions")
         except (KeyError, TypeError, ValueError) as error:
-            raise wrong(f'tensor "{name}" has the entry {entry!r} ({error!r})') from None
+            raise wrong(f'tensor "{name}" has the entry {shown(entry)} ({shown(error)})') from None
         fits = stop - start == math.prod(shape) * dtype.itemsize and min(shape, default=0) >= 0
         if not fits or not 0 <= start <= stop <= data.size:
             raise wrong(f'tensor "{name}" of shape {shape} does not fit bytes {start} to {stop}')
         tensors[name] = data[start:stop].view(dtype).reshape(shape)
+        places.append((start, stop, name))
+    places.sort()
+    for (_, stop, name), (start, _, other) in itertools.pairwise(places):
+        if start < stop:
+            raise wrong(f'the bytes of tensor "{name}" are also those of "{other}"')
     return tensors
 
 

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 
-from localglobal_jax.data import records
+from localglobal_jax.data import descriptions, records
 from localglobal_jax.data.builders import BUILDERS, RAW_FILES
 from localglobal_jax.data.records import INFO
 from localglobal_jax.data.tfrecord import read_tfrecord
@@ -72,8 +72,14 @@ def _alone(directory: pathlib.Path) -> Iterator[pathlib.Path]:
     The lock is one of the kernel's, so it ends with its process, however that ends.
     """
     existed = directory.is_dir()
-    directory.mkdir(parents=True, exist_ok=True)
-    handle = os.open(directory, os.O_RDONLY)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        handle = os.open(directory, os.O_RDONLY)
+    except OSError as error:
+        raise ValueError(
+            f"cannot make {directory} ({error.strerror}): choose another data directory with "
+            "data.dir or --dir"
+        ) from error
     staging = directory / f"{INCOMPLETE}{os.getpid()}_downloads"
     try:
         if _lock(handle, directory):
@@ -159,7 +165,7 @@ def from_tfrecord(directory: str, data_dir: str | None = None) -> dict[str, int]
             f"{directory} has no {INFO}: give the version directory of a TFDS data set, such as "
             "~/tensorflow_datasets/cifar10/3.0.2"
         )
-    builder = tfds.builder_from_directory(str(origin))
+    builder = descriptions.open_directory(origin)
     if builder.info.file_format.value != "tfrecord":
         raise ValueError(f"{directory} holds {builder.info.file_format.value}, not tfrecord")
     root = pathlib.Path(records.data_root(data_dir))
@@ -170,7 +176,7 @@ def from_tfrecord(directory: str, data_dir: str | None = None) -> dict[str, int]
         if not (target / INFO).exists():
             _refuse_remains(target)
             _convert(builder, origin, target)
-    return verify(tfds.builder_from_directory(str(target)))
+    return verify(descriptions.open_directory(target))
 
 
 def _convert(builder: tfds.core.DatasetBuilder, origin: pathlib.Path, target: pathlib.Path) -> None:
@@ -203,9 +209,13 @@ def _convert(builder: tfds.core.DatasetBuilder, origin: pathlib.Path, target: pa
 def _convert_shard(path: os.PathLike, length: int, target: pathlib.Path) -> None:
     writer = array_record_module.ArrayRecordWriter(str(target), "group_size:1")
     count = 0
-    for record in read_tfrecord(os.fspath(path)):
-        writer.write(record)
-        count += 1
-    writer.close()
+    try:
+        for record in read_tfrecord(os.fspath(path)):
+            writer.write(record)
+            count += 1
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    finally:
+        writer.close()
     if count != length:
         raise ValueError(f"{path} holds {count} records, its {INFO} says {length}")

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import tensorflow_datasets as tfds
 
-from localglobal_jax.data import augment, records
+from localglobal_jax.data import augment, image_size, records
 
 MOCK_TRAIN, MOCK_EVAL = 1024, 256  # examples
 
@@ -38,15 +38,20 @@ class Reader(Protocol):
 def decode(data: bytes, channels: int) -> np.ndarray:
     """An encoded image as ``uint8 [h, w, channels]``, red first; ``channels``: 1 or 3.
 
-    Takes what ImageNet holds: grey, palette, CMYK, 16 bits, an alpha channel (dropped). Like TFDS
-    it ignores EXIF orientation. Raises ValueError for anything else, and for a JPEG that is cut
-    short, which OpenCV would fill up with grey.
+    Takes what ImageNet holds: grey, palette, CMYK, 16 bits, an alpha channel (dropped); of an
+    animation the first picture. Like TFDS it ignores EXIF orientation. Raises ValueError for
+    anything else, for more pixels than `image_size.check` allows, and for a JPEG that is cut short,
+    which OpenCV would fill up with grey.
     """
+    image_size.check(data)
     if data[:2] == b"\xff\xd8" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
         raise ValueError("the JPEG is cut short")  # no end marker after the last scan's start
     kind = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR
-    raw = np.frombuffer(data, np.uint8)
-    image = cv2.imdecode(raw, kind | cv2.IMREAD_IGNORE_ORIENTATION) if data else None
+    raw = np.frombuffer(image_size.still(data), np.uint8)
+    try:
+        image = cv2.imdecode(raw, kind | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error as error:
+        raise ValueError(f"the image cannot be decoded: {error.err}") from error
     if image is None:
         raise ValueError("the image cannot be decoded")
     if channels == 1:
@@ -99,7 +104,10 @@ class RecordReader:
             image = decode(image, self.channels)
         if self.shape and image.shape[:2] != self.shape:
             raise ValueError(f"the image is {image.shape[:2]}, all should be {self.shape}")
-        return image, int(record[self._label])
+        label = np.asarray(record[self._label])
+        if label.ndim or label.dtype.kind not in "iu":  # int() would make 2 of 2.7
+            raise TypeError(f"its label is {record[self._label]!r}, want a whole number")
+        return image, int(label)
 
 
 class MockReader:

@@ -12,6 +12,8 @@ import contextlib
 import difflib
 import logging
 import os
+import pathlib
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,11 +23,14 @@ from array_record.python import array_record_module
 from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
-from localglobal_jax.data import builders
+from localglobal_jax.data import builders, descriptions
 
 log = logging.getLogger(__name__)
 
 INFO = "dataset_info.json"  # TFDS's description of a prepared version
+NAME = re.compile(
+    r"(\w{1,100})(/[\w.+@-]{1,100})?(:[\d.*]{1,20})?"
+)  # of a set, a config, a version
 CHECKING_THREADS = 32  # opening a file waits for the disk, not for the processor
 
 
@@ -36,16 +41,33 @@ class BadRecord(ValueError):
 def data_root(directory: str | None) -> str:
     """The TFDS data directory: as given, else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    return os.path.abspath(os.path.expanduser(directory or default))
+    root = os.path.expanduser(directory or default)
+    if "://" in root or "\0" in root or root.startswith("~"):
+        raise ValueError(
+            f"the data directory {root!r} (data.dir, or $TFDS_DATA_DIR) is no local directory: "
+            "give a path on this machine, or mount the store"
+        )
+    return os.path.abspath(root)
 
 
 def find_builder(name: str, data_dir: str | None = None) -> tfds.core.DatasetBuilder:
     """The TFDS builder of ``name`` (``name[/config][:version]``), prepared or not.
 
-    Raises ValueError for a name, config or version that does not exist.
+    Raises ValueError for a name, config or version that does not exist, and for a description on
+    disk that is damaged, or names code that is not TFDS's own.
     """
+    root = data_root(data_dir)
+    if not (parts := NAME.fullmatch(name)):  # TFDS reads addresses and options into such names
+        raise ValueError(
+            f"{name!r} is no name of a TFDS data set: want NAME, NAME/CONFIG, NAME:VERSION or "
+            "NAME/CONFIG:VERSION"
+        )
     try:
-        return tfds.builder(name, data_dir=data_root(data_dir))
+        with descriptions.trusted(pathlib.Path(root, parts[1])):
+            builder = tfds.builder(name, data_dir=root)
+            if builder.name != parts[1]:
+                raise ValueError(f"it describes itself as {builder.name!r}")
+            return builder
     except tfds.core.DatasetNotFoundError:
         raise ValueError(_unknown(name)) from None
     except AssertionError as error:  # how TFDS reports an unknown version
@@ -87,11 +109,13 @@ def _asked_name(builder: tfds.core.DatasetBuilder) -> str:
     return f"{builder.name}/{config.name}" if config else builder.name
 
 
-def check_files(instructions: Sequence[Any]) -> None:
+def check_files(instructions: Sequence[Any], directory: pathlib.Path) -> None:
     """Raises ValueError for the first file that is missing or holds another number of records.
 
-    ``instructions``: TFDS's, each with ``filename`` and ``examples_in_shard``.
+    ``instructions``: TFDS's, each with ``filename`` and ``examples_in_shard``; ``directory``: that
+    of the data set, where all of them have to be.
     """
+    descriptions.refuse_elsewhere([one.filename for one in instructions], directory)
 
     def check(instruction: Any) -> str | None:
         path, expected = instruction.filename, instruction.examples_in_shard
@@ -110,7 +134,6 @@ def check_files(instructions: Sequence[Any]) -> None:
     with concurrent.futures.ThreadPoolExecutor(CHECKING_THREADS) as pool:
         for problem in pool.map(check, instructions):
             if problem:
-                directory = os.path.dirname(problem.split(" ")[0])
                 raise ValueError(f"{problem}. Delete {directory} and prepare the data set again")
 
 
@@ -126,7 +149,7 @@ class Records:
             raise ValueError(_why_not(builder, split, error)) from error
         # TFDS's mock data knows no splits and has no files.
         self._files = self.info.splits[split].file_instructions if self.info.splits else []
-        check_files(self._files)
+        check_files(self._files, pathlib.Path(builder.data_dir))
         self._ends = [0]
         for file in self._files:
             self._ends.append(self._ends[-1] + file.take)
@@ -192,7 +215,8 @@ def _why_not(builder: tfds.core.DatasetBuilder, split: str, error: Exception) ->
     splits = list(builder.info.splits)
     near = difflib.get_close_matches(split, splits, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
-    return f'split "{split}" of {builder.info.full_name}: {error}. It has {splits}.{hint}'
+    what = f'split "{split}" of {builder.info.full_name} (data.train_split, data.eval_splits)'
+    return f"{what}: {error}. It has {splits}.{hint}"
 
 
 class Tolerance:

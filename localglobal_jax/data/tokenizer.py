@@ -98,7 +98,7 @@ def train_sentencepiece(texts: Sequence[str], vocab: int, kind: str) -> Sentence
     """A vocabulary of ``vocab`` ids (kind ``"bpe"`` or ``"unigram"``), the same in every process.
 
     Nothing is normalised, and characters that were never seen become bytes: every text can be
-    encoded, and comes back.
+    encoded, and comes back, but for U+2581, SentencePiece's own sign of a blank.
     """
     model = io.BytesIO()
     every = -(-len(texts) // TRAINING_LINES)
@@ -257,7 +257,7 @@ def load(directory: str | pathlib.Path) -> Tokenizers | None:
         index = json.loads((directory / INDEX).read_text())
         make, sides = FORMATS[index["format"]], {}
         for name, file in index["files"].items():
-            data = (directory / file).read_bytes()
+            data = (directory / pathlib.PurePath(file).name).read_bytes()  # of this directory
             # A flipped bit in a model is another vocabulary, which nothing else would notice.
             if zlib.crc32(data) != index.get("crc32", {}).get(file, zlib.crc32(data)):
                 raise ValueError(f"{file} has changed")
@@ -265,7 +265,7 @@ def load(directory: str | pathlib.Path) -> Tokenizers | None:
         if "joint" in sides:
             return Tokenizers(sides["joint"], sides["joint"])
         return Tokenizers(sides["source"], sides["target"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"the tokenizer in {directory} is damaged ({error!r}): restore it; training a new one "
             "would change the meaning of every id"

@@ -76,6 +76,10 @@ def check(args: argparse.Namespace) -> None:
         )
     if args.backend == "slurm" and re.search(r"[\s%]", os.path.abspath(args.workdir)):
         raise ValueError(f"--workdir {args.workdir}: SLURM takes no blanks and no % in a path")
+    if args.backend == "slurm" and re.search(r"\s", os.getcwd()):
+        raise ValueError(
+            f"SLURM takes no blanks in a path: start it elsewhere than {os.getcwd()!r}"
+        )
     if args.backend == "local" and args.out:
         raise ValueError("--out is for back ends that make scripts; local runs are started here")
     for option in REQUIRED.get(args.backend, ()):

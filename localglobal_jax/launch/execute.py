@@ -35,7 +35,7 @@ def write(files: Mapping[str, str], folder: pathlib.Path) -> list[str]:
 
 def call(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, str]:
     """Exit code and all output of a tool; the answer to whatever it may ask is no."""
-    done = subprocess.run(
+    done = subprocess.run(  # nosec B603 # an argument list, no shell
         command,
         env=dict(environment),
         input="n\n",

@@ -108,7 +108,7 @@ class Pool:
         again = f", attempt {outcome.attempts}" if outcome.attempts > 1 else ""
         environment = {**self._environment, **slot.environment()}
         with _affinity(slot.cores):
-            process = subprocess.Popen(
+            process = subprocess.Popen(  # nosec B603 # an argument list, no shell
                 job.command,
                 env=environment,
                 stdin=subprocess.DEVNULL,

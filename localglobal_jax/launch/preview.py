@@ -94,7 +94,9 @@ def git(folder: pathlib.Path) -> dict[str, Any]:
         # without locks: else `status` would write the index
         command = ["git", "--no-optional-locks", "-C", str(folder), *words]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            done = subprocess.run(  # nosec B603 # an argument list, no shell
+                command, capture_output=True, text=True, check=False
+            )
         except FileNotFoundError:
             return None
         return done.stdout.strip() if done.returncode == 0 else None

@@ -6,7 +6,9 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 
-SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
+SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL", re.IGNORECASE)
+# An address with a password in it, as of a proxy: scheme://user:password@host
+INSIDE = re.compile(r"://[^/@\s]*:[^/@\s]*@")
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -25,13 +27,21 @@ def environment(given: Iterable[str], outside: Mapping[str, str] | None = None) 
 
 
 def secrets(env: Mapping[str, str]) -> dict[str, str]:
-    """Those whose names say that they are secret."""
-    return {name: value for name, value in env.items() if SECRET.search(name)}
+    """Those whose names say that they are secret, and addresses with passwords in them."""
+    return {n: value for n, value in env.items() if SECRET.search(n) or INSIDE.search(value)}
 
 
 def masked(env: Mapping[str, str]) -> dict[str, str]:
     """`env` as it may be shown."""
-    return {name: "***" if SECRET.search(name) else value for name, value in env.items()}
+    hidden = secrets(env)
+    return {name: "***" if name in hidden else value for name, value in env.items()}
+
+
+def without(text: str, env: Mapping[str, str]) -> str:
+    """`text`, such as what a tool has said, with the values of secrets masked."""
+    for value in sorted(secrets(env).values(), key=len, reverse=True):
+        text = text.replace(value, "***") if value else text
+    return text
 
 
 def quoted(words: Sequence[str]) -> str:
@@ -41,9 +51,10 @@ def quoted(words: Sequence[str]) -> str:
 
 def exports(env: Mapping[str, str]) -> list[str]:
     """Lines of a script. A secret is not written: it must be set where the script runs."""
+    hidden = secrets(env)
     return [
         f': "${{{name}:?set it: it is a secret, so it is not written here}}"; export {name}'
-        if SECRET.search(name)
+        if name in hidden
         else f"export {name}={shlex.quote(value)}"
         for name, value in env.items()
     ]

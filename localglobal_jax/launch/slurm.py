@@ -6,6 +6,7 @@ passes it to all processes of the run; these save and exit with 42, and the task
 the queue. Any other exit code ends it, so a wrong config does not come back for ever.
 """
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 
@@ -51,6 +52,8 @@ def script(
         *([f"--gpus-per-node={gpus}"] if gpus else []),
         *options,
     ]
+    if broken := next((line for line in lines if re.search(r"[\r\n\0]", line)), None):
+        raise ValueError(f"an option of sbatch is one line of a script: {broken!r} is not")
     cases = [
         f"  {run.index}) directory={shlex.quote(run.workdir)}\n"
         f"     command=({shell.quoted(commands[run.name])}) ;;"

@@ -6,6 +6,7 @@ them, trains, and gives them back once the run is done (or can never be). Machin
 away are asked for again: the script then exits with 42, and is restarted like any other run.
 """
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 
@@ -107,10 +108,8 @@ def script(
         "STOP": shlex.quote(STOP),
         "NAMES": " ".join(env or {}),
     }
-    text = BODY
-    for key, value in values.items():
-        text = text.replace(f"@{key}@", value)
-    return text
+    # In one pass: what is filled in may look like a place to fill in.
+    return re.sub(r"@([A-Z]+)@", lambda place: values[place[1]], BODY)
 
 
 BODY = """\

@@ -26,6 +26,7 @@ MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     **{name: (FocalTransformer, spec) for name, spec in focal.VARIANTS.items()},
 }
 
+DEEPEST = 1000  # blocks; far beyond any published model
 LENGTHS = (32, 32)  # of source and target, where sequence models are counted
 # What the papers print: parameters, multiply-adds (None: not given), image size (None: tokens).
 FIGURES: dict[str, tuple[float, float | None, int | None]] = {
@@ -85,4 +86,7 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
         raise configlib.unknown("model", name, MODELS)
     cls, spec = MODELS[name]
     configlib.check_fields(cls, overrides, f'model "{name}"')
+    depths = overrides.get("depths", ())
+    if sum(depths) > DEEPEST:
+        raise ValueError(f'model "{name}": depths={depths}: at most {DEEPEST} blocks altogether')
     return cls(**{**spec, **overrides})

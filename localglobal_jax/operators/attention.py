@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from localglobal_jax import arrays
+from localglobal_jax import arrays, memory
 from localglobal_jax.reach import GLOBAL, Reach
 
 # ---------------------------------------------------------------------------- functions
@@ -58,6 +58,11 @@ def attention_weights(
 
 def relative_positions(height: int, width: int) -> Int[np.ndarray, "l l 2"]:
     """``(qy - ky, qx - kx)`` for every pair of positions of a grid, query first."""
+    memory.check(
+        f"the relative positions of attention on a grid of {height}x{width}",
+        16 * (height * width) ** 2,
+        "Take smaller images, or attention behind more strides.",
+    )
     grid = np.stack(np.meshgrid(np.arange(height), np.arange(width), indexing="ij"), -1)
     flat = grid.reshape(-1, 2)
     return flat[:, None] - flat[None, :]

@@ -147,7 +147,7 @@ def _compile(
     (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
     command = [sys.executable, "-m", "localglobal_jax.plan.compile"]
     with (folder / "log").open("w") as log:
-        child = subprocess.Popen(
+        child = subprocess.Popen(  # nosec B603 # an argument list, no shell
             [*command, str(folder / "request.json"), str(folder)],
             env=environment(topology, os.environ, folder / "dump"),
             stdin=subprocess.DEVNULL,

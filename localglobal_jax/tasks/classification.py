@@ -31,15 +31,19 @@ def create(
     spec = {"classes": classes, **run.model, "dtype": run.dtype}
     if "dtype" in run.model:
         raise ValueError("model.dtype follows from the run: set config.dtype instead")
-    if spec["classes"] < classes:
+    model = create_model(**spec)
+    if model.classes < classes:
         raise ValueError(
-            f"model.classes={spec['classes']}, but {run.data.name} has {classes} classes: "
+            f"model.classes={model.classes}, but {run.data.name} has {classes} classes: "
             "leave model.classes out to take the data set's"
         )
-    model = create_model(**spec)
     shape = (*run.data.image_size, channels)
     example = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
-    jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), example)
+    try:
+        jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), example)
+    except (ValueError, MemoryError) as error:  # tables may grow with the square of the pixels
+        where = f"config.model, on images of data.image_size={run.data.image_size}"
+        raise ValueError(f"{where}: {error}") from error
     source = images.open_split(run.data, run.data.train_split, train=True) if train else None
 
     def train_batches(start: int, stop: int) -> Iterator[HostBatch]:

@@ -54,7 +54,10 @@ def create(
             "set model.embeddings=separate (or decoder), or data.joint=True"
         )
     example = jax.ShapeDtypeStruct((2, 8), jnp.int32)
-    jax.eval_shape(lambda x: model.init(jax.random.key(0), x, x, train=False), example)
+    try:
+        jax.eval_shape(lambda x: model.init(jax.random.key(0), x, x, train=False), example)
+    except (ValueError, MemoryError) as error:
+        raise ValueError(f"config.model: {error}") from error
 
     def train_batches(start: int, stop: int) -> Iterator[HostBatch]:
         assert source is not None, "this task was created with train=False"
@@ -105,7 +108,10 @@ def stored_tokenizers(
             "have other words"
         )
     if found is None and run.init:
-        found = tokenizer.load(pathlib.Path(run.init) / tokenizer.DIRECTORY)
+        try:
+            found = tokenizer.load(pathlib.Path(run.init) / tokenizer.DIRECTORY)
+        except OSError as error:  # no path at all, such as one of a thousand letters
+            raise ValueError(f"init={run.init}: {error.strerror}") from error
         if found is None:
             raise ValueError(
                 f"init={run.init} has no {tokenizer.DIRECTORY}: give the workdir of a translation "

@@ -69,7 +69,7 @@ def as_tfrecord(prepared, target):
     return target
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_tfds():
     return write_tfds
 

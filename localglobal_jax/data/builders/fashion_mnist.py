@@ -9,6 +9,7 @@ download them, and encodes with OpenCV. It stays out of TFDS's registry, where t
 import gzip
 import math
 import pathlib
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +26,7 @@ FILES = {
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
 COUNTS = {"train": 60_000, "test": 10_000}
+LARGEST = 16 + 28 * 28 * COUNTS["train"]  # bytes of a file
 
 
 def packages(config: str = "") -> list[str]:
@@ -58,9 +60,13 @@ def read_idx(path: pathlib.Path, count: int) -> np.ndarray:
     The format (LeCun's MNIST page): two zero bytes, a type code (8: unsigned byte), the number of
     dimensions, then each dimension as a big-endian 32-bit integer, then the values.
     """
-    data = path.read_bytes()
-    if data[:2] == b"\x1f\x8b":
-        data = gzip.decompress(data)
+    with path.open("rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    try:
+        with gzip.open(path) if packed else path.open("rb") as file:
+            data = file.read(LARGEST + 1)  # no more, whatever it may unpack to
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
     rank = data[3] if data[:3] == b"\0\0\x08" and len(data) > 3 else 0
     header = 4 + 4 * rank
     shape = tuple(int.from_bytes(data[i : i + 4], "big") for i in range(4, header, 4))

@@ -102,3 +102,20 @@ def test_the_real_one_from_debian(tmp_path):
     read = tfds.data_source("fashion_mnist", split="test", data_dir=tmp_path)
     labels = [read[i]["label"] for i in range(0, 10_000, 10)]
     assert set(labels) == set(range(10))
+
+
+@pytest.mark.parametrize("cut", [3, 12, 20, -9, -1])
+def test_a_damaged_or_endless_archive_is_named(tmp_path, cut):
+    whole = gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 9]) + bytes(range(9)))
+    file = tmp_path / "t10k-labels-idx1-ubyte.gz"
+    file.write_bytes(whole[:cut])
+    with pytest.raises(ValueError, match=str(file)):
+        fashion_mnist.read_idx(file, 9)
+    broken = bytearray(whole)
+    broken[12] ^= 255
+    file.write_bytes(broken)
+    with pytest.raises(ValueError, match=str(file)):
+        fashion_mnist.read_idx(file, 9)
+    file.write_bytes(gzip.compress(bytes([0, 0, 8, 1]) + bytes(fashion_mnist.LARGEST * 3)))
+    with pytest.raises(ValueError, match=r"47040012 bytes follow|not an IDX file"):
+        fashion_mnist.read_idx(file, 9)

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a data set on disk says of itself: read by TFDS, but not before we have looked at it.
+
+TFDS imports the module of any class that a `FEATURES` file names, so that a set from somewhere else
+could run code here; and names in it become paths, which may lead anywhere.
+"""
+
+import contextlib
+import json
+import pathlib
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+FEATURES = "features.json"
+PLAIN = re.compile(r"\w[\w.+@-]*")  # a name that is one folder or file, and no way out of it
+
+
+@contextlib.contextmanager
+def trusted(folder: pathlib.Path) -> Iterator[None]:
+    """Around what lets TFDS read the descriptions in `folder` (of a version, a config or a set).
+
+    Whatever damage makes TFDS raise becomes a ValueError that names the folder.
+    """
+    try:
+        files = [path for depth in ("", "*/", "*/*/") for path in folder.glob(depth + FEATURES)]
+    except OSError as error:  # no path at all, such as one of a thousand letters
+        raise ValueError(f"the data directory (data.dir): {error}") from error
+    for path in files:
+        _refuse_foreign_code(path)
+    try:
+        yield
+    except (AssertionError, tfds.core.DatasetNotFoundError):
+        raise
+    except Exception as error:  # TFDS's own, protobuf's, json's: no list would be complete
+        raise ValueError(
+            f"{folder} is damaged, or there is no such data set ({error}): correct the name, or "
+            "prepare the data set again"
+        ) from error
+
+
+def open_directory(folder: pathlib.Path) -> tfds.core.DatasetBuilder:
+    """The builder of a version's folder. Raises ValueError for one that cannot be trusted."""
+    with trusted(folder):
+        builder = tfds.builder_from_directory(str(folder))
+        splits = list(builder.info.splits)
+    named = [*builder.info.full_name.split("/"), *splits]
+    if bad := [name for name in named if not PLAIN.fullmatch(name)]:
+        raise ValueError(f"{folder} calls itself, or a split, {bad[0]!r}: want a plain name")
+    for split in splits:
+        refuse_elsewhere(builder.info.splits[split].filepaths, folder)
+    return builder
+
+
+def refuse_elsewhere(paths: Iterable[Any], folder: pathlib.Path) -> None:
+    """Raises ValueError for a file that is not in the folder of its data set."""
+    for path in paths:
+        if pathlib.Path(path).parent != folder:
+            raise ValueError(
+                f"the description of {folder} names the file {path}, which is elsewhere: delete "
+                f"{folder} and prepare the data set again"
+            )
+
+
+def _refuse_foreign_code(path: pathlib.Path) -> None:
+    try:
+        foreign = sorted(_foreign(json.loads(path.read_bytes())))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): delete {path.parent} and prepare the data set again"
+        ) from None
+    if foreign:
+        raise ValueError(
+            f"{path} names {foreign[0]}: only features of tensorflow_datasets are loaded. "
+            "Prepare the data set with those"
+        )
+
+
+def _foreign(tree: Any) -> set[str]:
+    """The names of classes in a tree of JSON that are not of TFDS."""
+    if isinstance(tree, list):
+        return set().union(*map(_foreign, tree))
+    if not isinstance(tree, dict):
+        return set()
+    found = set().union(*map(_foreign, tree.values()))
+    for key, value in tree.items():
+        if not isinstance(value, str):
+            continue
+        if key in ("pythonClassName", "python_class_name", "type"):
+            found |= set() if value.startswith("tensorflow_datasets.") else {value}
+        elif key == "json":  # a feature's own form, once more in JSON
+            found |= _foreign(json.loads(value))
+    return found

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much memory this machine has, so that what can never fit is refused before it is tried."""
+
+import os
+import pathlib
+
+CGROUP = pathlib.Path("/sys/fs/cgroup/memory.max")  # of a container
+GIB = 2**30
+
+
+def total() -> int:
+    """Bytes of memory of this machine, or of this container."""
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        return min(machine, int(CGROUP.read_text()))
+    except (OSError, ValueError):  # no container, or one without a limit
+        return machine
+
+
+def check(what: str, size: int, remedy: str) -> None:
+    """Raises ValueError if `size` bytes, what `what` need at the very least, are more than all."""
+    if size > (there := total()):
+        raise ValueError(
+            f"{what}: {size / GIB:,.1f} GiB at least, and this machine has {there / GIB:,.1f}. "
+            + remedy
+        )
