@@ -143,10 +143,10 @@ def test_an_evaluation_believes_no_other_config(harness, tmp_path):
 
 @pytest.mark.slow
 def test_every_file_of_a_checkpoint(tmp_path):
-    made = corrupt.train("images", tmp_path / "images")
+    made, rng = corrupt.train("images", tmp_path / "images"), np.random.default_rng(0)
     logging.getLogger("localglobal_jax").propagate = False
     try:
-        results = [*made.every_file(np.random.default_rng(0), 1), *made.all_steps(np.random)]
+        results = [*made.every_file(rng, 1), *made.all_steps(rng)]
     finally:
         logging.getLogger("localglobal_jax").propagate = True
     assert [result for result in results if not result["ok"]] == []
