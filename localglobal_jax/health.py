@@ -24,6 +24,10 @@ from localglobal_jax.workdir import write_atomically
 
 FILE = "diverged.json"
 SHOWN = 5  # names of parameters in a message; the file has all
+CURES = (
+    "Go on with --config.optim.skip_nonfinite=N, or start in another --workdir with a lower "
+    "optim.learning_rate, a longer warm-up or optim.clip_norm"
+)
 log = logging.getLogger(__name__)
 
 
@@ -46,6 +50,12 @@ def squares(gradient: PyTree) -> Float[Array, " leaves"]:
 def finite(loss: Float[Array, ""], norms: Float[Array, " leaves"]) -> Bool[Array, " parts"]:
     """`Outcome.finite`, of the loss and of what `squares` gives."""
     return jnp.isfinite(jnp.concatenate([loss[None], norms]))
+
+
+@jax.jit
+def _finite_leaves(leaves: tuple[Array, ...]) -> list[Array]:
+    """Of each: are all its numbers finite? Integers are."""
+    return [jnp.isfinite(x).all() for x in leaves]
 
 
 def wrong(parts: Bool[np.ndarray | Array, " parts"], params: PyTree) -> tuple[bool, list[str]]:
@@ -97,19 +107,39 @@ class Watch:
         self.settle()
         self._pending = step, outcome, records
 
-    def settle(self, saving: int | None = None) -> None:
-        """Looks at what is left to look at; call it before a state becomes a checkpoint.
+    def saving(self, step: int, state: PyTree) -> None:
+        """Before `state` becomes the checkpoint of `step`. Raises Diverged if it must not.
 
-        `saving`: the step about to be saved. Raises Diverged.
+        Statistics, or an update, may overflow where loss and gradient were still finite.
         """
+        self.settle()
+        where, leaves = zip(*jax.tree_util.tree_leaves_with_path(state), strict=True)
+        fine = jax.device_get(_finite_leaves(leaves))
+        if not all(fine):
+            names = [
+                jax.tree_util.keystr(path, simple=True, separator="/")
+                for path, is_fine in zip(where, fine, strict=True)
+                if not is_fine
+            ]
+            shown = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+            self._write({"step": step, "last_checkpoint": self._saved, "state": names})
+            raise Diverged(
+                f"{len(names)} arrays of the state ({shown}) are NaN or infinite after step "
+                f"{step}, which is not saved; the checkpoint of step {self._saved} is kept. {CURES}"
+            )
+        self._saved = step
+        if self._directory and hosts.rank() == 0:
+            (self._directory / FILE).unlink(missing_ok=True)  # of an earlier end, now passed
+
+    def settle(self) -> None:
+        """Looks at what is left to look at. Raises Diverged."""
         if self._pending:
             (step, outcome, records), self._pending = self._pending, None
             parts, loss = jax.device_get((outcome.finite, outcome.metrics["loss"]))
             if not parts.all():
                 self._bad(step, *wrong(parts, self._params), records)
-            elif typical := self._spikes.add(float(loss[0]) / float(loss[1])):
-                log.warning("loss spike at step %d: %s", step, typical)
-        self._saved = self._saved if saving is None else saving
+            elif loss[1] and (typical := self._spikes.add(float(loss[0]) / float(loss[1]))):
+                self._warn("loss spike at step %d: %s", step, typical)
 
     def line(self) -> dict[str, int]:
         """For the metrics: how many steps were skipped so far, if any may be."""
@@ -119,7 +149,7 @@ class Watch:
         what = in_words(loss, leaves)
         if self.skipped < self._allowed:
             self.skipped += 1
-            log.warning(
+            self._warn(
                 "step %d changed nothing (%d of at most %d to skip): %s became NaN or infinite",
                 *(step, self.skipped, self._allowed, what),
             )
@@ -133,14 +163,23 @@ class Watch:
             "records": batch,
             "skipped": self.skipped,
         }
-        if self._directory and hosts.rank() == 0:
-            write_atomically(self._directory / FILE, json.dumps(found, indent=1) + "\n")
+        self._write(found)
         raise Diverged(
             f"{what} became NaN or infinite at step {step}, {step - self._saved} after the "
             f"checkpoint of step {self._saved}, which is kept. The batch's {len(batch)} records "
-            f"are in {FILE}; --replay {step} computes this step again and says more. Lower "
-            "optim.learning_rate, warm up longer, clip the gradient, or set optim.skip_nonfinite"
+            f"are in {FILE}; --replay {step} computes this step again and says more. {CURES}"
         )
+
+    def _write(self, found: dict[str, Any]) -> None:
+        if self._directory and hosts.rank() == 0:
+            try:
+                write_atomically(self._directory / FILE, json.dumps(found, indent=1) + "\n")
+            except OSError as error:  # divergence is the error to tell
+                log.error("%s could not be written: %s", FILE, error)
+
+    def _warn(self, text: str, *values: Any) -> None:
+        if hosts.rank() == 0:
+            log.warning(text, *values)
 
 
 class Spikes:
@@ -156,8 +195,6 @@ class Spikes:
 
     def add(self, loss: float) -> str:
         """What to tell, or nothing."""
-        if not math.isfinite(loss):  # a batch with nothing in it
-            return ""
         limit = self._mean + self._far * self._deviation
         before, known = self._in_spike, self._count >= self._settled
         self._in_spike = known and loss > limit

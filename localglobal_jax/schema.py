@@ -255,5 +255,6 @@ RUNS: dict[str, type[Run]] = {"classification": ClassificationRun, "translation"
 MAY_CHANGE = (
     *("checkpoint", "eval", "log"),
     *(f"parallel.{field}" for field in Parallel.model_fields if field != "batch_norm"),
+    "optim.skip_nonfinite",
     *("data.dir", "data.in_memory", "data.max_bad_records", "data.threads"),
 )

@@ -83,7 +83,7 @@ def _train(
                 output.evaluation(step, results)
             if new and (last or stopping or due(step, run.checkpoint.every)):
                 with window.paused():
-                    watch.settle(saving=step)  # a state that is not finite is never saved
+                    watch.saving(step, state)  # what is not finite is never saved
                     written = output.flush()  # a checkpoint knows no more than the file beside it
                     if hosts.rank() == 0:
                         copy.push()
@@ -115,13 +115,20 @@ def _train(
 def claim(run: schema.Run, task: Task, copy: remote.Copy, lock: workdir.Lock) -> None:
     """Makes the workdir this run's, once every host has found nothing wrong."""
     hosts.barrier("checked")
+    refused = ""
     if hosts.rank() == 0:
-        lock.take(copy.lock)
-        workdir.refuse_other(run, copy.local)  # again: another one may have come first
-        workdir.claim(run, copy.local)
-        task.save(copy.local)
-        copy.push()
-    hosts.barrier("claimed")
+        try:
+            lock.take(copy.lock)
+            workdir.refuse_other(run, copy.local)  # again: another one may have come first
+            workdir.claim(run, copy.local)
+            task.save(copy.local)
+            copy.push()
+        except (ValueError, OSError) as error:
+            refused = str(error)
+            hosts.told("claimed", f"{isinstance(error, ValueError):d}{refused}")
+            raise
+    if refused := hosts.told("claimed", refused):  # every host ends for the same reason
+        raise (ValueError if refused[0] == "1" else OSError)(refused[1:])
     if hosts.rank():
         copy.pull()
     workdir.check_shared(copy.local)

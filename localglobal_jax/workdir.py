@@ -12,6 +12,7 @@ import logging
 import os
 import pathlib
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -51,8 +52,10 @@ def refuse_other(run: schema.Run, workdir: pathlib.Path) -> None:
 def check_config(workdir: pathlib.Path, step: int, metadata: Mapping[str, Any]) -> None:
     """Raises ValueError unless `config.json` is what a checkpoint there was trained with."""
     file, saved = workdir / "config.json", metadata.get("config")
-    now = configlib.read_json(file).model_dump(mode="json")
-    if saved and (changed := _changed(saved, now, f"in step {step}", "in the file")):
+    if not saved:
+        return
+    then, now = (x.model_dump() for x in (configlib.check(saved), configlib.read_json(file)))
+    if changed := _changed(then, now, f"in step {step}", "in the file"):
         raise ValueError(
             f"{file} is not the config of the checkpoints beside it:\n{changed}\n"
             "Restore it; `localglobal inspect --json` shows the config of every step"
@@ -77,6 +80,10 @@ def claim(run: schema.Run, workdir: pathlib.Path) -> None:
     write_atomically(workdir / "config.json", configlib.to_json(run))
 
 
+class Locked(OSError):
+    """Another run has the workdir (exit code 1: it may be over soon)."""
+
+
 class Lock:
     """Held from the first thing that a run writes to its last: no two write to one workdir.
 
@@ -88,20 +95,30 @@ class Lock:
     def __init__(self) -> None:
         self._held: tuple[int, pathlib.Path] | None = None
 
-    def take(self, file: pathlib.Path) -> None:
-        """Locks `file`, or raises ValueError with the process that holds it."""
+    def take(self, file: pathlib.Path, patience: float = 120.0) -> None:
+        """Locks `file`, or raises Locked with the process that holds it.
+
+        A shared file system may take some time to notice that a machine is gone: where the owner
+        is on another host, it is asked again for `patience` seconds.
+        """
         file.parent.mkdir(parents=True, exist_ok=True)
+        deadline = time.monotonic() + patience
         while self._held is None:
-            handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+            handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                other = os.read(handle, 1000).decode(errors="replace")
+                host, other = _owner(os.read(handle, 1000).decode(errors="replace"))
                 os.close(handle)
-                raise ValueError(
-                    f"another run is writing to this --workdir: {file} is locked by {_owner(other)}"
-                    ". Wait for it, stop it, or give another --workdir"
-                ) from None
+                if host in ("", socket.gethostname()) or time.monotonic() > deadline:
+                    raise Locked(
+                        f"another run is writing to this --workdir: {file} is locked by {other}. "
+                        "Wait for it, stop it, or give another --workdir; if its machine is gone, "
+                        "delete that file"
+                    ) from None
+                log.warning("waiting: %s is locked by %s", file, other)
+                time.sleep(10)
+                continue
             except OSError as error:
                 log.warning("%s cannot be locked (%s): start one run at a time", file, error)
             if _is_at(handle, file):
@@ -120,17 +137,19 @@ class Lock:
     def __exit__(self, *error: object) -> None:
         if self._held:
             handle, file = self._held
-            file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # why the run ended is the error to tell
+                file.unlink(missing_ok=True)
             os.close(handle)
             self._held = None
 
 
-def _owner(text: str) -> str:
+def _owner(text: str) -> tuple[str, str]:
+    """Its host, and all in words."""
     try:
         found = json.loads(text)
-        return f"pid {found['pid']} on {found['host']}, since {found['since']}"
+        return found["host"], f"pid {found['pid']} on {found['host']}, since {found['since']}"
     except (ValueError, KeyError, TypeError):
-        return "a process that is just starting"
+        return "", "a process that is just starting"
 
 
 def _is_at(handle: int, file: pathlib.Path) -> bool:
