@@ -156,8 +156,9 @@ def draw_plan(rng, kills, preparing):
 def unfinished_dropped(out):
     """The numbers of the chains that are done; lines of others leave the file."""
     lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    done = {(line["kind"], line["chain"]) for line in lines if "identical" in line}
-    whole = [line for line in lines if (line["kind"], line["chain"]) in done]
+    chains = [(line["seed"], line["kind"], line["chain"]) for line in lines]
+    done = {key for key, line in zip(chains, lines, strict=True) if "identical" in line}
+    whole = [line for key, line in zip(chains, lines, strict=True) if key in done]
     out.write_text("".join(json.dumps(line) + "\n" for line in whole))
     return done
 
@@ -177,12 +178,14 @@ def main():
     failed = 0
     for chain in range(args.chains):
         for kind in args.kinds:
-            if (kind, chain) in done:
+            if (args.seed, kind, chain) in done:
                 continue
 
             def note(kind=kind, chain=chain, **line):
                 with args.out.open("a") as file:
-                    file.write(json.dumps({"kind": kind, "chain": chain, **line}) + "\n")
+                    file.write(
+                        json.dumps({"seed": args.seed, "kind": kind, "chain": chain, **line}) + "\n"
+                    )
 
             rng = np.random.default_rng([args.seed, chain, list(runs.RUNS).index(kind)])
             result = harness.chain(kind, draw_plan(rng, args.kills, preparing=2), rng, note)
