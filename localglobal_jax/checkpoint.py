@@ -33,7 +33,11 @@ __all__ = ["Checkpoints", "CorruptCheckpoint", "Restored", "inspect", "read"]
 absl.logging.set_verbosity(absl.logging.WARNING)  # orbax tells the life of every save at INFO,
 # and of one that failed five tracebacks, from as many threads; `SaveFailed` says it in a line.
 absl.logging.get_absl_logger().addFilter(
-    lambda record: not record.exc_info or bool(os.environ.get("LOCALGLOBAL_DEBUG"))
+    lambda record: (
+        not record.exc_info
+        or "orbax" not in record.pathname
+        or bool(os.environ.get("LOCALGLOBAL_DEBUG"))
+    )
 )
 
 orbax_mended.mend()
@@ -204,10 +208,12 @@ class Checkpoints:
                     manager.close()
             if not isinstance(error, OSError | ValueError):  # tensorstore's errors are ValueErrors
                 raise
+            kept = "Those before it"
+            with contextlib.suppress(Exception):  # the store may be what is broken
+                kept = f"Those of the steps {self.steps()}"
             raise SaveFailed(
-                f"a checkpoint could not be written to {self.directory}: {_reason(error)}. Those "
-                f"of the steps {self.steps()} are as they were; once that is mended, the same "
-                "command goes on from the newest"
+                f"a checkpoint could not be written to {self.directory}: {_reason(error)}. {kept} "
+                "are as they were; once that is mended, the same command goes on from the newest"
             ) from error
 
     def _open(self) -> ocp.CheckpointManager:

@@ -220,12 +220,15 @@ def score(args: argparse.Namespace) -> None:
 
 
 def inspect(args: argparse.Namespace) -> int:
+    from etils import epath
+
     from localglobal_jax import remote, stored, verification
 
     found = stored.inspect(args.path, verify=args.verify)
     bad = [step for step in found["steps"] if step["error"]]
-    copy = remote.Copy(args.path)
-    if args.verify and found["directory"] == str(copy.checkpoints):  # a workdir, no part of one
+    path = str(epath.Path(args.path).expanduser().absolute())
+    if args.verify and found["directory"] == f"{path}/checkpoints":  # a workdir, no part of one
+        copy = remote.Copy(path)
         found["files"] = verification.files(copy.local, found["steps"])
         bad += [file for file in found["files"] if file["error"]]
     if args.json:

@@ -38,7 +38,7 @@ class Copy:
             atexit.register(shutil.rmtree, self.local, ignore_errors=True)
             self.checkpoints = self._store / "checkpoints"
             name = hashlib.sha256(os.fspath(self._store).encode()).hexdigest()[:16]
-            self.lock = pathlib.Path(tempfile.gettempdir(), f"localglobal-{name}.lock")
+            self.lock = pathlib.Path(os.path.expanduser("~/.cache/localglobal/locks"), name)
             self._pushed: dict[pathlib.Path, int] = {}
             self.pull()
         else:

@@ -31,6 +31,11 @@ def replay(run: schema.Run, directory: str | pathlib.Path, step: int) -> dict[st
     """
     if not 0 <= step < run.steps:
         raise ValueError(f"--replay {step}: the run has the steps 0 to {run.steps - 1}")
+    if run.parallel.compile == "pmap":
+        raise ValueError(
+            "--replay computes with parallel.compile=jit: give that too. Dropout then draws other "
+            "numbers than the devices of a pmap did"
+        )
     session = open_session(run, directory)
     if not (session.copy.local / "config.json").exists():
         raise ValueError(f"--replay {step}: {directory} holds no run (it has no config.json)")
@@ -39,6 +44,8 @@ def replay(run: schema.Run, directory: str | pathlib.Path, step: int) -> dict[st
     before = [saved for saved in checkpoints.steps() if saved <= step]
     restored = session.restore(checkpoints, max(before)) if before else None
     start, state, _ = restored or session.begin()
+    if checkpoints.steps() and not before:
+        log.warning("no checkpoint is as old as step %d any more: computing from step 0", step)
     log.info("replay   steps %d to %d", start, step)
 
     update = make_update(task, session.optimizer, run)

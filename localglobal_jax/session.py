@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import optax
 
-from localglobal_jax import conversion, memory, optim, parallel, remote, schema, workdir
+from localglobal_jax import conversion, hosts, memory, optim, parallel, remote, schema, workdir
 from localglobal_jax.checkpoint import Checkpoints, Restored
 from localglobal_jax.tasks import Task, Variables, create_task
 from localglobal_jax.train_step import State, check_batches, init_state, start_from
@@ -58,8 +58,8 @@ def open_session(run: schema.Run, directory: str | pathlib.Path) -> Session:
     copy = remote.Copy(directory)
     placement = parallel.Placement(run.parallel)
     check_batches(run, placement)
-    hosts = placement.shard[1]
-    memory.check(f"batch_size={run.batch_size}", batch_bytes(run) // hosts, "Take a smaller one.")
+    parts = placement.shard[1]
+    memory.check(f"batch_size={run.batch_size}", batch_bytes(run) // parts, "Take a smaller one.")
     workdir.refuse_other(run, copy.local)
     task = create_task(run, shard=placement.shard, workdir=copy.local)
     optimizer = optim.make_optimizer(run.optim, run.steps)
@@ -68,7 +68,7 @@ def open_session(run: schema.Run, directory: str | pathlib.Path) -> Session:
     if jax.default_backend() == "cpu":  # an accelerator has memory of its own
         what = "the parameters of config.model and the optimizer's state"
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(template))
-        memory.check(what, size // hosts, "Take a smaller model.")
+        memory.check(what, size // hosts.count(), "Take a smaller model.")
     pretrained = conversion.pretrained(run.init, task.model, task.inputs) if run.init else None
     return Session(copy, placement, task, optimizer, init, template, pretrained)
 

@@ -143,5 +143,6 @@ def accumulated_gradient(
         )
         gradient, loss = jax.tree.map(lambda x: x.sum(0), summands)
     gradient, loss = step_context.sum_over_devices((gradient, loss._replace(collections={})))
-    gradient = jax.tree.map(lambda g: g / loss.weight, gradient)
+    weight = jnp.where(loss.weight > 0, loss.weight, 1)  # a batch of bad records: no gradient
+    gradient = jax.tree.map(lambda g: g / weight, gradient)
     return gradient, loss._replace(collections=step_context.mean_over_devices(collections))

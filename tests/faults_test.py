@@ -101,7 +101,7 @@ def test_two_runs_in_one_workdir(harness, tmp_path):
     first = harness.train("images", tmp_path, data_dir)
     assert first.wait_for(lambda: first.count("run      "))
     second = harness.train("images", tmp_path, data_dir)
-    assert second.finish() == 2
+    assert second.finish() == 1
     assert f"locked by pid {first.process.pid} on " in second.lines[-1]
     assert not second.count("Traceback")
     first.end("KILL", None)

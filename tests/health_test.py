@@ -56,7 +56,7 @@ def test_what_is_wrong_is_named():
 def test_it_looks_one_step_late_and_before_every_save(tmp_path):
     looking = watch(tmp_path)
     looking.add(10, outcome(), np.arange(4))
-    looking.settle(saving=11)
+    looking.saving(11, {"count": np.int32(2), "mean": np.ones(3)})
     looking.add(11, outcome(np.nan, bad=(0, 3)), np.array([7, 5, 5, 9]))  # still on the device
     with pytest.raises(health.Diverged, match="at step 11, 0 after the checkpoint of step 11"):
         looking.add(12, outcome(), np.arange(4))
@@ -68,7 +68,18 @@ def test_it_looks_one_step_late_and_before_every_save(tmp_path):
     last = watch()
     last.add(10, outcome(bad=(1,)), np.arange(4))
     with pytest.raises(health.Diverged):
-        last.settle(saving=11)
+        last.saving(11, {})
+
+
+def test_a_state_that_overflowed_behind_a_finite_loss_is_not_saved(tmp_path):
+    looking = watch(tmp_path)
+    state = {"params": PARAMS, "batch_stats": {"var": np.array([1, np.inf], np.float32)}}
+    with pytest.raises(health.Diverged, match=r"1 arrays of the state \(batch_stats/var\)"):
+        looking.saving(20, state)
+    found = json.loads((tmp_path / health.FILE).read_text())
+    assert found == {"step": 20, "last_checkpoint": 10, "state": ["batch_stats/var"]}
+    looking.saving(30, {"params": PARAMS})  # as a later start does
+    assert not (tmp_path / health.FILE).exists()
 
 
 def test_skipped_steps_are_counted_up_to_the_limit(caplog):
@@ -90,7 +101,7 @@ def test_the_first_of_the_losses_far_above_the_typical_ones_is_a_spike():
     calm = [spikes.add(3 * 0.99**i + 0.1 * rng.normal()) for i in range(300)]
     assert not any(calm)
     assert "typical are" in spikes.add(9.0)
-    assert not spikes.add(9.0) and not spikes.add(0.2) and not spikes.add(float("nan"))
+    assert not spikes.add(9.0) and not spikes.add(0.2)
     assert spikes.add(9.0)
     assert any([spikes.add(9.0 + 0.1 * rng.normal()) for _ in range(300)]) is False  # a plateau
 

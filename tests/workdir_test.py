@@ -46,7 +46,7 @@ def take(file):
 def test_the_other_run_is_named(holder, tmp_path):
     file = tmp_path / "run" / ".lock"
     for _ in range(2):  # who was refused has not broken it
-        with pytest.raises(ValueError, match="another run is writing") as error:
+        with pytest.raises(workdir.Locked, match="another run is writing") as error:
             take(file)
         assert f"pid {holder.pid} on {socket.gethostname()}, since 20" in str(error.value)
         assert str(file) in str(error.value)
@@ -82,7 +82,7 @@ def test_a_file_that_its_owner_removes_meanwhile_is_not_believed(tmp_path, monke
     with workdir.Lock() as lock:
         lock.take(file)
         assert len(calls) == 2
-        with pytest.raises(ValueError, match=f"pid {os.getpid()}"):
+        with pytest.raises(workdir.Locked, match=f"pid {os.getpid()}"):
             take(file)
 
 

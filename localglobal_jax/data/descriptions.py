@@ -29,7 +29,8 @@ def trusted(folder: pathlib.Path) -> Iterator[None]:
     except OSError as error:  # no path at all, such as one of a thousand letters
         raise ValueError(f"the data directory (data.dir): {error}") from error
     for path in files:
-        _refuse_foreign_code(path)
+        if not any(part.startswith("incomplete.") for part in path.parts):  # a preparation's
+            _refuse_foreign_code(path)
     try:
         yield
     except (AssertionError, tfds.core.DatasetNotFoundError):

@@ -105,9 +105,9 @@ class RecordReader:
         if self.shape and image.shape[:2] != self.shape:
             raise ValueError(f"the image is {image.shape[:2]}, all should be {self.shape}")
         label = np.asarray(record[self._label])
-        if label.ndim or label.dtype.kind not in "iu":  # int() would make 2 of 2.7
+        if label.size != 1 or label.dtype.kind not in "iub":  # int() would make 2 of 2.7
             raise TypeError(f"its label is {record[self._label]!r}, want a whole number")
-        return image, int(label)
+        return image, int(label.item())
 
 
 class MockReader:

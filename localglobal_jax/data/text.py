@@ -133,10 +133,11 @@ class TextSource:
 
     @property
     def order(self) -> str:
-        """What batches are made of, and so their order: how many pairs, and how long they are."""
-        return (
-            f"{len(self)} pairs of lengths {zlib.crc32(self.lengths.astype('<i4').tobytes()):08x}"
-        )
+        """What batches are made of, and so their order: how many pairs, how long, which words."""
+        source, target = (x.flat.tobytes() for x in (self._source, self._target))
+        words = zlib.crc32(target, zlib.crc32(source))
+        lengths = zlib.crc32(self.lengths.astype("<i4").tobytes())
+        return f"{len(self)} pairs of lengths {lengths:08x} and words {words:08x}"
 
     def members(self) -> tuple[np.ndarray, ...]:
         """The numbers of the pairs in each bucket, in order."""

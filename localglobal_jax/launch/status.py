@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from localglobal_jax import reporting
+from localglobal_jax import digest, reporting
 from localglobal_jax.launch import local, pool
 from localglobal_jax.launch.expand import Description
 from localglobal_jax.stores import is_remote
@@ -59,10 +59,10 @@ def read(run: Description, now: float | None = None) -> dict[str, Any]:
 
 
 def latest_step(directory: str | os.PathLike[str]) -> int | None:
-    """Of the checkpoints of a workdir: a number for a name, and not empty (see `stored`)."""
+    """Of the checkpoints of a workdir: a number for a name, and complete (see `checkpoint`)."""
     folder = epath.Path(directory) / "checkpoints"
     found = [p for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
-    return max((int(p.name) for p in found if p.is_dir() and any(p.iterdir())), default=None)
+    return max((int(p.name) for p in found if (p / digest.MANIFEST).exists()), default=None)
 
 
 def _state(

@@ -25,7 +25,7 @@ def make(run, *, saved=(), lines=(), events=(), age=5.0, config=True):
         (folder / "config.json").write_text(configlib.to_json(run.run))
     for step in saved:
         (folder / "checkpoints" / str(step)).mkdir(parents=True)
-        (folder / "checkpoints" / str(step) / "state").touch()
+        (folder / "checkpoints" / str(step) / "files.json").touch()
     if lines:
         text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 9, "spl'  # torn
         (folder / "metrics.jsonl").write_text(text)
