@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pytest
 
-from localglobal_jax import hosts
+from localglobal_jax import hosts, workdir
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "coatnet_digits.py"
 COMMAND = [
@@ -117,6 +117,14 @@ def test_what_is_wrong_ends_all_hosts_and_writes_nothing(tmp_path):
         assert end(two) == [2, 2]
         assert all("batch_size=7 is not divisible by the 2" in p.log.read_text() for p in two)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_only_the_first_host_can_see_ends_all_hosts(tmp_path):
+    with workdir.Lock() as lock:
+        lock.take(tmp_path / "run" / ".lock")
+        with training(tmp_path / "run", 2, 1) as two:
+            assert end(two) == [1, 1]
+            assert all(f"locked by pid {os.getpid()}" in p.log.read_text() for p in two)
 
 
 # ------------------------------------------------------------------------------------- roll call

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from localglobal_jax import workdir
+from localglobal_jax import configlib, workdir
 
 HOLD = """
 import pathlib, sys, time
@@ -93,3 +93,15 @@ def test_where_there_are_no_locks_it_warns(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(workdir.fcntl, "flock", flock)
     assert take(tmp_path / ".lock")["pid"] == os.getpid()
     assert "cannot be locked" in caplog.text
+
+
+def test_a_checkpoint_from_before_an_option_existed_is_no_other_config(tmp_path):
+    run = configlib.check({"model": {"name": "coatnet_0"}})
+    workdir.claim(run, tmp_path)
+    saved = run.model_dump(mode="json")
+    del saved["optim"]["skip_nonfinite"], saved["log"]
+    workdir.check_config(tmp_path, 3, {"config": saved})
+    workdir.check_config(tmp_path, 3, {})  # converted weights have none
+    saved["optim"]["learning_rate"] = 0.5
+    with pytest.raises(ValueError, match=r"optim\.learning_rate: 0\.5 in step 3, 0\.001 in the"):
+        workdir.check_config(tmp_path, 3, {"config": saved})
