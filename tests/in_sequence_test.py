@@ -82,6 +82,6 @@ def test_scan_is_one_program_for_equal_blocks(model):
 
 def test_scan_draws_other_blocks_to_drop_in_every_block():
     """The rates differ from block to block inside one loop; the loss stays a loss."""
-    loss, weight = step_of("coatnet", "scan", drop=True)[2]["loss"]
-    same, _ = step_of("coatnet", "unrolled")[2]["loss"]
+    loss, weight = step_of("coatnet", "scan", drop=True)[2].metrics["loss"]
+    same, _ = step_of("coatnet", "unrolled")[2].metrics["loss"]
     assert np.isfinite(loss) and weight > 0 and not np.isclose(loss, same, rtol=1e-6)

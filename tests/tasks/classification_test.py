@@ -34,13 +34,12 @@ EVERYTHING = {
 }
 
 
-def test_everything_on_and_the_same_twice(data_dir, tmp_path):
-    run = make_run(data_dir, **EVERYTHING)
-    train.train(run, tmp_path / "a")
-    train.train(run, tmp_path / "b")
-    (_, a), (_, b) = evaluate.load(tmp_path / "a"), evaluate.load(tmp_path / "b")
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-    assert {x.dtype for x in jax.tree.leaves(a)} == {jnp.dtype("float32")}
+def test_everything_on(data_dir, tmp_path):
+    """That it is the same twice, faults_test.py shows."""
+    train.train(make_run(data_dir, **EVERYTHING), tmp_path)
+    _, variables = evaluate.load(tmp_path)
+    assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(variables))
 
 
 def test_bfloat16_follows_float32(data_dir):

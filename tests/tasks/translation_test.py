@@ -140,7 +140,7 @@ def test_without_its_vocabulary_a_run_is_not_evaluated(trained, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(trained, copy)
     shutil.rmtree(copy / "tokenizer")
-    with pytest.raises(ValueError, match="has no tokenizer: it is no workdir"):
+    with pytest.raises(ValueError, match="has checkpoints but no tokenizer: restore it"):
         evaluate.evaluate(copy)
 
 
