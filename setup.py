@@ -32,18 +32,20 @@ INSTALL = [
     "scikit-learn>=1.5",  # ships the embedded digits
     "sentencepiece>=0.2",
     "tensorboardX>=2.6.2",
+    "tensorstore>=0.1.80",  # orbax's storage; see orbax_mended.py
     "tensorflow-datasets>=4.9.10",
 ]
 TEST = [
     "beartype>=0.19",
     "hypothesis>=6.100",
+    "pillow>=10",  # makes odd images, and says what they look like
     "pytest>=8",
     "pytest-xdist>=3.5",
     "safetensors>=0.4",  # reads the reference weights, as an independent check of our reader
 ]
 EXTRAS = {
     "test": TEST,
-    "dev": [*TEST, "mypy>=1.13", "pre-commit>=4", "ruff>=0.9"],
+    "dev": [*TEST, "bandit>=1.8", "mypy>=1.13", "pre-commit>=4", "ruff>=0.9"],
     "tf": ["tensorflow-cpu>=2.18"],  # only to prepare TFDS sets whose builders need it
     # only to convert .pt files; before 2.6, weights_only could be tricked (CVE-2025-32434)
     "torch": ["torch>=2.6,<3"],
