@@ -31,9 +31,9 @@ class Preempted(Exception):
 def train(run: schema.Run, directory: str | pathlib.Path) -> dict[str, dict[str, float]]:
     """Trains, or resumes, `run` in the workdir `directory`; returns its last metrics by split.
 
-    Raises ValueError, before anything on disk is touched, if the run cannot be right or another
-    one is under way there; Preempted after a SIGTERM, once the state is saved; Diverged if a loss
-    or a gradient is not finite.
+    Raises ValueError, before anything on disk is touched, if the run cannot be right, and Locked if
+    another one is under way there; Preempted after a SIGTERM, once the state is saved; Diverged if
+    a loss, a gradient or the state is not finite.
     """
     with workdir.Lock() as lock, workdir.named_in_errors(directory):
         return _train(run, directory, lock)
@@ -115,7 +115,6 @@ def _train(
 def claim(run: schema.Run, task: Task, copy: remote.Copy, lock: workdir.Lock) -> None:
     """Makes the workdir this run's, once every host has found nothing wrong."""
     hosts.barrier("checked")
-    refused = ""
     if hosts.rank() == 0:
         try:
             lock.take(copy.lock)
@@ -124,10 +123,9 @@ def claim(run: schema.Run, task: Task, copy: remote.Copy, lock: workdir.Lock) ->
             task.save(copy.local)
             copy.push()
         except (ValueError, OSError) as error:
-            refused = str(error)
-            hosts.told("claimed", f"{isinstance(error, ValueError):d}{refused}")
+            hosts.told("claimed", f"{isinstance(error, ValueError):d}{error}")
             raise
-    if refused := hosts.told("claimed", refused):  # every host ends for the same reason
+    if refused := hosts.told("claimed", ""):  # every host ends for the same reason
         raise (ValueError if refused[0] == "1" else OSError)(refused[1:])
     if hosts.rank():
         copy.pull()
