@@ -16,7 +16,7 @@ TEXT = ["--config.data.buckets=1", "--config.task.beam=0", "--config.checkpoint.
 
 
 # A model of each kind in every run of the suite; the others compile the same things again.
-OFTEN = ("coatnet_digits", "focal_imagenet", "muse_lohelp")
+OFTEN = ("coatnet_digits", "muse_lohelp")
 MARKED = [
     pytest.param(file, id=file.stem, marks=() if file.stem in OFTEN else pytest.mark.slow)
     for file in CONFIGS

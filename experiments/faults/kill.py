@@ -74,8 +74,11 @@ class Harness:
             assert trained.finish() == 0, "\n".join(trained.lines)
         return workdir, data_dir
 
-    def chain(self, kind, plan, rng, note):
-        """One training under the `plan`, a list of (moment, signal); returns the last line."""
+    def chain(self, kind, plan, rng, note, patience=1.0):
+        """One training under the `plan`, a list of (moment, signal); returns the last line.
+
+        A preparation that was over before its kill is made and killed again, sooner.
+        """
         reference, reference_data = self.reference(kind)
         workdir, data_dir = self.work / f"{kind}-killed", self.work / f"{kind}-killed-data"
         for folder in (workdir, data_dir):
@@ -94,8 +97,13 @@ class Harness:
                 else self.train(kind, workdir, data_dir, compiling=moment == "compile")
             )
             lives += 1
-            came = bool(plan) and await_moment(life, moment, rng)
+            came = bool(plan) and await_moment(life, moment, rng, patience)
             code = life.end(how, rng) if came else life.finish()
+            if moment == "preparation" and not code:
+                shutil.rmtree(data_dir)
+                data_dir.mkdir()
+                patience /= 2
+                continue
             plan = plan[1:]
             last = life.lines[-1] if life.lines else ""
             died = code in (-signal.SIGKILL, -signal.SIGTERM) or (came and code == 42)

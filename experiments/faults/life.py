@@ -100,8 +100,11 @@ class Life:
         return code
 
 
-def await_moment(life, moment, rng):
-    """Returns when the moment has come; False if the process ended before."""
+def await_moment(life, moment, rng, patience=1.0):
+    """Returns when the moment has come; False if the process ended before.
+
+    Then it waits a random time more, of `patience` times a few seconds.
+    """
     if moment == "preparation":
         came, most = life.wait_for(life.preparing), 2.0
     elif moment == "start":
@@ -124,6 +127,6 @@ def await_moment(life, moment, rng):
 
         came, most = life.wait_for(nth_save), 0.05
     if came:
-        deadline = time.monotonic() + float(rng.uniform(0, most))
+        deadline = time.monotonic() + patience * float(rng.uniform(0, most))
         life.wait_for(lambda: time.monotonic() >= deadline)
     return came

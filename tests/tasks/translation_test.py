@@ -156,15 +156,16 @@ def test_checkpoints_are_averaged(trained):
         load(trained, average=5)
 
 
-def test_resumed_with_the_vocabulary_it_began_with(trained, tmp_path):
-    """On other data than at first, say after records went bad, ids must mean what they meant."""
+def test_another_vocabulary_than_it_began_with_is_refused(trained, tmp_path):
+    """It is read, not made anew; and with other words, batches would hold other ids."""
     copy = tmp_path / "copy"
     shutil.copytree(trained, copy)
     run = make_run(**{"checkpoint.every": "1", "checkpoint.keep": "4"})
     before = (copy / "tokenizer" / "joint.txt").read_bytes()
     words = tokenizer.Dictionary([f"other{i}" for i in range(396)])
     tokenizer.save(tokenizer.Tokenizers(words, words), copy / "tokenizer")
-    train.train(run, copy)
+    with pytest.raises(ValueError, match="the training data is not what it was at step 4"):
+        train.train(run, copy)
     assert (copy / "tokenizer" / "joint.txt").read_bytes() == words.dump() != before
 
 
