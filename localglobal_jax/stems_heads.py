@@ -5,6 +5,7 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from localglobal_jax.blocks.residual import ACTIVATIONS, Activation, Norm, make_norm
+from localglobal_jax.operators.dense import Dense
 
 
 class ConvStem(nn.Module):
@@ -83,10 +84,10 @@ class PoolingHead(nn.Module):
         norm = make_norm(self.norm, eps=self.norm_eps, train=train, dtype=self.dtype, name="norm")
         x = norm(x).mean((1, 2)) if self.norm_first else norm(x.mean((1, 2)))
         if self.hidden:
-            x = nn.tanh(nn.Dense(self.hidden, dtype=self.dtype, name="hidden")(x))
+            x = nn.tanh(Dense(self.hidden, dtype=self.dtype, name="hidden")(x))
         if not self.classes:
             return x, x
-        return nn.Dense(self.classes, dtype=self.dtype, name="classifier")(x), x
+        return Dense(self.classes, dtype=self.dtype, name="classifier")(x), x
 
 
 class ConvPatchStem(nn.Module):

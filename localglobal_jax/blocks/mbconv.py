@@ -23,6 +23,7 @@ from localglobal_jax.blocks.residual import (
     pool_rounding,
 )
 from localglobal_jax.operators.convolution import DepthwiseConv
+from localglobal_jax.operators.dense import Dense
 
 
 class MBConv(nn.Module):
@@ -72,7 +73,7 @@ class MBConv(nn.Module):
     @nn.compact
     def __call__(self, x: Grid, *, train: bool = False) -> Grid:
         norm = partial(make_norm, self.norm, eps=self.norm_eps, train=train, dtype=self.dtype)
-        dense = partial(nn.Dense, use_bias=False, dtype=self.dtype)
+        dense = partial(Dense, use_bias=False, dtype=self.dtype)
         act = ACTIVATIONS[self.activation]
         from_output = self.expand_from == "output"
         width = make_divisible(self.expansion * (self.features if from_output else x.shape[-1]))

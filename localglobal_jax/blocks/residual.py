@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from localglobal_jax import arrays, step_context
 from localglobal_jax.operators.activation import ACTIVATIONS, Activation
+from localglobal_jax.operators.dense import Dense
 
 Grid = Float[Array, "b h w d"]
 Pool = Literal["avg2", "max2", "avg", "max"]
@@ -75,7 +76,7 @@ class Shortcut(nn.Module):
         if self.stride == 2:
             x = pool(x, self.pool)
         if x.shape[-1] != self.features:
-            x = nn.Dense(self.features, self.use_bias, dtype=self.dtype, name="project")(x)
+            x = Dense(self.features, self.use_bias, dtype=self.dtype, name="project")(x)
         return x
 
 
@@ -114,7 +115,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b *space d"]) -> Float[Array, "b *space d"]:
-        dense = partial(nn.Dense, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
+        dense = partial(Dense, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
         y = ACTIVATIONS[self.activation](dense(self.hidden, name="hidden")(x))
         return dense(x.shape[-1], name="output")(y)
 
@@ -129,6 +130,6 @@ class SqueezeExcite(nn.Module):
     @nn.compact
     def __call__(self, x: Grid) -> Grid:
         s = x.mean((1, 2), keepdims=True)
-        s = nn.Dense(self.hidden, dtype=self.dtype, name="reduce")(s)
-        s = nn.Dense(x.shape[-1], dtype=self.dtype, name="expand")(ACTIVATIONS[self.activation](s))
+        s = Dense(self.hidden, dtype=self.dtype, name="reduce")(s)
+        s = Dense(x.shape[-1], dtype=self.dtype, name="expand")(ACTIVATIONS[self.activation](s))
         return x * nn.sigmoid(s)
