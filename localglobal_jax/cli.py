@@ -11,6 +11,7 @@ from typing import Any
 
 from localglobal_jax import (
     __version__,
+    bench_command,
     convert_command,
     plan_command,
     sweep_command,
@@ -23,7 +24,10 @@ OWN_FILES = (  # of commands: their options and what they print
      "timm coatnet_0_rw_224.safetensors --out runs/coatnet_0_rw"),
     ("plan", plan_command, "compile for a TPU pod without one: does it fit? how fast at most?",
      "--config configs/coatnet_imagenet.py --topology v5e-256"),
+    ("bench", bench_command, "how fast is this machine? two configs in turns",
+     "--config configs/coatnet_digits.py --compare.dtype=bfloat16"),
 )  # fmt: skip
+TAKE_OVERRIDES = ("train", "evaluate", "prepare", "plan", "sweep", "bench")
 
 
 def console() -> int:
@@ -51,14 +55,17 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     argv, overrides = take_overrides(argv)
+    argv, compared = take_overrides(argv, "--compare.")
     args = parser().parse_args(argv)
-    args.overrides = overrides
+    args.overrides, args.compare_overrides = overrides, compared
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s", force=True)
     for noisy in ("absl", "jax", "orbax"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        if overrides and args.command not in ("train", "evaluate", "prepare", "plan", "sweep"):
+        if overrides and args.command not in TAKE_OVERRIDES:
             raise ValueError(f"{args.command} takes no --config.{next(iter(overrides))}")
+        if compared and args.command not in ("bench", "plan"):
+            raise ValueError(f"{args.command} takes no --compare.{next(iter(compared))}")
         code = args.run(args) or 0
         sys.stdout.flush()  # a reader that has gone away shows here, not when Python ends
         return code
@@ -78,12 +85,12 @@ def main(argv: list[str] | None = None) -> int:
         return code
 
 
-def take_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:
+def take_overrides(argv: list[str], prefix: str = "--config.") -> tuple[list[str], dict[str, str]]:
     """Takes ``--config.a.b=v`` (or ``--config.a.b v``) out of `argv`."""
     rest, overrides, i = [], {}, 0
     while i < len(argv):
-        if argv[i].startswith("--config."):
-            field, equals, value = argv[i].removeprefix("--config.").partition("=")
+        if argv[i].startswith(prefix):
+            field, equals, value = argv[i].removeprefix(prefix).partition("=")
             if not equals:
                 given = i + 1 < len(argv) and not argv[i + 1].startswith("--")
                 value = argv[i + 1] if given else "true"

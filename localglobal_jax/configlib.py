@@ -77,6 +77,21 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
     return config
 
 
+def compared(
+    spec: str, overrides: Mapping[str, str], other: str | None, others: Mapping[str, str]
+) -> dict[str, ConfigDict]:
+    """A config, and the one that is set beside it, if any, each under a name for people.
+
+    ``overrides`` are of both, ``others`` of the second, whose file may be the first one's.
+    """
+    found = {spec: load(spec, overrides)}
+    if other or others:
+        name = " ".join([other or spec, *(f"{k}={v}" for k, v in others.items())])
+        name += " (again)" * (name in found)
+        found[name] = load(other or spec, {**overrides, **others})
+    return found
+
+
 def load_module(spec: str) -> tuple[Any, str | None]:
     """The module behind ``FILE[:arg]``, and ``arg``."""
     path, _, arg = spec.partition(":")

@@ -19,7 +19,8 @@ def add_options(sub: argparse.ArgumentParser) -> None:
         help="v5e:16x16, v5p:8x8x8, or a cloud name (v5e-256); cpu:8 needs no libtpu")  # fmt: skip
     add("--step", choices=("train", "eval", "decode"), default="train", help="default: train")
     add("--batch_search", action="store_true", help="find the largest batch that fits")
-    add("--compare", metavar="FILE[:ARG]", help="a second config, side by side")
+    add("--compare", metavar="FILE[:ARG]", help="a second config, side by side; its own "
+        "overrides are --compare.a.b=VALUE, which alone are enough")  # fmt: skip
     add("--timeout", type=float, default=1800, metavar="SECONDS",
         help="of one compilation; default: 1800")  # fmt: skip
     add("--no_cache", action="store_true",
@@ -29,18 +30,18 @@ def add_options(sub: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Prints the report, or two beside each other."""
     topology = topologies.parse(args.topology)
-    if args.batch_search and args.compare:
+    given = configlib.compared(args.config, args.overrides, args.compare, args.compare_overrides)
+    if args.batch_search and len(given) > 1:
         raise ValueError("give --batch_search or --compare, not both")
     if args.batch_search and topology.chip is None:
         raise ValueError("--batch_search needs devices with a limit, e.g. --topology v5e:4x4")
-    specs = [args.config, *([args.compare] if args.compare else [])]
-    runs = [configlib.check(configlib.load(spec, args.overrides)) for spec in specs]
+    runs = [configlib.check(config) for config in given.values()]
     if args.batch_search:
         trials: list[dict[str, Any]] = []
         runs = [searched(runs[0], args, topology, trials)]
     reports = [
-        {"config": spec, **measured(run, args, topology)}
-        for spec, run in zip(specs, runs, strict=True)
+        {"config": name, **measured(run, args, topology)}
+        for name, run in zip(given, runs, strict=True)
     ]
     if args.batch_search:
         reports[0] |= {"batch_size": runs[0].batch_size, "trials": trials}

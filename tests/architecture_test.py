@@ -50,13 +50,14 @@ FLOORS = [  # a room imports from floors below its own; files of one room see ea
     ["evaluate", "run_report", "train_step"],
     ["conversion", "translate"],
     ["convert_command", "plan", "session", "translate_command"],
-    ["launch", "plan_command", "replay", "train"],
-    ["sweep_command", "train_command"],
+    ["bench", "launch", "plan_command", "replay", "train"],
+    ["bench_command", "sweep_command", "train_command"],
     ["cli"],
     ["__main__"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 LIGHT = {
+    "bench_command",
     "schema",
     "config_values",
     "configlib",

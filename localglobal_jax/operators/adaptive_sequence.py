@@ -22,6 +22,7 @@ from localglobal_jax.operators.sequence import (
     SelfAttention,
     head_width,
     key_value_cache,
+    slots,
     split_heads,
     tail,
 )
@@ -107,14 +108,14 @@ class AdaptiveSequence(nn.Module):
     ) -> tuple[Float[Array, "b 1 d"], Cache]:
         """The output at position `index`; `valid` says which positions up to it are real."""
         query, key, value = self._project(x)
-        key = jnp.concatenate([cache["key"], key], 1)
-        value = jnp.concatenate([cache["value"], value], 1)
+        key = jnp.concatenate([slots(cache["key"]), key], 1)
+        value = jnp.concatenate([slots(cache["value"]), value], 1)
         seen = (jnp.arange(self.window) >= self.window - 1 - index)[None]
         if valid is not None:
             seen = tail(valid, index, self.window)
         y = self.attend(query, key, value, bias=self.bias.T[:, None], mask=seen[:, None, None, :])
         y = project(y, [self.output()], dtype=self.dtype)[0]
-        return y, {"key": key[:, 1:], "value": value[:, 1:]}
+        return y, {"key": slots(key[:, 1:]), "value": slots(value[:, 1:])}
 
     def _project(self, x: Array) -> tuple[Array, ...]:
         (qkv,) = project(x, [self.qkv()], dtype=self.dtype)

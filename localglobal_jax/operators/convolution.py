@@ -18,6 +18,8 @@ from localglobal_jax import arrays, parallel
 from localglobal_jax.reach import Reach, local
 
 Padding = Sequence[tuple[int, int]]
+BLOCK = 32  # positions whose dynamic kernels make one matrix
+WIDE = 8  # windows from here on do
 
 
 def same_padding(window: Sequence[int]) -> Padding:
@@ -110,11 +112,45 @@ def dynamic(
             "it must end in [heads that divide the width, positions of the window]"
         )
     padding = same_padding(window) if padding is None else padding
+
+    def shifted(x: Array, kernel: Array) -> Array:
+        return _dynamic_shifted(x, kernel, window, padding)
+
+    def banded(x: Array, kernel: Array) -> Array:
+        return _dynamic_banded(x, kernel, padding[0][0])
+
+    if len(window) > 1 or window[0] < WIDE:
+        return shifted(x, kernel)
+    # Of 256 positions and 15 of a window, forward and backward, a fifth of the time on CPU.
+    return parallel.by_platform(x, kernel, cpu=banded, default=shifted)
+
+
+def _dynamic_shifted(x: Array, kernel: Array, window: Sequence[int], padding: Padding) -> Array:
     heads = x.reshape(*x.shape[:-1], kernel.shape[-2], -1)
     total = jnp.zeros_like(heads)
     for j, moved in enumerate(arrays.shifted(heads, window, padding)):
         total = total + kernel[..., j, None] * moved
     return total.reshape(x.shape)
+
+
+def _dynamic_banded(x: Array, kernel: Array, before: int) -> Array:
+    """Of a sequence: blocks of positions times the matrices whose bands are their kernels.
+
+    A block of l positions sees l + k - 1 of x. Kernels [l, k] with l zeros behind each, read on as
+    rows of l + k - 1, move by one from row to row: that is the band.
+    """
+    (b, length, d), (n, k) = x.shape, kernel.shape[-2:]
+    block = min(BLOCK, length)
+    wide, rest = block + k - 1, -length % block
+    blocks, more = (length + rest) // block, -(-(k - 1) // block)
+    padded = jnp.pad(x, ((0, 0), (before, more * block - before + rest), (0, 0)))
+    cut = padded.reshape(b, blocks + more, block, n, d // n)
+    seen = jnp.concatenate([cut[:, i : i + blocks] for i in range(more + 1)], 2)
+    band = jnp.pad(kernel, ((0, 0), (0, rest), (0, 0), (0, block)))
+    band = band.reshape(b, blocks, block, n, k + block).swapaxes(2, 3).reshape(b, blocks, n, -1)
+    band = band[..., : block * wide].reshape(b, blocks, n, block, wide)
+    y = jnp.einsum("binlm,bimnc->bilnc", band, seen[:, :, :wide])
+    return y.reshape(b, -1, d)[:, :length]
 
 
 # ---------------------------------------------------------------------------- modules

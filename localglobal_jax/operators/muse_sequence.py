@@ -26,6 +26,7 @@ from localglobal_jax.operators.sequence import (
     append,
     head_width,
     key_value_cache,
+    slots,
     split_heads,
     tail,
     valid_at,
@@ -175,15 +176,15 @@ class MuseSequence(nn.Module):
             "key": append(cache["key"], key, index),
             "value": append(cache["value"], value, index),
         }
-        seen = visible_at(index, valid, cache["key"].shape[1])
-        attention = self.attend(query, cache["key"], cache["value"], mask=seen)
+        seen = visible_at(index, valid, cache["key"].shape[2])
+        attention = self.attend(query, slots(cache["key"]), slots(cache["value"]), mask=seen)
         convolution = None
         if "window" in cache:
             window = jnp.concatenate([cache["window"], source], 1)
             cache["window"] = window[:, 1:]
             convolution = self.convolution(window, last=True)
         elif self.windows:
-            window = tail(cache["value"], index, max(self.windows))
+            window = slots(tail(cache["value"], index, max(self.windows), axis=2))
             convolution = self.convolution(window.reshape(*window.shape[:2], -1), last=True)
         return self._sum(attention, convolution, source, rest, memory, False), cache
 

@@ -58,6 +58,12 @@ CHIPS = {
     ),
 }
 # Peaks of CPU depend on the machine: none are given, and bounds are left out.
+KINDS = {  # as JAX names a device -> its generation
+    "TPU v2": "v2", "TPU v3": "v3", "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p",
+    "TPU v6 lite": "v6e", "TPU7x": "tpu7x",
+}  # fmt: skip
+# bf16 FLOP/s without sparsity, from NVIDIA's data sheets; the ones that an 80 GB card of SXM has
+GPUS = {"V100": 125 * TERA, "A100": 312 * TERA, "H100": 989 * TERA, "H200": 989 * TERA}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +98,14 @@ class Topology:
     def peak(self, what: str) -> float | None:
         """``flops``, ``hbm`` or ``ici`` of one device."""
         return getattr(self.chip, what) / self.chip.devices if self.chip else None
+
+
+def peak_flops(kind: str) -> float | None:
+    """FLOP/s in bf16 of the device that JAX calls `kind`; None where it is not known."""
+    if kind in KINDS:
+        chip = CHIPS[KINDS[kind]]
+        return chip.flops / chip.devices
+    return next((peak for name, peak in GPUS.items() if name in kind), None)
 
 
 def parse(text: str) -> Topology:

@@ -75,3 +75,25 @@ def test_bf16_stays_bf16():
     y, variables = module.init_with_output(jax.random.key(0), jnp.ones((1, 4, 4, 2)))
     assert y.dtype == jnp.bfloat16
     assert {v.dtype for v in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    length=st.integers(1, 80), k=st.integers(1, 40), heads=st.sampled_from([1, 2]), data=st.data()
+)
+def test_dynamic_kernels_as_bands_of_matrices(length, k, heads, data):
+    before = data.draw(st.integers(0, k - 1))
+    random = np.random.default_rng(length * k)
+    x = jnp.asarray(random.normal(size=(2, length, 4)), jnp.float32)
+    kernel = jnp.asarray(random.normal(size=(2, length, heads, k)), jnp.float32)
+
+    def run(f):
+        return jax.value_and_grad(lambda x, w: jnp.sin(f(x, w)).sum(), (0, 1))(x, kernel)
+
+    shifted = run(
+        lambda x, w: convolution._dynamic_shifted(x, w, (k,), ((before, k - 1 - before),))
+    )
+    banded = run(lambda x, w: convolution._dynamic_banded(x, w, before))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), shifted, banded
+    )

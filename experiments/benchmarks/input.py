@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CPU time of input per image, beside tf.data's; writes input.csv.
+
+    python experiments/benchmarks/input.py --theirs PYTHON
+
+`PYTHON`: of an environment with tensorflow. The images are the two photographs (640 x 427) that
+scikit-learn ships, as JPEG; small sets are Fashion-MNIST's shape, in memory.
+"""
+
+import argparse
+import os
+import pathlib
+import sys
+import time
+
+import numpy as np
+import pairs
+import sklearn.datasets
+
+from localglobal_jax import schema
+from localglobal_jax.data import images, loader
+
+HERE = pathlib.Path(__file__).parent
+IMAGES, ROUNDS = 512, 7
+WORK = {"crop and flip": 0, "crop, flip and RandAugment of 2": 2}  # layers of RandAugment
+GOAL, SMALL_GOAL = 1.2, 0.05  # times tf.data's CPU time; ms
+
+
+def photographs():
+    folder = pathlib.Path(sklearn.datasets.__file__).parent / "images"
+    return [str(path) for path in sorted(folder.glob("*.jpg"))]
+
+
+def beside(name, layers, python):
+    """One row: photographs of 224 x 224."""
+    arguments = [str(layers), str(IMAGES), *photographs()]
+    sides = [
+        pairs.Worker([sys.executable, str(HERE / "input_ours.py"), *arguments]),
+        pairs.Worker([python, str(HERE / "input_theirs.py"), *arguments]),
+    ]
+    seconds = pairs.in_turns(sides, ROUNDS)
+    for side in sides:
+        side.close()
+    ms = 1e3 * seconds / IMAGES
+    return {
+        "name": name,
+        "goal": GOAL,
+        **{f"ratio_{k}": v for k, v in pairs.spread(ms[:, 0] / ms[:, 1]).items()},
+        "our_ms": pairs.spread(ms[:, 0])["median"],
+        "their_ms": pairs.spread(ms[:, 1])["median"],
+        "theirs": sides[1].about,
+        "load": round(os.getloadavg()[0], 1),
+        **pairs.environment(),
+    }
+
+
+class Small(list):
+    """A `readers.Reader` of arrays."""
+
+    classes, channels, shape = 10, 1, (28, 28)
+
+    def block(self, index):
+        return [self[i] for i in index]
+
+    def decode(self, record):
+        return record, 0
+
+
+def small():
+    """One row: random pad-crops and flips of 60,000 small images in memory."""
+    options = schema.Images(
+        image_size=(28, 28), in_memory=True, crop="pad", pad=2, flip=True, threads=2
+    )
+    pixels = np.random.default_rng(0).integers(0, 256, (60_000, 28, 28, 1), np.uint8)
+    source = images.ImageSource(Small(pixels), options, train=True)
+    found = []
+    for part in range(ROUNDS + 1):
+        began = time.process_time()
+        for start in range(0, 60_000, 128):
+            index = np.arange(start, min(start + 128, 60_000))
+            source.batch(index, loader.Draws(part, start))
+        found.append(1e3 * (time.process_time() - began) / 60_000)
+    return {
+        "name": "28 x 28 in memory, pad-crop and flip",
+        "goal": SMALL_GOAL,
+        "our_ms": pairs.spread(np.array(found[1:]))["median"],
+        "load": round(os.getloadavg()[0], 1),
+        **pairs.environment(),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--theirs", required=True, metavar="PYTHON", help="has tensorflow")
+    args = parser.parse_args()
+    for row in (small(), *(beside(*item, args.theirs) for item in WORK.items())):
+        pairs.write(HERE / "input.csv", [row])
+        print({k: row[k] for k in row if k.endswith(("name", "ms", "median", "goal"))}, flush=True)
+
+
+if __name__ == "__main__":
+    main()
