@@ -117,7 +117,8 @@ class SharedValueConv(nn.Module):
         if not last:
             return dynamic(value, kernel, window=window, padding=padding)
         heads = value.reshape(*value.shape[:-1], self.heads, -1)
-        return jnp.einsum("bonk,bknc->bonc", kernel, heads).reshape(*here.shape)
+        # A sum, not a product of matrices, for which XLA on CPU would transpose what the window sees.
+        return (kernel.swapaxes(1, 3) * heads).sum(1).reshape(here.shape)
 
 
 class Muse(nn.Module):
