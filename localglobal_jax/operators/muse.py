@@ -117,7 +117,7 @@ class SharedValueConv(nn.Module):
         if not last:
             return dynamic(value, kernel, window=window, padding=padding)
         heads = value.reshape(*value.shape[:-1], self.heads, -1)
-        # A sum, not a product of matrices, for which XLA on CPU would transpose what the window sees.
+        # A sum, no product of matrices: for that XLA on CPU transposes what the window sees.
         return (kernel.swapaxes(1, 3) * heads).sum(1).reshape(here.shape)
 
 
