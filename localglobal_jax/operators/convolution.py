@@ -5,11 +5,14 @@ A convolution that mixes channels is `flax.linen.Conv` with explicit padding, a 
 `flax.linen.Dense`. What is left, and written here, is the depthwise one: each channel by itself.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterator, Sequence
 from itertools import product
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -71,15 +74,62 @@ def _depthwise_shifted(x: Array, kernel: Array, stride: int, padding: Padding) -
     parts = padded.reshape(x.shape[0], *cut, x.shape[-1])
     rank = len(space)
     parts = jnp.moveaxis(parts, [2 * i + 2 for i in range(rank)], range(rank))
-    total = None
-    for offset in product(*map(range, window)):
-        begin = [divmod(o, stride) for o in offset]
-        steps = (slice(first, first + n) for (first, _), n in zip(begin, out, strict=True))
-        part = parts[tuple(which for _, which in begin)]
-        term = part[(slice(None), *steps)] * arrays.per_channel(kernel[offset], x)
-        total = term if total is None else total + term
-    assert total is not None
-    return total
+    return _sum_of_shifts(parts, kernel, tuple(out))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _sum_of_shifts(parts: Array, kernel: Array, out: tuple[int, ...]) -> Array:
+    """``sum_o parts[o % s, :, o // s : o // s + out] kernel[o]`` over all offsets of the window.
+
+    Its own derivative (no forward-mode) is again made of slices. Autodiff would add up padded
+    arrays, of which every element asks for every offset whether it is there.
+    """
+    terms = (
+        _slice(parts[which], first, out) * arrays.per_channel(kernel[offset], parts[which])
+        for offset, which, first in _offsets(kernel, parts.shape[0])
+    )
+    return functools.reduce(operator.add, terms)
+
+
+def _sum_of_shifts_backward(
+    out: tuple[int, ...], saved: tuple[Array, Array], g: Array
+) -> tuple[Array, Array]:
+    parts, kernel = saved
+    rank, stride = len(out), parts.shape[0]
+    most = [-(-k // stride) - 1 for k in kernel.shape[:-1]]
+    size = parts.shape[rank + 1 : -1]
+    around = [(m, n - o) for m, n, o in zip(most, size, out, strict=True)]
+    padded = jnp.pad(g, ((0, 0), *around, (0, 0)))
+    sums: dict[tuple[int, ...], Array] = {}
+    of_kernel = []
+    for offset, which, first in _offsets(kernel, stride):
+        back = tuple(m - f for m, f in zip(most, first, strict=True))
+        term = _slice(padded, back, size) * arrays.per_channel(kernel[offset], g)
+        sums[which] = sums[which] + term if which in sums else term
+        of_kernel.append((_slice(parts[which], first, out) * g).sum(tuple(range(g.ndim - 1))))
+    every = product(range(stride), repeat=rank)
+    of_parts = jnp.stack(
+        [sums.get(which, jnp.zeros(parts.shape[rank:], g.dtype)) for which in every]
+    )
+    return of_parts.reshape(parts.shape), jnp.stack(of_kernel).reshape(kernel.shape)
+
+
+_sum_of_shifts.defvjp(
+    lambda parts, kernel, out: (_sum_of_shifts(parts, kernel, out), (parts, kernel)),
+    _sum_of_shifts_backward,
+)
+
+
+def _offsets(kernel: Array, stride: int) -> Iterator[tuple[tuple[int, ...], ...]]:
+    """Every offset of a window, which part it is of, and its place there."""
+    for offset in product(*map(range, kernel.shape[:-1])):
+        first, which = zip(*(divmod(o, stride) for o in offset), strict=True)
+        yield offset, which, first
+
+
+def _slice(x: Array, first: Sequence[int], size: Sequence[int]) -> Array:
+    steps = (slice(f, f + n) for f, n in zip(first, size, strict=True))
+    return x[(slice(None), *steps)]
 
 
 def _depthwise_grouped(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
