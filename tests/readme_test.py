@@ -35,7 +35,7 @@ def test_commands_parse():
         words = [
             word
             for word in shlex.split(line, comments=True)[1:]
-            if not word.startswith("--config.")
+            if not word.startswith(("--config.", "--compare."))
         ]
         parser().parse_args(words)
 

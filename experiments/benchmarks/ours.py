@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A worker (see pairs.py): our models.
 
-python ours.py infer|train|decode|matmul NAME BATCH [FIELD=VALUE ...]
+python ours.py infer|train|decode NAME BATCH [FIELD=VALUE ...]
 """
 
 import os
@@ -16,7 +16,6 @@ if "GLIBC_TUNABLES" not in os.environ:
 import ast
 
 import jax
-import jax.numpy as jnp
 import optax
 
 import localglobal_jax as lg
@@ -87,21 +86,11 @@ def decode(module, inputs, labels):
     return lambda: search(module, variables, source, beam=5, max_length=29, min_length=29)
 
 
-def matmul(size):
-    x = jax.random.normal(jax.random.key(0), (size, size))
-    product = jax.jit(jnp.matmul)
-    return lambda: product(x, x)
-
-
 def main(work, name, batch, *options):
-    if work == "matmul":
-        go = matmul(int(batch))
-    else:
-        fields = {k: ast.literal_eval(v) for k, v in (option.split("=") for option in options)}
-        module = lg.create_model(name, **fields)
-        go = {"infer": infer, "train": train, "decode": decode}[work](
-            module, *example(name, int(batch))
-        )
+    fields = {k: ast.literal_eval(v) for k, v in (option.split("=") for option in options)}
+    module = lg.create_model(name, **fields)
+    works = {"infer": infer, "train": train, "decode": decode}
+    go = works[work](module, *example(name, int(batch)))
     for _ in range(2):
         jax.block_until_ready(go())
     print(f"ready jax {jax.__version__}", flush=True)
