@@ -5,6 +5,8 @@ from functools import partial
 from typing import Literal
 
 import flax.linen as nn
+import jax.numpy as jnp
+from localglobal_jax import step_context
 from pydantic import PositiveFloat, PositiveInt
 
 from localglobal_jax.blocks.residual import (
@@ -23,6 +25,14 @@ from localglobal_jax.blocks.residual import (
     pool_rounding,
 )
 from localglobal_jax.operators.convolution import DepthwiseConv
+from localglobal_jax.operators.normalized import BatchNorm, activate, activate_product, covariance, moments
+
+
+class DenseKernel(nn.Module):
+    features: int
+    @nn.compact
+    def __call__(self, x):
+        return self.param("kernel", nn.linear.default_kernel_init, (x.shape[-1], self.features))
 
 
 class MBConv(nn.Module):
@@ -86,19 +96,31 @@ class MBConv(nn.Module):
             self.features, self.stride, self.pool, self.use_bias, self.dtype, name="shortcut"
         )(x)
 
-        y = norm(name="norm")(x)
-        if self.pre_activation:
-            y = act(y)
-        if self.stride == 2 and self.stride_at == "pool":
-            y = pool(y, self.main_pool)
-        if self.stride == 2 and self.stride_at == "expand":
-            y = y[:, ::2, ::2]  # what a 1x1 convolution with stride 2 reads
-        y = act(norm(name="expand_norm")(dense(width, name="expand")(y)))
+        if step_context.formulation() == "tuned" and self.norm == "batch" and not self.pre_activation and (self.stride == 1 or self.stride_at == "depthwise"):
+            bn = partial(BatchNorm, self.norm_eps)
+            kernel = DenseKernel(width, name="expand")(x)
+            mean, cov = covariance(x)
+            before = bn(name="norm")(mean, jnp.maximum(jnp.diagonal(cov), 0), train=train)
+            scaled = before.scale[:, None] * kernel
+            after = bn(name="expand_norm")(before.offset @ kernel, jnp.maximum(jnp.sum(scaled * jnp.matmul(cov, scaled, precision="highest"), 0), 0), train=train)
+            y = activate_product(x, kernel, before, after, self.activation)
+        else:
+            y = norm(name="norm")(x)
+            if self.pre_activation:
+                y = act(y)
+            if self.stride == 2 and self.stride_at == "pool":
+                y = pool(y, self.main_pool)
+            if self.stride == 2 and self.stride_at == "expand":
+                y = y[:, ::2, ::2]  # what a 1x1 convolution with stride 2 reads
+            y = act(norm(name="expand_norm")(dense(width, name="expand")(y)))
         stride = self.stride if self.stride_at == "depthwise" else 1
         y = DepthwiseConv(self.window, stride, dtype=self.dtype, name="depthwise")(y)
         if squeeze and self.squeeze_early:
             y = excite()(y)
-        y = act(norm(name="depthwise_norm")(y))
+        if step_context.formulation() == "tuned" and self.norm == "batch":
+            y = activate(y, BatchNorm(self.norm_eps, name="depthwise_norm")(*moments(y), train=train), self.activation)
+        else:
+            y = act(norm(name="depthwise_norm")(y))
         if squeeze and not self.squeeze_early:
             y = excite()(y)
         y = dense(self.features, use_bias=self.use_bias, name="project")(y)
