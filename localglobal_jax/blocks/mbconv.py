@@ -25,7 +25,7 @@ from localglobal_jax.blocks.residual import (
     pool_rounding,
 )
 from localglobal_jax.operators.convolution import DepthwiseConv
-from localglobal_jax.operators.normalized import BatchNorm, activate, activate_product, covariance, moments
+from localglobal_jax.operators.normalized import BatchNorm, activate, activate_product, covariance, gated_product, moments
 
 
 class DenseKernel(nn.Module):
@@ -104,7 +104,9 @@ class MBConv(nn.Module):
             scaled = before.scale[:, None] * kernel
             after = bn(name="expand_norm")(before.offset @ kernel, jnp.maximum(jnp.sum(scaled * jnp.matmul(cov, scaled, precision="highest"), 0), 0), train=train)
             y = activate_product(x, kernel, before, after, self.activation)
+            tuned=True
         else:
+            tuned=False
             y = norm(name="norm")(x)
             if self.pre_activation:
                 y = act(y)
@@ -114,14 +116,20 @@ class MBConv(nn.Module):
                 y = y[:, ::2, ::2]  # what a 1x1 convolution with stride 2 reads
             y = act(norm(name="expand_norm")(dense(width, name="expand")(y)))
         stride = self.stride if self.stride_at == "depthwise" else 1
-        y = DepthwiseConv(self.window, stride, dtype=self.dtype, name="depthwise")(y)
+        conv = DepthwiseConv(self.window, stride, dtype=self.dtype, name="depthwise")
+        y = conv(y)
         if squeeze and self.squeeze_early:
             y = excite()(y)
         if step_context.formulation() == "tuned" and self.norm == "batch":
             y = activate(y, BatchNorm(self.norm_eps, name="depthwise_norm")(*moments(y), train=train), self.activation)
         else:
             y = act(norm(name="depthwise_norm")(y))
-        if squeeze and not self.squeeze_early:
+        if tuned and squeeze and not self.squeeze_early:
+            gate = excite().gate(y)
+            def gated(y, kernel, *_, **__): return gated_product(y, gate[:, 0, 0], kernel)
+            y = dense(self.features, use_bias=self.use_bias, dot_general=gated, name="project")(y)
+        else:
+          if squeeze and not self.squeeze_early:
             y = excite()(y)
-        y = dense(self.features, use_bias=self.use_bias, name="project")(y)
+          y = dense(self.features, use_bias=self.use_bias, name="project")(y)
         return shortcut + DropPath(self.drop_path, name="drop_path")(y, train=train)

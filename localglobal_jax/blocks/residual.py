@@ -126,9 +126,13 @@ class SqueezeExcite(nn.Module):
     activation: Activation = "silu"
     dtype: str = "float32"
 
-    @nn.compact
     def __call__(self, x: Grid) -> Grid:
+        return x * self.gate(x)
+
+    @nn.compact
+    def gate(self, x: Grid) -> Float[Array, "b 1 1 d"]:
+        """The factor of every channel."""
         s = x.mean((1, 2), keepdims=True)
         s = nn.Dense(self.hidden, dtype=self.dtype, name="reduce")(s)
         s = nn.Dense(x.shape[-1], dtype=self.dtype, name="expand")(ACTIVATIONS[self.activation](s))
-        return x * nn.sigmoid(s)
+        return nn.sigmoid(s)

@@ -11,7 +11,8 @@ of every expanded activation for the backward pass. Two identities do without th
 Legend: d width in, e width out. Statistics are float32 at least.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -45,24 +46,54 @@ def moments(x: Float[Array, "*b d"]) -> tuple[Float[Array, " d"], Float[Array, "
     return mean, jnp.maximum(square - jnp.square(mean), 0)
 
 
+@jax.custom_vjp
+def _second_moment(rows: Float[Array, "n d"]) -> Float[Array, "d d"]:
+    wide = jnp.promote_types(rows.dtype, jnp.float32)
+    return jnp.matmul(rows.T, rows, precision="highest", preferred_element_type=wide)
+
+
+def _second_moment_backward(rows: Array, g: Array) -> tuple[Array]:
+    # Symmetric: one product, where autodiff makes two.
+    return (rows @ (g + g.T).astype(rows.dtype),)
+
+
+_second_moment.defvjp(lambda rows: (_second_moment(rows), rows), _second_moment_backward)
+
+
 def covariance(x: Float[Array, "*b d"]) -> tuple[Float[Array, " d"], Float[Array, "d d"]]:
     """Mean and biased covariance of the channels."""
     rows = x.reshape(-1, x.shape[-1])
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    square = jnp.matmul(rows.T, rows, precision="highest", preferred_element_type=wide)
-    mean, square = _mean((rows.astype(wide).mean(0), square / rows.shape[0]))
+    mean, square = _mean((rows.astype(wide).mean(0), _second_moment(rows) / rows.shape[0]))
     return mean, square - jnp.outer(mean, mean)
+
+
+def recomputed(function: Callable[..., Array]) -> Callable[..., Array]:
+    """`function`, of which the backward pass keeps the arguments alone and computes it again.
+
+    Unlike `jax.checkpoint` it holds back only the arguments, not what is to be multiplied with the
+    derivative: so that fuses into whatever made it.
+    """
+
+    @jax.custom_vjp
+    def apply(*args: Any) -> Array:
+        return function(*args)
+
+    def backward(args: tuple[Any, ...], g: Array) -> tuple[Any, ...]:
+        return jax.vjp(function, *lax.optimization_barrier(args))[1](g)
+
+    apply.defvjp(lambda *args: (function(*args), args), backward)
+    return apply
 
 
 def activate(x: Float[Array, "*b d"], affine: Affine, activation: Activation) -> Array:
     """``act((x - center) * scale + offset)``; the backward pass computes it again from x."""
 
-    @jax.checkpoint
     def apply(x: Array, affine: Affine) -> Array:
         center, scale, offset = (arrays.per_channel(v, x) for v in affine)
         return ACTIVATIONS[activation](((x - center) * scale + offset).astype(x.dtype))
 
-    return apply(x, affine)
+    return recomputed(apply)(x, affine)
 
 
 def activate_product(
@@ -74,7 +105,6 @@ def activate_product(
 ) -> Float[Array, "*b e"]:
     """``act(after(before(x) @ kernel))`` as one product; the backward pass repeats it from x."""
 
-    @jax.checkpoint
     def apply(x: Array, kernel: Array, before: Affine, after: Affine) -> Array:
         folded = (before.scale[:, None] * kernel * after.scale).astype(x.dtype)
         # The center meets the rounded kernel, as x does: no mean is left over.
@@ -82,7 +112,38 @@ def activate_product(
         bias -= before.center @ folded.astype(bias.dtype)
         return ACTIVATIONS[activation](x @ folded + bias.astype(x.dtype))
 
-    return apply(x, kernel, before, after)
+    return recomputed(apply)(x, kernel, before, after)
+
+
+@jax.custom_vjp
+def gated_product(
+    x: Float[Array, "b *space d"], gate: Float[Array, "b d"], kernel: Float[Array, "d e"]
+) -> Float[Array, "b *space e"]:
+    """``(x * gate) @ kernel``, with a gate per example.
+
+    The gradients of gate and kernel both follow from one product per example, ``x^T g``.
+    """
+    return (x * _spread(gate, x)) @ kernel
+
+
+def _spread(gate: Array, x: Array) -> Array:
+    return gate.reshape(gate.shape[0], *(1,) * (x.ndim - 2), -1)
+
+
+def _gated_forward(x: Array, gate: Array, kernel: Array) -> tuple[Array, Any]:
+    return gated_product(x, gate, kernel), (x, gate, kernel)
+
+
+def _gated_backward(saved: Any, g: Array) -> tuple[Array, Array, Array]:
+    x, gate, kernel = saved
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    each = jnp.einsum("b...d,b...e->bde", x, g, preferred_element_type=wide)
+    dx = (g @ kernel.T) * _spread(gate, x)
+    dgate = jnp.einsum("bde,de->bd", each, kernel.astype(wide)).astype(gate.dtype)
+    return dx, dgate, jnp.einsum("bde,bd->de", each, gate.astype(wide)).astype(kernel.dtype)
+
+
+gated_product.defvjp(_gated_forward, _gated_backward)
 
 
 class BatchNorm(nn.Module):
