@@ -4,7 +4,7 @@
 Legend: b batch, l m lengths, h w grid, d width, n heads, c width of a head.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from localglobal_jax import arrays, memory
+from localglobal_jax import arrays, memory, step_context
 from localglobal_jax.reach import GLOBAL, Reach
 
 # ---------------------------------------------------------------------------- functions
@@ -31,6 +31,8 @@ def attend(
     The bias is added after the scaling. Where `mask` is False a key gets no weight. The softmax is
     in float32 at least.
     """
+    if step_context.formulation() == "tuned":
+        return _attend(query, key, value, bias, mask)
     weights = attention_weights(query, key, bias=bias, mask=mask)
     return jnp.einsum("bnlm,bmnv->blnv", weights.astype(value.dtype), value)
 
@@ -43,6 +45,10 @@ def attention_weights(
     mask: Bool[Array, "#b #n #l m"] | None = None,
 ) -> Float[Array, "b n l m"]:
     """The weights that `attend` gives to the values; each row sums to one, in float32 at least."""
+    return jax.nn.softmax(_logits(query, key, bias, mask), axis=-1)
+
+
+def _logits(query: Array, key: Array, bias: Array | None, mask: Array | None) -> Array:
     logits = jnp.einsum(
         "blnc,bmnc->bnlm",
         query * query.shape[-1] ** -0.5,
@@ -53,7 +59,60 @@ def attention_weights(
         logits = logits + bias.astype(logits.dtype).reshape((-1, *bias.shape[-3:]))
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
-    return jax.nn.softmax(logits, axis=-1)
+    return logits
+
+
+@jax.custom_vjp
+def _attend(
+    query: Array, key: Array, value: Array, bias: Array | None, mask: Array | None
+) -> Array:
+    """`attend`, writing one array [b, n, l, m] in each direction, in the dtype of the values.
+
+    Forward, that is the numerator of the softmax, which the backward pass reads again; logits are
+    made twice, once for their maximum. Backward, it is the gradient of the logits: what the
+    softmax subtracts from it, ``sum_m g_lm w_lm``, is ``g_l . y_l`` (arXiv 2205.14135, B.4).
+    """
+    return _attend_forward(query, key, value, bias, mask)[0]
+
+
+def _attend_forward(
+    query: Array, key: Array, value: Array, bias: Array | None, mask: Array | None
+) -> tuple[Array, Any]:
+    highest = _logits(query, key, bias, mask).max(-1, keepdims=True)
+    # Without the barrier the logits are made once, and float32 ones stored and read three times.
+    again = jax.lax.optimization_barrier((query, key, bias, mask, highest))
+    numerator = jnp.exp(_logits(*again[:-1]) - again[-1])
+    total = jnp.swapaxes(numerator.sum(-1, keepdims=True), 1, 2)
+    numerator = numerator.astype(value.dtype)
+    y = jnp.einsum("bnlm,bmnv->blnv", numerator, value, preferred_element_type=total.dtype)
+    y = (y / total).astype(value.dtype)
+    return y, (query, key, value, bias, mask, numerator, total, y)
+
+
+def _attend_backward(saved: Any, g: Array) -> tuple[Array | None, ...]:
+    query, key, value, bias, mask, numerator, total, y = saved
+    wide, scale = total.dtype, query.shape[-1] ** -0.5
+    subtracted = jnp.sum(g.astype(wide) * y.astype(wide), -1, keepdims=True)
+    share = (g / total).astype(g.dtype)
+    d_value = jnp.einsum("bnlm,blnv->bmnv", numerator, share)
+    d_weights = jnp.einsum("blnv,bmnv->bnlm", g, value, preferred_element_type=wide)
+    subtracted, total = (jnp.swapaxes(x, 1, 2) for x in (subtracted, total))
+    d_logits = (numerator * ((d_weights - subtracted) / total)).astype(query.dtype)
+    if mask is not None:
+        d_logits = jnp.where(mask, d_logits, 0)
+    d_query = jnp.einsum("bnlm,bmnc->blnc", d_logits, key) * scale
+    d_key = jnp.einsum("bnlm,blnc->bmnc", d_logits, query) * scale
+    d_bias = None
+    if bias is not None:
+        _, pull = jax.vjp(
+            lambda b: jnp.broadcast_to(b.astype(wide).reshape(-1, *b.shape[-3:]), d_logits.shape),
+            bias,
+        )
+        (d_bias,) = pull(d_logits.astype(wide))
+    return d_query, d_key, d_value, d_bias, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def relative_positions(height: int, width: int) -> Int[np.ndarray, "l l 2"]:
