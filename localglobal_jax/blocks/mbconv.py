@@ -6,9 +6,9 @@ from typing import Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
-from localglobal_jax import step_context
 from pydantic import PositiveFloat, PositiveInt
 
+from localglobal_jax import step_context
 from localglobal_jax.blocks.residual import (
     ACTIVATIONS,
     Activation,
@@ -21,18 +21,20 @@ from localglobal_jax.blocks.residual import (
     SqueezeExcite,
     make_divisible,
     make_norm,
+    norm_activation,
     pool,
     pool_rounding,
 )
 from localglobal_jax.operators.convolution import DepthwiseConv
-from localglobal_jax.operators.normalized import BatchNorm, activate, activate_product, covariance, gated_product, moments
-
-
-class DenseKernel(nn.Module):
-    features: int
-    @nn.compact
-    def __call__(self, x):
-        return self.param("kernel", nn.linear.default_kernel_init, (x.shape[-1], self.features))
+from localglobal_jax.operators.normalized import (
+    BatchNorm,
+    Kernel,
+    activate_product,
+    covariance,
+    gated_product,
+    product_moments,
+)
+from localglobal_jax.operators.dense import Dense
 
 
 class MBConv(nn.Module):
@@ -81,9 +83,9 @@ class MBConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Grid, *, train: bool = False) -> Grid:
-        norm = partial(make_norm, self.norm, eps=self.norm_eps, train=train, dtype=self.dtype)
+        normed = {"eps": self.norm_eps, "train": train, "dtype": self.dtype}
+        activated = partial(norm_activation, kind=self.norm, activation=self.activation, **normed)
         dense = partial(nn.Dense, use_bias=False, dtype=self.dtype)
-        act = ACTIVATIONS[self.activation]
         from_output = self.expand_from == "output"
         width = make_divisible(self.expansion * (self.features if from_output else x.shape[-1]))
         squeeze = int(self.squeeze_ratio * (self.features if from_output else width))
@@ -96,40 +98,42 @@ class MBConv(nn.Module):
             self.features, self.stride, self.pool, self.use_bias, self.dtype, name="shortcut"
         )(x)
 
-        if step_context.formulation() == "tuned" and self.norm == "batch" and not self.pre_activation and (self.stride == 1 or self.stride_at == "depthwise"):
-            bn = partial(BatchNorm, self.norm_eps)
-            kernel = DenseKernel(width, name="expand")(x)
-            mean, cov = covariance(x)
-            before = bn(name="norm")(mean, jnp.maximum(jnp.diagonal(cov), 0), train=train)
-            scaled = before.scale[:, None] * kernel
-            after = bn(name="expand_norm")(before.offset @ kernel, jnp.maximum(jnp.sum(scaled * jnp.matmul(cov, scaled, precision="highest"), 0), 0), train=train)
-            y = activate_product(x, kernel, before, after, self.activation)
-            tuned=True
+        tuned = self.norm == "batch" and step_context.formulation() == "tuned"
+        strided = self.stride == 2 and self.stride_at != "depthwise"
+        if tuned and not (strided or self.pre_activation):
+            y = self._expand(x.astype(self.dtype), width, train=train)
         else:
-            tuned=False
-            y = norm(name="norm")(x)
+            y = make_norm(self.norm, **normed, name="norm")(x)
             if self.pre_activation:
-                y = act(y)
-            if self.stride == 2 and self.stride_at == "pool":
+                y = ACTIVATIONS[self.activation](y)
+            if strided and self.stride_at == "pool":
                 y = pool(y, self.main_pool)
-            if self.stride == 2 and self.stride_at == "expand":
+            elif strided:
                 y = y[:, ::2, ::2]  # what a 1x1 convolution with stride 2 reads
-            y = act(norm(name="expand_norm")(dense(width, name="expand")(y)))
+            y = activated(dense(width, name="expand")(y), name="expand_norm")
         stride = self.stride if self.stride_at == "depthwise" else 1
-        conv = DepthwiseConv(self.window, stride, dtype=self.dtype, name="depthwise")
-        y = conv(y)
+        y = DepthwiseConv(self.window, stride, dtype=self.dtype, name="depthwise")(y)
         if squeeze and self.squeeze_early:
             y = excite()(y)
-        if step_context.formulation() == "tuned" and self.norm == "batch":
-            y = activate(y, BatchNorm(self.norm_eps, name="depthwise_norm")(*moments(y), train=train), self.activation)
-        else:
-            y = act(norm(name="depthwise_norm")(y))
-        if tuned and squeeze and not self.squeeze_early:
-            gate = excite().gate(y)
-            def gated(y, kernel, *_, **__): return gated_product(y, gate[:, 0, 0], kernel)
-            y = dense(self.features, use_bias=self.use_bias, dot_general=gated, name="project")(y)
-        else:
-          if squeeze and not self.squeeze_early:
+        y = activated(y, name="depthwise_norm")
+        product = {}
+        if squeeze and not self.squeeze_early and tuned:
+            gate = excite().gate(y)[:, 0, 0]
+            product["dot_general"] = lambda y, kernel, *_, **__: gated_product(y, gate, kernel)
+        elif squeeze and not self.squeeze_early:
             y = excite()(y)
-          y = dense(self.features, use_bias=self.use_bias, name="project")(y)
+        y = dense(self.features, use_bias=self.use_bias, name="project", **product)(y)
         return shortcut + DropPath(self.drop_path, name="drop_path")(y, train=train)
+
+    def _expand(self, x: Grid, width: int, *, train: bool) -> Grid:
+        """``act(Norm(Expand(Norm(x))))``, both norms folded into the matrix."""
+        d, batch = x.shape[-1], None
+        kernel = Kernel(width, name="expand")(d)
+        if train:
+            mean, spread = covariance(x)
+            batch = mean, jnp.maximum(jnp.diagonal(spread), 0)
+        before = BatchNorm(d, self.norm_eps, name="norm")(batch)
+        if train:
+            batch = product_moments(spread, before, kernel)
+        after = BatchNorm(width, self.norm_eps, name="expand_norm")(batch)
+        return activate_product(x, kernel, before, after, self.activation)
