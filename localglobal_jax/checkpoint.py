@@ -25,7 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from localglobal_jax import digest, hosts, orbax_mended, schema, stored
+from localglobal_jax import digest, hosts, memory, orbax_mended, schema, stored
 from localglobal_jax.stored import CorruptCheckpoint, inspect, read
 
 __all__ = ["Checkpoints", "CorruptCheckpoint", "Restored", "inspect", "read"]
@@ -186,6 +186,7 @@ class Checkpoints:
         if self._manager:
             with self._or_abandon():
                 self._manager.wait_until_finished()
+            memory.give_back()
             if hosts.rank() == 0 and (self.directory / TRASH).exists():
                 (self.directory / TRASH).rmtree()
 

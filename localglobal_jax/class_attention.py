@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from localglobal_jax import arrays
 from localglobal_jax.blocks.residual import MLP, make_norm
 from localglobal_jax.operators.attention import attend
+from localglobal_jax.operators.dense import Dense, DenseGeneral
 
 
 class ClassAttention(nn.Module):
@@ -29,7 +30,7 @@ class ClassAttention(nn.Module):
             raise ValueError(
                 f"class attention: width {width} is not divisible by {self.heads} heads"
             )
-        dense = partial(nn.DenseGeneral, dtype=self.dtype, kernel_init=nn.initializers.normal(0.02))
+        dense = partial(DenseGeneral, dtype=self.dtype, kernel_init=nn.initializers.normal(0.02))
         part = width // self.heads
         query = dense((self.heads, part), use_bias=self.qkv_bias, name="query")(x[:, :1])
         pair = dense((2, self.heads, part), use_bias=self.qkv_bias, name="key_value")(x)
@@ -104,7 +105,7 @@ class ClassAttentionHead(nn.Module):
         features = x[:, 0] if self.blocks else x.mean(1)
         if not self.classes:
             return features, None, features
-        dense = partial(nn.Dense, self.classes, kernel_init=nn.initializers.normal(0.02))
+        dense = partial(Dense, self.classes, kernel_init=nn.initializers.normal(0.02))
         logits = dense(name="classifier")(features)
         if not self.aux:
             return logits, None, features

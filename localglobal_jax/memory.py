@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much memory this machine has, so that what can never fit is refused before it is tried."""
+"""How much memory this machine has, so that what can never fit is refused before it is tried.
 
+And giving back what is no longer used.
+"""
+
+import contextlib
+import ctypes
 import os
 import pathlib
 
@@ -24,3 +29,13 @@ def check(what: str, size: int, remedy: str) -> None:
             f"{what}: {size / GIB:,.1f} GiB at least, and this machine has {there / GIB:,.1f}. "
             + remedy
         )
+
+
+def give_back() -> None:
+    """Returns freed memory to the system, where the C library is glibc; elsewhere nothing happens.
+
+    A save frees what it filled in the arenas of a dozen threads, and there it stays. (Two arenas
+    for all threads keep less as well, but training took 8 % longer with them.)
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -5,6 +5,7 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from localglobal_jax.blocks.residual import Activation, Norm, make_norm, norm_activation
+from localglobal_jax.operators.dense import Dense
 
 
 class ConvStem(nn.Module):
@@ -29,8 +30,8 @@ class ConvStem(nn.Module):
             if i:
                 x = norm_activation(
                     x,
-                    self.norm,
-                    self.activation,
+                    kind=self.norm,
+                    activation=self.activation,
                     eps=self.norm_eps,
                     train=train,
                     dtype=self.dtype,
@@ -88,10 +89,10 @@ class PoolingHead(nn.Module):
         norm = make_norm(self.norm, eps=self.norm_eps, train=train, dtype=self.dtype, name="norm")
         x = norm(x).mean((1, 2)) if self.norm_first else norm(x.mean((1, 2)))
         if self.hidden:
-            x = nn.tanh(nn.Dense(self.hidden, dtype=self.dtype, name="hidden")(x))
+            x = nn.tanh(Dense(self.hidden, dtype=self.dtype, name="hidden")(x))
         if not self.classes:
             return x, x
-        return nn.Dense(self.classes, dtype=self.dtype, name="classifier")(x), x
+        return Dense(self.classes, dtype=self.dtype, name="classifier")(x), x
 
 
 class ConvPatchStem(nn.Module):
@@ -124,8 +125,8 @@ class ConvPatchStem(nn.Module):
             )(x)
             x = norm_activation(
                 x,
-                "batch",
-                "relu",
+                kind="batch",
+                activation="relu",
                 eps=self.norm_eps,
                 train=train,
                 dtype=self.dtype,

@@ -26,6 +26,7 @@ from localglobal_jax.blocks.residual import (
     pool_rounding,
 )
 from localglobal_jax.operators.convolution import DepthwiseConv
+from localglobal_jax.operators.dense import Dense, dot_general
 from localglobal_jax.operators.normalized import (
     BatchNorm,
     Kernel,
@@ -34,7 +35,6 @@ from localglobal_jax.operators.normalized import (
     gated_product,
     product_moments,
 )
-from localglobal_jax.operators.dense import Dense
 
 
 class MBConv(nn.Module):
@@ -83,9 +83,16 @@ class MBConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Grid, *, train: bool = False) -> Grid:
-        normed = {"eps": self.norm_eps, "train": train, "dtype": self.dtype}
-        activated = partial(norm_activation, kind=self.norm, activation=self.activation, **normed)
-        dense = partial(nn.Dense, use_bias=False, dtype=self.dtype)
+        norm = partial(make_norm, self.norm, eps=self.norm_eps, train=train, dtype=self.dtype)
+        norm_act = partial(
+            norm_activation,
+            kind=self.norm,
+            activation=self.activation,
+            eps=self.norm_eps,
+            train=train,
+            dtype=self.dtype,
+        )
+        dense = partial(Dense, use_bias=False, dtype=self.dtype)
         from_output = self.expand_from == "output"
         width = make_divisible(self.expansion * (self.features if from_output else x.shape[-1]))
         squeeze = int(self.squeeze_ratio * (self.features if from_output else width))
@@ -103,26 +110,25 @@ class MBConv(nn.Module):
         if tuned and not (strided or self.pre_activation):
             y = self._expand(x.astype(self.dtype), width, train=train)
         else:
-            y = make_norm(self.norm, **normed, name="norm")(x)
+            y = norm(name="norm")(x)
             if self.pre_activation:
                 y = ACTIVATIONS[self.activation](y)
             if strided and self.stride_at == "pool":
                 y = pool(y, self.main_pool)
             elif strided:
                 y = y[:, ::2, ::2]  # what a 1x1 convolution with stride 2 reads
-            y = activated(dense(width, name="expand")(y), name="expand_norm")
+            y = norm_act(dense(width, name="expand")(y), name="expand_norm")
         stride = self.stride if self.stride_at == "depthwise" else 1
         y = DepthwiseConv(self.window, stride, dtype=self.dtype, name="depthwise")(y)
         if squeeze and self.squeeze_early:
             y = excite()(y)
-        y = activated(y, name="depthwise_norm")
-        product = {}
+        y = norm_act(y, name="depthwise_norm")
+        product = dot_general
         if squeeze and not self.squeeze_early and tuned:
-            gate = excite().gate(y)[:, 0, 0]
-            product["dot_general"] = lambda y, kernel, *_, **__: gated_product(y, gate, kernel)
+            product = partial(gated_product, excite().gate(y)[:, 0, 0])
         elif squeeze and not self.squeeze_early:
             y = excite()(y)
-        y = dense(self.features, use_bias=self.use_bias, name="project", **product)(y)
+        y = dense(self.features, use_bias=self.use_bias, dot_general=product, name="project")(y)
         return shortcut + DropPath(self.drop_path, name="drop_path")(y, train=train)
 
     def _expand(self, x: Grid, width: int, *, train: bool) -> Grid:

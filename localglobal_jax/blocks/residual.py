@@ -11,8 +11,8 @@ from jaxtyping import Array, Float
 
 from localglobal_jax import arrays, step_context
 from localglobal_jax.operators.activation import ACTIVATIONS, Activation
-from localglobal_jax.operators.normalized import BatchNorm, activate, moments
 from localglobal_jax.operators.dense import Dense
+from localglobal_jax.operators.normalized import BatchNorm, activate, moments
 
 Grid = Float[Array, "b h w d"]
 Pool = Literal["avg2", "max2", "avg", "max"]
@@ -43,9 +43,9 @@ def make_norm(kind: Norm, *, eps: float, train: bool, dtype: str, name: str) -> 
 
 def norm_activation(
     x: Float[Array, "b *space d"],
+    *,
     kind: Norm,
     activation: Activation,
-    *,
     eps: float,
     train: bool,
     dtype: str,
@@ -53,9 +53,10 @@ def norm_activation(
 ) -> Float[Array, "b *space d"]:
     """``act(Norm(x))``, see `make_norm`; makes the submodule `name` of the module that calls it."""
     if kind == "batch" and step_context.formulation() == "tuned":
-        norm = BatchNorm(x.shape[-1], eps, name=name)(moments(x) if train else None)
-        return activate(x.astype(dtype), norm, activation)
-    return ACTIVATIONS[activation](make_norm(kind, eps=eps, train=train, dtype=dtype, name=name)(x))
+        affine = BatchNorm(x.shape[-1], eps, name=name)(moments(x) if train else None)
+        return activate(x.astype(dtype), affine, activation)
+    norm = make_norm(kind, eps=eps, train=train, dtype=dtype, name=name)
+    return ACTIVATIONS[activation](norm(x))
 
 
 def make_divisible(value: float, divisor: int = 8, limit: float = 0.9) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from localglobal_jax import arrays, memory, step_context
+from localglobal_jax.operators.dense import Dense, DenseGeneral
 from localglobal_jax.reach import GLOBAL, Reach
 
 # ---------------------------------------------------------------------------- functions
@@ -146,7 +147,7 @@ def project_heads(
     """
     if width % heads:
         raise ValueError(f"attention: width {width} is not divisible by {heads} heads")
-    qkv = nn.DenseGeneral(
+    qkv = DenseGeneral(
         (3, heads, width // heads),
         use_bias=use_bias,
         dtype=dtype,
@@ -160,7 +161,7 @@ def join_heads(
     y: Float[Array, "b *space n c"], features: int, use_bias: bool, dtype: str
 ) -> Float[Array, "b *space e"]:
     """Joins the heads and projects them; makes the submodule "output"."""
-    return nn.Dense(
+    return Dense(
         features,
         use_bias=use_bias,
         dtype=dtype,
@@ -199,9 +200,9 @@ class RelativeBiasMLP(nn.Module):
         )
         displacement = np.stack([dy, dx], -1).astype(np.float32)
         x = jnp.asarray(np.sign(displacement) * np.log1p(np.abs(displacement)))
-        x = nn.relu(nn.Dense(self.hidden, name="hidden")(x))
+        x = nn.relu(Dense(self.hidden, name="hidden")(x))
         x = nn.Dropout(self.dropout, deterministic=not train, name="dropout")(x)
-        table = nn.Dense(self.heads, name="output")(x)
+        table = Dense(self.heads, name="output")(x)
         return relative_bias(table, height, width)
 
 

@@ -59,17 +59,22 @@ def depthwise(
 
 def _depthwise_shifted(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
     window, space = kernel.shape[:-1], x.shape[1:-1]
-    padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    out = [
-        (n + before + after - k) // stride + 1
-        for n, k, (before, after) in zip(space, window, padding, strict=True)
-    ]
+    sizes = tuple(zip(space, window, padding, strict=True))
+    out = [(n + before + after - k) // stride + 1 for n, k, (before, after) in sizes]
+    # Every stride-th row and column, from each beginning, as arrays of their own, [s.., b, ..., d]:
+    # then all offsets of the window are plain slices. XLA computes what strided ones read anew.
+    whole = [(before, -(n + before + after) % stride + after) for n, _, (before, after) in sizes]
+    padded = jnp.pad(x, ((0, 0), *whole, (0, 0)))
+    cut = [part for n in padded.shape[1:-1] for part in (n // stride, stride)]
+    parts = padded.reshape(x.shape[0], *cut, x.shape[-1])
+    rank = len(space)
+    parts = jnp.moveaxis(parts, [2 * i + 2 for i in range(rank)], range(rank))
     total = None
     for offset in product(*map(range, window)):
-        steps = (
-            slice(o, o + (n - 1) * stride + 1, stride) for o, n in zip(offset, out, strict=True)
-        )
-        term = padded[(slice(None), *steps)] * arrays.per_channel(kernel[offset], x)
+        begin = [divmod(o, stride) for o in offset]
+        steps = (slice(first, first + n) for (first, _), n in zip(begin, out, strict=True))
+        part = parts[tuple(which for _, which in begin)]
+        term = part[(slice(None), *steps)] * arrays.per_channel(kernel[offset], x)
         total = term if total is None else total + term
     assert total is not None
     return total

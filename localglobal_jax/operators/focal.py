@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 
 from localglobal_jax import arrays
 from localglobal_jax.operators import focal_windows as windows
+from localglobal_jax.operators.dense import Dense, DenseGeneral
 from localglobal_jax.reach import Reach
 
 PoolMethod = Literal["fc", "conv", "mean", "max"]
@@ -128,7 +129,7 @@ class FocalAttention(nn.Module):
             raise ValueError(f"focal: width {width} is not divisible by {self.heads} heads")
         head, area = (self.heads, width // self.heads), self.window**2
         space = x.shape[1:3]
-        qkv = nn.DenseGeneral(
+        qkv = DenseGeneral(
             (3, *head),
             use_bias=self.qkv_bias,
             dtype=self.dtype,
@@ -168,7 +169,7 @@ class FocalAttention(nn.Module):
         )
         y = y.reshape(*y.shape[:3], self.window, self.window, width)
         y = jnp.roll(arrays.window_merge(y), (self.shift,) * 2, (1, 2))
-        return nn.Dense(
+        return Dense(
             features,
             dtype=self.dtype,
             kernel_init=nn.initializers.normal(0.02),

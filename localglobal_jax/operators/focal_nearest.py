@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from localglobal_jax import arrays
 from localglobal_jax.operators import focal_windows as windows
+from localglobal_jax.operators.dense import Dense, DenseGeneral
 from localglobal_jax.operators.focal import PoolMethod, WindowPool, attend_windows
 from localglobal_jax.reach import Reach
 
@@ -87,7 +88,7 @@ class NearestFocalAttention(nn.Module):
         head = (self.heads, width // self.heads)
         space = x.shape[1:3]
         normal = nn.initializers.normal(0.02)
-        qkv = nn.DenseGeneral(
+        qkv = DenseGeneral(
             (3, *head), use_bias=self.qkv_bias, dtype=self.dtype, kernel_init=normal, name="qkv"
         )
 
@@ -129,7 +130,7 @@ class NearestFocalAttention(nn.Module):
         )
         y = arrays.window_merge(y.reshape(*y.shape[:3], self.window, self.window, width))
         y = y[:, : space[0], : space[1]]
-        return nn.Dense(features, dtype=self.dtype, kernel_init=normal, name="output")(y)
+        return Dense(features, dtype=self.dtype, kernel_init=normal, name="output")(y)
 
     def _choose(
         self,
@@ -152,8 +153,8 @@ class NearestFocalAttention(nn.Module):
         inside = _positions((self.window, self.window)) - self.window // 2
         between = (away * scale)[:, None] + jnp.asarray(inside)[None, :, None]
         normal = nn.initializers.normal(0.02)
-        bias = nn.Dense(hidden, kernel_init=normal, name=f"{name}_bias_hidden")(
+        bias = Dense(hidden, kernel_init=normal, name=f"{name}_bias_hidden")(
             between.astype(jnp.float32)
         )
-        bias = nn.Dense(self.heads, kernel_init=normal, name=f"{name}_bias_output")(nn.relu(bias))
+        bias = Dense(self.heads, kernel_init=normal, name=f"{name}_bias_output")(nn.relu(bias))
         return chosen, bias.transpose(0, 3, 1, 2)

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from localglobal_jax import arrays
 from localglobal_jax.operators.attention import RelativeBiasTable, attend, project_heads
 from localglobal_jax.operators.convolution import depthwise, dynamic, same_padding
+from localglobal_jax.operators.dense import Dense, DenseGeneral
 from localglobal_jax.operators.projection import TORCH_UNIFORM
 from localglobal_jax.reach import GLOBAL, Reach, local
 
@@ -102,7 +103,7 @@ class SharedValueConv(nn.Module):
             normal = nn.initializers.normal(side ** (-0.5 * rank))
             kernel = self.param(name, normal, (*window, width)).astype(self.dtype)
             return depthwise(value, kernel, padding=padding)
-        logits = nn.DenseGeneral(
+        logits = DenseGeneral(
             (self.heads, side**rank),
             use_bias=False,
             dtype=self.dtype,
@@ -161,7 +162,7 @@ class Muse(nn.Module):
             )
             branches.append(conv(value.reshape(b, h, w, width)))
         xavier = nn.initializers.xavier_uniform()
-        dense = partial(nn.Dense, dtype=self.dtype, kernel_init=xavier)
+        dense = partial(Dense, dtype=self.dtype, kernel_init=xavier)
         y = dense(features, use_bias=self.use_bias, name="output")(jnp.concatenate(branches, -1))
         if self.hidden:
             pointwise = nn.gelu(dense(self.hidden, name="hidden")(x), approximate=False)

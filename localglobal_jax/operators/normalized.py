@@ -25,12 +25,13 @@ from jaxtyping import Array, Float
 
 from localglobal_jax import arrays, step_context
 from localglobal_jax.operators.activation import ACTIVATIONS, Activation
+from localglobal_jax.operators.dense import product
 
 Moments = tuple[Float[Array, " d"], Float[Array, " d"]]  # mean, biased variance
 
 
 class Affine(NamedTuple):
-    """``(x - center) * scale + offset`` per channel: what a norm does once its statistics are known."""
+    """A norm of known statistics: ``(x - center) * scale + offset`` per channel."""
 
     center: Float[Array, " d"]
     scale: Float[Array, " d"]
@@ -57,7 +58,7 @@ def covariance(x: Float[Array, "*b d"]) -> tuple[Float[Array, " d"], Float[Array
 def product_moments(
     covariance: Float[Array, "d d"], before: Affine, kernel: Float[Array, "d e"]
 ) -> Moments:
-    """`moments` of ``before(x) @ kernel``, for x with that covariance and the mean before.center."""
+    """`moments` of ``before(x) @ kernel``, for x of that covariance and the mean before.center."""
     scaled = before.scale[:, None] * kernel
     variance = jnp.sum(scaled * jnp.matmul(covariance, scaled, precision="highest"), 0)
     return before.offset @ kernel, jnp.maximum(variance, 0)
@@ -129,31 +130,39 @@ def activate_product(
         # The center meets the rounded kernel, as x does: rounding moves no mean.
         bias = (before.offset @ kernel - after.center) * after.scale + after.offset
         bias -= before.center @ folded.astype(bias.dtype)
-        y = jnp.matmul(x, folded, preferred_element_type=bias.dtype)
+        y = product(x, folded, preferred_element_type=bias.dtype)
         return ACTIVATIONS[activation](y + arrays.per_channel(bias, y)).astype(x.dtype)
 
     return recomputed(apply)(x, kernel, before, after)
 
 
-@jax.custom_vjp
 def gated_product(
-    x: Float[Array, "b *space d"], gate: Float[Array, "b d"], kernel: Float[Array, "d e"]
+    gate: Float[Array, "b d"],
+    x: Float[Array, "b *space d"],
+    kernel: Float[Array, "d e"],
+    *_: Any,
+    **__: Any,
 ) -> Float[Array, "b *space e"]:
-    """``(x * gate) @ kernel``, with a gate per example."""
-    return (x * _spread(gate, x)) @ kernel
+    """``(x * gate) @ kernel``, with a gate per example; what follows is `lax.dot_general`'s."""
+    return _gated_product(gate, x, kernel)
+
+
+@jax.custom_vjp
+def _gated_product(gate: Array, x: Array, kernel: Array) -> Array:
+    return product(x * _spread(gate, x), kernel)
 
 
 def _gated_backward(saved: tuple[Array, Array, Array], g: Array) -> tuple[Array, Array, Array]:
-    x, gate, kernel = saved
+    gate, x, kernel = saved
     wide = _wide(x)
     each = jnp.einsum("b...d,b...e->bde", x, g, preferred_element_type=wide)
     dgate = jnp.einsum("bde,de->bd", each, kernel.astype(wide))
     dkernel = jnp.einsum("bde,bd->de", each, gate.astype(wide))
-    dx = (g @ kernel.T) * _spread(gate, x)
-    return dx, dgate.astype(gate.dtype), dkernel.astype(kernel.dtype)
+    dx = product(g, kernel.T) * _spread(gate, x)
+    return dgate.astype(gate.dtype), dx, dkernel.astype(kernel.dtype)
 
 
-gated_product.defvjp(lambda *args: (gated_product(*args), args), _gated_backward)
+_gated_product.defvjp(lambda *args: (_gated_product(*args), args), _gated_backward)
 
 
 def _spread(gate: Array, x: Array) -> Array:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from localglobal_jax.operators.dense import DenseGeneral
 from localglobal_jax.reach import Reach, local
 
 # ---------------------------------------------------------------------------- functions
@@ -155,7 +156,7 @@ class Outlook(nn.Module):
                 f"outlook: window={self.window}, stride={self.stride}; "
                 "the window must be odd and at least 3, the stride at least 1"
             )
-        dense = partial(nn.DenseGeneral, dtype=self.dtype, kernel_init=nn.initializers.normal(0.02))
+        dense = partial(DenseGeneral, dtype=self.dtype, kernel_init=nn.initializers.normal(0.02))
         value = dense((self.heads, features // self.heads), use_bias=self.value_bias, name="value")(
             x
         )

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from localglobal_jax import arrays
+from localglobal_jax.operators.dense import product
 
 Weights = tuple[Float[Array, "_ _"], Float[Array, " _"] | None]  # kernel, bias
 
@@ -66,7 +67,7 @@ def project(
         return jnp.split(y, np.cumsum(widths)[:-1].tolist(), -1)
     outputs = []
     for kernel, bias in weights:
-        y = x.astype(dtype) @ kernel.astype(dtype)
+        y = product(x.astype(dtype), kernel.astype(dtype))
         outputs.append(y if bias is None else y + arrays.per_channel(bias.astype(dtype), y))
     return outputs
 
