@@ -111,7 +111,8 @@ def activate(x: Float[Array, "*b d"], norm: Affine, activation: Activation) -> A
 
     def apply(x: Array, norm: Affine) -> Array:
         center, scale, offset = (arrays.per_channel(v, x) for v in norm)
-        return ACTIVATIONS[activation]((x - center) * scale + offset).astype(x.dtype)
+        # Rounded before the activation: so is what comes back, a float32 copy of it otherwise.
+        return ACTIVATIONS[activation](((x - center) * scale + offset).astype(x.dtype))
 
     return recomputed(apply)(x, norm)
 
@@ -126,12 +127,13 @@ def activate_product(
     """``act(after(before(x) @ kernel))`` as one product, repeated from x in the backward pass."""
 
     def apply(x: Array, kernel: Array, before: Affine, after: Affine) -> Array:
-        folded = (before.scale[:, None] * kernel * after.scale).astype(x.dtype)
+        folded = before.scale[:, None] * kernel * after.scale[None, :]
+        folded = folded.astype(x.dtype)
         # The center meets the rounded kernel, as x does: rounding moves no mean.
         bias = (before.offset @ kernel - after.center) * after.scale + after.offset
         bias -= before.center @ folded.astype(bias.dtype)
         y = product(x, folded, preferred_element_type=bias.dtype)
-        return ACTIVATIONS[activation](y + arrays.per_channel(bias, y)).astype(x.dtype)
+        return ACTIVATIONS[activation]((y + arrays.per_channel(bias, y)).astype(x.dtype))
 
     return recomputed(apply)(x, kernel, before, after)
 
