@@ -6,8 +6,8 @@
     python experiments/benchmarks/tpu.py --table         # only prints the ratios
 
 Needs the extra [tpu], no TPU: `localglobal plan` with the real compiler, five to twenty minutes of
-a core a line. Stopped, it goes on where it was; delete a line to make it again. Cycles and bytes are
-the compiler's own account of one device and one step, without noise, and validated on no hardware.
+a core a line. Stopped, it goes on where it was; delete a line to make it again. Cycles and bytes
+are the compiler's own account of one device and one step: no noise, and no hardware to validate it.
 """
 
 import argparse

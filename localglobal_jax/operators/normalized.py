@@ -57,7 +57,7 @@ def covariance(x: Float[Array, "*b d"]) -> tuple[Float[Array, " d"], Float[Array
 
 def product_moments(
     covariance: Float[Array, "d d"], before: Affine, kernel: Float[Array, "d e"]
-) -> Moments:
+) -> tuple[Float[Array, " e"], Float[Array, " e"]]:
     """`moments` of ``before(x) @ kernel``, for x of that covariance and the mean before.center."""
     scaled = before.scale[:, None] * kernel
     variance = jnp.sum(scaled * jnp.matmul(covariance, scaled, precision="highest"), 0)
