@@ -77,18 +77,22 @@ def test_modules(name):
     same(step, variables["params"], x)
 
 
-@pytest.mark.parametrize("mask", [None, (3, 1, 1, 7), (3, 2, 5, 7)])
-@pytest.mark.parametrize("bias", [None, (2, 5, 7), (1, 2, 1, 7), (3, 2, 5, 7)])
-def test_attention(bias, mask):
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("bias", "mask"),
+    [(None, None), ((2, 5, 7), None), ((1, 2, 1, 7), (3, 1, 1, 7)), ((3, 2, 5, 7), (3, 2, 5, 7))],
+)
+def test_attention(bias, mask, dropout):
     def normal(i, shape):
         return None if shape is None else 2 * jax.random.normal(jax.random.key(i), shape)
 
     mask = None if mask is None else normal(4, mask) > -1
+    kept = normal(5, (3, 2, 5, 7)) > -1 if dropout else None
     args = [normal(0, (3, 5, 2, 4)), normal(1, (3, 7, 2, 4)), normal(2, (3, 7, 2, 6))]
 
     def step(bias, *args):
         def loss(args, bias):
-            y = attend(*args, bias=bias, mask=mask)
+            y = attend(*args, bias=bias, mask=mask, kept=kept, dropout=dropout)
             return jnp.sum(jnp.sin(y)), y
 
         return jax.grad(loss, argnums=(0,) if bias is None else (0, 1), has_aux=True)(args, bias)
