@@ -78,10 +78,10 @@ def own_key(key: Array) -> Array:
 @contextlib.contextmanager
 def tracing(
     *,
-    edge: Callable[[Array], Array],
-    axis: str | None,
-    norm_axis: str | None,
-    forms: BlockForms,
+    edge: Callable[[Array], Array] = lambda x: x,
+    axis: str | None = None,
+    norm_axis: str | None = None,
+    forms: BlockForms | None = None,
     formulation: Formulation = "tuned",
 ) -> Iterator[None]:
     """Sets what the functions above do, while a function is traced."""

@@ -31,13 +31,7 @@ def formulated(formulation, function, *args):
     """What `function` gives in one formulation, compiled."""
 
     def told(*args):
-        with step_context.tracing(
-            edge=lambda x: x,
-            axis=None,
-            norm_axis=None,
-            forms=step_context.BlockForms(),
-            formulation=formulation,
-        ):
+        with step_context.tracing(formulation=formulation):
             return function(*args)
 
     return jax.jit(told)(*args)
