@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
+from localglobal_jax import step_context
+
 
 def cross_entropy(
     logits: Float[Array, "*b v"],
@@ -21,11 +23,24 @@ def cross_entropy(
       label_smoothing: the part of every target that is spread evenly over all v classes
         (arXiv 1512.00567, section 7).
     """
-    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
-    if jnp.issubdtype(targets.dtype, jnp.integer):
-        hit = jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
-    else:
-        hit = jnp.sum(targets.astype(jnp.float32) * log_p, axis=-1)
+    if step_context.formulation() == "plain":
+        log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+        if jnp.issubdtype(targets.dtype, jnp.integer):
+            hit = jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
+        else:
+            hit = jnp.sum(targets.astype(jnp.float32) * log_p, axis=-1)
+        mean = jnp.mean(log_p, axis=-1)
+    else:  # sums over the classes alone: of [*b, v], nothing but the gradient is written
+        wide = logits.astype(jnp.float32)
+        wide = wide - jax.lax.stop_gradient(wide.max(-1, keepdims=True))
+        total = jnp.log(jnp.exp(wide).sum(-1))
+        if jnp.issubdtype(targets.dtype, jnp.integer):
+            classes = jax.lax.broadcasted_iota(targets.dtype, wide.shape, wide.ndim - 1)
+            hit = jnp.sum(jnp.where(classes == targets[..., None], wide, 0), -1) - total
+        else:
+            weights = targets.astype(jnp.float32)
+            hit = jnp.sum(weights * wide, -1) - weights.sum(-1) * total
+        mean = wide.mean(-1) - total
     if label_smoothing:  # 0 * mean would be NaN where a class is switched off with -inf
-        return -((1 - label_smoothing) * hit + label_smoothing * jnp.mean(log_p, axis=-1))
+        return -((1 - label_smoothing) * hit + label_smoothing * mean)
     return -hit

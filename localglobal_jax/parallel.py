@@ -99,6 +99,7 @@ class Placement:
             gather=self._whole if "fsdp" in options.strategy else None,
         )
         self._global_norm = options.batch_norm == "global"
+        self._formulation = options.formulation
         for strategy, axis in (("fsdp", "fsdp"), ("tensor", "model")):
             if strategy in self.strategy.split("+") and axis not in self.mesh.shape:
                 raise ValueError(
@@ -232,6 +233,7 @@ class Placement:
             axis=axis,
             norm_axis=axis if self._global_norm else None,
             forms=self._forms,
+            formulation=self._formulation,
         )
 
     def compile_init(self, init: Callable[[], Any]) -> Callable[[], Any]:

@@ -186,6 +186,8 @@ class Parallel(Section):
     scan: bool = (
         False  # equal blocks in a row are compiled once: less compile time; best with remat
     )
+    # plain: what linen and autodiff make of the equations; tuned: the same numbers, fewer bytes
+    formulation: Literal["tuned", "plain"] = "tuned"
     # Statistics over the global batch, or, under pmap, over what each device has of it.
     batch_norm: Literal["global", "per_device"] = "global"
     # Where compiled programs are kept, to start faster the next time. "auto": in

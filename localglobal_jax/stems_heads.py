@@ -4,7 +4,7 @@
 import flax.linen as nn
 from jaxtyping import Array, Float
 
-from localglobal_jax.blocks.residual import ACTIVATIONS, Activation, Norm, make_norm
+from localglobal_jax.blocks.residual import Activation, Norm, make_norm, norm_activation
 from localglobal_jax.operators.dense import Dense
 
 
@@ -28,10 +28,15 @@ class ConvStem(nn.Module):
     ) -> Float[Array, "b i j d"]:
         for i, (width, stride) in enumerate(zip(self.widths, (self.stride, 1), strict=True)):
             if i:
-                x = make_norm(
-                    self.norm, eps=self.norm_eps, train=train, dtype=self.dtype, name="norm"
-                )(x)
-                x = ACTIVATIONS[self.activation](x)
+                x = norm_activation(
+                    x,
+                    kind=self.norm,
+                    activation=self.activation,
+                    eps=self.norm_eps,
+                    train=train,
+                    dtype=self.dtype,
+                    name="norm",
+                )
             x = nn.Conv(
                 width,
                 (3, 3),
@@ -118,10 +123,14 @@ class ConvPatchStem(nn.Module):
                 dtype=self.dtype,
                 name=f"conv{i}",
             )(x)
-            x = nn.relu(
-                make_norm(
-                    "batch", eps=self.norm_eps, train=train, dtype=self.dtype, name=f"norm{i}"
-                )(x)
+            x = norm_activation(
+                x,
+                kind="batch",
+                activation="relu",
+                eps=self.norm_eps,
+                train=train,
+                dtype=self.dtype,
+                name=f"norm{i}",
             )
         patch = (self.patch // 2, self.patch // 2)
         return nn.Conv(self.width, patch, patch, padding="VALID", dtype=self.dtype, name="project")(

@@ -2,16 +2,18 @@
 """What a step says to the code inside it while it is traced: models know nothing of devices.
 
 Nothing is set outside of a step of `parallel.Placement`: every function here is then the identity,
-or says "no".
+or says "no" (`formulation` says "tuned").
 """
 
 import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jaxtyping import Array, PyTree
+
+Formulation = Literal["tuned", "plain"]
 
 
 class BlockForms(NamedTuple):
@@ -28,6 +30,7 @@ _edge: ContextVar[Callable[[Array], Array]] = ContextVar("edge", default=lambda 
 _axis: ContextVar[str | None] = ContextVar("axis", default=None)
 _norm_axis: ContextVar[str | None] = ContextVar("norm_axis", default=None)
 _forms: ContextVar[BlockForms | None] = ContextVar("forms", default=None)
+_formulation: ContextVar[Formulation] = ContextVar("formulation", default="tuned")
 
 
 def block_forms() -> BlockForms:
@@ -43,6 +46,13 @@ def constrain(x: Array) -> Array:
     per chip and step were seen in a model of 2.4 B parameters, 33 GB with it).
     """
     return _edge.get()(x)
+
+
+def formulation() -> Formulation:
+    """Which of two ways to the same numbers: "plain" is what linen and autodiff make of the
+    equations, "tuned" what moves fewer bytes. Outside of a step: tuned.
+    """
+    return _formulation.get()
 
 
 def norm_axis() -> str | None:
@@ -68,14 +78,16 @@ def own_key(key: Array) -> Array:
 @contextlib.contextmanager
 def tracing(
     *,
-    edge: Callable[[Array], Array],
-    axis: str | None,
-    norm_axis: str | None,
-    forms: BlockForms,
+    edge: Callable[[Array], Array] = lambda x: x,
+    axis: str | None = None,
+    norm_axis: str | None = None,
+    forms: BlockForms | None = None,
+    formulation: Formulation = "tuned",
 ) -> Iterator[None]:
     """Sets what the functions above do, while a function is traced."""
     chosen: list[tuple[ContextVar[Any], Any]]
     chosen = [(_edge, edge), (_axis, axis), (_norm_axis, norm_axis), (_forms, forms)]
+    chosen.append((_formulation, formulation))
     tokens = [(variable, variable.set(value)) for variable, value in chosen]
     try:
         yield

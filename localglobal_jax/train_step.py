@@ -133,15 +133,19 @@ def accumulated_gradient(
             lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch
         )
 
-        def body(collections: Variables, xs: tuple[Batch, jax.Array]) -> tuple[Any, Any]:
+        # The gradient is summed as it comes: of all parts at once, it took 7.3 GiB for MUSE on WMT.
+        def body(carry: Any, xs: tuple[Batch, jax.Array]) -> tuple[Any, Loss]:
+            collections, before = carry
             gradient, loss = part({**variables, **collections}, *xs)
-            return loss.collections, (gradient, loss._replace(collections={}))
+            after = jax.tree.map(jnp.add, before, gradient)
+            return (loss.collections, after), loss._replace(collections={})
 
         collections = {k: v for k, v in variables.items() if k != "params"}
-        collections, summands = jax.lax.scan(
-            body, collections, (split, jax.random.split(key, parts))
+        nothing = jax.tree.map(jnp.zeros_like, variables["params"])
+        (collections, gradient), losses = jax.lax.scan(
+            body, (collections, nothing), (split, jax.random.split(key, parts))
         )
-        gradient, loss = jax.tree.map(lambda x: x.sum(0), summands)
+        loss = jax.tree.map(lambda x: x.sum(0), losses)
     gradient, loss = step_context.sum_over_devices((gradient, loss._replace(collections={})))
     weight = jnp.where(loss.weight > 0, loss.weight, 1)  # a batch of bad records: no gradient
     gradient = jax.tree.map(lambda g: g / weight, gradient)

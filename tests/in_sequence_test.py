@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Unrolled, remat and scan: the same numbers, the same tree (both: `strategies_test.py`)."""
+"""Unrolled, remat, scan, plain: the same numbers, the same tree (more: `strategies_test.py`)."""
 
 import functools
 import pathlib
@@ -35,6 +35,7 @@ FORMS = {
     "unrolled": {},
     "remat": {"remat": "blocks"},
     "scan": {"scan": True},
+    "plain": {"formulation": "plain"},
 }
 
 

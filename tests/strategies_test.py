@@ -14,6 +14,7 @@ CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 STRATEGIES = {
     "one device": {},
     "replicate": {},
+    "plain": {"formulation": "plain"},
     "pmap": {"compile": "pmap"},
     "pmap, statistics per device": {"compile": "pmap", "batch_norm": "per_device"},
     "fsdp": {"strategy": "fsdp", "mesh": {"data": 2, "fsdp": 4}},

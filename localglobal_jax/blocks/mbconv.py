@@ -5,8 +5,10 @@ from functools import partial
 from typing import Literal
 
 import flax.linen as nn
+import jax.numpy as jnp
 from pydantic import PositiveFloat, PositiveInt
 
+from localglobal_jax import step_context
 from localglobal_jax.blocks.residual import (
     ACTIVATIONS,
     Activation,
@@ -19,11 +21,20 @@ from localglobal_jax.blocks.residual import (
     SqueezeExcite,
     make_divisible,
     make_norm,
+    norm_activation,
     pool,
     pool_rounding,
 )
 from localglobal_jax.operators.convolution import DepthwiseConv
-from localglobal_jax.operators.dense import Dense
+from localglobal_jax.operators.dense import Dense, dot_general
+from localglobal_jax.operators.normalized import (
+    BatchNorm,
+    Kernel,
+    activate_product,
+    covariance,
+    gated_product,
+    product_moments,
+)
 
 
 class MBConv(nn.Module):
@@ -73,8 +84,15 @@ class MBConv(nn.Module):
     @nn.compact
     def __call__(self, x: Grid, *, train: bool = False) -> Grid:
         norm = partial(make_norm, self.norm, eps=self.norm_eps, train=train, dtype=self.dtype)
+        norm_act = partial(
+            norm_activation,
+            kind=self.norm,
+            activation=self.activation,
+            eps=self.norm_eps,
+            train=train,
+            dtype=self.dtype,
+        )
         dense = partial(Dense, use_bias=False, dtype=self.dtype)
-        act = ACTIVATIONS[self.activation]
         from_output = self.expand_from == "output"
         width = make_divisible(self.expansion * (self.features if from_output else x.shape[-1]))
         squeeze = int(self.squeeze_ratio * (self.features if from_output else width))
@@ -87,20 +105,41 @@ class MBConv(nn.Module):
             self.features, self.stride, self.pool, self.use_bias, self.dtype, name="shortcut"
         )(x)
 
-        y = norm(name="norm")(x)
-        if self.pre_activation:
-            y = act(y)
-        if self.stride == 2 and self.stride_at == "pool":
-            y = pool(y, self.main_pool)
-        if self.stride == 2 and self.stride_at == "expand":
-            y = y[:, ::2, ::2]  # what a 1x1 convolution with stride 2 reads
-        y = act(norm(name="expand_norm")(dense(width, name="expand")(y)))
+        tuned = self.norm == "batch" and step_context.formulation() == "tuned"
+        strided = self.stride == 2 and self.stride_at != "depthwise"
+        if tuned and not (strided or self.pre_activation):
+            y = self._expand(x.astype(self.dtype), width, train=train)
+        else:
+            y = norm(name="norm")(x)
+            if self.pre_activation:
+                y = ACTIVATIONS[self.activation](y)
+            if strided and self.stride_at == "pool":
+                y = pool(y, self.main_pool)
+            elif strided:
+                y = y[:, ::2, ::2]  # what a 1x1 convolution with stride 2 reads
+            y = norm_act(dense(width, name="expand")(y), name="expand_norm")
         stride = self.stride if self.stride_at == "depthwise" else 1
         y = DepthwiseConv(self.window, stride, dtype=self.dtype, name="depthwise")(y)
         if squeeze and self.squeeze_early:
             y = excite()(y)
-        y = act(norm(name="depthwise_norm")(y))
-        if squeeze and not self.squeeze_early:
+        y = norm_act(y, name="depthwise_norm")
+        product = dot_general
+        if squeeze and not self.squeeze_early and tuned:
+            product = partial(gated_product, excite().gate(y)[:, 0, 0])
+        elif squeeze and not self.squeeze_early:
             y = excite()(y)
-        y = dense(self.features, use_bias=self.use_bias, name="project")(y)
+        y = dense(self.features, use_bias=self.use_bias, dot_general=product, name="project")(y)
         return shortcut + DropPath(self.drop_path, name="drop_path")(y, train=train)
+
+    def _expand(self, x: Grid, width: int, *, train: bool) -> Grid:
+        """``act(Norm(Expand(Norm(x))))``, both norms folded into the matrix."""
+        d, batch = x.shape[-1], None
+        kernel = Kernel(width, name="expand")(d)
+        if train:
+            mean, spread = covariance(x)
+            batch = mean, jnp.maximum(jnp.diagonal(spread), 0)
+        before = BatchNorm(d, self.norm_eps, name="norm")(batch)
+        if train:
+            batch = product_moments(spread, before, kernel)
+        after = BatchNorm(width, self.norm_eps, name="expand_norm")(batch)
+        return activate_product(x, kernel, before, after, self.activation)

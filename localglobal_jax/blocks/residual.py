@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from localglobal_jax import arrays, step_context
 from localglobal_jax.operators.activation import ACTIVATIONS, Activation
 from localglobal_jax.operators.dense import Dense
+from localglobal_jax.operators.normalized import BatchNorm, activate, moments
 
 Grid = Float[Array, "b h w d"]
 Pool = Literal["avg2", "max2", "avg", "max"]
@@ -40,6 +41,24 @@ def make_norm(kind: Norm, *, eps: float, train: bool, dtype: str, name: str) -> 
     return nn.LayerNorm(epsilon=eps, dtype=dtype, name=name)
 
 
+def norm_activation(
+    x: Float[Array, "b *space d"],
+    *,
+    kind: Norm,
+    activation: Activation,
+    eps: float,
+    train: bool,
+    dtype: str,
+    name: str,
+) -> Float[Array, "b *space d"]:
+    """``act(Norm(x))``, see `make_norm`; makes the submodule `name` of the module that calls it."""
+    if kind == "batch" and step_context.formulation() == "tuned":
+        affine = BatchNorm(x.shape[-1], eps, name=name)(moments(x) if train else None)
+        return activate(x.astype(dtype), affine, activation)
+    norm = make_norm(kind, eps=eps, train=train, dtype=dtype, name=name)
+    return ACTIVATIONS[activation](norm(x))
+
+
 def make_divisible(value: float, divisor: int = 8, limit: float = 0.9) -> int:
     """Rounds to a multiple of `divisor`, never below `limit` of the value (MobileNet's rule)."""
     rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
@@ -54,7 +73,8 @@ def pool(x: Grid, kind: Pool) -> Grid:
     window, padding = (2, "VALID") if kind.endswith("2") else (3, ((1, 1), (1, 1)))
     if kind.startswith("max"):
         return nn.max_pool(x, (window, window), (2, 2), padding)
-    return nn.avg_pool(x, (window, window), (2, 2), padding, count_include_pad=False)
+    # Counting what is inside gives float32 whatever comes in; windows of 2 have nothing outside.
+    return nn.avg_pool(x, (window, window), (2, 2), padding, count_include_pad=window == 2)
 
 
 def pool_rounding(kind: Pool) -> Rounding:
@@ -127,9 +147,13 @@ class SqueezeExcite(nn.Module):
     activation: Activation = "silu"
     dtype: str = "float32"
 
-    @nn.compact
     def __call__(self, x: Grid) -> Grid:
+        return x * self.gate(x)
+
+    @nn.compact
+    def gate(self, x: Grid) -> Float[Array, "b 1 1 d"]:
+        """What every channel is multiplied with."""
         s = x.mean((1, 2), keepdims=True)
         s = Dense(self.hidden, dtype=self.dtype, name="reduce")(s)
         s = Dense(x.shape[-1], dtype=self.dtype, name="expand")(ACTIVATIONS[self.activation](s))
-        return x * nn.sigmoid(s)
+        return nn.sigmoid(s)

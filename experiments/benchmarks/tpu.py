@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the TPU's compiler says of a training step, formulation against formulation: tpu.csv.
+
+    python experiments/benchmarks/tpu.py                 # compiles what tpu.csv does not have yet
+    python experiments/benchmarks/tpu.py --only coatnet_0_v5e
+    python experiments/benchmarks/tpu.py --table         # only prints the ratios
+
+Needs the extra [tpu], no TPU: `localglobal plan` with the real compiler, five to twenty minutes of
+a core a line. Stopped, it goes on where it was; delete a line to make it again. Cycles and bytes
+are the compiler's own account of one device and one step: no noise, and no hardware to validate it.
+"""
+
+import argparse
+import csv
+import dataclasses
+import importlib.metadata
+import json
+import pathlib
+import subprocess
+import sys
+
+HERE = pathlib.Path(__file__).parent
+TABLE = HERE / "tpu.csv"
+CONFIGS = HERE.parent.parent / "configs"
+PACKAGES = ("jax", "libtpu", "flax")
+MEASURES = ("cycles", "bytes", "temporary", "code", "compile_cpu_seconds")
+COLUMNS = ("row", "formulation", "config", "topology", "batch_per_chip", *MEASURES, *PACKAGES)
+FORMULATIONS = {name: {"parallel.formulation": name} for name in ("plain", "tuned")}
+LOOPS = {"unrolled": {}, "scan": {"parallel.scan": "True", "parallel.remat": "blocks"}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One step in several forms; ratios are to the first. A batch of None is the config's own."""
+
+    name: str
+    config: str
+    topology: str
+    chips: int
+    batch_per_chip: int | None = None
+    forms: dict[str, dict[str, str]] = dataclasses.field(default_factory=lambda: FORMULATIONS)
+
+
+def coatnet(variant, topology, chips, batch, forms=FORMULATIONS):
+    """Images of 224x224, bfloat16."""
+    name = f"coatnet_{variant}_{topology.split(':')[0]}" + ("" if batch == 64 else f"_b{batch}")
+    return Row(name, f"coatnet_imagenet.py:variant={variant}", topology, chips, batch, forms)
+
+
+ROWS = (  # in the order in which they are worth having
+    coatnet(0, "v5e:4x4", 16, 64),
+    Row("muse_wmt_en_de_v5e", "muse_wmt14.py:pair=en-de", "v5e:4x4", 16),
+    coatnet(0, "v5p:2x2x4", 16, 64),
+    coatnet(2, "v5e:4x4", 16, 64),
+    coatnet(0, "v5e:4x4", 16, 128),
+    coatnet(2, "v5p:2x2x4", 16, 64),
+    coatnet(4, "v5e:16x16", 256, 16, LOOPS),
+)
+
+
+def measure(row, overrides):
+    """The figures of one line, or the compiler's last words."""
+    if row.batch_per_chip:
+        overrides = {"batch_size": str(row.batch_per_chip * row.chips), **overrides}
+    command = ["-m", "localglobal_jax", "plan", "--config", f"{CONFIGS}/{row.config}"]
+    command += ["--topology", row.topology, "--json", "--timeout", "5400"]
+    command += [f"--config.{key}={value}" for key, value in overrides.items()]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{row.name}: {done.stderr.strip()[-2000:]}")
+    report = json.loads(done.stdout)
+    return {
+        "cycles": report["estimated_cycles"],
+        "bytes": report["bytes_accessed"],
+        "temporary": report["memory"].get("temporary"),
+        "code": report["memory"].get("code"),
+        "compile_cpu_seconds": round(report["compile"]["cpu_seconds"]),
+    }
+
+
+def read():
+    """The lines there are, by row and formulation."""
+    if not TABLE.is_file():
+        return {}
+    with TABLE.open(newline="") as file:
+        return {(line["row"], line["formulation"]): line for line in csv.DictReader(file)}
+
+
+def append(line):
+    """One more line, on disk before the next is begun."""
+    new = not TABLE.is_file()
+    with TABLE.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if new:
+            writer.writeheader()
+        writer.writerow(line)
+
+
+def ratios(lines):
+    """A markdown table: every form as a multiple of the first of its row."""
+    yield "| row | form | " + " | ".join(MEASURES) + " |"
+    yield "|" + "---|" * (2 + len(MEASURES))
+    for row in ROWS:
+        first, *others = row.forms
+        for form in others:
+            if {(row.name, first), (row.name, form)} <= lines.keys():
+                one, other = lines[row.name, first], lines[row.name, form]
+                found = [f"{float(other[k]) / float(one[k]):.2f}" for k in MEASURES]
+                yield f"| {row.name} | {form} / {first} | " + " | ".join(found) + " |"
+
+
+def main():
+    """Every line that is missing."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--table", action="store_true", help="compile nothing")
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="of the rows, e.g. in parallel")
+    parser.add_argument("--form", nargs="+", help="of the formulations, likewise")
+    args = parser.parse_args()
+    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+    for row in ROWS:
+        for form, overrides in row.forms.items():
+            wanted = row.name in (args.only or [row.name]) and form in (args.form or [form])
+            if args.table or not wanted or (row.name, form) in read():
+                continue
+            print(row.name, form, flush=True)
+            about = {"row": row.name, "formulation": form, "config": row.config}
+            about |= {"topology": row.topology, "batch_per_chip": row.batch_per_chip}
+            append(about | measure(row, overrides) | versions)
+    print("\n".join(ratios(read())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tuned and plain formulations: outputs, gradients, running statistics, parameters: all the same.
+
+Whole steps, on several devices and in every form: `in_sequence_test.py` and `strategies_test.py`.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from localglobal_jax import losses, step_context
+from localglobal_jax.blocks.mbconv import MBConv
+from localglobal_jax.operators.activation import ACTIVATIONS
+from localglobal_jax.operators.attention import attend
+from localglobal_jax.stems_heads import ConvPatchStem, ConvStem
+
+MODULES = {
+    "MBConv": MBConv(features=24),
+    "MBConv, stride 2": MBConv(features=24, stride=2),
+    "MBConv, stride in the expansion": MBConv(features=24, stride=2, stride_at="expand"),
+    "MBConv, early squeeze": MBConv(features=24, squeeze_early=True, activation="silu"),
+    "MBConv, no squeeze": MBConv(features=16, squeeze_ratio=0.0, activation="relu"),
+    "MBConv, LayerNorm": MBConv(features=16, norm="layer"),
+    "ConvStem": ConvStem((8, 12)),
+    "ConvPatchStem": ConvPatchStem(8, 12, patch=4),
+}
+
+
+def formulated(formulation, function, *args):
+    """What `function` gives in one formulation, compiled."""
+
+    def told(*args):
+        with step_context.tracing(formulation=formulation):
+            return function(*args)
+
+    return jax.jit(told)(*args)
+
+
+def same(function, *args, rtol=2e-4):
+    """Both formulations, leaf by leaf; the tolerance is of a leaf's largest number."""
+    tuned, plain = (formulated(name, function, *args) for name in ("tuned", "plain"))
+    assert jax.tree.structure(tuned) == jax.tree.structure(plain)
+    for (path, one), other in zip(
+        jax.tree_util.tree_leaves_with_path(tuned), jax.tree.leaves(plain), strict=True
+    ):
+        assert one.dtype == other.dtype
+        a, b = (np.asarray(x, np.float64) for x in (one, other))
+        assert np.abs(a - b).max() <= rtol * max(np.abs(b).max(), 1), jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules(name):
+    module = MODULES[name]
+    # a mean that is large beside the deviation is what a folded norm could lose
+    x = 3 + 2 * jax.random.normal(jax.random.key(0), (4, 8, 8, 16))
+    shapes = jax.eval_shape(module.init, jax.random.key(1), x)
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(
+        lambda a: 0.3 * jnp.asarray(rng.normal(size=a.shape) + 5 * (a.ndim == 1), a.dtype), shapes
+    )
+
+    def step(params, x):
+        def loss(params, x):
+            own = {**variables, "params": params}
+            y, new = module.apply(own, x, train=True, mutable=["batch_stats"])
+            return jnp.sum(jnp.sin(y)), (y, new, module.apply(own, x, train=False))
+
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+
+    same(step, variables["params"], x)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("bias", "mask"),
+    [(None, None), ((2, 5, 7), None), ((1, 2, 1, 7), (3, 1, 1, 7)), ((3, 2, 5, 7), (3, 2, 5, 7))],
+)
+def test_attention(bias, mask, dropout):
+    def normal(i, shape):
+        return None if shape is None else 2 * jax.random.normal(jax.random.key(i), shape)
+
+    mask = None if mask is None else normal(4, mask) > -1
+    kept = normal(5, (3, 2, 5, 7)) > -1 if dropout else None
+    args = [normal(0, (3, 5, 2, 4)), normal(1, (3, 7, 2, 4)), normal(2, (3, 7, 2, 6))]
+
+    def step(bias, *args):
+        def loss(args, bias):
+            y = attend(*args, bias=bias, mask=mask, kept=kept, dropout=dropout)
+            return jnp.sum(jnp.sin(y)), y
+
+        return jax.grad(loss, argnums=(0,) if bias is None else (0, 1), has_aux=True)(args, bias)
+
+    same(step, normal(3, bias), *args)
+
+
+def test_attention_survives_large_logits_and_rows_without_keys():
+    query = jnp.full((1, 2, 1, 4), 300.0)
+    mask = jnp.array([[[[True, True, False], [False, False, False]]]])
+    key = value = jnp.arange(12.0).reshape(1, 3, 1, 4)
+    same(jax.value_and_grad(lambda q: attend(q, key, value, mask=mask).sum()), query)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("soft", [False, True])
+def test_cross_entropy(soft, smoothing):
+    logits = 20 * jax.random.normal(jax.random.key(0), (3, 5, 9))
+    labels = jax.random.randint(jax.random.key(1), (3, 5), 0, 9)
+    targets = 0.7 * jax.nn.one_hot(labels, 9) if soft else labels
+
+    def loss(logits):
+        each = losses.cross_entropy(logits, targets, label_smoothing=smoothing)
+        return jnp.sum(jnp.sin(each)), each
+
+    same(jax.grad(loss, has_aux=True), logits, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations(name):
+    x = jnp.linspace(-9, 9, 400)
+    same(jax.value_and_grad(lambda x: jnp.sum(ACTIVATIONS[name](x))), x, rtol=1e-6)
+    same(ACTIVATIONS[name], x.astype(jnp.bfloat16), rtol=1e-2)  # jax rounds between its steps
