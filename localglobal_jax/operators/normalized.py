@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from localglobal_jax import arrays, step_context
+from localglobal_jax import arrays, parallel, step_context
 from localglobal_jax.operators.activation import ACTIVATIONS, Activation
 from localglobal_jax.operators.dense import product
 
@@ -127,16 +127,26 @@ def activate_product(
 ) -> Float[Array, "*b e"]:
     """``act(after(before(x) @ kernel))`` as one product, repeated from x in the backward pass."""
 
-    def apply(x: Array, kernel: Array, before: Affine, after: Affine) -> Array:
-        folded = before.scale[:, None] * kernel * after.scale[None, :]
-        folded = folded.astype(x.dtype)
+    def fold(dtype: Any, kernel: Array, before: Affine, after: Affine) -> tuple[Array, Array]:
+        folded = (before.scale[:, None] * kernel * after.scale[None, :]).astype(dtype)
         # The center meets the rounded kernel, as x does: rounding moves no mean.
         bias = (before.offset @ kernel - after.center) * after.scale + after.offset
-        bias -= before.center @ folded.astype(bias.dtype)
-        y = product(x, folded, preferred_element_type=bias.dtype)
+        return folded, bias - before.center @ folded.astype(bias.dtype)
+
+    def act(y: Array, bias: Array) -> Array:
         return ACTIVATIONS[activation]((y + arrays.per_channel(bias, y)).astype(x.dtype))
 
-    return recomputed(apply)(x, kernel, before, after)
+    def repeated(x: Array, *rest: Any) -> Array:
+        folded, bias = fold(x.dtype, *rest)
+        return act(product(x, folded, preferred_element_type=bias.dtype), bias)
+
+    def kept(x: Array, *rest: Any) -> Array:
+        folded, bias = fold(x.dtype, *rest)
+        return recomputed(act)(product(x, folded, preferred_element_type=bias.dtype), bias)
+
+    return parallel.by_platform(
+        x, kernel, before, after, cpu=kept, default=recomputed(repeated)
+    )
 
 
 def gated_product(
