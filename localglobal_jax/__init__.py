@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         layout,
         models,
         operators,
+        step_context,
         translate,
     )
     from localglobal_jax.evaluate import load
@@ -41,6 +42,7 @@ __all__ = [
     "load",
     "models",
     "operators",
+    "step_context",
     "translate",
 ]
 

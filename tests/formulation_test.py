@@ -120,3 +120,18 @@ def test_activations(name):
     x = jnp.linspace(-9, 9, 400)
     same(jax.value_and_grad(lambda x: jnp.sum(ACTIVATIONS[name](x))), x, rtol=1e-6)
     same(ACTIVATIONS[name], x.astype(jnp.bfloat16), rtol=1e-2)  # jax rounds between its steps
+
+
+@pytest.mark.parametrize("name", ["MBConv", "MBConv, stride 2", "ConvStem"])
+def test_plain_has_forward_derivatives(name):
+    """What tuned gives up: a derivative forward in one direction is the one backward along it."""
+    module, x = MODULES[name], jax.random.normal(jax.random.key(0), (2, 8, 8, 16))
+    variables = module.init(jax.random.key(1), x)
+
+    def apply(x):
+        return jnp.sum(jnp.sin(module.apply(variables, x, train=False)))
+
+    with step_context.tracing(formulation="plain"):
+        _, forward = jax.jvp(apply, (x,), (x,))
+        backward = jnp.vdot(jax.grad(apply)(x), x)
+    np.testing.assert_allclose(forward, backward, rtol=1e-4)

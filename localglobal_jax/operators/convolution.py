@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from localglobal_jax import arrays, parallel
+from localglobal_jax import arrays, parallel, step_context
 from localglobal_jax.reach import Reach, local
 
 Padding = Sequence[tuple[int, int]]
@@ -74,16 +74,12 @@ def _depthwise_shifted(x: Array, kernel: Array, stride: int, padding: Padding) -
     parts = padded.reshape(x.shape[0], *cut, x.shape[-1])
     rank = len(space)
     parts = jnp.moveaxis(parts, [2 * i + 2 for i in range(rank)], range(rank))
-    return _sum_of_shifts(parts, kernel, tuple(out))
+    tuned = step_context.formulation() == "tuned"
+    return (_tuned_sum_of_shifts if tuned else _sum_of_shifts)(parts, kernel, tuple(out))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _sum_of_shifts(parts: Array, kernel: Array, out: tuple[int, ...]) -> Array:
-    """``sum_o parts[o % s, :, o // s : o // s + out] kernel[o]`` over all offsets of the window.
-
-    Its own derivative (no forward-mode) is again made of slices. Autodiff would add up padded
-    arrays, of which every element asks for every offset whether it is there.
-    """
+    """``sum_o parts[o % s, :, o // s : o // s + out] kernel[o]`` over all offsets of the window."""
     terms = (
         _slice(parts[which], first, out) * arrays.per_channel(kernel[offset], parts[which])
         for offset, which, first in _offsets(kernel, parts.shape[0])
@@ -94,6 +90,9 @@ def _sum_of_shifts(parts: Array, kernel: Array, out: tuple[int, ...]) -> Array:
 def _sum_of_shifts_backward(
     out: tuple[int, ...], saved: tuple[Array, Array], g: Array
 ) -> tuple[Array, Array]:
+    """Made of slices. Autodiff adds up padded arrays, of which every element asks for every offset
+    whether it is there: 1.7 times the time with a stride of 2, 1.1 without.
+    """
     parts, kernel = saved
     rank, stride = len(out), parts.shape[0]
     most = [-(-k // stride) - 1 for k in kernel.shape[:-1]]
@@ -114,7 +113,8 @@ def _sum_of_shifts_backward(
     return of_parts.reshape(parts.shape), jnp.stack(of_kernel).reshape(kernel.shape)
 
 
-_sum_of_shifts.defvjp(
+_tuned_sum_of_shifts = jax.custom_vjp(_sum_of_shifts, nondiff_argnums=(2,))
+_tuned_sum_of_shifts.defvjp(
     lambda parts, kernel, out: (_sum_of_shifts(parts, kernel, out), (parts, kernel)),
     _sum_of_shifts_backward,
 )

@@ -144,9 +144,7 @@ def activate_product(
         folded, bias = fold(x.dtype, *rest)
         return recomputed(act)(product(x, folded, preferred_element_type=bias.dtype), bias)
 
-    return parallel.by_platform(
-        x, kernel, before, after, cpu=kept, default=recomputed(repeated)
-    )
+    return parallel.by_platform(x, kernel, before, after, cpu=kept, default=recomputed(repeated))
 
 
 def gated_product(
