@@ -15,6 +15,8 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from localglobal_jax import step_context
+
 
 @dataclasses.dataclass(frozen=True)
 class Account:
@@ -32,7 +34,8 @@ def account(module: nn.Module, *inputs: Any) -> Account:
     """
 
     def init(*args: Any) -> Any:
-        return module.init(jax.random.key(0), *args, train=False)
+        with step_context.tracing(formulation="plain"):
+            return module.init(jax.random.key(0), *args, train=False)
 
     jaxpr, shapes = jax.make_jaxpr(init, return_shape=True)(*inputs)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
@@ -70,9 +73,9 @@ def _count_equation(equation: Any, loops: int | None) -> int:
     if name == "scan":
         return params["length"] * sum(counts)
     if name == "cond":
-        # by_platform: one mathematics in several forms, of which a form made of shifts and
-        # elementwise products shows no product to count; the costliest form is the true count.
-        return max(counts)
+        # by_platform: one mathematics in several forms. The last is the default one, which computes
+        # what the equations say; others are made of shifts, or of matrices with zeros.
+        return counts[-1]
     if name == "while" and sum(counts):
         if loops is not None:
             return loops * sum(counts)

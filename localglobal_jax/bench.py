@@ -31,7 +31,7 @@ class Subject:
 
     def __init__(self, run: schema.Run, step: str = "train"):
         if run.parallel.compile == "pmap":
-            raise ValueError("bench compiles with jit, which pmap gives the same losses as")
+            raise ValueError("bench compiles with jit: set parallel.compile=jit (the same losses)")
         self.run, self.train = run, step == "train"
         self.placement = parallel.Placement(run.parallel)
         check_batches(run, self.placement)
@@ -87,10 +87,18 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One report per run; the step times of all, in turns, on one batch of each.
 
+    Variables are new ones, so that decoding is as long as those make it; the states of all runs are
+    in memory at once. MFU is the share of the peak in bfloat16, whatever the dtype.
+
     Raises ValueError where a run cannot be right, or is shorter than `steps`.
     """
     if steps < 2:
-        raise ValueError(f"steps={steps}: a median needs at least 2")
+        raise ValueError(f"--steps {steps}: a median needs at least 2")
+    for run in runs:
+        if step == "train" and run.steps <= steps:
+            raise ValueError(
+                f"--steps {steps}: the config has no more than steps={run.steps}. Ask for fewer"
+            )
     subjects = [Subject(run, step) for run in runs]
     batches = [next(subject.batches()) for subject in subjects]
     for subject, batch in zip(subjects, batches, strict=True):
@@ -108,7 +116,8 @@ def measure(
         report = described(subject, batch, seconds[:, i]) | {"step": step}
         report |= with_input(subject, steps)
         if i:
-            report["times_as_fast_as_first"] = spread(seconds[:, 0] / seconds[:, i])
+            more = float(batch["mask"].sum()) / float(batches[0]["mask"].sum())
+            report["times_as_fast_as_first"] = spread(more * seconds[:, 0] / seconds[:, i])
         reports.append(report)
     return reports
 
@@ -139,7 +148,7 @@ def with_input(subject: Subject, steps: int) -> dict[str, Any]:
     waited = total = items = 0.0
     batches = subject.batches()
     following = next(batches)
-    for _ in range(min(steps, subject.run.steps - 1) if subject.train else steps):
+    for _ in range(steps):
         batch = following
         subject.prepare(batch)  # a new shape compiles, which is no waiting
         began = time.perf_counter()

@@ -152,8 +152,11 @@ def _set(config: ConfigDict, field: str, read: Callable[[Any], Any]) -> Any:
     value = read(default)
     if isinstance(default, float) and type(value) is int:  # else `read` had made a float of it
         raise ValueError(f"config.{field}={shown(value)}: beyond {LARGEST:g}, what float32 holds")
-    with section.ignore_type():
-        section[leaf] = value
+    try:
+        with section.ignore_type():
+            section[leaf] = value
+    except ValueError as error:  # a key of a dictionary with a dot in it
+        raise ValueError(f"config.{field}={shown(value)}: {error}") from error
     return value
 
 

@@ -35,8 +35,10 @@ def cross_entropy(
         wide = wide - jax.lax.stop_gradient(wide.max(-1, keepdims=True))
         total = jnp.log(jnp.exp(wide).sum(-1))
         if jnp.issubdtype(targets.dtype, jnp.integer):
-            classes = jax.lax.broadcasted_iota(targets.dtype, wide.shape, wide.ndim - 1)
-            hit = jnp.sum(jnp.where(classes == targets[..., None], wide, 0), -1) - total
+            classes = jax.lax.broadcasted_iota(jnp.int32, wide.shape, wide.ndim - 1)
+            here = classes == targets.astype(jnp.int32)[..., None]
+            hit = jnp.sum(jnp.where(here, wide, 0), -1) - total
+            hit = jnp.where((targets >= 0) & (targets < wide.shape[-1]), hit, jnp.nan)
         else:
             weights = targets.astype(jnp.float32)
             hit = jnp.sum(weights * wide, -1) - weights.sum(-1) * total

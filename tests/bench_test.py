@@ -51,13 +51,14 @@ def test_text_and_the_other_steps(step, capsys):
     ("args", "message"),
     [
         (["--steps", "1"], "at least 2"),
+        (["--steps", "20"], "Ask for fewer"),
         (["--config.parallel.compile=pmap"], "jit"),
         (["--step", "decode"], "predicts nothing"),
         (["--compare.optim.learning_rat=1"], "learning_rate"),
     ],
 )
 def test_refusals(args, message, capsys):
-    assert main(["bench", *DIGITS, *args]) == 2
+    assert main(["bench", *DIGITS, "--steps", "3", *args]) == 2
     assert message in capsys.readouterr().err
 
 

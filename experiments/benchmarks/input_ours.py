@@ -56,7 +56,7 @@ def main(layers, count, *paths):
     for _ in sys.stdin:
         began = time.process_time()
         go()
-        print(time.process_time() - began, flush=True)
+        print("seconds", time.process_time() - began, flush=True)
 
 
 if __name__ == "__main__":

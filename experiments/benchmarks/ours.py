@@ -97,7 +97,7 @@ def main(work, name, batch, *options):
     for _ in sys.stdin:
         began = time.perf_counter()
         jax.block_until_ready(go())
-        print(time.perf_counter() - began, flush=True)
+        print("seconds", time.perf_counter() - began, flush=True)
 
 
 if __name__ == "__main__":

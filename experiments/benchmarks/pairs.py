@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two programs measured in turns: A B A B, each in a process that sleeps while the other works.
 
-A worker is a command that gets ready, prints "ready", and for every line it reads does its work
-once and prints the seconds that took.
+A worker is a command that gets ready, prints "ready ABOUT ITSELF", and for every line it reads
+does its work once and prints "seconds S".
 """
 
 import csv
@@ -26,12 +26,12 @@ class Worker:
             text=True,
             env={**os.environ, **(environment or {})},
         )
-        self.about = self._next().removeprefix("ready").strip()
+        self.about = self._next()
 
     def _next(self):
         for line in self.process.stdout:
-            if line.startswith("ready") or line.replace(".", "").strip().isdigit():
-                return line
+            if line.startswith(("ready ", "seconds ")):
+                return line.partition(" ")[2].strip()
         raise RuntimeError(f"{self.process.args}: ended with {self.process.wait()}")
 
     def __call__(self):

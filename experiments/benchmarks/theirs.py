@@ -43,7 +43,7 @@ def main(work, name, batch, mode):
     for _ in sys.stdin:
         began = time.perf_counter()
         go()
-        print(time.perf_counter() - began, flush=True)
+        print("seconds", time.perf_counter() - began, flush=True)
 
 
 if __name__ == "__main__":

@@ -189,7 +189,7 @@ def main(work, batch):
     for _ in sys.stdin:
         began = time.perf_counter()
         go()
-        print(time.perf_counter() - began, flush=True)
+        print("seconds", time.perf_counter() - began, flush=True)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,8 @@ def pool(x: Grid, kind: Pool) -> Grid:
     if kind.startswith("max"):
         return nn.max_pool(x, (window, window), (2, 2), padding)
     # Counting what is inside gives float32 whatever comes in; windows of 2 have nothing outside.
-    return nn.avg_pool(x, (window, window), (2, 2), padding, count_include_pad=window == 2)
+    y = nn.avg_pool(x, (window, window), (2, 2), padding, count_include_pad=window == 2)
+    return y.astype(x.dtype)
 
 
 def pool_rounding(kind: Pool) -> Rounding:

@@ -19,6 +19,7 @@ Over sequences, with masks, causal or not, and one step at a time with a cache (
 |---------------------------------|----------------------|--------|--------|
 | attention + convolution + FFN   | muse_sequence.py     | M      | GLOBAL |
 | attention, relative bias or not | sequence.py          | T, S   | GLOBAL |
+| attention to another sequence   | cross_attention.py   |        | GLOBAL |
 | gated dynamic convolution       | dynamic_sequence.py  | D      | LOCAL  |
 | content-adaptive convolution    | adaptive_sequence.py | A      | LOCAL  |
 | translation-equivariant         | adaptive_sequence.py | E      | GLOBAL |
@@ -32,6 +33,7 @@ from localglobal_jax.operators import (
     adaptive_sequence,
     attention,
     convolution,
+    cross_attention,
     dynamic_sequence,
     focal,
     focal_nearest,
@@ -49,6 +51,7 @@ __all__ = [
     "adaptive_sequence",
     "attention",
     "convolution",
+    "cross_attention",
     "dynamic_sequence",
     "focal",
     "focal_nearest",

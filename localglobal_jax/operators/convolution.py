@@ -187,7 +187,7 @@ def _dynamic_banded(x: Array, kernel: Array, before: int) -> Array:
     """Of a sequence: blocks of positions times the matrices whose bands are their kernels.
 
     A block of l positions sees l + k - 1 of x. Kernels [l, k] with l zeros behind each, read on as
-    rows of l + k - 1, move by one from row to row: that is the band.
+    rows of l + k - 1, move by one from row to row: that is the band. Its zeros do not stop a NaN.
     """
     (b, length, d), (n, k) = x.shape, kernel.shape[-2:]
     block = min(BLOCK, length)

@@ -25,8 +25,7 @@ def dot_general(x: Array, kernel: Array, numbers: Numbers, **options: Any) -> Ar
         return lax.dot_general(x, kernel, numbers, **options)
 
     def of_matrices(x: Array, kernel: Array) -> Array:
-        rows, columns = x.reshape(-1, x.shape[-1]), kernel.reshape(kernel.shape[0], -1)
-        y = lax.dot_general(rows, columns, (((1,), (0,)), ((), ())), **options)
+        y = lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **options)
         return y.reshape(*x.shape[:-1], *kernel.shape[1:])
 
     (summed, batch) = numbers

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from localglobal_jax import arrays
+from localglobal_jax.operators.activation import ACTIVATIONS
 from localglobal_jax.operators.attention import RelativeBiasTable, attend, project_heads
 from localglobal_jax.operators.convolution import depthwise, dynamic, same_padding
 from localglobal_jax.operators.dense import Dense, DenseGeneral
@@ -166,6 +167,6 @@ class Muse(nn.Module):
         dense = partial(Dense, dtype=self.dtype, kernel_init=xavier)
         y = dense(features, use_bias=self.use_bias, name="output")(jnp.concatenate(branches, -1))
         if self.hidden:
-            pointwise = nn.gelu(dense(self.hidden, name="hidden")(x), approximate=False)
+            pointwise = ACTIVATIONS["gelu"](dense(self.hidden, name="hidden")(x))
             y = y + dense(features, name="pointwise")(pointwise)
         return y

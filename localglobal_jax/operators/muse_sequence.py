@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from localglobal_jax.operators.activation import ACTIVATIONS, Activation
+from localglobal_jax.operators.cross_attention import CrossAttention
 from localglobal_jax.operators.muse import Kind, SharedValueConv
 from localglobal_jax.operators.projection import WIDE_UNIFORM, Projection, project, project_to_one
 from localglobal_jax.operators.sequence import (
     Attend,
     Cache,
-    CrossAttention,
     Index,
     Memory,
     append,

@@ -50,10 +50,13 @@ def moments(x: Float[Array, "*b d"]) -> Moments:
 
 
 def covariance(x: Float[Array, "*b d"]) -> tuple[Float[Array, " d"], Float[Array, "d d"]]:
-    """Mean and biased covariance of the channels, likewise."""
+    """Mean and biased covariance of the channels, likewise; in two passes, so that a mean that is
+    large beside the deviation takes no digits away."""
     rows = x.reshape(-1, x.shape[-1])
-    mean, square = _over_devices((rows.astype(_wide(x)).mean(0), _gram(rows) / len(rows)))
-    return mean, square - jnp.outer(mean, mean)
+    (mean,) = _over_devices((rows.astype(_wide(x)).mean(0),))
+    centered = (rows - arrays.per_channel(mean, rows)).astype(x.dtype)
+    (spread,) = _over_devices((_gram(centered) / len(rows),))
+    return mean, spread
 
 
 def product_moments(
@@ -62,7 +65,7 @@ def product_moments(
     """`moments` of ``before(x) @ kernel``, for x of that covariance and the mean before.center."""
     scaled = before.scale[:, None] * kernel
     variance = jnp.sum(scaled * jnp.matmul(covariance, scaled, precision="highest"), 0)
-    return before.offset @ kernel, jnp.maximum(variance, 0)
+    return jnp.matmul(before.offset, kernel, precision="highest"), jnp.maximum(variance, 0)
 
 
 @jax.custom_vjp
@@ -127,22 +130,22 @@ def activate_product(
 ) -> Float[Array, "*b e"]:
     """``act(after(before(x) @ kernel))`` as one product, repeated from x in the backward pass."""
 
-    def fold(dtype: Any, kernel: Array, before: Affine, after: Affine) -> tuple[Array, Array]:
-        folded = (before.scale[:, None] * kernel * after.scale[None, :]).astype(dtype)
-        # The center meets the rounded kernel, as x does: rounding moves no mean.
-        bias = (before.offset @ kernel - after.center) * after.scale + after.offset
-        return folded, bias - before.center @ folded.astype(bias.dtype)
+    def multiply(x: Array, kernel: Array, before: Affine, after: Affine) -> tuple[Array, Array]:
+        # x is centered before it is rounded: a large mean would meet small gradients in bfloat16.
+        centered = (x - arrays.per_channel(before.center, x)).astype(x.dtype)
+        folded = (before.scale[:, None] * kernel * after.scale[None, :]).astype(x.dtype)
+        mean = jnp.matmul(before.offset, kernel, precision="highest")
+        bias = (mean - after.center) * after.scale + after.offset
+        return product(centered, folded, preferred_element_type=bias.dtype), bias
 
     def act(y: Array, bias: Array) -> Array:
         return ACTIVATIONS[activation]((y + arrays.per_channel(bias, y)).astype(x.dtype))
 
-    def repeated(x: Array, *rest: Any) -> Array:
-        folded, bias = fold(x.dtype, *rest)
-        return act(product(x, folded, preferred_element_type=bias.dtype), bias)
+    def repeated(*args: Any) -> Array:
+        return act(*multiply(*args))
 
-    def kept(x: Array, *rest: Any) -> Array:
-        folded, bias = fold(x.dtype, *rest)
-        return recomputed(act)(product(x, folded, preferred_element_type=bias.dtype), bias)
+    def kept(*args: Any) -> Array:
+        return recomputed(act)(*multiply(*args))
 
     return parallel.by_platform(x, kernel, before, after, cpu=kept, default=recomputed(repeated))
 

@@ -59,11 +59,11 @@ CHIPS = {
 }
 # Peaks of CPU depend on the machine: none are given, and bounds are left out.
 KINDS = {  # as JAX names a device -> its generation
-    "TPU v2": "v2", "TPU v3": "v3", "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p",
-    "TPU v6 lite": "v6e", "TPU7x": "tpu7x",
+    "TPU v2": "v2", "TPU v3": "v3", "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e",
+    "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU7x": "tpu7x",
 }  # fmt: skip
-# bf16 FLOP/s without sparsity, from NVIDIA's data sheets; the ones that an 80 GB card of SXM has
-GPUS = {"V100": 125 * TERA, "A100": 312 * TERA, "H100": 989 * TERA, "H200": 989 * TERA}
+# bf16 FLOP/s without sparsity, from NVIDIA's data sheets, of the cards for SXM sockets
+GPUS = {"A100": 312 * TERA, "H100": 989 * TERA, "H200": 989 * TERA}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,8 @@ def peak_flops(kind: str) -> float | None:
     if kind in KINDS:
         chip = CHIPS[KINDS[kind]]
         return chip.flops / chip.devices
-    return next((peak for name, peak in GPUS.items() if name in kind), None)
+    slower = "PCIe" in kind or "NVL" in kind
+    return next((peak for name, peak in GPUS.items() if name in kind and not slower), None)
 
 
 def parse(text: str) -> Topology:

@@ -12,9 +12,10 @@ import pytest
 
 from localglobal_jax import accounting
 from localglobal_jax.operators.adaptive_sequence import AdaptiveSequence, EquivariantSequence
+from localglobal_jax.operators.cross_attention import CrossAttention
 from localglobal_jax.operators.dynamic_sequence import DynamicConv
 from localglobal_jax.operators.muse_sequence import MuseSequence
-from localglobal_jax.operators.sequence import CrossAttention, SelfAttention
+from localglobal_jax.operators.sequence import SelfAttention
 
 D, HEADS, LENGTH = 8, 2, 7
 MUSE = partial(MuseSequence, D, HEADS, 6)
@@ -164,7 +165,7 @@ def test_dropout_where_the_published_code_has_it():
     module, variables, x = made("muse", **off)
     still = module.apply(variables, x)
     train = partial(module.apply, variables, x, train=True, rngs={"dropout": jax.random.key(3)})
-    np.testing.assert_array_equal(train(), still)
+    np.testing.assert_allclose(train(), still, atol=1e-6)
     for field in (*fields, "activation_dropout"):
         for fused in (False, True):
             noisy = module.clone(**{field: 0.5}, fused=fused)
@@ -177,7 +178,8 @@ def test_dropout_where_the_published_code_has_it():
 def test_dropout_of_weights(name):
     module, variables, x = made(name, dropout=0.5)
     still = module.apply(variables, x)
-    np.testing.assert_array_equal(module.clone(dropout=0.0).apply(variables, x, train=True), still)
+    quiet = module.clone(dropout=0.0).apply(variables, x, train=True)
+    np.testing.assert_allclose(quiet, still, atol=1e-6)
     noisy = module.apply(variables, x, train=True, rngs={"dropout": jax.random.key(3)})
     assert (noisy != still).any()
 
