@@ -14,6 +14,8 @@ from importlib import metadata
 
 import numpy as np
 
+PAUSE = 0.5  # seconds
+
 
 class Worker:
     """One side of a comparison."""
@@ -46,10 +48,12 @@ class Worker:
 
 
 def in_turns(sides, rounds):
-    """Seconds, [rounds, sides]; the machine's load is that of what is measured, if all is well."""
+    """Seconds, [rounds, sides]. Threads that wait for more work spin for a while, which would cost
+    the other side a core: everybody gets the time to fall asleep first."""
     found = np.zeros((rounds, len(sides)))
     for row in found:
         for i, side in enumerate(sides):
+            time.sleep(PAUSE)
             row[i] = side()
     return found
 

@@ -142,4 +142,4 @@ class MBConv(nn.Module):
         if train:
             batch = product_moments(spread, before, kernel)
         after = BatchNorm(width, self.norm_eps, name="expand_norm")(batch)
-        return activate_product(x, kernel, before, after, self.activation)
+        return activate_product(x, kernel, before, after, self.activation, train=train)

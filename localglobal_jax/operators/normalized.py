@@ -127,16 +127,21 @@ def activate_product(
     before: Affine,
     after: Affine,
     activation: Activation,
+    *,
+    train: bool,
 ) -> Float[Array, "*b e"]:
     """``act(after(before(x) @ kernel))`` as one product, repeated from x in the backward pass."""
 
     def multiply(x: Array, kernel: Array, before: Affine, after: Affine) -> tuple[Array, Array]:
-        # x is centered before it is rounded: a large mean would meet small gradients in bfloat16.
-        centered = (x - arrays.per_channel(before.center, x)).astype(x.dtype)
         folded = (before.scale[:, None] * kernel * after.scale[None, :]).astype(x.dtype)
         mean = jnp.matmul(before.offset, kernel, precision="highest")
         bias = (mean - after.center) * after.scale + after.offset
-        return product(centered, folded, preferred_element_type=bias.dtype), bias
+        if train:  # centered before it is rounded: a large mean would swallow small gradients
+            x = (x - arrays.per_channel(before.center, x)).astype(x.dtype)
+        else:  # one pass less
+            wide = folded.astype(bias.dtype)
+            bias = bias - jnp.matmul(before.center, wide, precision="highest")
+        return product(x, folded, preferred_element_type=bias.dtype), bias
 
     def act(y: Array, bias: Array) -> Array:
         return ACTIVATIONS[activation]((y + arrays.per_channel(bias, y)).astype(x.dtype))
