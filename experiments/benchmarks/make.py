@@ -14,7 +14,9 @@ HERE = pathlib.Path(__file__).parent
 
 
 def read(name):
-    """Rows of a CSV file."""
+    """Rows of a CSV file; none if nothing was measured yet."""
+    if not (HERE / name).exists():
+        return []
     with open(HERE / name, newline="") as file:
         return list(csv.DictReader(file))
 
