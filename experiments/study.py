@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the studies share: reading results.csv, means with intervals, tables, figures.
+
+A study's ``make.py`` has ``tables(rows) -> {name: lines}`` and ``draw(rows) -> Figure``, and ends
+in ``study.main(__file__, tables, draw)``; it reads results.csv beside it, and nothing else.
+"""
+
+import csv
+import math
+import pathlib
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+Row = Mapping[str, str]
+Tables = Callable[[list[Row]], Mapping[str, list[str]]]
+
+# Student's t, two-sided 95 %, by degrees of freedom
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+COLORS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b279a2", "#9d755d", "#bab0ac")
+
+
+def read(file: pathlib.Path) -> list[Row]:
+    with open(file, newline="") as opened:
+        return list(csv.DictReader(opened))
+
+
+def grouped(rows: Iterable[Row], *columns: str) -> dict[tuple[str, ...], list[Row]]:
+    """Rows by the values of some columns, in the order in which they come."""
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[column] for column in columns), []).append(row)
+    return found
+
+
+def values(rows: Iterable[Row], column: str) -> list[float]:
+    """The numbers of a column; a run that has none is left out."""
+    return [float(row[column]) for row in rows if row.get(column)]
+
+
+def interval(numbers: Sequence[float]) -> tuple[float, float]:
+    """(mean, half of its 95 % confidence interval by Student's t; nan for fewer than two)."""
+    if not numbers:
+        return math.nan, math.nan
+    if len(numbers) < 2:
+        return numbers[0], math.nan
+    spread = statistics.stdev(numbers) / math.sqrt(len(numbers))
+    return statistics.mean(numbers), T95.get(len(numbers) - 1, 1.96) * spread
+
+
+def shown(numbers: Sequence[float], digits: int = 2) -> str:
+    """E.g. ``30.31 ± 0.15``; a single run has no interval, and none at all is "not run"."""
+    mean, half = interval(numbers)
+    if math.isnan(mean):
+        return "not run"
+    return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
+
+
+def paired(a: Mapping[str, float], b: Mapping[str, float]) -> list[float]:
+    """Differences a - b of the runs with the same key (a seed): what the two share cancels."""
+    return [a[key] - b[key] for key in a if key in b]
+
+
+def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body)]
+
+
+def figure(columns: int = 1, rows: int = 1, *, width: float = 4.5, height: float = 3.2) -> Figure:
+    """An empty figure; ``figure.subplots(rows, columns)`` gives its axes."""
+    return Figure(figsize=(width * columns, height * rows), layout="constrained")
+
+
+def document(text: str, made: Mapping[str, list[str]]) -> str:
+    """`text` with what stands between ``<!-- NAME -->`` and ``<!-- end -->`` made anew."""
+    for name, lines in made.items():
+        mark, end = f"<!-- {name} -->\n", "<!-- end -->"
+        before, found, rest = text.partition(mark)
+        _, closed, after = rest.partition(end)
+        if not (found and closed):
+            raise ValueError(f"the README has no {mark.strip()} ... {end}")
+        text = before + mark + "\n".join(lines) + "\n" + end + after
+    return text
+
+
+def main(
+    file: str,
+    tables: Tables,
+    draw: Callable[[list[Row]], Figure],
+    out: pathlib.Path | None = None,
+) -> None:
+    """Writes table.md, figure.png, and the tables within README.md, beside `file` or in `out`."""
+    here = pathlib.Path(file).parent
+    out = out or here
+    rows = read(here / "results.csv")
+    made = tables(rows)
+    (out / "table.md").write_text("\n\n".join("\n".join(lines) for lines in made.values()) + "\n")
+    (out / "README.md").write_text(document((here / "README.md").read_text(), made))
+    FigureCanvasAgg(draw(rows)).print_png(str(out / "figure.png"))
