@@ -70,7 +70,7 @@ def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
 
 def figure(columns: int = 1, rows: int = 1, *, width: float = 4.5, height: float = 3.2) -> Figure:
     """An empty figure; ``figure.subplots(rows, columns)`` gives its axes."""
-    return Figure(figsize=(width * columns, height * rows), layout="constrained")
+    return Figure(figsize=(width * columns, height * rows), dpi=130, layout="constrained")
 
 
 def document(text: str, made: Mapping[str, list[str]]) -> str:
@@ -83,6 +83,10 @@ def document(text: str, made: Mapping[str, list[str]]) -> str:
             raise ValueError(f"the README has no {mark.strip()} ... {end}")
         text = before + mark + "\n".join(lines) + "\n" + end + after
     return text
+
+
+def save(figure: Figure, file: pathlib.Path) -> None:
+    FigureCanvasAgg(figure).print_png(str(file))
 
 
 def main(
@@ -98,4 +102,4 @@ def main(
     made = tables(rows)
     (out / "table.md").write_text("\n\n".join("\n".join(lines) for lines in made.values()) + "\n")
     (out / "README.md").write_text(document((here / "README.md").read_text(), made))
-    FigureCanvasAgg(draw(rows)).print_png(str(out / "figure.png"))
+    save(draw(rows), out / "figure.png")

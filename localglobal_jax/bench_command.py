@@ -22,12 +22,12 @@ def add_options(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints what was measured."""
+    # checked before jax takes seconds
     given = configlib.compared(args.config, args.overrides, args.compare, args.compare_overrides)
-    runs = [configlib.check(config) for config in given.values()]  # before jax takes seconds
 
     from localglobal_jax import bench
 
-    measured = bench.measure(runs, step=args.step, steps=args.steps)
+    measured = bench.measure(list(given.values()), step=args.step, steps=args.steps)
     found = [{"config": name, **report} for name, report in zip(given, measured, strict=True)]
     if args.json:
         print(json.dumps(found[0] if len(found) == 1 else found))

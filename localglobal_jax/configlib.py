@@ -79,16 +79,20 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
 
 def compared(
     spec: str, overrides: Mapping[str, str], other: str | None, others: Mapping[str, str]
-) -> dict[str, ConfigDict]:
-    """A config, and the one that is set beside it, if any, each under a name for people.
+) -> dict[str, schema.Run]:
+    """A run, and the one that is set beside it, if any, each under a name for people.
 
     ``overrides`` are of both, ``others`` of the second, whose file may be the first one's.
+    Raises ValueError, which tells the second one's mistakes from the first one's.
     """
-    found = {spec: load(spec, overrides)}
+    found = {spec: check(load(spec, overrides))}
     if other or others:
         name = " ".join([other or spec, *(f"{k}={v}" for k, v in others.items())])
-        name += " (again)" * (name in found)
-        found[name] = load(other or spec, {**overrides, **others})
+        try:
+            run = check(load(other or spec, {**overrides, **others}))
+        except ValueError as error:
+            raise ValueError(f"--compare, {name}: {error}") from None
+        found[name + " (again)" * (name in found)] = run
     return found
 
 

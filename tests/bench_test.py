@@ -54,7 +54,8 @@ def test_text_and_the_other_steps(step, capsys):
         (["--steps", "20"], "Ask for fewer"),
         (["--config.parallel.compile=pmap"], "jit"),
         (["--step", "decode"], "predicts nothing"),
-        (["--compare.optim.learning_rat=1"], "learning_rate"),
+        (["--compare.optim.learning_rat=1"], "--compare, configs/coatnet_digits.py"),
+        (["--compare.optim.learning_rat=1"], 'did you mean "learning_rate"'),
     ],
 )
 def test_refusals(args, message, capsys):

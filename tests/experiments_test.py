@@ -8,6 +8,7 @@ import pathlib
 import pytest
 
 from experiments import study
+from experiments.benchmarks import make as benchmarks
 from localglobal_jax.launch import expand
 
 FOLDER = pathlib.Path(study.__file__).parent
@@ -24,6 +25,11 @@ def test_what_is_committed_is_what_make_draws(name, tmp_path):
     for file in ("table.md", "README.md"):
         assert (tmp_path / file).read_text() == (FOLDER / name / file).read_text(), file
     assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_benchmarks_show_what_was_measured():
+    page = FOLDER / "benchmarks" / "README.md"
+    assert study.document(page.read_text(), benchmarks.tables()) == page.read_text()
 
 
 @pytest.mark.parametrize("size", ["laptop", "paper", "tiny"])

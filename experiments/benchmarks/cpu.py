@@ -26,6 +26,8 @@ ROWS = {
         ("train coatnet_0 8", "theirs.py", "train coatnet_0_224 8 eager", 1.2),
     "volo_d1 inference / timm eager":
         ("infer volo_d1 8", "theirs.py", "infer volo_d1_224 8 eager", 1.5),
+    "focal_tiny inference / its plain formulation":
+        ("infer focal_tiny 8", "ours.py", "infer focal_tiny 8 plain", 1.5),
     "MUSE training, 32 x 32 tokens / PyTorch eager":
         ("train muse_iwslt 32", "theirs_muse.py", "train 32", 2.0),
     "MUSE decoding, beam 5, batch 1 / PyTorch eager":

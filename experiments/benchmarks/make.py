@@ -1,103 +1,117 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tables of README.md and figure.png, from the CSV files beside this file and nothing else.
 
-python experiments/benchmarks/make.py
+python -m experiments.benchmarks.make
 """
 
-import csv
 import pathlib
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from experiments import study
 
 HERE = pathlib.Path(__file__).parent
+GIB = 2**30
+FIRST = ("plain", "unrolled")  # what the other forms of a step are measured against
 
 
 def read(name):
     """Rows of a CSV file; none if nothing was measured yet."""
-    if not (HERE / name).exists():
-        return []
-    with open(HERE / name, newline="") as file:
-        return list(csv.DictReader(file))
+    return study.read(HERE / name) if (HERE / name).exists() else []
 
 
 def cpu():
-    lines = [
-        "| work | times as fast | quartiles | goal | ours | theirs |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in read("cpu.csv"):
-        lines.append(
-            f"| {row['name']} | **{float(row['ratio_median']):.2f}** "
-            f"| {float(row['ratio_low']):.2f} to {float(row['ratio_high']):.2f} | {row['goal']} "
-            f"| {1e3 * float(row['our_seconds']):,.0f} ms "
-            f"| {1e3 * float(row['their_seconds']):,.0f} ms |"
-        )
-    return lines
+    head = ["work", "times as fast", "quartiles", "goal", "ours", "theirs"]
+    return study.table(
+        head,
+        (
+            (
+                row["name"],
+                f"**{float(row['ratio_median']):.2f}**",
+                f"{float(row['ratio_low']):.2f} to {float(row['ratio_high']):.2f}",
+                row["goal"],
+                f"{1e3 * float(row['our_seconds']):,.0f} ms",
+                f"{1e3 * float(row['their_seconds']):,.0f} ms",
+            )
+            for row in read("cpu.csv")
+        ),
+    )
 
 
 def tpu():
-    """Tuned over plain, for every pair of rows."""
-    lines = [
-        "| step | cycles | bytes | temporary | plain: cycles | plain: GB | plain: GiB temporary |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    rows = {(row["row"], row["formulation"]): row for row in read("tpu.csv")}
-    for name in dict.fromkeys(name for name, _ in rows):
-        if (name, "plain") not in rows or (name, "tuned") not in rows:
+    """Every form over the first of its step."""
+    measures = ("cycles", "bytes", "temporary", "compile_cpu_seconds")
+    head = ["step", "form", "cycles", "bytes", "temporary", "CPU time of compiling"]
+    body = []
+    for rows in study.grouped(read("tpu.csv"), "row").values():
+        if len(rows) < 2:
             continue
-        ours, plain = rows[name, "tuned"], rows[name, "plain"]
-        ratio = {k: float(ours[k]) / float(plain[k]) for k in ("cycles", "bytes", "temporary")}
-        lines.append(
-            f"| {plain['config']}, {plain['batch_per_chip']} a chip, {plain['topology']} "
-            f"| **{ratio['cycles']:.2f}** | **{ratio['bytes']:.2f}** "
-            f"| **{ratio['temporary']:.2f}** "
-            f"| {float(plain['cycles']) / 1e6:,.0f} M | {float(plain['bytes']) / 1e9:,.1f} "
-            f"| {float(plain['temporary']) / 2**30:,.2f} |"
+        first, *others = sorted(rows, key=lambda row: row["formulation"] not in FIRST)
+        step = f"{first['config']}, {first['topology']}, {first['batch_per_chip']} a chip"
+        body.append((step, first["formulation"], *absolute(first)))
+        for other in others:
+            ratios = [f"**{float(other[k]) / float(first[k]):.2f}**" for k in measures]
+            body.append(("", f"{other['formulation']} / {first['formulation']}", *ratios))
+    return study.table(head, body)
+
+
+def largest():
+    """Batches a chip, and whether they fit."""
+    head = ["step", "images a chip", "form", "GiB needed", "fits"]
+    body = [
+        (
+            f"{row['config']}, {row['topology']}",
+            row["batch_per_chip"],
+            row["formulation"],
+            f"{float(row['needed']) / GIB:.2f}",
+            {"True": "yes", "False": "no"}[row["fits"]],
         )
-    return lines
+        for row in read("tpu.csv")
+        if "_b" in row["row"]
+    ]
+    return study.table(head, body)
+
+
+def absolute(row):
+    return (
+        f"{float(row['cycles']) / 1e6:,.0f} M",
+        f"{float(row['bytes']) / 1e9:,.1f} GB",
+        f"{float(row['temporary']) / GIB:,.2f} GiB",
+        f"{float(row['compile_cpu_seconds']):,.0f} s",
+    )
 
 
 def inputs():
-    lines = ["| images | CPU ms, ours | tf.data | ratio | goal |", "|---|---|---|---|---|"]
+    body = []
     for row in read("input.csv"):
         theirs = f"{float(row['their_ms']):.2f}" if row.get("their_ms") else ""
         ratio = f"{float(row['ratio_median']):.2f}" if row.get("ratio_median") else ""
         goal = f"at most {row['goal']}" + ("" if ratio else " ms")
-        lines.append(
-            f"| {row['name']} | {float(row['our_ms']):.4g} | {theirs} | {ratio} | {goal} |"
-        )
-    return lines
+        body.append((row["name"], f"{float(row['our_ms']):.4g}", theirs, ratio, goal))
+    return study.table(["images", "CPU ms, ours", "tf.data", "ratio", "goal"], body)
 
 
 def startup():
-    lines = ["| start | seconds | quartiles | goal |", "|---|---|---|---|"]
-    for row in read("startup.csv"):
-        lines.append(
-            f"| {row['name']} | {float(row['seconds_median']):.1f} "
-            f"| {float(row['seconds_low']):.1f} to {float(row['seconds_high']):.1f} "
-            f"| {row['goal']} |"
+    body = [
+        (
+            row["name"],
+            f"{float(row['seconds_median']):.1f}",
+            f"{float(row['seconds_low']):.1f} to {float(row['seconds_high']):.1f}",
+            row["goal"],
+            f"{row['programs']}, {row['programs_compiled_twice']} twice",
         )
-    return lines
+        for row in read("startup.csv")
+    ]
+    return study.table(["start", "seconds", "quartiles", "goal", "programs compiled"], body)
 
 
-TABLES = {"cpu": cpu, "tpu": tpu, "input": inputs, "startup": startup}
-
-
-def document(text):
-    """README.md with every table between its marks made anew."""
-    for name, table in TABLES.items():
-        begin, end = f"<!-- {name} -->\n", "<!-- end -->"
-        before, _, rest = text.partition(begin)
-        _, _, after = rest.partition(end)
-        text = before + begin + "\n".join(table()) + "\n" + end + after
-    return text
+def tables():
+    made = (cpu, tpu, largest, inputs, startup)
+    return {table.__name__: table() for table in made}
 
 
 def draw():
     """How many times as fast, against the goal of each row."""
     rows = read("cpu.csv")[::-1]
-    figure = Figure(figsize=(9, 0.5 * len(rows) + 1), layout="constrained")
+    figure = study.figure(width=9, height=0.4 * len(rows) + 1)
     axes = figure.subplots()
     places = range(len(rows))
     ratios = [float(row["ratio_median"]) for row in rows]
@@ -105,19 +119,19 @@ def draw():
         [r - float(row["ratio_low"]) for r, row in zip(ratios, rows, strict=True)],
         [float(row["ratio_high"]) - r for r, row in zip(ratios, rows, strict=True)],
     ]
-    axes.barh(places, ratios, xerr=spread, color="#4c78a8")
+    axes.barh(places, ratios, xerr=spread, color=study.COLORS[0])
     axes.plot([float(row["goal"]) for row in rows], places, "k|", markersize=18, label="goal")
     axes.axvline(1, color="gray", linewidth=1)
     axes.set_yticks(places, [row["name"] for row in rows])
     axes.set_xlabel("times as fast (CPU, medians of pairs, quartiles)")
     axes.legend(loc="lower right")
-    FigureCanvasAgg(figure).print_png(str(HERE / "figure.png"))
+    return figure
 
 
 def main():
     page = HERE / "README.md"
-    page.write_text(document(page.read_text()))
-    draw()
+    page.write_text(study.document(page.read_text(), tables()))
+    study.save(draw(), HERE / "figure.png")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A worker (see pairs.py): our models.
 
-python ours.py infer|train|decode NAME BATCH [FIELD=VALUE ...]
+python ours.py infer|train|decode NAME BATCH [plain] [FIELD=VALUE ...]
+
+"plain": what linen and autodiff make of the equations, `parallel.formulation=plain`.
 """
 
 import os
@@ -88,12 +90,14 @@ def decode(module, inputs, labels):
 
 
 def main(work, name, batch, *options):
-    fields = {k: ast.literal_eval(v) for k, v in (option.split("=") for option in options)}
+    formulation = "plain" if "plain" in options else "tuned"
+    fields = {k: ast.literal_eval(v) for k, _, v in (o.partition("=") for o in options) if v}
     module = lg.create_model(name, **fields)
     works = {"infer": infer, "train": train, "decode": decode}
     go = works[work](module, *example(name, int(batch)))
-    for _ in range(2):
-        jax.block_until_ready(go())
+    with lg.step_context.tracing(formulation=formulation):
+        for _ in range(2):
+            jax.block_until_ready(go())
     print(f"ready jax {jax.__version__}", flush=True)
     for _ in sys.stdin:
         began = time.perf_counter()
