@@ -23,7 +23,7 @@ import optax
 import localglobal_jax as lg
 
 CLASSES, TOKENS = 1000, 6000
-REPEATS = 3  # the first of a turn finds caches and cores cold
+REPEATS = 3  # a turn
 
 
 def example(name, batch):
@@ -89,7 +89,8 @@ def decode(module, inputs, labels):
     return lambda: search(module, variables, source, beam=5, max_length=29, min_length=29)
 
 
-def main(work, name, batch, *options):
+def make(work, name, batch, *options):
+    """The work as a function, warm."""
     formulation = "plain" if "plain" in options else "tuned"
     fields = {k: ast.literal_eval(v) for k, _, v in (o.partition("=") for o in options) if v}
     module = lg.create_model(name, **fields)
@@ -98,8 +99,14 @@ def main(work, name, batch, *options):
     with lg.step_context.tracing(formulation=formulation):
         for _ in range(2):
             jax.block_until_ready(go())
-    print(f"ready jax {jax.__version__}", flush=True)
+    return go
+
+
+def main(*command):
+    go = make(*command)
+    print(f"ready jax {jax.__version__}, {jax.devices()[0].device_kind}", flush=True)
     for _ in sys.stdin:
+        jax.block_until_ready(go())  # see pairs.py
         began = time.perf_counter()
         for _ in range(REPEATS):
             jax.block_until_ready(go())

@@ -5,26 +5,26 @@ Runs in an environment of its own that has torch and timm; imports nothing of ou
 """
 
 import sys
-import time
 
+import theirs_device
 import timm
 import torch
-
-REPEATS = 3  # as ours.py
 
 
 def main(work, name, batch, mode):
     torch.manual_seed(0)
-    model = timm.create_model(name).to(memory_format=torch.channels_last)
-    x = torch.randn(int(batch), 3, 224, 224).to(memory_format=torch.channels_last)
-    labels = torch.randint(0, 1000, (int(batch),))
+    device = theirs_device.DEVICE
+    model = timm.create_model(name).to(device, memory_format=torch.channels_last)
+    x = torch.randn(int(batch), 3, 224, 224, device=device)
+    x = x.to(memory_format=torch.channels_last)
+    labels = torch.randint(0, 1000, (int(batch),), device=device)
     forward = torch.compile(model) if mode == "compile" else model
 
     if work == "infer":
         model.eval()
 
         def go():
-            with torch.inference_mode():
+            with torch.inference_mode(), theirs_device.precision():
                 forward(x)
 
     else:
@@ -33,20 +33,12 @@ def main(work, name, batch, mode):
 
         def go():
             optimizer.zero_grad(set_to_none=True)
-            torch.nn.functional.cross_entropy(forward(x), labels).backward()
+            with theirs_device.precision():
+                loss = torch.nn.functional.cross_entropy(forward(x), labels)
+            loss.backward()
             optimizer.step()
 
-    for _ in range(2):
-        go()
-    versions = (
-        f"torch {torch.__version__} timm {timm.__version__} {torch.get_num_threads()} threads"
-    )
-    print(f"ready {versions}", flush=True)
-    for _ in sys.stdin:
-        began = time.perf_counter()
-        for _ in range(REPEATS):
-            go()
-        print("seconds", (time.perf_counter() - began) / REPEATS, flush=True)
+    theirs_device.serve(go, f"timm {timm.__version__} {mode}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A worker (see pairs.py): MUSE in eager PyTorch. ``python theirs_muse.py train|decode BATCH``
+"""A worker (see pairs.py): MUSE in PyTorch.
+
+    python theirs_muse.py train|decode BATCH eager|compile
 
 The authors' code is not at hand. This is their network at IWSLT size (48 M parameters) as fairseq's
 modules of that time compute it, written for this comparison alone: attention as two products and a
@@ -10,14 +12,13 @@ Runs in an environment of its own that has torch; imports nothing of ours.
 """
 
 import sys
-import time
 
+import theirs_device
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 WIDTH, HEADS, HIDDEN, DEPTH = 384, 4, 768, 12
-REPEATS = 3  # as ours.py
 SOURCE, TARGET, BEAM, STEPS, DROPOUT = 8848, 6632, 5, 30, 0.4
 
 
@@ -88,7 +89,8 @@ class Layer(nn.Module):
         mask = None
         if state is None:
             if self.causal:
-                mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+                mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device)
+                mask = mask.triu(1)
             mixed = [c(value) for c in self.convolutions]
         else:
             mixed = [c.step(value, state, f"window{i}") for i, c in enumerate(self.convolutions)]
@@ -150,8 +152,9 @@ def decode(model, source):
     b = len(source)
     memory = model.encode(source).repeat_interleave(BEAM, 0)
     states = [{} for _ in range(DEPTH)]
-    tokens, total = torch.full((b * BEAM,), 2), torch.zeros(b, BEAM)
-    first = torch.arange(b)[:, None] * BEAM
+    tokens = torch.full((b * BEAM,), 2, device=source.device)
+    total = torch.zeros(b, BEAM, device=source.device)
+    first = torch.arange(b, device=source.device)[:, None] * BEAM
     for at in range(STEPS):
         log_p = model.step(tokens, at, memory, states).view(b, BEAM, -1)
         total, index = (total[..., None] + log_p).view(b, -1).topk(2 * BEAM)
@@ -163,35 +166,32 @@ def decode(model, source):
                 state[name] = state[name].index_select(0, rows)
 
 
-def main(work, batch):
+def main(work, batch, mode):
     torch.manual_seed(0)
-    model = Muse()
-    source = torch.randint(4, 6000, (int(batch), 32 if work == "train" else 30))
+    model = Muse().to(theirs_device.DEVICE)
+    forward = torch.compile(model) if mode == "compile" else model
+    length = 32 if work == "train" else 30
+    source = torch.randint(4, 6000, (int(batch), length), device=theirs_device.DEVICE)
     if work == "train":
         optimizer = torch.optim.AdamW(model.parameters())
 
         def go():
             optimizer.zero_grad(set_to_none=True)
-            logits = model(source, source % TARGET)
-            F.cross_entropy(logits.flatten(0, 1), (source % TARGET).flatten()).backward()
+            with theirs_device.precision():
+                logits = forward(source, source % TARGET)
+                loss = F.cross_entropy(logits.flatten(0, 1), (source % TARGET).flatten())
+            loss.backward()
             optimizer.step()
 
     else:
         model.eval()
 
         def go():
-            with torch.inference_mode():
+            with torch.inference_mode(), theirs_device.precision():
                 decode(model, source)
 
-    for _ in range(2):
-        go()
     size = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"ready torch {torch.__version__} eager, {size:.1f} M parameters", flush=True)
-    for _ in sys.stdin:
-        began = time.perf_counter()
-        for _ in range(REPEATS):
-            go()
-        print("seconds", (time.perf_counter() - began) / REPEATS, flush=True)
+    theirs_device.serve(go, f"{mode}, {size:.1f} M parameters")
 
 
 if __name__ == "__main__":
