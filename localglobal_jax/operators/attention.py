@@ -51,7 +51,7 @@ def attention_weights(
     mask: Bool[Array, "#b #n #l m"] | None = None,
 ) -> Float[Array, "b n l m"]:
     """The weights that `attend` gives to the values; each row sums to one, in float32 at least."""
-    return jax.nn.softmax(_logits(*_by_heads(query, key), bias, mask), axis=-1)
+    return jax.nn.softmax(_logits("blnc,bmnc->bnlm", query, key, bias, mask), axis=-1)
 
 
 def _by_heads(*arrays: Array) -> list[Array]:
@@ -59,9 +59,11 @@ def _by_heads(*arrays: Array) -> list[Array]:
     return [jnp.swapaxes(x, 1, 2) for x in arrays]
 
 
-def _logits(query: Array, key: Array, bias: Array | None, mask: Array | None) -> Array:
+def _logits(
+    product: str, query: Array, key: Array, bias: Array | None, mask: Array | None
+) -> Array:
     logits = jnp.einsum(
-        "bnlc,bnmc->bnlm",
+        product,
         query * query.shape[-1] ** -0.5,
         key,
         preferred_element_type=jnp.promote_types(query.dtype, jnp.float32),
@@ -107,11 +109,12 @@ def _numerator(
     `twice`: the logits are made anew from a barrier on, else float32 ones are stored and read three
     times. That is cheaper on TPU, not on CPU (1.25 times the time).
     """
-    logits = _logits(query, key, bias, mask)
+    by_heads = "bnlc,bnmc->bnlm"
+    logits = _logits(by_heads, query, key, bias, mask)
     highest = logits.max(-1, keepdims=True, initial=-jnp.inf)
     if twice:
         *again, highest = jax.lax.optimization_barrier((query, key, bias, mask, highest))
-        logits = _logits(*again)
+        logits = _logits(by_heads, *again)
     numerator = jnp.exp(logits - highest)
     return numerator, numerator.sum(-1, keepdims=True)
 
