@@ -41,6 +41,14 @@ def test_interval_is_students():
     assert study.shown([1.5]) == "1.50"
 
 
+def test_ranked_says_what_is_certain():
+    near, far = {"0": 1.0, "1": 1.1, "2": 0.9}, {"0": 3.0, "1": 3.1, "2": 2.9}
+    same = {"0": 1.0, "1": 1.0, "2": 1.1}
+    assert study.ranked({"a": near, "b": far, "c": same, "d": {}}) == "b > c ≈ a"
+    assert (study.sign(near, far), study.sign(far, near)) == ("<", ">")
+    assert study.ranked({"a": near, "b": {}}) == "not run"
+
+
 def test_document_needs_its_marks():
     text = "a\n<!-- t -->\nold\n<!-- end -->\nb"
     assert study.document(text, {"t": ["new"]}) == "a\n<!-- t -->\nnew\n<!-- end -->\nb"
