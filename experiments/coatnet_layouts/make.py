@@ -89,11 +89,11 @@ def tables(rows):
 def draw(rows):
     figure = study.figure(3)
     axes = figure.subplots(1, 3)
-    for n, color in zip(NAMES, study.COLORS, strict=False):
+    for i, (n, color) in enumerate(zip(NAMES, study.COLORS, strict=False)):
         sizes, accuracy, gap = [], [], []
         for part, images in IMAGES.items():
             if found := study.values(chosen(rows, n, part), TEST):
-                sizes.append(images)
+                sizes.append(images * 1.05 ** (i - 2.5))  # side by side
                 accuracy.append(study.interval([100 * value for value in found]))
                 gap.append(study.interval(gaps(chosen(rows, n, part))))
         for ax, numbers in ((axes[0], accuracy), (axes[1], gap)):
