@@ -92,8 +92,8 @@ def draw(rows):
     axes[0].set_xticks(range(len(NAMES)), NAMES.values())
     axes[0].set_title("test accuracy, %", fontsize=10)
     if means:
-        axes[0].set_ylim(bottom=min(means) - 3)  # a cut axis
-        axes[0].legend(frameon=False, fontsize=8, loc="lower right")
+        axes[0].set_ylim(min(means) - 3, max(means) + 4)  # a cut axis
+        axes[0].legend(frameon=False, fontsize=7, loc="upper center", ncols=3)
     full = found["100 %, equal steps"]
     for i, row in enumerate(beside("speed.csv")):
         if scores := full[row["model"]]:
