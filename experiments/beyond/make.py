@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables and figure from the CSV files here: python -m experiments.beyond.make
 
-results.csv and shifts.csv are of the images (`sweep.py`, `measure.py`), text_results.csv and
-lengths.csv of the translations (`sweep_text.py`, `measure_text.py`). What is not there is not run.
+results.csv and shifts.csv are of the images (`sweep.py`, `measure.py`), lengths.csv is of the
+translations (`sweep_text.py`, `measure_text.py`). What is not there is not run.
 """
 
 import pathlib
@@ -11,8 +11,8 @@ from experiments import study
 
 HERE = pathlib.Path(__file__).parent
 VISION = ("CCTT", "CCAA", "CCEE", "CMMT")
-TEXT = {"SS": "Transformer", "MM": "MUSE", "TT": "relative", "AA": "adaptive", "EE": "equivariant"}
-TEST, LOSS = "test/accuracy", "validation/loss"
+TEXT = ("Transformer", "MUSE", "relative", "A", "E")
+TEST = "test/accuracy"
 
 
 def beside(file):
@@ -67,25 +67,46 @@ def robustness(column):
 
 
 def text():
-    """Validation loss by the length of the pairs that training saw."""
-    rows = beside("text_results.csv")
-    lengths = sorted({row["data.max_length"] for row in rows}, key=int, reverse=True)
-    body = [
-        [
-            name,
-            *(
-                study.shown(
-                    study.values(chosen(rows, **{"model.layout": n, "data.max_length": m}), LOSS), 3
-                )
-                for m in lengths
-            ),
+    """BLEU and loss on the whole test set, by the longest pairs that training saw."""
+    rows = chosen(beside("lengths.csv"), tokens="all")
+    lengths = sorted({row["max_length"] for row in rows}, key=int, reverse=True)
+    cases = [(m, column) for m in lengths for column in ("bleu", "nll")]
+    body = []
+    for n in TEXT:
+        cells = [
+            study.shown(study.values(chosen(rows, model=n, max_length=m), column), 2)
+            for m, column in cases
         ]
-        for n, name in TEXT.items()
-    ]
-    heads = [f"loss, trained up to {m} tokens" for m in lengths] or ["loss"]
-    if not lengths:
-        body = [[name, "not run"] for name in TEXT.values()]
+        body.append([n, *(cells or ["not run"])])
+    names = {"bleu": "BLEU", "nll": "loss"}
+    heads = [f"{names[column]}, trained up to {m}" for m, column in cases] or ["BLEU"]
     return study.table(["model", *heads], body)
+
+
+def unseen():
+    """{tokens: {model: {seed: loss of the model trained on short pairs minus that on long}}}."""
+    rows = [row for row in beside("lengths.csv") if row["tokens"] != "all"]
+    trained = sorted({row["max_length"] for row in rows}, key=int)
+    if len(trained) < 2:
+        return {}
+
+    def losses(n, tokens, length):
+        return study.by_seed(chosen(rows, model=n, tokens=tokens, max_length=length), "nll")
+
+    found = {}
+    for tokens in sorted({row["tokens"] for row in rows}, key=int):
+        found[tokens] = {}
+        for n in TEXT:
+            short, long = losses(n, tokens, trained[0]), losses(n, tokens, trained[-1])
+            found[tokens][n] = {seed: short[seed] - long[seed] for seed in short if seed in long}
+    return found
+
+
+def lengths():
+    found = unseen()
+    heads = [f"up to {tokens}" for tokens in found] or ["length"]
+    body = [[n, *(study.shown(list(each[n].values())) for each in found.values())] for n in TEXT]
+    return study.table(["model", *heads], body if found else [[n, "not run"] for n in TEXT])
 
 
 def tables(rows):
@@ -97,33 +118,44 @@ def tables(rows):
         "shifts": [*moved, *(["", *best[1:]] if best else [])],
         "agreement": agreement,
         "text": text(),
+        "lengths": lengths(),
     }
 
 
 def draw(rows):
     del rows
-    figure = study.figure(2)
-    axes = figure.subplots(1, 2)
-    for ax, column in zip(axes, ("accuracy", "agreement"), strict=True):
-        found = shifts(column)
-        for i, n in enumerate(VISION):
-            measured = [
-                (int(step), study.interval(list(each[n].values())))
-                for step, each in found.items()
-                if each[n]
-            ]
-            if measured:
-                steps, numbers = zip(*measured, strict=True)
-                means, halves = zip(*numbers, strict=True)
-                at = [step + 0.06 * (i - 1.5) for step in steps]  # side by side
-                ax.errorbar(at, means, halves, label=n, color=study.COLORS[i], capsize=2)
-        ax.set(xlabel="pixels that the test images are moved by")
-        ax.spines[["top", "right"]].set_visible(False)
+    figure = study.figure(3)
+    axes = figure.subplots(1, 3)
+    lines(axes[0], VISION, shifts("accuracy"))
+    lines(axes[1], VISION, shifts("agreement"))
+    lines(axes[2], TEXT, unseen())
     axes[0].set_title("test accuracy, %", fontsize=10)
     axes[1].set_title("same answer as without the shift, %", fontsize=10)
-    if axes[0].lines:
-        axes[0].legend(frameon=False, fontsize=8)
+    axes[2].set_title("loss added by having trained on short pairs only", fontsize=10)
+    for ax in axes[:2]:
+        ax.set_xlabel("pixels that the test images are moved by")
+    axes[2].set_xlabel("tokens of the sentence, up to")
+    for ax in axes[::2]:
+        if ax.lines:
+            ax.legend(frameon=False, fontsize=8)
     return figure
+
+
+def lines(ax, names, found):
+    """A line for each name, over the keys of {key: {name: {seed: number}}}."""
+    for i, n in enumerate(names):
+        measured = [
+            (j, study.interval(list(each[n].values())))
+            for j, each in enumerate(found.values())
+            if each[n]
+        ]
+        if measured:
+            places, numbers = zip(*measured, strict=True)
+            means, halves = zip(*numbers, strict=True)
+            at = [place + 0.06 * (i - 1.5) for place in places]  # side by side
+            ax.errorbar(at, means, halves, label=n, color=study.COLORS[i], capsize=2)
+    ax.set_xticks(range(len(found)), list(found))
+    ax.spines[["top", "right"]].set_visible(False)
 
 
 if __name__ == "__main__":
