@@ -69,7 +69,7 @@ def get_config(arg=None):
     config.optim = ConfigDict(
         dict(learning_rate=2e-3, warmup_steps=60, weight_decay=0.05, ema=0.99)
     )
-    config.eval = ConfigDict(dict(every=0, batch_size=500))  # at the end: nothing is selected
+    config.eval = ConfigDict(dict(every=0, batch_size=512))  # at the end: nothing is selected
     config.checkpoint = ConfigDict(dict(every=300, keep=1))
     config.log = ConfigDict(dict(every=100, tensorboard=False))
     if arg.size == "tiny":
