@@ -6,6 +6,7 @@ in ``study.main(__file__, tables, draw)``; it reads results.csv beside it, and n
 """
 
 import csv
+import itertools
 import math
 import pathlib
 import statistics
@@ -61,6 +62,25 @@ def shown(numbers: Sequence[float], digits: int = 2) -> str:
 def paired(a: Mapping[str, float], b: Mapping[str, float]) -> list[float]:
     """Differences a - b of the runs with the same key (a seed): what the two share cancels."""
     return [a[key] - b[key] for key in a if key in b]
+
+
+def by_seed(rows: Iterable[Row], column: str) -> dict[str, float]:
+    """The number of every run that has one, by its seed."""
+    return {row["seed"]: float(row[column]) for row in rows if row.get(column)}
+
+
+def sign(a: Mapping[str, float], b: Mapping[str, float]) -> str:
+    """``>``, ``<`` or, where the 95 % interval of the paired differences holds 0, ``≈``."""
+    mean, half = interval(paired(a, b))
+    return "≈" if math.isnan(half) or abs(mean) <= half else ">" if mean > 0 else "<"
+
+
+def ranked(scores: Mapping[str, Mapping[str, float]]) -> str:
+    """Best first, neighbours joined by their `sign`, e.g. ``CCTT > CTTT ≈ TTTT``."""
+    measured = {name: found for name, found in scores.items() if found}
+    names = sorted(measured, key=lambda name: -statistics.mean(measured[name].values()))
+    text = "".join(f"{a} {sign(scores[a], scores[b])} " for a, b in itertools.pairwise(names))
+    return text + names[-1] if len(names) > 1 else "not run"
 
 
 def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:

@@ -5,6 +5,7 @@ import importlib
 import math
 import pathlib
 
+import numpy as np
 import pytest
 
 from experiments import study
@@ -45,6 +46,24 @@ def test_interval_is_students():
     assert half == pytest.approx(4.303 / math.sqrt(3))
     assert study.shown([]) == "not run"
     assert study.shown([1.5]) == "1.50"
+
+
+def test_ranked_says_what_is_certain():
+    near, far = {"0": 1.0, "1": 1.1, "2": 0.9}, {"0": 3.0, "1": 3.1, "2": 2.9}
+    same = {"0": 1.0, "1": 1.0, "2": 1.1}
+    assert study.ranked({"a": near, "b": far, "c": same, "d": {}}) == "b > c ≈ a"
+    assert (study.sign(near, far), study.sign(far, near)) == ("<", ">")
+    assert study.ranked({"a": near, "b": {}}) == "not run"
+
+
+def test_shifted_images_move_into_four_directions():
+    shifted = importlib.import_module("experiments.beyond.measure").shifted
+    image = np.zeros((5, 4, 6, 1), np.uint8)
+    image[:, 1, 2] = 7
+    np.testing.assert_array_equal(shifted(image, 0), image)
+    found = [tuple(int(n) for n in np.argwhere(one)[0]) for one in shifted(image, 1)]
+    assert found == [(2, 2, 0), (0, 2, 0), (1, 3, 0), (1, 1, 0), (2, 2, 0)]
+    assert shifted(image, 2)[1].max() == 0  # over the edge, and not in again
 
 
 def test_document_needs_its_marks():

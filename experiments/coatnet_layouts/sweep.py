@@ -3,54 +3,62 @@
 
     localglobal sweep --config experiments/coatnet_layouts/sweep.py --workdir runs/layouts --dry_run
 
-Six layouts of about 0.6 M parameters, three seeds, Fashion-MNIST. ``:size=tiny`` is what the README
-walks through: one seed, digits, 20 steps each.
+Six layouts of about 0.5 M parameters, 1 %, 10 % and 100 % of Fashion-MNIST, three seeds. All runs
+take 600 steps of 64 images: 64 epochs of 1 % (who generalises?), 0.6 epochs of 100 % (who can take
+in more?). ``:size=paper`` is ImageNet-1k with the layouts of 25 M, and `sweep_capacity` (``--sweep
+capacity``) five epochs of ten million pictures. ``:size=tiny``: one seed, digits, 20 steps each.
 """
+
+import pathlib
 
 from ml_collections import ConfigDict
 
-from localglobal_jax.configlib import parse_arg
+from localglobal_jax import configlib
 from localglobal_jax.sweeps import chain, product
 
-# Depths that make the sizes equal: 588,270 to 609,746 parameters (ViT-rel: 564,529).
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+# Depths that make the sizes equal: 499,216 to 524,008 parameters (ViT-rel: 490,810).
 DEPTHS = {
     "CCCC": (1, 1, 4, 1),
-    "CCCT": (1, 2, 3, 1),
-    "CCTT": (1, 1, 3, 1),
-    "CTTT": (1, 1, 3, 1),
-    "TTTT": (1, 1, 3, 1),
+    "CCCT": (1, 1, 4, 1),
+    "CCTT": (1, 2, 3, 1),
+    "CTTT": (1, 2, 3, 1),
+    "TTTT": (1, 2, 3, 1),
 }
+TINY = {**DEPTHS, "CCCT": (1, 2, 3, 1), **dict.fromkeys(("CCTT", "CTTT", "TTTT"), (1, 1, 3, 1))}
+NAMED = ("coatnet_cccc", "coatnet_ccct", "coatnet_cctt", "coatnet_cttt", "coatnet_tttt", "vit_rel")
 
 
 def parse(arg):
-    return parse_arg(arg, size=("laptop", "tiny"), data=("real", "mock"))
+    return configlib.parse_arg(arg, size=("laptop", "paper", "tiny"), data=("real", "mock"))
 
 
 def get_config(arg=None):
     arg = parse(arg)
-    config = ConfigDict()
-    config.seed = 0
-    config.steps = 3300  # seven epochs
-    config.batch_size = 128
-
-    # 28x28 pixels: the stem halves them, the first stage sees 14x14, the others 7x7
+    if arg.size == "paper":
+        return configlib.load(f"{CONFIGS / 'coatnet_imagenet.py'}:variant=0,data={arg.data}")
+    config = ConfigDict(dict(seed=0, steps=600, batch_size=64))
+    # The stem halves 32x32 pixels; the stages see grids of 16, 8, 4 and 4.
     config.model = ConfigDict(
         dict(
             name="coatnet",
             layout="CCTT",
             depths=DEPTHS["CCTT"],
-            widths=(32, 64, 96, 128),
-            strides=(1, 2, 1, 1),
-            stem=(16, 32),
+            widths=(24, 48, 96, 96),
+            strides=(1, 2, 2, 1),
+            stem=(16, 24),
             stem_stride=2,
-            blocks=dict(C=dict(stride_at="pool"), T=dict(head_width=32)),
+            blocks=dict(C=dict(stride_at="pool"), T=dict(head_width=24, expansion=4.0)),
         )
     )
     config.data = ConfigDict(
         dict(
             name="fashion_mnist",
             mock=arg.data == "mock",
-            image_size=(28, 28),
+            train_split="train",
+            # the same 600 pictures in every run, as they are: 1 % of the training set
+            eval_splits=("test", "train[:1%]"),
+            image_size=(32, 32),
             mean=(0.286,),  # of the training set
             std=(0.353,),
             crop="pad",
@@ -59,40 +67,56 @@ def get_config(arg=None):
         )
     )
     config.optim = ConfigDict(
-        dict(learning_rate=2e-3, warmup_steps=200, weight_decay=0.05, ema=0.99)
+        dict(learning_rate=2e-3, warmup_steps=60, weight_decay=0.05, ema=0.99)
     )
-    config.eval = ConfigDict(dict(every=400, batch_size=512))
-    config.checkpoint = ConfigDict(dict(every=400, best="test/accuracy"))
+    config.eval = ConfigDict(dict(every=0, batch_size=512))  # at the end: nothing is selected
+    config.checkpoint = ConfigDict(dict(every=300, keep=1))
+    config.log = ConfigDict(dict(every=100, tensorboard=False))
     if arg.size == "tiny":
         config.steps, config.batch_size, config.eval.batch_size = 20, 32, 128
-        config.model.update(widths=(16, 16, 32, 32), stem=(8, 16), stem_stride=1)
+        config.model.update(depths=TINY["CCTT"], widths=(16, 16, 32, 32), stem=(8, 16))
+        config.model.update(strides=(1, 2, 1, 1), stem_stride=1)
         config.model.blocks.T.head_width = 16
-        config.data.update(name="digits", image_size=(8, 8), flip=False)
+        config.data.update(name="digits", image_size=(8, 8), flip=False, eval_splits=("test",))
         config.optim.warmup_steps = 5
-        config.eval.every = config.checkpoint.every = 10
+        config.eval.every = config.checkpoint.every = config.log.every = 10
     return config
 
 
 def sweep(arg=None):
-    """Every layout with every seed."""
-    tiny = parse(arg).size == "tiny"
-    yield from product(
-        {"seed": (0,) if tiny else (0, 1, 2)},
-        chain(
-            ({"model.layout": name, "model.depths": depths} for name, depths in DEPTHS.items()),
-            [vit_rel(tiny)],
-        ),
-    )
+    """Every layout with every seed, at laptop size with three parts of the training set."""
+    size = parse(arg).size
+    seeds = {"seed": (0,) if size == "tiny" else (0, 1, 2)}
+    if size == "paper":
+        yield from product(seeds, {"model.name": NAMED})
+        return
+    parts = {"data.train_split": ("train[:1%]", "train[:10%]", "train")}
+    depths = TINY if size == "tiny" else DEPTHS
+    named = ({"model.layout": name, "model.depths": found} for name, found in depths.items())
+    layouts = chain(named, [vit_rel(size == "tiny")])
+    yield from product(seeds, layouts) if size == "tiny" else product(seeds, parts, layouts)
+
+
+def sweep_capacity(arg=None):
+    """Of ``size=paper``: five epochs of Places, for JFT-300M is nobody's to download."""
+    if parse(arg).size != "paper":
+        raise ValueError("sweep_capacity is of size=paper; sweep() has 100 % of Fashion-MNIST")
+    places = {"data.name": "placesfull", "data.train_split": "train[:99%]"}
+    places |= {"data.eval_splits": ("train[99%:]",), "checkpoint.best": "train[99%:]/accuracy"}
+    places |= {"steps": 13_000, "optim.warmup_steps": 1_000}
+    yield from product({"seed": (0, 1, 2)}, [places], {"model.name": NAMED})
 
 
 def vit_rel(tiny):
     """Patches, then relative attention at one resolution: no layout, no hierarchy."""
     width = 32 if tiny else 96
+    wider = {} if tiny else {"model.blocks.T.expansion": 4.5}
     return {
         "model.layout": "T",
-        "model.depths": (5,),
+        "model.depths": (5,) if tiny else (4,),
         "model.widths": (width,),
         "model.strides": (1,),
         "model.stem": (width,),
         "model.stem_stride": 2 if tiny else 4,
+        **wider,
     }

@@ -166,12 +166,14 @@ class VOLO(nn.Module):
             name="head",
         )(x, train=train)
         intermediates |= {"features": features, "class_logits": logits}
-        if train:
-            intermediates["mix_box"] = box
         if aux is None:
+            if train and self.mix_token:
+                raise ValueError(
+                    "mix_token=True mixes tokens, and aux_head=False classifies none: change one"
+                )
             return logits, intermediates
         if train:
-            return logits, {**intermediates, "aux_logits": swap(aux, box)}
+            return logits, {**intermediates, "mix_box": box, "aux_logits": swap(aux, box)}
         return logits + 0.5 * aux.max((1, 2)), {**intermediates, "aux_logits": aux}
 
     def _per_stage(self) -> list[tuple[int, float]]:

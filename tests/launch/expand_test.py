@@ -118,7 +118,7 @@ def test_a_sweep_that_grew_keeps_the_names_of_runs_that_are_there(tmp_path):
 
 def test_select():
     runs = expand.expand(LAYOUTS, "gs://bucket/x/").runs
-    assert len(runs) == 18 and runs[3].workdir == f"gs://bucket/x/{runs[3].name}"
+    assert len(runs) == 54 and runs[3].workdir == f"gs://bucket/x/{runs[3].name}"
     digest = sweeps.digest(runs[7].overrides)
     chosen = expand.select(runs, ["3", f"*-{digest}", runs[1].name])
     assert [run.index for run in chosen] == [1, 3, 7]

@@ -143,3 +143,31 @@ def test_tokens_are_classified_too_and_mixed_tokens_meet_both_labels(tmp_path):
     tokens = np.asarray(jax.nn.log_softmax(out["aux_logits"])).mean((1, 2))
     expected += -0.5 * tokens[row, label].sum()
     np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mix_token", [False, True])
+def test_a_volo_that_classifies_no_tokens_has_the_plain_loss(mix_token):
+    fields = {"depths": (1,), "widths": (24,), "heads": (2,), "strides": (1,), "stem": 8}
+    fields |= {"layout": "S", "position": 1, "class_blocks": 0, "aux_head": False}
+    run = configlib.check(
+        {
+            "model": {"name": "volo", "mix_token": mix_token, **fields},
+            "data": {"name": "cifar10", "mock": True, "image_size": (16, 16)},
+        }
+    )
+    task = create_task(run)
+    batch = {k: jnp.asarray(v[:4]) for k, v in next(task.train_batches(0, 1)).items()}
+    variables = jax.jit(task.model.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+    if mix_token:  # whose labels would be nobody's
+        with pytest.raises(ValueError, match="aux_head=False classifies none"):
+            task.loss(variables, batch, jax.random.key(3))
+        return
+    (logits, _), _ = task.model.apply(
+        variables,
+        classification.normalize(batch["image"], run.data),
+        train=True,
+        rngs={"dropout": jax.random.key(0)},
+        mutable=["batch_stats"],
+    )
+    expected = -jax.nn.log_softmax(logits)[jnp.arange(4), batch["label"]].sum()
+    np.testing.assert_allclose(task.loss(variables, batch, jax.random.key(3)).total, expected, 1e-5)

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Beyond CoAtNet: its attention made local, made equivariant, put beside a convolution.
+
+    localglobal sweep --config experiments/beyond/sweep.py --workdir runs/beyond
+
+Stages 3 and 4 of CCTT with content-adaptive convolution (CCAA) or translation-equivariant attention
+(CCEE) in place of relative attention, and MUSE's parallel block in stages 2 and 3 (CMMT), at equal
+size and steps on Fashion-MNIST; `measure.py` then shifts the test images. ``:size=paper``:
+ImageNet-1k at the size of CoAtNet-0; ``:size=tiny``: digits, one seed. Text: `sweep_text.py`.
+"""
+
+import pathlib
+
+from localglobal_jax import configlib
+from localglobal_jax.sweeps import product
+
+LAYOUTS = pathlib.Path(__file__).parents[1] / "coatnet_layouts" / "sweep.py"
+# Depths that make the sizes equal: 498,576 to 499,216 parameters at laptop size, 24,990,260 to
+# 25,118,104 at the paper's.
+DEPTHS = {
+    "laptop": {
+        **dict.fromkeys(("CCTT", "CCAA", "CCEE"), (1, 2, 3, 1)),
+        "CMMT": (1, 1, 3, 1),
+    },
+    "paper": {
+        **dict.fromkeys(("CCTT", "CCAA", "CCEE"), (2, 3, 5, 2)),
+        "CMMT": (2, 3, 4, 2),
+    },
+    "tiny": dict.fromkeys(("CCTT", "CCAA", "CCEE", "CMMT"), (1, 1, 1, 1)),
+}
+
+
+def get_config(arg=None):
+    arg = parse(arg)
+    config = configlib.load(f"{LAYOUTS}:size={arg.size},data={arg.data}")
+    if arg.size == "paper":
+        config.model.update(layout="CCTT", depths=DEPTHS["paper"]["CCTT"])
+        return config
+    head = config.model.blocks.T.head_width
+    # grids are 8, 4 and 4 there: windows reach less far than on the paper's 28, 14 and 7
+    config.model.blocks.update(
+        A=dict(head_width=head, window=3),
+        E=dict(head_width=head),
+        M=dict(head_width=head, windows=(3, 5), expansion=3.5),
+    )
+    config.model.depths = DEPTHS[arg.size]["CCTT"]
+    return config
+
+
+def parse(arg):
+    return configlib.parse_arg(arg, size=("laptop", "paper", "tiny"), data=("real", "mock"))
+
+
+def sweep(arg=None):
+    """Every layout with every seed."""
+    size = parse(arg).size
+    found = [{"model.layout": name, "model.depths": d} for name, d in DEPTHS[size].items()]
+    yield from product({"seed": (0,) if size == "tiny" else (0, 1, 2)}, found)

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables and figure from results.csv: python -m experiments.coatnet_layouts.make"""
+
+import itertools
+
+from experiments import study
+
+NAMES = ("CCCC", "CCCT", "CCTT", "CTTT", "TTTT", "ViT-rel")
+PARTS = {"train[:1%]": "1 %", "train[:10%]": "10 %", "train": "100 %"}
+IMAGES = {"train[:1%]": 600, "train[:10%]": 6_000, "train": 60_000}
+SEEN, TEST, LOSS = "train[:1%]/accuracy", "test/accuracy", "train/loss"
+# The paper's two rankings, as groups of equals, best first; it has no TTTT
+PAPER = {
+    "generalisation": (("CCCC", "CCCT"), ("CCTT",), ("CTTT",), ("ViT-rel",)),
+    "capacity": (("CCTT", "CTTT"), ("ViT-rel",), ("CCCT",), ("CCCC",)),
+}
+WRITTEN = {
+    "generalisation": "CCCC ≈ CCCT ≥ CCTT > CTTT ≫ ViT-rel",
+    "capacity": "CCTT ≈ CTTT > ViT-rel > CCCT > CCCC",
+}
+
+
+def name(row):
+    """ViT-rel is relative attention at one resolution."""
+    return "ViT-rel" if row["model.layout"] == "T" else row["model.layout"]
+
+
+def chosen(rows, layout, part):
+    return [row for row in rows if name(row) == layout and row["data.train_split"] == part]
+
+
+def percent(rows, column):
+    return study.shown([100 * value for value in study.values(rows, column)])
+
+
+def gaps(rows):
+    """Training accuracy minus test accuracy of every run, in points."""
+    seen, test = study.by_seed(rows, SEEN), study.by_seed(rows, TEST)
+    return [100 * value for value in study.paired(seen, test)]
+
+
+def scores(rows):
+    """What each ranking ranks by: {ranking: {layout: {seed: number}}}, larger is better."""
+    small = {n: study.by_seed(chosen(rows, n, "train[:1%]"), TEST) for n in NAMES}
+    loss = {n: study.by_seed(chosen(rows, n, "train"), LOSS) for n in NAMES}
+    negative = {n: {seed: -value for seed, value in found.items()} for n, found in loss.items()}
+    return {"generalisation": small, "capacity": negative}
+
+
+def verdict(ranking, found):
+    """Of the pairs that the paper puts in an order: how many agree, contradict, are undecided."""
+    count = {">": 0, "<": 0, "≈": 0}
+    for better, worse in itertools.combinations(PAPER[ranking], 2):
+        for a, b in itertools.product(better, worse):
+            count[study.sign(found[a], found[b])] += 1
+    agree, against, open_ = count.values()
+    return f"{agree} agree, {against} against, {open_} undecided"
+
+
+def tables(rows):
+    accuracy = []
+    for n in NAMES:
+        cells = [percent(chosen(rows, n, part), TEST) for part in PARTS]
+        loss = study.shown(study.values(chosen(rows, n, "train"), LOSS), 4)
+        accuracy.append([n, *cells, loss])
+    gap = [
+        [
+            n,
+            percent(chosen(rows, n, "train[:1%]"), SEEN),
+            *(study.shown(gaps(chosen(rows, n, part))) for part in PARTS),
+        ]
+        for n in NAMES
+    ]
+    rankings = []
+    for ranking, found in scores(rows).items():
+        pairs = verdict(ranking, found) if any(found.values()) else "not run"
+        rankings.append([ranking, WRITTEN[ranking], study.ranked(found), pairs])
+    shares = list(PARTS.values())
+    heads = [f"test accuracy, {share}" for share in shares]
+    return {
+        "accuracy": study.table(["layout", *heads, "training loss, 100 %"], accuracy),
+        "gap": study.table(
+            ["layout", "training accuracy, 1 %", *(f"gap, {share}" for share in shares)], gap
+        ),
+        "rankings": study.table(["", "the paper", "ours", "the paper's pairs"], rankings),
+    }
+
+
+def draw(rows):
+    figure = study.figure(3)
+    axes = figure.subplots(1, 3)
+    for i, (n, color) in enumerate(zip(NAMES, study.COLORS, strict=False)):
+        sizes, accuracy, gap = [], [], []
+        for part, images in IMAGES.items():
+            if found := study.values(chosen(rows, n, part), TEST):
+                sizes.append(images * 1.05 ** (i - 2.5))  # side by side
+                accuracy.append(study.interval([100 * value for value in found]))
+                gap.append(study.interval(gaps(chosen(rows, n, part))))
+        for ax, numbers in ((axes[0], accuracy), (axes[1], gap)):
+            if numbers:
+                means, halves = zip(*numbers, strict=True)
+                ax.errorbar(sizes, means, halves, label=n, color=color, capsize=2)
+        losses = study.values(chosen(rows, n, "train"), LOSS)
+        if losses:
+            mean, half = study.interval(losses)
+            axes[2].bar(n, mean, yerr=half, color=color, capsize=2)
+    titles = ("test accuracy, %", "training minus test accuracy, points", "training loss, 100 %")
+    for ax, title in zip(axes, titles, strict=True):
+        ax.set_title(title, fontsize=10)
+        ax.spines[["top", "right"]].set_visible(False)
+    for ax in axes[:2]:
+        ax.set(xscale="log", xlabel="training images")
+    if axes[0].lines:
+        axes[0].legend(frameon=False, fontsize=8)
+        full = [row for row in rows if row["data.train_split"] == "train"]
+        axes[2].set_ylim(bottom=0.9 * min(study.values(full, LOSS), default=0))  # a cut axis
+    axes[2].tick_params(axis="x", rotation=30)
+    return figure
+
+
+if __name__ == "__main__":
+    study.main(__file__, tables, draw)
