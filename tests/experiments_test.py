@@ -14,7 +14,7 @@ FOLDER = pathlib.Path(study.__file__).parent
 STUDIES = sorted(
     file.parent.name for file in FOLDER.glob("*/make.py") if "study.main" in file.read_text()
 )
-SWEEPS = sorted(file.parent.name for file in FOLDER.glob("*/sweep.py"))
+SWEEPS = sorted(str(file.relative_to(FOLDER)) for file in FOLDER.glob("*/sweep*.py"))
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -29,7 +29,7 @@ def test_what_is_committed_is_what_make_draws(name, tmp_path):
 @pytest.mark.parametrize("size", ["laptop", "paper", "tiny"])
 @pytest.mark.parametrize("name", SWEEPS)
 def test_every_run_of_every_sweep_is_right(name, size, tmp_path):
-    runs = expand.expand(f"{FOLDER / name / 'sweep.py'}:size={size}", str(tmp_path), "sweep", {})
+    runs = expand.expand(f"{FOLDER / name}:size={size}", str(tmp_path), "sweep", {})
     assert len({run.name for run in runs.runs}) == len(runs.runs) > 1
 
 
