@@ -56,7 +56,7 @@ def tables(rows):
 
 def draw(rows):
     """Fields of the grids as pictures, of the sequences as lines; below, what they cost."""
-    fields = study.read(HERE / "erf.csv") if (HERE / "erf.csv").exists() else []
+    fields = study.read(HERE / "erf.csv")
     grids = [row for row in fields if row["space"] == "grid"]
     columns = max(1, math.ceil(len(grids) / 2))
     figure = study.figure(columns, 5, width=1.9, height=2.1)
@@ -94,7 +94,8 @@ def draw(rows):
         axes.title.set_fontsize(9)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in (field, flat):
-        axes.legend(fontsize=6, frameon=False)
+        if axes.lines:
+            axes.legend(fontsize=6, frameon=False)
     return figure
 
 
