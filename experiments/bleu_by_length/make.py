@@ -46,15 +46,20 @@ def ours():
 
 
 def joined(rows):
-    head = ("model", "tokens of the source", "loss more than one by one", "than the Transformer's")
-    head += ("BLEU less", "than the Transformer's")
+    head = ("model, sentences", "tokens", "loss more than alone", "than the Transformer's")
+    head += (
+        "of the first sentence",
+        "than the Transformer's",
+        "BLEU less",
+        "than the Transformer's",
+    )
     body = []
     for model in MODELS:
         for k in KS[1:]:
             those = [r for r in rows if (r["model"], r["k"]) == (model, k)]
             tokens = study.values(those, "source_tokens")
             cells = [f"{model}, {k}", f"{tokens[0]:.0f}" if tokens else "not run"]
-            for column, sign, digits in (("inner", 1, 3), ("bleu", -1, 2)):
+            for column, sign, digits in (("inner", 1, 3), ("first", 1, 3), ("bleu", -1, 2)):
                 own = excess(rows, model, k, column, sign)
                 more = study.paired(own, excess(rows, "Transformer", k, column, sign))
                 cells.append(study.shown(list(own.values()), digits))
@@ -88,7 +93,7 @@ def draw(rows):
     left.bar(range(8), [float(r["bleu"]) for r in found[1:]], color=study.COLORS[0])
     left.set_title("MUSE's published hypotheses, IWSLT14", fontsize=9)
     right.set_title("ours, LibreOffice Help", fontsize=9)
-    alone.set(xlabel="short sentences in one input", ylabel="loss more than one by one, nats")
+    alone.set(xlabel="short sentences in one input", ylabel="loss more than alone, nats")
     alone.set_title("same content, only the length changes", fontsize=9)
     natural.set(xlabel="tokens of the source (mean of the bucket's ends)", ylabel="loss, nats")
     natural.set_title("sentences as they are", fontsize=9)

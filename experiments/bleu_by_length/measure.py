@@ -28,7 +28,16 @@ KS = (1, 2, 4, 8)
 LONGEST = 11  # tokens of a short sentence, on either side: eight are within what training saw
 LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128)  # source tokens, the last of each bucket
 JOINED = ("model", "seed", "k", "groups", "source_tokens", "target_tokens", "nll", "nll_alone")
-JOINED += ("inner", "inner_alone", "bleu", "bleu_alone", "chrf", "chrf_alone")
+JOINED += (
+    "inner",
+    "inner_alone",
+    "first",
+    "first_alone",
+    "bleu",
+    "bleu_alone",
+    "chrf",
+    "chrf_alone",
+)
 JOINED += ("words", "words_alone", "words_reference", *(f"inner_{i}" for i in range(1, 9)))
 
 
@@ -141,6 +150,8 @@ def joined(trained):
             total, first, count = values.sum(0)
             row[f"nll{name}"] = f"{total / count:.6f}"
             row[f"inner{name}"] = f"{(total - first) / (count - len(values)):.6f}"
+            total, first, count = values[::k].sum(0)  # of the first sentence of every group
+            row[f"first{name}"] = f"{(total - first) / (count - len(groups)):.6f}"
             row |= {f"{m}{name}": f"{score[m]:.4f}" for m in ("bleu", "chrf")}
             row[f"words{name}"] = sum(len(s.split()) for s in said)
         for place in range(k):
