@@ -22,6 +22,7 @@ HEAD = (
     "shift error, circular",
     "inside",
     "multiply-adds a position, 64 / 256 / 1,024",
+    "compiled",
     "time / depthwise",
 )
 
@@ -40,11 +41,14 @@ def small(text):
 
 
 def line(name, found):
-    costs = " / ".join(f"{float(found[f'multiply-adds {n}']):,.0f}" for n in LENGTHS)
+    costs = [
+        " / ".join(f"{float(found[f'{key} {n}']):,.0f}" for n in LENGTHS)
+        for key in ("multiply-adds", "compiled")
+    ]
     times = " / ".join(f"{float(found[f'time {n}']):.1f}" for n in LENGTHS)
     kept = [small(found[key]) for key in ("dynamic", "circular", "interior")]
     spread = f"{float(found['spread']):.1f}"
-    return [name, found["declared"] or "none", found["farthest"], spread, *kept, costs, times]
+    return [name, found["declared"] or "none", found["farthest"], spread, *kept, *costs, times]
 
 
 def tables(rows):
@@ -78,7 +82,7 @@ def draw(rows):
         field.plot(np.arange(len(values)) - len(values) // 2, values, label=row["operator"])
     field.set(title="the same, a sequence of 64", yscale="log", ylim=(1e-3, 1.5), xlabel="distance")
     for axes, space, key in (
-        (sums, "sequence", "multiply-adds"),
+        (sums, "sequence", "compiled"),
         (times, "sequence", "time"),
         (flat, "grid", "time"),
     ):
