@@ -81,18 +81,14 @@ def draw(rows):
         values = np.array(row["values"].split(), float)
         field.plot(np.arange(len(values)) - len(values) // 2, values, label=row["operator"])
     field.set(title="the same, a sequence of 64", yscale="log", ylim=(1e-3, 1.5), xlabel="distance")
-    for axes, space, key in (
-        (sums, "sequence", "compiled"),
-        (times, "sequence", "time"),
-        (flat, "grid", "time"),
+    for axes, space, key, title in (
+        (sums, "sequence", "compiled", "multiply-adds of a position, as compiled, sequence"),
+        (times, "sequence", "time", "time over depthwise convolution's, sequence"),
+        (flat, "grid", "time", "time over depthwise convolution's, grid"),
     ):
         for name, found in measured(rows, space).items():
-            axes.plot(
-                LENGTHS, [float(found[f"{key} {n}"]) for n in LENGTHS], marker="o", ms=3, label=name
-            )
-        title = f"{key}, {space}" + (
-            ": over depthwise convolution" if key == "time" else ", a position"
-        )
+            values = [float(found[f"{key} {n}"]) for n in LENGTHS]
+            axes.plot(LENGTHS, values, marker="o", ms=3, label=name)
         axes.set(title=title, yscale="log", xlabel="positions")
     for axes in (field, sums, times, flat):
         axes.title.set_fontsize(9)
