@@ -44,16 +44,16 @@ def get_config(arg=None):
     noise = dict(input_dropout=0.1) if arg.size == "wmt" else {}
     if arg.size in ("laptop", "tiny"):
         noise = dict(kernel_dropout=0.0)
-        config.checkpoint = ConfigDict(dict(every=300))
+        config.checkpoint = ConfigDict(dict(every=600))
         config.eval.update(every=0, batch_size=16_384)  # at the end
         config.data.eval_splits = ("test",)
     else:
         config.data.eval_splits = ("valid" if arg.size == "paper" else "validation", "test")
     if arg.size == "laptop":
-        config.steps = 1200
+        config.steps, config.batch_size = 4800, 1024  # four and a half epochs
         config.model.update(widths=(128, 128), hidden=(256, 256))
         config.data.update(vocab=3000, max_length=96, buckets=4)
-        config.optim.warmup_steps = 200
+        config.optim.update(learning_rate=1.5e-3, warmup_steps=300)
     if arg.size == "tiny":
         config.task.beam = 0  # after 20 steps no sentence would end
     # The window of DynamicConv grows with depth (arXiv 1901.10430: 3, 7, 15, then 31)
