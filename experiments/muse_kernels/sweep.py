@@ -47,7 +47,7 @@ def get_config(arg=None):
     config = configlib.load(f"{RESULTS}:{arg or ''}")
     config.model.blocks.M.update(kind="dynamic", projection="shared", ffn="own")
     if parse(arg).size == "laptop":
-        config.steps = 2400
+        config.steps = 2000
         config.task.beam = 1
         config.data.update(vocab=2000, buckets=3)
     if parse(arg).size != "paper":

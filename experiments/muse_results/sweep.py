@@ -50,7 +50,7 @@ def get_config(arg=None):
     else:
         config.data.eval_splits = ("valid" if arg.size == "paper" else "validation", "test")
     if arg.size == "laptop":
-        config.steps, config.batch_size = 4800, 1024  # four and a half epochs
+        config.steps, config.batch_size = 4000, 1024  # nearly four epochs
         config.model.update(widths=(128, 128), hidden=(256, 256))
         config.data.update(vocab=3000, max_length=96, buckets=4)
         config.optim.update(learning_rate=1.5e-3, warmup_steps=300)
