@@ -16,7 +16,7 @@ FOLDER = pathlib.Path(study.__file__).parent
 STUDIES = sorted(
     file.parent.name for file in FOLDER.glob("*/make.py") if "study.main" in file.read_text()
 )
-SWEEPS = sorted(file.parent.name for file in FOLDER.glob("*/sweep.py"))
+SWEEPS = sorted(str(file.relative_to(FOLDER)) for file in FOLDER.glob("*/sweep*.py"))
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -36,7 +36,7 @@ def test_benchmarks_show_what_was_measured():
 @pytest.mark.parametrize("size", ["laptop", "paper", "tiny"])
 @pytest.mark.parametrize("name", SWEEPS)
 def test_every_run_of_every_sweep_is_right(name, size, tmp_path):
-    runs = expand.expand(f"{FOLDER / name / 'sweep.py'}:size={size}", str(tmp_path), "sweep", {})
+    runs = expand.expand(f"{FOLDER / name}:size={size}", str(tmp_path), "sweep", {})
     assert len({run.name for run in runs.runs}) == len(runs.runs) > 1
 
 

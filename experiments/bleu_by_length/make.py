@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CSVs of `measure.py` and those of muse_results -> table.md, figure.png, the README's tables.
+
+python -m experiments.bleu_by_length.make
+"""
+
+import pathlib
+
+from experiments import study
+from experiments.text_runs import MODELS, model_name
+
+HERE = pathlib.Path(__file__).parent
+BUCKETS = ("1-15", "16-30", "31-45", "46-60", "61-75", "76-90", "91-105", "over_105")
+SHOWN = BUCKETS[:4]  # beyond, our test set has 19 sentences or fewer in each
+KS = ("1", "2", "4", "8")
+
+
+def trained():
+    """{model: rows of muse_results}."""
+    rows = study.read(HERE.parent / "muse_results" / "results.csv")
+    named = [(model_name(r["model.layout"], r["model.blocks.M.windows"]), r) for r in rows]
+    return {model: [row for name, row in named if name == model] for model in MODELS}
+
+
+def excess(rows, model, k, column, sign=1):
+    """{seed: what k sentences as one input lose over the same sentences one by one}."""
+    those = [r for r in rows if (r["model"], r["k"]) == (model, k)]
+    return {r["seed"]: sign * (float(r[column]) - float(r[f"{column}_alone"])) for r in those}
+
+
+def official():
+    found = study.read(HERE / "official.csv")
+    return study.table(
+        ("source words", "sentences", "BLEU"),
+        [(r["words"], f"{int(r['sentences']):,}", f"{float(r['bleu']):.2f}") for r in found],
+    )
+
+
+def ours():
+    head = ("model", "all", *SHOWN)
+    columns = ("test/bleu", *(f"test/bleu_{bucket}" for bucket in SHOWN))
+    return study.table(
+        head,
+        [(m, *(study.shown(study.values(r, c)) for c in columns)) for m, r in trained().items()],
+    )
+
+
+def joined(rows):
+    head = ("model, sentences", "tokens", "loss more than alone", "than the Transformer's")
+    head += (
+        "of the first sentence",
+        "than the Transformer's",
+        "BLEU less",
+        "than the Transformer's",
+    )
+    body = []
+    for model in MODELS:
+        for k in KS[1:]:
+            those = [r for r in rows if (r["model"], r["k"]) == (model, k)]
+            tokens = study.values(those, "source_tokens")
+            cells = [f"{model}, {k}", f"{tokens[0]:.0f}" if tokens else "not run"]
+            for column, sign, digits in (("inner", 1, 3), ("first", 1, 3), ("bleu", -1, 2)):
+                own = excess(rows, model, k, column, sign)
+                more = study.paired(own, excess(rows, "Transformer", k, column, sign))
+                cells.append(study.shown(list(own.values()), digits))
+                cells.append("" if model == "Transformer" else study.shown(more, digits))
+            body.append(cells)
+    return study.table(head, body)
+
+
+def tables(rows):
+    return {"official": official(), "ours": ours(), "joined": joined(rows)}
+
+
+def line(axes, xs, groups, color, label):
+    """Means with their intervals over the seeds; what was not run is left out."""
+    points = [
+        (x, *study.interval(numbers)) for x, numbers in zip(xs, groups, strict=True) if numbers
+    ]
+    if points:
+        x, y, error = zip(*points, strict=True)
+        axes.errorbar(x, y, error, color=color, label=label, marker="o", ms=3, capsize=2, lw=1)
+
+
+def draw(rows):
+    figure = study.figure(2, 2)
+    (left, right), (alone, natural) = figure.subplots(2, 2)
+    found = study.read(HERE / "official.csv")
+    for axes, places in ((left, range(8)), (right, range(4))):
+        names = [bucket.replace("over_", ">") for bucket in BUCKETS]
+        axes.set(xticks=list(places), ylabel="BLEU", xlabel="words of the source")
+        axes.set_xticklabels([names[i] for i in places], fontsize=7)
+    left.bar(range(8), [float(r["bleu"]) for r in found[1:]], color=study.COLORS[0])
+    left.set_title("MUSE's published hypotheses, IWSLT14", fontsize=9)
+    right.set_title("ours, LibreOffice Help", fontsize=9)
+    alone.set(xlabel="short sentences in one input", ylabel="loss more than alone, nats")
+    alone.set_title("same content, only the length changes", fontsize=9)
+    natural.set(xlabel="tokens of the source (mean of the bucket's ends)", ylabel="loss, nats")
+    natural.set_title("sentences as they are", fontsize=9)
+    lengths = study.read(HERE / "bylength.csv")
+    ends = sorted({int(r["source_tokens"]) for r in lengths})[:-1]
+    middle = [(a + b) / 2 for a, b in zip([0, *ends], ends, strict=False)]
+    for color, (model, those) in zip(study.COLORS, trained().items(), strict=False):
+        line(right, range(4), [study.values(those, f"test/bleu_{b}") for b in SHOWN], color, model)
+        more = [list(excess(rows, model, k, "inner").values()) for k in KS]
+        line(alone, [int(k) for k in KS], more, color, model)
+        own = [r for r in lengths if r["model"] == model]
+        groups = [
+            study.values([r for r in own if int(r["source_tokens"]) == e], "nll") for e in ends
+        ]
+        line(natural, middle, groups, color, model)
+    for axes in (left, right, alone, natural):
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=7, frameon=False)
+    return figure
+
+
+if __name__ == "__main__":
+    study.main(__file__, tables, draw)

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the studies of translation share: the finished runs of a sweep, their test set, their names.
+
+A measure goes on where it was stopped: it appends the rows of a run when that run is measured.
+"""
+
+import csv
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from localglobal_jax import evaluate, losses, translate
+from localglobal_jax.data import text
+from localglobal_jax.launch import status
+
+NAMES = {"SS": "Transformer", "DD": "DynamicConv", "TT": "relative", "AA": "A", "EE": "E"}
+MODELS = ("Transformer", "MUSE-simple", "MUSE", "DynamicConv")
+
+
+def model_name(layout: str, windows: Any = (3, 15)) -> str:
+    """What a run of a layout is called; `windows` are MUSE's, also as a CSV has them."""
+    simple = windows in ((), "()", [])
+    return NAMES.get(layout) or ("MUSE-simple" if simple else "MUSE")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A finished run."""
+
+    name: str
+    model: str
+    workdir: pathlib.Path
+    run: Any
+
+    @property
+    def seed(self) -> int:
+        return self.run.seed
+
+    @functools.cached_property
+    def translator(self) -> translate.Translator:
+        return translate.load(self.workdir)
+
+    def source(self, split: str = "test", edges: tuple[int, ...] = (16, 24, 32, 48, 64, 96)) -> Any:
+        """The pairs of a split as this run's tokens."""
+        return text.open_eval(self.run.data, split, self.translator.tokenizers, edges)
+
+
+def finished(root: str | pathlib.Path) -> Iterator[Trained]:
+    """Those below `root`, in the order of their names."""
+    for file in sorted(pathlib.Path(root).glob("*/config.json")):
+        run = evaluate.read_run(file.parent)
+        if status.latest_step(file.parent) == run.steps:
+            windows = run.model.get("blocks", {}).get("M", {}).get("windows", (3, 15))
+            name = model_name(run.model["layout"], windows)
+            yield Trained(file.parent.name, name, file.parent, run)
+
+
+def measured(
+    runs: Iterable[Trained],
+    file: pathlib.Path,
+    columns: Sequence[str],
+    measure: Callable[[Trained], Iterable[Mapping[str, Any]]],
+) -> None:
+    """Appends to `file`, column "name" first, what `measure` says of every run not yet there."""
+    columns = ("name", *columns)
+    done: set[str] = set()
+    if file.exists():
+        with open(file, newline="") as opened:
+            done = {row["name"] for row in csv.DictReader(opened)}
+    else:
+        with open(file, "w", newline="") as out:
+            csv.writer(out, lineterminator="\n").writerow(columns)
+    for trained in runs:
+        if trained.name in done:
+            continue
+        rows = [{"name": trained.name, **row} for row in measure(trained)]
+        with open(file, "a", newline="") as out:
+            csv.DictWriter(out, columns, lineterminator="\n").writerows(rows)
+        print(f"{trained.name}: {trained.model}, {len(rows)} rows", flush=True)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _token_losses(module: Any, variables: Any, batch: Mapping[str, Any]) -> jax.Array:
+    logits, _ = module.apply(variables, batch["source"], batch["target_input"], train=False)
+    return losses.cross_entropy(logits, batch["target"])
+
+
+def token_losses(
+    trained: Trained, source: Any, tokens: int = 8192
+) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+    """Batches of a `TextSource`, each with the loss [b, l] of every target token (nats)."""
+    module, variables = trained.translator.module, trained.translator.variables
+    for batch in text.eval_batches(source, tokens=tokens, multiple=8):
+        given = {k: jnp.asarray(v) for k, v in batch.items()}
+        yield batch, np.asarray(_token_losses(module, variables, given))
