@@ -46,7 +46,7 @@ class Window:
         self, run: schema.Run, task: Task, start: int, partial: Mapping[str, Any] | None = None
     ):
         self._run, self._items = run, task.items
-        self._schedule = optim.make_schedule(run.optim, run.steps)
+        self._schedule = jax.jit(optim.make_schedule(run.optim, run.steps))  # one program, not ten
         self._compiled: set[Any] = set()  # shapes of batches
         self._open(start)
         if partial and partial["sums"]:

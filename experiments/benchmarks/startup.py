@@ -56,9 +56,8 @@ def main():
             [[start(folder, None)[0], start(folder, cache)[0]] for _ in range(ROUNDS)]
         )
         _, lines = start(folder, None, {"JAX_LOG_COMPILES": "1"})
-    programs = re.findall(
-        r"Compiling (.*? with global shapes and types .*?)\. Arg", " ".join(lines)
-    )
+    # jax prints the message too, behind a date
+    programs = [line for line in lines if line.startswith("Compiling ")]
     twice = [name for name, n in collections.Counter(programs).items() if n > 1]
     for i, name in enumerate(("cold", "warm")):
         row = {
