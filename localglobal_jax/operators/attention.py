@@ -21,15 +21,15 @@ from localglobal_jax.reach import GLOBAL, Reach
 
 
 def attend(
-    query: Float[Array, "b l n c"],
-    key: Float[Array, "b m n c"],
-    value: Float[Array, "b m n v"],
+    query: Float[Array, "*b l n c"],
+    key: Float[Array, "*b m n c"],
+    value: Float[Array, "*b m n v"],
     *,
-    bias: Float[Array, "#b n #l m"] | Float[Array, "n l m"] | None = None,
-    mask: Bool[Array, "#b #n #l m"] | None = None,
-    kept: Bool[Array, "b n l m"] | None = None,
+    bias: Float[Array, "... n #l m"] | None = None,
+    mask: Bool[Array, "... #n #l m"] | None = None,
+    kept: Bool[Array, "*b n l m"] | None = None,
     dropout: float = 0.0,
-) -> Float[Array, "b l n v"]:
+) -> Float[Array, "*b l n v"]:
     """Softmax attention, ``softmax(q.k / sqrt(c) + bias) v`` (arXiv 1706.03762, equation 1).
 
     The bias is added after the scaling. Where `mask` is False a key gets no weight. The softmax is
@@ -40,23 +40,23 @@ def attend(
     weights = attention_weights(query, key, bias=bias, mask=mask)
     if kept is not None:
         weights = jnp.where(kept, weights / (1 - dropout), 0)
-    return jnp.einsum("bnlm,bmnv->blnv", weights.astype(value.dtype), value)
+    return jnp.einsum("...nlm,...mnv->...lnv", weights.astype(value.dtype), value)
 
 
 def attention_weights(
-    query: Float[Array, "b l n c"],
-    key: Float[Array, "b m n c"],
+    query: Float[Array, "*b l n c"],
+    key: Float[Array, "*b m n c"],
     *,
-    bias: Float[Array, "#b n #l m"] | Float[Array, "n l m"] | None = None,
-    mask: Bool[Array, "#b #n #l m"] | None = None,
-) -> Float[Array, "b n l m"]:
+    bias: Float[Array, "... n #l m"] | None = None,
+    mask: Bool[Array, "... #n #l m"] | None = None,
+) -> Float[Array, "*b n l m"]:
     """The weights that `attend` gives to the values; each row sums to one, in float32 at least."""
-    return jax.nn.softmax(_logits("blnc,bmnc->bnlm", query, key, bias, mask), axis=-1)
+    return jax.nn.softmax(_logits("...lnc,...mnc->...nlm", query, key, bias, mask), axis=-1)
 
 
 def _by_heads(*arrays: Array) -> list[Array]:
-    """[b, l, n, c] -> [b, n, l, c], and back."""
-    return [jnp.swapaxes(x, 1, 2) for x in arrays]
+    """[..., l, n, c] -> [..., n, l, c], and back."""
+    return [jnp.swapaxes(x, -3, -2) for x in arrays]
 
 
 def _logits(
@@ -69,7 +69,8 @@ def _logits(
         preferred_element_type=jnp.promote_types(query.dtype, jnp.float32),
     )
     if bias is not None:
-        logits = logits + bias.astype(logits.dtype).reshape((-1, *bias.shape[-3:]))
+        ones = (1,) * (logits.ndim - bias.ndim)
+        logits = logits + bias.astype(logits.dtype).reshape(*ones, *bias.shape)
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
     return logits
@@ -96,20 +97,20 @@ def _attend_forward(keep: float, *inputs: Any) -> tuple[Array, Any]:
     )
     numerator = numerator.astype(value.dtype)
     left = _where(kept, numerator)
-    y = jnp.einsum("bnlm,bnmv->bnlv", left, value, preferred_element_type=total.dtype)
-    y = jnp.swapaxes(y / (total * keep), 1, 2).astype(value.dtype)
+    y = jnp.einsum("...nlm,...nmv->...nlv", left, value, preferred_element_type=total.dtype)
+    (y,) = _by_heads((y / (total * keep)).astype(value.dtype))
     return y, (*inputs, numerator, total, y)
 
 
 def _numerator(
     query: Array, key: Array, bias: Array | None, mask: Array | None, *, twice: bool = False
 ) -> tuple[Array, Array]:
-    """``(exp(logits - their maximum), its sum [b, n, l, 1])``.
+    """``(exp(logits - their maximum), its sum [..., n, l, 1])``.
 
     `twice`: the logits are made anew from a barrier on, else float32 ones are stored and read three
     times. That is cheaper on TPU, not on CPU (1.25 times the time).
     """
-    by_heads = "bnlc,bnmc->bnlm"
+    by_heads = "...nlc,...nmc->...nlm"
     logits = _logits(by_heads, query, key, bias, mask)
     highest = logits.max(-1, keepdims=True, initial=-jnp.inf)
     if twice:
@@ -122,21 +123,22 @@ def _numerator(
 def _attend_backward(keep: float, saved: Any, g: Array) -> tuple[Array | None, ...]:
     query, key, value, bias, mask, kept, numerator, total, y = saved
     wide, scale = total.dtype, query.shape[-1] ** -0.5
-    subtracted = jnp.sum(g.astype(wide) * y.astype(wide), -1)[..., None].swapaxes(1, 2)
-    share = (g / (total * keep).swapaxes(1, 2)).astype(g.dtype)
+    subtracted = jnp.sum(g.astype(wide) * y.astype(wide), -1)[..., None].swapaxes(-3, -2)
+    share = (g / (total * keep).swapaxes(-3, -2)).astype(g.dtype)
     key, value, gradient = _by_heads(key, value, g)
-    d_weights = jnp.einsum("bnlv,bnmv->bnlm", gradient, value, preferred_element_type=wide)
+    d_weights = jnp.einsum("...nlv,...nmv->...nlm", gradient, value, preferred_element_type=wide)
     d_weights = _where(kept, d_weights / keep)
     d_logits = (numerator * ((d_weights - subtracted) / total)).astype(query.dtype)
     d_logits = _where(mask, d_logits)
     # over queries, XLA on CPU is quicker (by a third) with the heads where they were
-    d_value = jnp.einsum("bnlm,blnv->bmnv", _where(kept, numerator), share)
-    d_key = jnp.einsum("bnlm,blnc->bmnc", d_logits, query) * scale
-    (d_query,) = _by_heads(jnp.einsum("bnlm,bnmc->bnlc", d_logits, key) * scale)
+    d_value = jnp.einsum("...nlm,...lnv->...mnv", _where(kept, numerator), share)
+    d_key = jnp.einsum("...nlm,...lnc->...mnc", d_logits, query) * scale
+    (d_query,) = _by_heads(jnp.einsum("...nlm,...nmc->...nlc", d_logits, key) * scale)
     d_bias = None
     if bias is not None:
-        whole = partial(_broadcast_bias, shape=d_logits.shape, dtype=wide)
-        (d_bias,) = jax.vjp(whole, bias)[1](d_logits.astype(wide))
+        whole = partial(jnp.broadcast_to, shape=d_logits.shape)
+        (d_bias,) = jax.vjp(whole, bias.astype(wide))[1](d_logits.astype(wide))
+        d_bias = d_bias.astype(bias.dtype)
     return d_query, d_key, d_value, d_bias, None, None
 
 
@@ -145,10 +147,6 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 def _where(mask: Array | None, x: Array) -> Array:
     return x if mask is None else jnp.where(mask, x, 0)
-
-
-def _broadcast_bias(bias: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-    return jnp.broadcast_to(bias.astype(dtype).reshape(-1, *bias.shape[-3:]), shape)
 
 
 def relative_positions(height: int, width: int) -> Int[np.ndarray, "l l 2"]:

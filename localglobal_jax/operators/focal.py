@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 
 from localglobal_jax import arrays
 from localglobal_jax.operators import focal_windows as windows
+from localglobal_jax.operators.attention import attend
 from localglobal_jax.operators.dense import Dense, DenseGeneral
 from localglobal_jax.reach import Reach
 
@@ -45,14 +46,11 @@ def attend_windows(
 
     `bias` and `mask` are added to the logits after `scale`, by default 1 / sqrt(c).
     """
-    scale = scale or query.shape[-1] ** -0.5
+    if scale:
+        query = query * (scale * query.shape[-1] ** 0.5)
     wide = jnp.promote_types(query.dtype, jnp.float32)
-    logits = jnp.einsum("bijlnc,bijmnc->bijnlm", query * scale, key, preferred_element_type=wide)
-    logits = logits + bias.astype(wide)[None]
-    if mask is not None:
-        logits = logits + mask[None]
-    weights = jax.nn.softmax(logits, axis=-1)
-    return jnp.einsum("bijnlm,bijmnc->bijlnc", weights.astype(value.dtype), value)
+    bias = bias.astype(wide) + (0.0 if mask is None else mask)
+    return attend(query, key, value, bias=bias)
 
 
 # ---------------------------------------------------------------------------- modules
