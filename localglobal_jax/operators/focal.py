@@ -17,7 +17,6 @@ Legend: b batch, h w grid, i j windows, l queries of a window, m keys, n heads, 
 from typing import Literal, get_args
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float

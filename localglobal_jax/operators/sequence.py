@@ -139,9 +139,8 @@ class Attend(nn.Module):
         many = query.shape[0] * query.shape[1] > FEW
         if (train or many) and not seen and step_context.formulation() == "tuned":
             kept = None
-            if (
-                train and self.dropout
-            ):  # the numbers that the weights themselves would be dropped by
+            if train and self.dropout:
+                # the numbers that the weights themselves would be dropped by
                 shape = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
                 kept = drop(jnp.ones(shape, jnp.promote_types(query.dtype, jnp.float32))) != 0
                 # Drawn once. Left to itself XLA draws anew in all that reads it: 0.48 of the
