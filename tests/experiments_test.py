@@ -4,6 +4,7 @@
 import importlib
 import math
 import pathlib
+import subprocess
 
 import numpy as np
 import pytest
@@ -38,6 +39,13 @@ def test_benchmarks_show_what_was_measured():
 def test_every_run_of_every_sweep_is_right(name, size, tmp_path):
     runs = expand.expand(f"{FOLDER / name}:size={size}", str(tmp_path), "sweep", {})
     assert len({run.name for run in runs.runs}) == len(runs.runs) > 1
+
+
+def test_one_command_makes_every_study():
+    script = (FOLDER / "reproduce.sh").read_text()
+    words = set(script.replace(".", " ").replace("\n", " ").split())
+    assert set(STUDIES) <= words
+    subprocess.run(["bash", "-n", FOLDER / "reproduce.sh"], check=True)
 
 
 def test_interval_is_students():

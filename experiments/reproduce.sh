@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# All nine studies at laptop size, from nothing to tables and figures; goes on where it was stopped.
+#
+#     experiments/reproduce.sh laptop [RUNS] [SLOTS]
+#
+# RUNS: a folder for the runs (default: runs, in the repository); SLOTS: runs at a time (default 2).
+set -euo pipefail
+[ "${1:-}" = laptop ] || { sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 2; }
+runs=${2:-runs} slots=${3:-2}
+cd "$(dirname "$0")/.."
+
+prepare() { localglobal prepare --config "$1"; }
+# study, file, folder, CSV [, what else the sweep takes]: trains, then collects
+sweep() {
+  local config=experiments/$1/$2 folder=$runs/$3 csv=experiments/$1/$4
+  shift 4
+  localglobal sweep --config "$config" --workdir "$folder" --slots "$slots" "$@"
+  localglobal sweep --config "$config" --workdir "$folder" --collect "$csv" "$@"
+}
+measure() { python -m "experiments.$1" "${@:2}"; }
+
+prepare configs/coatnet_fashion_mnist.py
+prepare configs/coatnet_digits.py
+prepare configs/muse_lohelp.py
+
+measure operator_properties.measure
+sweep coatnet_layouts sweep.py layouts results.csv
+pretrained=$runs/coatnet_transfer/pretrain # the second stage starts from the first
+sweep coatnet_transfer sweep.py:stage=pretrain coatnet_transfer/pretrain pretrain.csv
+sweep coatnet_transfer "sweep.py:pretrained=$pretrained" coatnet_transfer/finetune results.csv
+sweep vision_comparison sweep.py vision results.csv
+measure vision_comparison.measure
+sweep vision_comparison sweep.py vision_time time_results.csv --sweep time
+sweep beyond sweep.py beyond results.csv
+measure beyond.measure "$runs/beyond"
+
+sweep muse_results sweep.py results results.csv
+measure bleu_by_length.measure runs "$runs/results"
+measure attention_dispersion.measure "$runs/results"
+sweep muse_kernels sweep.py kernels results.csv
+measure muse_kernels.measure "$runs/kernels" "$runs/results"
+localglobal sweep --config experiments/beyond/sweep_text.py --workdir "$runs/beyond_text" --slots "$slots"
+measure beyond.measure_text "$runs/beyond_text"
+
+for study in operator_properties attention_dispersion bleu_by_length muse_results muse_kernels \
+  coatnet_layouts coatnet_transfer vision_comparison beyond; do
+  measure "$study.make"
+done
