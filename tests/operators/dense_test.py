@@ -15,7 +15,7 @@ from localglobal_jax.operators import dense
 SIZES = st.integers(1, 4)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     rows=st.lists(SIZES, max_size=3),
     d=SIZES,
