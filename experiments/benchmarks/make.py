@@ -18,7 +18,7 @@ def read(name):
     return study.read(HERE / name) if (HERE / name).exists() else []
 
 
-def cpu():
+def cpu(file="cpu.csv"):
     head = ["work", "times as fast", "quartiles", "goal", "ours", "theirs"]
     return study.table(
         head,
@@ -31,9 +31,13 @@ def cpu():
                 f"{1e3 * float(row['our_seconds']):,.0f} ms",
                 f"{1e3 * float(row['their_seconds']):,.0f} ms",
             )
-            for row in read("cpu.csv")
+            for row in read(file)
         ),
     )
+
+
+def gpu():
+    return cpu("gpu.csv")
 
 
 def tpu():
@@ -104,7 +108,7 @@ def startup():
 
 
 def tables():
-    made = (cpu, tpu, largest, inputs, startup)
+    made = (cpu, gpu, tpu, largest, inputs, startup)
     return {table.__name__: table() for table in made}
 
 
