@@ -202,12 +202,13 @@ def prepare(args: argparse.Namespace) -> None:
     if args.config:
         options = configlib.check(configlib.load(args.config, args.overrides)).data
         name, directory = options.name, directory or options.dir
-
-    from localglobal_jax.data import pairs
+    from localglobal_jax.data import folder, pairs
     from localglobal_jax.data import prepare as data
 
-    if isinstance(options, schema.Text) and (options.files or options.mock):
-        counts = pairs.count(options)  # nothing to prepare, but can it be read?
+    if name == folder.NAME:
+        counts = folder.count(directory)
+    elif isinstance(options, schema.Text) and (options.files or options.mock):
+        counts = pairs.count(options)
     elif args.from_tfrecord:
         counts = data.from_tfrecord(args.from_tfrecord, directory)
     elif name:

@@ -31,7 +31,9 @@ class Section(pydantic.BaseModel):
 class Images(Section):
     """Where images come from and what is done to them on the host. Order is f(seed, position)."""
 
-    name: str = "digits"  # a TFDS name: digits, fashion_mnist, cifar10, imagenet2012, ...
+    # A TFDS name: digits, fashion_mnist, cifar10, imagenet2012, ...; or "folder": `dir` holds a
+    # folder of pictures per class (see `data/folder.py`)
+    name: str = "digits"
     dir: str | None = None  # TFDS data directory; None: $TFDS_DATA_DIR or ~/tensorflow_datasets
     mock: bool = False  # synthetic images of the right shape and number of classes, no data needed
     train_split: str = "train"

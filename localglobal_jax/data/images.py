@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 
 from localglobal_jax import schema
-from localglobal_jax.data import augment, prepare, randaugment, records
+from localglobal_jax.data import augment, folder, prepare, randaugment, records
 from localglobal_jax.data.builders import EMBEDDED
 from localglobal_jax.data.loader import Batch, Draws
 from localglobal_jax.data.readers import MockReader, Reader, RecordReader, facts
@@ -27,6 +27,8 @@ CROP, CHANGE = 0, 1  # streams of random numbers
 
 def describe(options: schema.Images) -> tuple[int, int]:
     """Classes and channels of a data set, which need not be there yet."""
+    if options.name == folder.NAME:
+        return len(folder.classes(options.dir)), folder.FolderReader.channels
     info = records.find_builder(options.name, records.data_root(options.dir)).info
     classes, channels, _ = facts(info)
     return classes, channels
@@ -38,15 +40,7 @@ def open_split(options: schema.Images, split: str, *, train: bool) -> "ImageSour
     Prepares an embedded data set by itself. Raises ValueError for a data set that is missing,
     damaged, or holds no images with class labels.
     """
-    root = records.data_root(options.dir)
-    builder = records.find_builder(options.name, root)
-    if options.mock:
-        reader: Reader = MockReader(builder.info, options.image_size, train)
-    else:
-        if options.name in EMBEDDED and not records.is_prepared(builder):
-            prepare.prepare(options.name, root)
-            builder = records.find_builder(options.name, root)
-        reader = RecordReader(records.Records(builder, split))
+    reader = _reader(options, split, train)
     for name in ("mean", "std"):
         if len(given := getattr(options, name)) not in (1, reader.channels):
             raise ValueError(
@@ -54,6 +48,19 @@ def open_split(options: schema.Images, split: str, *, train: bool) -> "ImageSour
                 f"have {reader.channels} channels: give one value, or one per channel"
             )
     return ImageSource(reader, options, train=train)
+
+
+def _reader(options: schema.Images, split: str, train: bool) -> Reader:
+    if options.mock:
+        return MockReader(*describe(options), options.image_size, train)
+    if options.name == folder.NAME:
+        return folder.FolderReader(options.dir, split)
+    root = records.data_root(options.dir)
+    builder = records.find_builder(options.name, root)
+    if options.name in EMBEDDED and not records.is_prepared(builder):
+        prepare.prepare(options.name, root)
+        builder = records.find_builder(options.name, root)
+    return RecordReader(records.Records(builder, split))
 
 
 class ImageSource:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from localglobal_jax.data.readers import MockReader, decode
+from localglobal_jax.data.readers import MockReader, decode, facts
 from localglobal_jax.data.records import find_builder
 
 
@@ -91,7 +91,7 @@ def test_garbage_is_refused(data):
     [("digits", 10, 1), ("fashion_mnist", 10, 1), ("cifar10", 10, 3), ("imagenet2012", 1000, 3)],
 )
 def test_mock_images_have_the_real_classes_and_channels(tmp_path, name, classes, channels):
-    reader = MockReader(find_builder(name, str(tmp_path)).info, (12, 20), True)
+    reader = MockReader(*facts(find_builder(name, str(tmp_path)).info)[:2], (12, 20), True)
     assert (reader.classes, reader.channels) == (classes, channels)
     images, labels = zip(*map(reader.decode, range(64)), strict=True)
     again, _ = reader.decode(5)
@@ -103,7 +103,7 @@ def test_mock_images_have_the_real_classes_and_channels(tmp_path, name, classes,
 
 def test_mock_classes_can_be_told_apart(tmp_path):
     info = find_builder("cifar10", str(tmp_path)).info
-    train, test = (MockReader(info, (16, 16), train) for train in (True, False))
+    train, test = (MockReader(*facts(info)[:2], (16, 16), train) for train in (True, False))
     x, y = zip(*map(train.decode, range(50)), strict=True)
     means = np.stack(
         [np.mean([a for a, b in zip(x, y, strict=True) if b == k], 0) for k in range(10)]
