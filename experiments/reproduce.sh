@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
-# All nine studies at laptop size, from nothing to tables and figures; goes on where it was stopped.
+# All nine studies at laptop size: trains, measures, draws; goes on where it was stopped. What the
+# committed CSV files have already is not measured again: empty them for figures of your own.
 #
 #     experiments/reproduce.sh laptop [RUNS] [SLOTS]
 #
 # RUNS: a folder for the runs (default: runs, in the repository); SLOTS: runs at a time (default 2).
 set -euo pipefail
-[ "${1:-}" = laptop ] || { sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 2; }
-runs=${2:-runs} slots=${3:-2}
-cd "$(dirname "$0")/.."
+[ "${1:-}" = laptop ] || { sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 2; }
+slots=${3:-2}
+repository=$(cd "$(dirname "$0")/.." && pwd)
+runs=$(realpath -m "${2:-$repository/runs}")
+cd "$repository"
 
 prepare() { localglobal prepare --config "$1"; }
 # study, file, folder, CSV [, what else the sweep takes]: trains, then collects
@@ -29,7 +32,8 @@ pretrained=$runs/coatnet_transfer/pretrain # the second stage starts from the fi
 sweep coatnet_transfer sweep.py:stage=pretrain coatnet_transfer/pretrain pretrain.csv
 sweep coatnet_transfer "sweep.py:pretrained=$pretrained" coatnet_transfer/finetune results.csv
 sweep vision_comparison sweep.py vision results.csv
-measure vision_comparison.measure
+# its speeds decide how long the timed runs are: measured once
+[ -e experiments/vision_comparison/speed.csv ] || measure vision_comparison.measure
 sweep vision_comparison sweep.py vision_time time_results.csv --sweep time
 sweep beyond sweep.py beyond results.csv
 measure beyond.measure "$runs/beyond"

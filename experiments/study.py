@@ -2,7 +2,7 @@
 """What the studies share: reading results.csv, means with intervals, tables, figures.
 
 A study's ``make.py`` has ``tables(rows) -> {name: lines}`` and ``draw(rows) -> Figure``, and ends
-in ``study.main(__file__, tables, draw)``; it reads results.csv beside it, and nothing else.
+in ``study.main(__file__, tables, draw)``; it reads committed CSV files, and nothing else.
 """
 
 import csv
@@ -24,8 +24,17 @@ COLORS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b279a2", "#9d
 
 
 def read(file: pathlib.Path) -> list[Row]:
+    """Rows of a CSV file, of runs only the finished ones; none if there is no such file."""
+    if not file.exists():
+        return []
     with open(file, newline="") as opened:
-        return list(csv.DictReader(opened))
+        return [row for row in csv.DictReader(opened) if _finished(row)]
+
+
+def _finished(row: Row) -> bool:
+    """A row of `sweep --collect` says so; all others are."""
+    whole = row.get("step", row.get("steps")) == row.get("steps")
+    return row.get("state", "done") == "done" and whole
 
 
 def grouped(rows: Iterable[Row], *columns: str) -> dict[tuple[str, ...], list[Row]]:
@@ -48,7 +57,7 @@ def interval(numbers: Sequence[float]) -> tuple[float, float]:
     if len(numbers) < 2:
         return numbers[0], math.nan
     spread = statistics.stdev(numbers) / math.sqrt(len(numbers))
-    return statistics.mean(numbers), T95.get(len(numbers) - 1, 1.96) * spread
+    return statistics.mean(numbers), T95[len(numbers) - 1] * spread
 
 
 def shown(numbers: Sequence[float], digits: int = 2) -> str:

@@ -43,8 +43,13 @@ def test_every_run_of_every_sweep_is_right(name, size, tmp_path):
 
 def test_one_command_makes_every_study():
     script = (FOLDER / "reproduce.sh").read_text()
-    words = set(script.replace(".", " ").replace("\n", " ").split())
-    assert set(STUDIES) <= words
+    steps = [path for path in FOLDER.glob("*/measure*.py") if path.parent.name in STUDIES]
+    steps += [path for path in FOLDER.glob("*/sweep*.py") if path.parent.name in STUDIES]
+    for path in steps:
+        name = path.parent.name
+        said = (f"measure {name}.{path.stem}", f"sweep {name} {path.name}", f"{name}/{path.name}")
+        assert any(words in script.replace('"', "") for words in said), path
+    assert set(STUDIES) <= set(script.partition("for study in")[2].replace(";", " ").split())
     subprocess.run(["bash", "-n", FOLDER / "reproduce.sh"], check=True)
 
 

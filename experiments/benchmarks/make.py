@@ -14,8 +14,7 @@ FIRST = ("plain", "unrolled")  # what the other forms of a step are measured aga
 
 
 def read(name):
-    """Rows of a CSV file; none if nothing was measured yet."""
-    return study.read(HERE / name) if (HERE / name).exists() else []
+    return study.read(HERE / name)
 
 
 def cpu(file="cpu.csv"):
@@ -52,7 +51,7 @@ def tpu():
         step = f"{first['config']}, {first['topology']}, {first['batch_per_chip']} a chip"
         body.append((step, first["formulation"], *absolute(first)))
         for other in others:
-            ratios = [f"**{float(other[k]) / float(first[k]):.2f}**" for k in measures]
+            ratios = [ratio(other[k], first[k]) for k in measures]
             body.append(("", f"{other['formulation']} / {first['formulation']}", *ratios))
     return study.table(head, body)
 
@@ -65,7 +64,7 @@ def largest():
             f"{row['config']}, {row['topology']}",
             row["batch_per_chip"],
             row["formulation"],
-            f"{float(row['needed']) / GIB:.2f}",
+            scaled(row["needed"], GIB, ".2f", ""),
             {"True": "yes", "False": "no"}[row["fits"]],
         )
         for row in read("tpu.csv")
@@ -76,11 +75,20 @@ def largest():
 
 def absolute(row):
     return (
-        f"{float(row['cycles']) / 1e6:,.0f} M",
-        f"{float(row['bytes']) / 1e9:,.1f} GB",
-        f"{float(row['temporary']) / GIB:,.2f} GiB",
-        f"{float(row['compile_cpu_seconds']):,.0f} s",
+        scaled(row["cycles"], 1e6, ".0f", "M"),
+        scaled(row["bytes"], 1e9, ".1f", "GB"),
+        scaled(row["temporary"], GIB, ".2f", "GiB"),
+        scaled(row["compile_cpu_seconds"], 1, ".0f", "s"),
     )
+
+
+def scaled(value, unit, form, name):
+    """A cell; empty for what does not fit, of which the compiler says little."""
+    return f"{float(value) / unit:,{form}} {name}" if value else ""
+
+
+def ratio(value, first):
+    return f"**{float(value) / float(first):.2f}**" if value and first else ""
 
 
 def inputs():

@@ -38,5 +38,5 @@ def serve(go, about):
         began = time.perf_counter()
         for _ in range(REPEATS):
             go()
-        finished()
+            finished()
         print("seconds", (time.perf_counter() - began) / REPEATS, flush=True)

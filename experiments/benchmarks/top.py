@@ -19,7 +19,7 @@ import ours
 SHOWN = 15
 
 
-def kernels(folder):
+def operations(folder):
     """{operation: microseconds} of a trace."""
     (file,) = pathlib.Path(folder).rglob("*.trace.json.gz")
     with gzip.open(file) as opened:
@@ -37,7 +37,7 @@ def main(*command):
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             jax.block_until_ready(go())
-        found = kernels(folder)
+        found = operations(folder)
     total = sum(found.values())
     kinds = collections.Counter()
     for name, time in found.items():

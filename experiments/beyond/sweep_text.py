@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The article's two wishes in translation: A and E beside Transformer, relative attention and MUSE.
 
-    localglobal sweep --config experiments/beyond/sweep_text.py --workdir runs/text --dry_run
+    localglobal sweep --config experiments/beyond/sweep_text.py --workdir runs/beyond_text --dry_run
 
 Five models of equal size, three seeds, trained on pairs of up to 96 tokens and of up to 24: what
 does the second kind know of longer sentences? T, A and E know displacements, and are given no

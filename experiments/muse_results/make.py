@@ -20,8 +20,7 @@ METRICS = (("test/bleu", 2), ("test/chrf", 2), ("test/nll", 3))
 
 def runs(rows):
     """{model: {seed: row}} of the runs that are done."""
-    done = [row for row in rows if row["state"] == "done"]
-    named = [(model_name(row["model.layout"], row["model.blocks.M.windows"]), row) for row in done]
+    named = [(model_name(row["model.layout"], row["model.blocks.M.windows"]), row) for row in rows]
     return {model: {row["seed"]: row for name, row in named if name == model} for model in MODELS}
 
 

@@ -118,6 +118,10 @@ class VOLO(nn.Module):
         stages, per_stage = self.stages(), self._per_stage()
         grids = self.grids((x.shape[1], x.shape[2]))
         layouts.check_options(self.blocks)
+        if self.mix_token and not self.aux_head:
+            raise ValueError(
+                "mix_token=True mixes tokens, and aux_head=False classifies none: change one"
+            )
 
         x = ConvPatchStem(self.stem, self.widths[0], self.patch, dtype=self.dtype, name="stem")(
             x.astype(self.dtype), train=train
@@ -167,10 +171,6 @@ class VOLO(nn.Module):
         )(x, train=train)
         intermediates |= {"features": features, "class_logits": logits}
         if aux is None:
-            if train and self.mix_token:
-                raise ValueError(
-                    "mix_token=True mixes tokens, and aux_head=False classifies none: change one"
-                )
             return logits, intermediates
         if train:
             return logits, {**intermediates, "mix_box": box, "aux_logits": swap(aux, box)}

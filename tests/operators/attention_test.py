@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from localglobal_jax import step_context
 from localglobal_jax.operators import attention
 
 
@@ -80,3 +83,38 @@ def test_mlp_bias_works_at_another_resolution():
 def test_heads_must_divide():
     with pytest.raises(ValueError, match="width 8 is not divisible by 3 heads"):
         attention.RelativeAttention(heads=3).init(jax.random.key(0), jnp.ones((1, 2, 2, 8)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_logits_made_twice_are_those_made_once(dtype):
+    """What runs on TPU and GPU against what runs on CPU."""
+    with jax.enable_x64(dtype == "float64"):
+        keys = jax.random.split(jax.random.key(0), 3)
+        query = jax.random.normal(keys[0], (2, 4, 3, 5, 8), dtype)  # two axes in front
+        key = jax.random.normal(keys[1], (2, 4, 3, 7, 8), dtype)
+        bias = jax.random.normal(keys[2], (4, 3, 5, 7), dtype)
+        mask = (jnp.arange(7) < 6)[None, None, None, None]
+        once = attention._numerator(query, key, bias, mask)
+        twice = jax.jit(partial(attention._numerator, twice=True))(query, key, bias, mask)
+        for a, b in zip(once, twice, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_any_axes_in_front(dtype):
+    """Windows of windows: one bias for all images, and the gradients of the plain form."""
+    keys = jax.random.split(jax.random.key(1), 4)
+    shapes = ((2, 3, 5, 2, 8), (2, 3, 7, 2, 8), (2, 3, 7, 2, 8), (3, 2, 5, 7))
+    inputs = [jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes, strict=True)]
+
+    def loss(query, key, value, bias):
+        return (attention.attend(query, key, value, bias=bias).astype("float32") ** 2).sum()
+
+    tuned = jax.value_and_grad(loss, (0, 1, 2, 3))(*inputs)
+    with step_context.tracing(formulation="plain"):
+        plain = jax.value_and_grad(loss, (0, 1, 2, 3))(*inputs)
+    tolerance = {"float32": 1e-5, "bfloat16": 0.1}[dtype]
+    for a, b in zip(jax.tree.leaves(tuned), jax.tree.leaves(plain), strict=True):
+        assert a.dtype == b.dtype
+        wide = np.asarray(b, "float32")
+        np.testing.assert_allclose(np.asarray(a, "float32"), wide, atol=tolerance * abs(wide).max())
