@@ -109,7 +109,7 @@ class FolderReader:
     """A `readers.Reader` of the pictures of a split, in colour."""
 
     channels = 3
-    shape = None
+    shape: tuple[int, int] | None = None  # they differ
 
     def __init__(self, directory: str | None, split: str):
         names = classes(directory)
