@@ -41,11 +41,12 @@ class Subject:
         self._state = init()
         if self.train:
             template = self.placement.template(jax.eval_shape(lambda: self._state))
-            update = make_update(self.task, optimizer, run)
-            self._step: Any = self.placement.compile_step(update, template)
+            self._function: Any = make_update(self.task, optimizer, run)
+            self._step: Any = self.placement.compile_step(self._function, template)
         else:
             self._state = self._state.average or self._state.variables
-            self._step = self.placement.compile_eval(evaluated(run, self.task, step))
+            self._function = evaluated(run, self.task, step)
+            self._step = self.placement.compile_eval(self._function)
         self._compiled: dict[Any, Any] = {}
         self.compile_seconds = 0.0
 
@@ -75,9 +76,8 @@ class Subject:
 
     def multiply_adds(self, batch: HostBatch) -> int | None:
         """Of one step, counted from shapes; None where a loop's length is not known."""
-        traced = self._step.trace(self._state, self.placement.global_batch(batch))
         try:
-            return accounting.multiply_adds(traced.jaxpr)
+            return accounting.multiply_adds(self._function, self._state, batch)
         except ValueError:  # decoding stops when it is done
             return None
 

@@ -8,6 +8,7 @@ import pytest
 
 from localglobal_jax import accounting
 from localglobal_jax.models import create_model
+from localglobal_jax.operators import attention
 from localglobal_jax.operators.convolution import depthwise
 
 X = jnp.zeros((2, 8, 6, 4))
@@ -75,3 +76,16 @@ def test_a_batch_counts_every_image():
     )
     assert two.multiply_adds == 2 * one.multiply_adds
     assert two.parameters == one.parameters
+
+
+def test_what_is_made_twice_to_move_fewer_bytes_counts_once():
+    """The forms for TPU make the logits of attention twice; work is that of the equations."""
+    x = jax.ShapeDtypeStruct((1, 6, 2, 4), "float32")
+    product = 6 * 2 * 6 * 4
+    assert accounting.multiply_adds(attention.attend, x, x, x) == 2 * product
+
+    def loss(query, key, value):
+        return attention.attend(query, key, value).sum()
+
+    gradient = jax.grad(loss, (0, 1, 2))
+    assert accounting.multiply_adds(gradient, x, x, x) == 6 * product

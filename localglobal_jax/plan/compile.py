@@ -65,10 +65,12 @@ def compile_step(
     batch, described = shapes.batch(run, task, train=step == "train")
     loops = None
     if step == "train":
-        function: Any = placement.compile_step(make_update(task, optimizer, run), state)
+        update: Any = make_update(task, optimizer, run)
+        function: Any = placement.compile_step(update, state)
         args: tuple[Any, ...] = (state, batch)
     else:
-        function = placement.compile_eval(evaluated(run, task, step))
+        update = evaluated(run, task, step)
+        function = placement.compile_eval(update)
         args = (state.average or state.variables, placement.split(batch))
     if step == "decode":
         loops = decoding.max_length(batch["source"].shape[1])  # of the search, at most
@@ -84,7 +86,7 @@ def compile_step(
         "mesh": dict(placement.mesh.shape),
         "parameters": sum(x.size for x in jax.tree.leaves(state.variables["params"])),
         "parameter_bytes": nbytes(state.variables["params"]),
-        "multiply_adds": accounting.multiply_adds(traced.jaxpr, loops=loops),
+        "multiply_adds": accounting.multiply_adds(update, *args, loops=loops),
         "arguments": arguments(state, batch, placement, train=step == "train"),
         "parts": sorted(state.variables["params"]),
         "parameter_sizes": parameter_sizes(state.variables["params"]),

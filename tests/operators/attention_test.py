@@ -87,7 +87,7 @@ def test_heads_must_divide():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 def test_logits_made_twice_are_those_made_once(dtype):
-    """What runs on TPU and GPU against what runs on CPU."""
+    """What runs on TPU against what runs elsewhere."""
     with jax.enable_x64(dtype == "float64"):
         keys = jax.random.split(jax.random.key(0), 3)
         query = jax.random.normal(keys[0], (2, 4, 3, 5, 8), dtype)  # two axes in front
