@@ -13,8 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from localglobal_jax import accounting, optim, parallel, schema
-from localglobal_jax.plan import topologies
+from localglobal_jax import accounting, chips, optim, parallel, schema
 from localglobal_jax.plan.compile import evaluated
 from localglobal_jax.run_report import versions
 from localglobal_jax.tasks import HostBatch, Task, create_task
@@ -128,7 +127,7 @@ def described(subject: Subject, batch: HostBatch, seconds: np.ndarray) -> dict[s
     device = subject.placement.mesh.devices.flat[0].device_kind
     counted = subject.multiply_adds(batch)
     rate = 2 * counted / median / subject.placement.mesh.size if counted else None
-    peak = topologies.peak_flops(device)
+    peak = chips.peak_flops(device)
     return {
         "devices": parallel.describe(),
         "versions": versions(),

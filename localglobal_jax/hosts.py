@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import re
+import resource
 import signal
 import socket
 import sys
@@ -22,6 +23,8 @@ import numpy as np
 from jax._src import distributed  # jax has no public barrier with a timeout,
 from jax._src.clusters import ClusterEnv  # and no other way to ask without starting
 from jax.experimental import multihost_utils
+
+from localglobal_jax import chips
 
 BARRIER = 600.0  # seconds; longer than any host may lag behind another between two steps
 HEARTBEAT = 60  # seconds without a sign of life after which a host is taken for lost
@@ -49,6 +52,19 @@ def count() -> int:
 def rank() -> int:
     """Which of them this is; 0 writes the files."""
     return jax.process_index()
+
+
+def peak_flops() -> float | None:
+    """FLOP/s in bf16 of all devices of all hosts together; None where it is not known."""
+    peak = chips.peak_flops(jax.devices()[0].device_kind)
+    return peak and peak * jax.device_count()
+
+
+def peak_bytes() -> int:
+    """The most memory that a device of this host ever held; on CPU, that this process did."""
+    stats = (device.memory_stats() or {} for device in jax.local_devices())
+    found = max(each.get("peak_bytes_in_use", 0) for each in stats)
+    return found or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def gathered(rows: np.ndarray) -> np.ndarray:

@@ -166,13 +166,15 @@ def progress_line(
     items: str = "items",
     seconds: float,
     waiting: float,
+    mfu: float | None = None,
 ) -> str:
-    """``step 350/1000  loss 0.1234  5,234 items/s  ETA 1:05  input wait 3 %``.
+    """``step 350/1000  loss 0.1234  5,234 items/s  ETA 1:05  input wait 3 %  MFU 41 %``.
 
     Args:
       rate: `items` per second.
       seconds: those left to the end, by the present speed.
       waiting: share of the time spent waiting for input, in [0, 1].
+      mfu: share of the devices' peak that the model's multiply-adds take; None: not known.
     """
     parts = [f"step {step:>{len(str(total))}}/{total}"]
     if loss is not None:
@@ -185,6 +187,8 @@ def progress_line(
         parts.append(f"ETA {clock}:{left:02d}")
     if math.isfinite(waiting):
         parts.append(f"input wait {100 * waiting:.0f} %")
+    if mfu is not None:
+        parts.append(f"MFU {100 * mfu:.0f} %")
     return "  ".join(parts)
 
 

@@ -7,7 +7,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
@@ -21,6 +21,7 @@ from localglobal_jax.tasks import HostBatch, Task
 from localglobal_jax.workdir import write_atomically
 
 log = logging.getLogger(__name__)
+OF_THE_MACHINE = ("seconds_left", "input_wait", "memory_bytes", "compile_seconds", "mfu")
 
 
 def announce(run: schema.Run, task: Task, params: PyTree, start: int) -> None:
@@ -40,14 +41,22 @@ class Window:
     `health.Watch` lets at most one step be in flight beyond the one being waited for, so that the
     clock tells what the device does. `partial` sums go into every checkpoint: a run that resumes
     inside a window reports the same means as one that was never stopped.
+
+    `work` says of a batch how many multiply-adds its step is; without it there is no MFU.
     """
 
     def __init__(
-        self, run: schema.Run, task: Task, start: int, partial: Mapping[str, Any] | None = None
+        self,
+        run: schema.Run,
+        task: Task,
+        start: int,
+        partial: Mapping[str, Any] | None = None,
+        work: Callable[[HostBatch], int] | None = None,
     ):
-        self._run, self._items = run, task.items
+        self._run, self._items, self._work = run, task.items, work
         self._schedule = jax.jit(optim.make_schedule(run.optim, run.steps))  # one program, not ten
-        self._compiled: set[Any] = set()  # shapes of batches
+        self._peak = hosts.peak_flops() if work else None
+        self._compiled: dict[Any, float] = {}  # shape of a batch -> FLOPs of its step
         self._open(start)
         if partial and partial["sums"]:
             self._first = partial["first"]
@@ -57,7 +66,7 @@ class Window:
     def _open(self, step: int) -> None:
         self._first, self._began = step, time.perf_counter()
         self._steps = self._items_before = 0  # of this process; of the one that was interrupted
-        self._waited = self._paused = 0.0
+        self._waited = self._paused = self._compiling = self._flops = 0.0
         self._sums: list[PyTree] = []
 
     @contextmanager
@@ -81,11 +90,13 @@ class Window:
         began = time.perf_counter()
         yield
         if shapes not in self._compiled:
-            self._compiled.add(shapes)
             seconds = time.perf_counter() - began
-            self._paused += seconds
             if hosts.rank() == 0:
                 log.info("compiled in %.1f s", seconds)
+            self._compiling += seconds
+            self._compiled[shapes] = 2.0 * self._work(batch) if self._peak and self._work else 0.0
+            self._paused += time.perf_counter() - began
+        self._flops += self._compiled[shapes]
 
     def add(self, sums: PyTree) -> None:
         """One step's metrics, still on the device."""
@@ -113,8 +124,14 @@ class Window:
         seconds = time.perf_counter() - self._began - self._paused
         line["learning_rate"] = float(self._schedule(step - 1))
         line[f"{self._items}_per_second"] = items / seconds
+        line["steps_per_second"] = self._steps / seconds
         line["seconds_left"] = (self._run.steps - step) * seconds / self._steps
         line["input_wait"] = self._waited / seconds
+        line["memory_bytes"] = hosts.peak_bytes()
+        if self._compiling:
+            line["compile_seconds"] = self._compiling
+        if self._peak:
+            line["mfu"] = self._flops / seconds / self._peak
         self._open(step)
         return line
 
@@ -154,6 +171,7 @@ class Output:
                     items=self._items,
                     seconds=line["seconds_left"],
                     waiting=line["input_wait"],
+                    mfu=line.get("mfu"),
                 )
             )
 
@@ -180,7 +198,7 @@ class Output:
 
 def _results(line: Mapping[str, float]) -> dict[str, float]:
     """What says something of the model, not of the run."""
-    run = ("step", "learning_rate", "seconds_left", "input_wait", "gradient_norm")
+    run = ("step", "learning_rate", "gradient_norm", *OF_THE_MACHINE)
     return {k: v for k, v in line.items() if k not in run and not k.endswith("_per_second")}
 
 

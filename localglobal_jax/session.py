@@ -4,14 +4,24 @@
 import math
 import pathlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import optax
 
-from localglobal_jax import conversion, hosts, memory, optim, parallel, remote, schema, workdir
+from localglobal_jax import (
+    accounting,
+    conversion,
+    hosts,
+    memory,
+    optim,
+    parallel,
+    remote,
+    schema,
+    workdir,
+)
 from localglobal_jax.checkpoint import Checkpoints, Restored
-from localglobal_jax.tasks import Task, Variables, create_task
+from localglobal_jax.tasks import HostBatch, Task, Variables, create_task
 from localglobal_jax.train_step import State, check_batches, init_state, start_from
 
 
@@ -51,6 +61,19 @@ class Session(NamedTuple):
         if self.pretrained:
             state = start_from(state, self.placement.put(self.pretrained))
         return Restored(0, state, {})
+
+    def work_of(self, update: Callable[..., Any]) -> Callable[[HostBatch], int]:
+        """Multiply-adds of one step of all hosts, by this host's batch; counted from shapes."""
+
+        def work(batch: HostBatch) -> int:
+            parts = self.placement.shard[1]
+            whole = {
+                name: jax.ShapeDtypeStruct((parts * len(x), *x.shape[1:]), x.dtype)
+                for name, x in batch.items()
+            }
+            return accounting.multiply_adds(update, self.template, whole)
+
+        return work
 
 
 def open_session(run: schema.Run, directory: str | pathlib.Path) -> Session:

@@ -59,12 +59,13 @@ def _train(
     params = session.template.variables["params"]
     announce(run, task, params, start)
 
-    step_fn = placement.compile_step(make_update(task, session.optimizer, run), session.template)
+    update = make_update(task, session.optimizer, run)
+    step_fn = placement.compile_step(update, session.template)
     about: dict[str, Any] = {"config": run.model_dump(mode="json"), "model": dict(task.model_spec)}
     about |= {"versions": versions(), "order": task.order}
 
     # ---- loop: evaluate, save, next batch, step, report (do not change the order)
-    window = Window(run, task, start, before.get("window"))
+    window = Window(run, task, start, before.get("window"), session.work_of(update))
     watch = health.Watch(run, params, directory, start, before.get("skipped", 0))
     batches = task.train_batches(start, run.steps)
     with (

@@ -10,7 +10,7 @@ import localglobal_jax
 
 ROOT = pathlib.Path(localglobal_jax.__file__).parent
 FLOORS = [  # a room imports from floors below its own; files of one room see each other
-    ["config_values", "schema"],
+    ["chips", "config_values", "schema"],
     [
         "arrays",
         "configlib",
@@ -58,6 +58,7 @@ FLOORS = [  # a room imports from floors below its own; files of one room see ea
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 LIGHT = {
     "bench_command",
+    "chips",
     "schema",
     "config_values",
     "configlib",

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
+from localglobal_jax import chips
 from localglobal_jax.cli import main
-from localglobal_jax.plan import topologies
 
 DIGITS = ("--config", "configs/coatnet_digits.py:size=tiny")
 MUSE = ("--config", "configs/muse_lohelp.py:size=tiny,data=mock")
@@ -78,4 +78,4 @@ def test_overrides_of_a_second_config_belong_to_two_commands(capsys):
     ],
 )
 def test_peaks(kind, peak):
-    assert topologies.peak_flops(kind) == peak
+    assert chips.peak_flops(kind) == peak

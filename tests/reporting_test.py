@@ -202,8 +202,8 @@ def test_tensorboard_is_told_what_to_forget(tmp_path):
             "step  350/1000  loss 0.1234  5,234 items/s  ETA 1:05  input wait 3 %",
         ),
         (
-            {"step": 1000, "loss": None, "rate": 0.25, "seconds": 0, "waiting": 1},
-            "step 1000/1000  0.25 items/s  ETA 0:00  input wait 100 %",
+            {"step": 1000, "loss": None, "rate": 0.25, "seconds": 0, "waiting": 1, "mfu": 0.412},
+            "step 1000/1000  0.25 items/s  ETA 0:00  input wait 100 %  MFU 41 %",
         ),
         (
             {"step": 1, "loss": math.nan, "rate": 12, "seconds": 3599.7, "waiting": 0},

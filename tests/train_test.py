@@ -13,10 +13,11 @@ import jax
 import numpy as np
 import pytest
 
-from localglobal_jax import load, stored
+from localglobal_jax import bench, chips, configlib, load, stored, train
+from localglobal_jax.run_report import OF_THE_MACHINE
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "coatnet_digits.py"
-TIMES = {"images_per_second", "seconds_left", "input_wait"}
+TIMES = {"images_per_second", "steps_per_second", *OF_THE_MACHINE}
 
 
 def start(workdir, data_dir, *overrides):
@@ -74,6 +75,27 @@ def test_a_run_leaves_what_the_readme_says(reference):
     module, variables = load(reference)
     logits, _ = module.apply(variables, np.zeros((1, 8, 8, 1), np.float32), train=False)
     assert logits.shape == (1, 10)
+
+
+def test_what_a_run_says_of_the_machine(reference, data_dir, tmp_path, monkeypatch):
+    lines = [json.loads(line) for line in (reference / "metrics.jsonl").read_text().splitlines()]
+    first, *others = [line for line in lines if line["split"] == "train"]
+    assert first["compile_seconds"] > 0 and not any("compile_seconds" in line for line in others)
+    assert all("mfu" not in line for line in lines)  # the peak of this CPU is not known
+    assert 2**20 < first["memory_bytes"] <= others[-1]["memory_bytes"]
+    images_a_step = first["images_per_second"] / first["steps_per_second"]
+    assert images_a_step == pytest.approx(configlib.load(f"{CONFIG}:size=tiny").batch_size)
+
+    monkeypatch.setitem(chips.KINDS, jax.devices()[0].device_kind, "v5e")
+    overrides = {"data.dir": data_dir, "steps": "4", "log.every": "2"}
+    overrides |= {"optim.warmup_steps": "0", "log.tensorboard": "false"}
+    run = configlib.check(configlib.load(f"{CONFIG}:size=tiny", overrides))
+    train.train(run, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    work = [x["mfu"] / x["steps_per_second"] for x in lines if x["split"] == "train"]
+    subject = bench.Subject(run)
+    counted = 2 * subject.multiply_adds(next(subject.batches()))
+    assert work == pytest.approx([counted / 197e12 / jax.device_count()] * 2)
 
 
 def test_asked_to_stop_it_saves_and_exits_with_42(reference, data_dir, tmp_path):

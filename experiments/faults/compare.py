@@ -9,8 +9,9 @@ import numpy as np
 import runs
 
 from localglobal_jax import stored
+from localglobal_jax.run_report import OF_THE_MACHINE
 
-TIMES = {"images_per_second", "tokens_per_second", "seconds_left", "input_wait"}
+TIMES = {"images_per_second", "tokens_per_second", "steps_per_second", *OF_THE_MACHINE}
 
 
 def metrics(workdir):

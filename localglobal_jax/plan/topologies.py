@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which TPU slices there are, what they are called, and their published peaks. Pure.
+"""Which TPU slices there are, and what they are called. Pure.
 
 A slice is written as libtpu writes it ("v5e:16x16") or as Google Cloud sells it ("v5e-256",
 "v5litepod-256", "v5p-1024": of v2, v3, v4, v5p and tpu7x the number counts cores, two a chip).
@@ -10,60 +10,8 @@ import dataclasses
 import math
 import re
 
+from localglobal_jax.chips import CHIPS, Chip
 from localglobal_jax.configlib import unknown
-
-GB, TERA = 1e9, 1e12
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """One generation. Peaks are of a whole chip.
-
-    Sources: cloud.google.com/tpu/docs (system architecture, v2 to tpu7x), arXiv 2304.01433, table
-    4, for the links of v2 to v4. `ici` is what a chip can send over all its links together.
-    """
-
-    flops: float  # bf16 FLOP/s; a multiply-add is two
-    hbm: float  # bytes/s
-    ici: float  # bytes/s
-    usable: float  # GiB of memory per JAX device that a program may use, as libtpu reports it
-    limits: tuple[int, ...]  # chips along each axis of the largest slice
-    devices: int = 1  # JAX devices per chip
-    cloud: tuple[str, ...] = ()  # names before the number
-    counts_cores: bool = False  # the number in a cloud name is two per chip
-    options: tuple[tuple[str, str], ...] = ()  # of libtpu
-    # Of the matrix units, to turn the compiler's cycles into time: v2 to v4 as published, v5e to
-    # v6e inferred from the peak and the number of units; None: not known.
-    clock: float | None = None
-
-
-MEGACORE = (("chip_config_name", "megacore"),)  # v4's two cores as one device, as users run it
-CHIPS = {
-    "v2": Chip(45 * TERA, 700 * GB, 248 * GB, 7.48, (16, 16), 2, ("v2",), True, (), 0.70e9),
-    "v3": Chip(123 * TERA, 900 * GB, 280 * GB, 15.48, (32, 32), 2, ("v3",), True, (), 0.94e9),
-    "v4": Chip(
-        *(275 * TERA, 1228 * GB, 300 * GB, 30.75, (16, 16, 16), 1, ("v4",), True),
-        options=MEGACORE,
-        clock=1.05e9,
-    ),
-    "v5e": Chip(
-        *(197 * TERA, 819 * GB, 200 * GB, 15.75, (16, 16), 1, ("v5e", "v5litepod")), clock=1.5e9
-    ),
-    "v5p": Chip(
-        *(459 * TERA, 2765 * GB, 600 * GB, 95.73, (16, 20, 28), 1, ("v5p",), True), clock=1.75e9
-    ),
-    "v6e": Chip(918 * TERA, 1640 * GB, 448 * GB, 31.24, (16, 16), 1, ("v6e",), clock=1.75e9),
-    "tpu7x": Chip(
-        *(2307 * TERA, 7380 * GB, 1200 * GB, 94.74, (16, 24, 24), 2, ("tpu7x", "v7x"), True)
-    ),
-}
-# Peaks of CPU depend on the machine: none are given, and bounds are left out.
-KINDS = {  # as JAX names a device -> its generation
-    "TPU v2": "v2", "TPU v3": "v3", "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e",
-    "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU7x": "tpu7x",
-}  # fmt: skip
-# bf16 FLOP/s without sparsity, from NVIDIA's data sheets, of the cards for SXM sockets
-GPUS = {"A100": 312 * TERA, "H100": 989 * TERA, "H200": 989 * TERA}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,15 +46,6 @@ class Topology:
     def peak(self, what: str) -> float | None:
         """``flops``, ``hbm`` or ``ici`` of one device."""
         return getattr(self.chip, what) / self.chip.devices if self.chip else None
-
-
-def peak_flops(kind: str) -> float | None:
-    """FLOP/s in bf16 of the device that JAX calls `kind`; None where it is not known."""
-    if kind in KINDS:
-        chip = CHIPS[KINDS[kind]]
-        return chip.flops / chip.devices
-    slower = "PCIe" in kind or "NVL" in kind
-    return next((peak for name, peak in GPUS.items() if name in kind and not slower), None)
 
 
 def parse(text: str) -> Topology:
