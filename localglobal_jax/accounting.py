@@ -43,14 +43,22 @@ def account(module: nn.Module, *inputs: Any) -> Account:
     return Account(parameters, _count(jaxpr.jaxpr), shapes)
 
 
-def multiply_adds(function: Callable[..., Any], *args: Any, loops: int | None = None) -> int:
+def multiply_adds(function: Callable[..., Any], *args: Any) -> int:
     """Of one call of a function of arrays (or of `jax.ShapeDtypeStruct`s).
 
-    What a formulation does twice to move fewer bytes counts once, so a share of the peak (MFU) is
-    comparable. `loops`: how often a while loop is taken to run, which a trace does not say.
+    What a formulation does twice to move fewer bytes counts once, and so does what `remat`
+    computes again: the work of the model, for MFU.
     """
     with _plain():
-        return _count(jax.make_jaxpr(function)(*args).jaxpr, loops)
+        return _count(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def computed(jaxpr: ClosedJaxpr, *, loops: int | None = None) -> int:
+    """Multiply-adds of a program as it was traced, with all that it computes again.
+
+    `loops`: how often a while loop is taken to run, which a jaxpr does not say.
+    """
+    return _count(jaxpr.jaxpr, loops)
 
 
 def _plain() -> AbstractContextManager[None]:

@@ -65,12 +65,10 @@ def compile_step(
     batch, described = shapes.batch(run, task, train=step == "train")
     loops = None
     if step == "train":
-        update: Any = make_update(task, optimizer, run)
-        function: Any = placement.compile_step(update, state)
+        function: Any = placement.compile_step(make_update(task, optimizer, run), state)
         args: tuple[Any, ...] = (state, batch)
     else:
-        update = evaluated(run, task, step)
-        function = placement.compile_eval(update)
+        function = placement.compile_eval(evaluated(run, task, step))
         args = (state.average or state.variables, placement.split(batch))
     if step == "decode":
         loops = decoding.max_length(batch["source"].shape[1])  # of the search, at most
@@ -86,7 +84,7 @@ def compile_step(
         "mesh": dict(placement.mesh.shape),
         "parameters": sum(x.size for x in jax.tree.leaves(state.variables["params"])),
         "parameter_bytes": nbytes(state.variables["params"]),
-        "multiply_adds": accounting.multiply_adds(update, *args, loops=loops),
+        "multiply_adds": accounting.computed(traced.jaxpr, loops=loops),
         "arguments": arguments(state, batch, placement, train=step == "train"),
         "parts": sorted(state.variables["params"]),
         "parameter_sizes": parameter_sizes(state.variables["params"]),
