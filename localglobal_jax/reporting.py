@@ -20,12 +20,14 @@ import jax
 import numpy as np
 from etils import epath
 
+from localglobal_jax.wandb_run import WandbRun
+
 log = logging.getLogger(__name__)
 PANELS = ("loss", "accuracy", "bleu")  # of the learning curve; those that occur are drawn
 
 
 class Writer:
-    """Appends to ``metrics.jsonl``, one JSON object a line, and to TensorBoard.
+    """Appends to ``metrics.jsonl``, one JSON object a line, and to TensorBoard and wandb.
 
     A run that died has usually written past its last checkpoint; it will compute those steps
     again. So opening drops every line after ``resume_step`` (all of them if that is None), and a
@@ -39,6 +41,8 @@ class Writer:
         *,
         resume_step: int | None,
         tensorboard: bool = True,
+        wandb: str | None = None,
+        config: Mapping[str, Any] | None = None,
         expected: int | None = None,
     ):
         self.path = pathlib.Path(workdir) / "metrics.jsonl"
@@ -53,14 +57,16 @@ class Writer:
                 *(self.path, last),
             )
         self._file = self.path.open("a", encoding="utf-8")
-        self._board: Any = None
+        self._boards: list[Any] = []
         if tensorboard:
             # here because it takes a while and may be off
             from localglobal_jax.event_file import EventFile  # noqa: PLC0415
 
-            self._board = EventFile(self.path.parent / "tensorboard", forget=last + 1)
+            self._boards.append(EventFile(self.path.parent / "tensorboard", forget=last + 1))
+        if wandb:
+            self._boards.append(WandbRun(wandb, self.path.parent, config or {}))
 
-    def write(self, step: int, split: str, numbers: Mapping[str, Any]) -> bool:
+    def write(self, step: int, split: str, given: Mapping[str, Any]) -> bool:
         """Adds one line; False, and nothing is written, if this step and split are there already.
 
         JSON has no NaN and no infinity: they become the strings "nan", "inf", "-inf".
@@ -68,27 +74,31 @@ class Writer:
         if (step, split) in self._written:
             return False
         self._written.add((step, split))
-        values = {name: _number(value) for name, value in numbers.items()}
+        values = {name: _number(value) for name, value in given.items()}
         line = {"step": int(step), "split": split} | values
         text = json.dumps(line, allow_nan=False) + "\n"
         self.checksum = zlib.crc32(text.encode(), self.checksum)
         self._file.write(text)
-        if self._board:
-            for name, value in values.items():
-                if not isinstance(value, str):
-                    self._board.add_scalar(f"{split}/{name}", value, step)
+        numbers = {f"{split}/{k}": v for k, v in values.items() if not isinstance(v, str)}
+        for board in self._boards:
+            board.add(step, numbers)
         return True
+
+    def show(self, step: int, shown: Mapping[str, str | np.ndarray]) -> None:
+        """Texts and pictures ([h, w, 3], uint8), by their names, where people look at curves."""
+        for board in self._boards:
+            board.show(step, shown)
 
     def flush(self) -> None:
         """Returns once everything is on the disk; call it before a checkpoint is saved."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        if self._board:
-            self._board.flush()
+        for board in self._boards:
+            board.flush()
 
     def close(self) -> None:
         """Flushes and closes. It may be called because the disk is full: then it only says so."""
-        for file in filter(None, (self._file, self._board)):
+        for file in (self._file, *self._boards):
             try:
                 file.close()
             except OSError as error:

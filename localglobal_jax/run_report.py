@@ -154,6 +154,8 @@ class Output:
                 directory,
                 resume_step=start,
                 tensorboard=run.log.tensorboard,
+                wandb=run.log.wandb,
+                config=run.model_dump(mode="json"),
                 expected=expected,
             )
             self._progress = reporting.Progress()

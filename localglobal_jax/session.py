@@ -18,6 +18,7 @@ from localglobal_jax import (
     parallel,
     remote,
     schema,
+    wandb_run,
     workdir,
 )
 from localglobal_jax.checkpoint import Checkpoints, Restored
@@ -78,6 +79,7 @@ class Session(NamedTuple):
 
 def open_session(run: schema.Run, directory: str | pathlib.Path) -> Session:
     """Raises ValueError, before anything on disk is touched, if the run cannot be right."""
+    wandb_run.check(run.log.wandb)
     copy = remote.Copy(directory)
     placement = parallel.Placement(run.parallel)
     check_batches(run, placement)

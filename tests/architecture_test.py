@@ -25,6 +25,7 @@ FLOORS = [  # a room imports from floors below its own; files of one room see ea
         "step_context",
         "stores",
         "sweeps",
+        "wandb_run",
     ],
     ["in_sequence", "parallel"],
     ["operators"],

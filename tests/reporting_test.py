@@ -7,13 +7,14 @@ import math
 import subprocess
 import sys
 
+import cv2
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localglobal_jax import reporting
+from localglobal_jax import reporting, wandb_run
 
 SPLITS = ("train", "test")
 
@@ -75,7 +76,7 @@ def test_lines_that_are_not_those_of_the_checkpoint_are_told(tmp_path, caplog):
 
 FULL = """
 import resource, sys
-from localglobal_jax import reporting
+from localglobal_jax import reporting, wandb_run
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
 writer = reporting.Writer(sys.argv[1], resume_step=None)
 try:
@@ -192,6 +193,51 @@ def test_tensorboard_is_told_what_to_forget(tmp_path):
         ("train/loss", 3),
     ]
     assert ("restart", 2) in events
+
+
+def test_tensorboard_gets_texts_and_pictures(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event
+
+    writer = reporting.Writer(tmp_path, resume_step=None)
+    picture = np.zeros((3, 5, 3), np.uint8)
+    picture[0, 0] = 255, 1, 2
+    writer.show(7, {"test/attention": picture, "test/translations": "*Hallo* & <b>"})
+    writer.close()
+    raw = next((tmp_path / "tensorboard").iterdir()).read_bytes()
+    events = []
+    while raw:
+        size = int.from_bytes(raw[:8], "little")
+        events.append(Event.FromString(raw[12 : 12 + size]))
+        raw = raw[16 + size :]
+    image, text = events[-1].summary.value
+    assert events[-1].step == 7
+    decoded = cv2.imdecode(np.frombuffer(image.image.encoded_image_string, np.uint8), 1)
+    np.testing.assert_array_equal(decoded[..., ::-1], picture)
+    assert (image.image.height, image.image.width) == (3, 5)
+    assert text.metadata.plugin_data.plugin_name == "text"
+    assert text.tensor.string_val == [b"*Hallo* & <b>"]
+
+
+def test_wandb_is_one_run_however_often_it_is_resumed(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for _ in range(2):
+        writer = reporting.Writer(
+            tmp_path, resume_step=None, tensorboard=False, wandb="p", config={"seed": 3}
+        )
+        writer.write(1, "train", {"loss": 0.5, "bad": math.nan})
+        writer.close()
+    runs = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(runs) == 2 and all(path.stat().st_size > 0 for path in runs)
+    assert {path.stem for path in runs} == {f"run-{(tmp_path / 'wandb_id').read_text()}"}
+
+
+def test_wandb_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'localglobal_jax\[wandb\]'"):
+        wandb_run.check("project")
+    wandb_run.check(None)
 
 
 @pytest.mark.parametrize(
