@@ -22,6 +22,9 @@ class Reach:
             return "BOTH"
         return "GLOBAL" if self.radius is None else "LOCAL"
 
+    def __str__(self) -> str:
+        return self.name if self.radius is None else f"{self.name} {self.radius}"
+
 
 GLOBAL = Reach()
 

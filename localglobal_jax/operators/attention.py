@@ -243,6 +243,8 @@ class RelativeBiasMLP(nn.Module):
 class RelativeAttention(nn.Module):
     """Self-attention over a grid with a bias per displacement (CoAtNet, equation 3, "pre").
 
+    With ``mutable=["intermediates"]`` its weights [b, n, l, l] are sown as "attention".
+
     Attributes:
       features: output width; None: that of the input.
       heads: number of heads.
@@ -280,5 +282,7 @@ class RelativeAttention(nn.Module):
             bias = RelativeBiasMLP(self.heads, self.bias_hidden, name="relative_bias")(
                 h, w, train=train
             )
+        if self.is_mutable_collection("intermediates"):  # somebody looks
+            self.sow("intermediates", "attention", attention_weights(query, key, bias=bias))
         y = join_heads(attend(query, key, value, bias=bias), features, True, self.dtype)
         return arrays.sequence_to_grid(y, (h, w))
