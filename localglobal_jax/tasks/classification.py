@@ -73,6 +73,7 @@ def create(
         use=USE,
         summary=f"{run.data.name}/{run.data.train_split}: {size} {'x'.join(map(str, shape))}, "
         f"{classes} classes",
+        labels=images.class_names(run.data),
     )
 
 
