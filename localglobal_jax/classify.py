@@ -54,6 +54,15 @@ class _Prepared(NamedTuple):
     seen: tuple[float, float, float, float]  # see `grad_cam.overlay`
 
 
+class _Asked(NamedTuple):
+    """The arguments of `Classifier.classify`."""
+
+    top: int
+    rows: int  # of every batch
+    overlay: bool
+    stage: int | None
+
+
 class Classifier:
     """A trained model, how its pictures are prepared, and what its classes are called.
 
@@ -83,18 +92,17 @@ class Classifier:
         self.module, self.options = module, options
         self.labels = tuple(labels)
         self._variables = variables
-        self._predict = jax.jit(self._probabilities)
-        self._look = jax.jit(self._probabilities_and_maps)
+        self._compute = jax.jit(self._computed, static_argnames=("overlay", "stage"))
 
-    def _probabilities(self, variables: Variables, image: jax.Array) -> tuple[jax.Array, None]:
-        x = classification.normalize(image, self.options)
-        return nn.softmax(self.module.apply(variables, x, train=False)[0]), None
-
-    def _probabilities_and_maps(
-        self, variables: Variables, image: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        x = classification.normalize(image, self.options)
-        logits, maps = grad_cam.grad_cam(self.module, variables, x)
+    def _computed(
+        self, variables: Variables, image: jax.Array, *, overlay: bool, stage: int | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Probabilities, and where the likeliest class was seen."""
+        x, maps = classification.normalize(image, self.options), None
+        if overlay:
+            logits, maps = grad_cam.grad_cam(self.module, variables, x, stage)
+        else:
+            logits, _ = self.module.apply(variables, x, train=False)
         return nn.softmax(logits), maps
 
     def classify(
@@ -104,6 +112,7 @@ class Classifier:
         top: int = 3,
         batch_size: int = 32,
         overlay: bool = False,
+        stage: int | None = None,
     ) -> Iterator[Classified]:
         """One `Classified` per path, in their order, as they become known.
 
@@ -112,7 +121,8 @@ class Classifier:
             `picture_files.find`.
           top: how many of the likeliest classes; all if there are fewer.
           batch_size: pictures that go through the model together.
-          overlay: also draw where the model looked for the likeliest class, by Grad-CAM.
+          overlay: also draw where the model saw the likeliest class, by Grad-CAM.
+          stage: whose output `overlay` shows; None: the last one's, see `grad_cam`.
 
         Raises ValueError for options out of their range.
         """
@@ -120,43 +130,46 @@ class Classifier:
             raise ValueError("paths is one path: give a list")
         if min(top, batch_size) < 1:
             raise ValueError(f"top={top}, batch_size={batch_size}: at least one each")
-        return self._classify([os.fspath(path) for path in paths], top, batch_size, overlay)
-
-    def _classify(
-        self, paths: list[str], top: int, batch_size: int, overlay: bool
-    ) -> Iterator[Classified]:
+        if stage is not None and not overlay:
+            raise ValueError(f"stage={stage} is that of an overlay: ask for both")
         rows = max(1, min(batch_size, len(paths)))
+        return self._classify(
+            [os.fspath(path) for path in paths], _Asked(top, rows, overlay, stage)
+        )
+
+    def _classify(self, paths: list[str], asked: _Asked) -> Iterator[Classified]:
+        batches = [paths[i : i + asked.rows] for i in range(0, len(paths), asked.rows)]
         with concurrent.futures.ThreadPoolExecutor(self.options.threads) as pool:
 
-            def begin(start: int) -> list[concurrent.futures.Future[_Prepared | str]]:
-                batch = paths[start : start + rows]
-                return [pool.submit(self._prepare, path, overlay) for path in batch]
+            def begin(number: int) -> list[concurrent.futures.Future[_Prepared | str]]:
+                batch = batches[number] if number < len(batches) else []
+                return [pool.submit(self._prepare, path, asked.overlay) for path in batch]
 
             ahead = begin(0)
-            for start in range(0, len(paths), rows):
+            for number, batch in enumerate(batches):
                 prepared = [future.result() for future in ahead]
-                ahead = begin(start + rows)  # while the model works
-                named = zip(paths[start : start + rows], prepared, strict=True)
-                yield from self._answers(list(named), rows, top, overlay)
+                ahead = begin(number + 1)  # while the model works
+                yield from self._answers(batch, prepared, asked)
 
     def _answers(
-        self, prepared: list[tuple[str, _Prepared | str]], rows: int, top: int, overlay: bool
+        self, paths: list[str], prepared: list[_Prepared | str], asked: _Asked
     ) -> Iterator[Classified]:
         """Of a batch; what is missing of it, or bad, are black pictures."""
-        batch = np.zeros((rows, *self.options.image_size, self.channels), np.uint8)
-        for row, (_, one) in enumerate(prepared):
+        batch = np.zeros((asked.rows, *self.options.image_size, self.channels), np.uint8)
+        for row, one in enumerate(prepared):
             if isinstance(one, _Prepared):
                 batch[row] = one.image
-        run = self._look if overlay else self._predict
-        probabilities, maps = jax.device_get(run(self._variables, batch))
-        for row, (path, one) in enumerate(prepared):
+        probabilities, maps = jax.device_get(
+            self._compute(self._variables, batch, overlay=asked.overlay, stage=asked.stage)
+        )
+        for row, (path, one) in enumerate(zip(paths, prepared, strict=True)):
             if not isinstance(one, _Prepared):
                 yield Classified(path, problem=one)
                 continue
             drawn = None
             if one.shown is not None:
                 drawn = grad_cam.overlay(one.shown, maps[row], one.seen)
-            yield Classified(path, self._best(probabilities[row], top), overlay=drawn)
+            yield Classified(path, self._best(probabilities[row], asked.top), overlay=drawn)
 
     def _prepare(self, path: str, overlay: bool) -> _Prepared | str:
         """In a thread; a text says what is wrong."""

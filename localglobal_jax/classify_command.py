@@ -19,7 +19,9 @@ still classified, and the exit code is then 2.
 Pictures are resized and normalised as in the run's evaluation; --config.data.FIELD=VALUE changes
 that, and is needed for converted weights, which do not say it (--config.data.image_size, .mean,
 .std). --overlay draws each picture in grey, and in colour where the model saw its likeliest class
-(Grad-CAM, arXiv 1610.02391); dark is what evaluation cuts off. In DIR the files lie as they do
+(Grad-CAM, arXiv 1610.02391, of the last stage's output: behind global blocks, evidence may lie
+elsewhere than where it was found; --overlay_stage takes an earlier one). What is dark is cut off in
+evaluation. In DIR the files lie as they do
 below the folder that all IMAGEs share, with .png behind their names."""
 ESCAPED = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
 
@@ -34,6 +36,7 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     add("--top", type=int, default=3, metavar="K", help="so many classes of each; default: 3")
     add("--batch_size", type=int, default=32, metavar="N", help="pictures; default: 32")
     add("--overlay", metavar="DIR", help="also draw where the model looked, as PNGs in DIR")
+    add("--overlay_stage", type=int, metavar="N", help="of the model, from 1; default: the last")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
         top=args.top,
         batch_size=args.batch_size,
         overlay=bool(args.overlay),
+        stage=args.overlay_stage,
     )
     sys.stdout.reconfigure(  # type: ignore[union-attr]
         encoding="utf-8", errors="surrogateescape", newline="\n"

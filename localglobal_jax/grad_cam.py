@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model of images looked at: Grad-CAM (arXiv 1610.02391), and a picture of it.
 
-Of the last grid of features, the channels that speak for a class are added up, each as much as its
-mean gradient says. It needs no attention, so it is the same for convolution and for all mixtures.
-Where the blocks before that grid are global, a place may also hold what was seen elsewhere.
+Of a grid of features, the channels that speak for a class are added up, each as much as its mean
+gradient says. It needs no attention, so it is the same for convolution and for all mixtures. A
+global block may put what it sees at one place into another: a map taken behind it says where the
+model keeps the evidence, one taken before it (an earlier stage, finer, less sure of the class)
+where it found it.
 """
 
 from collections.abc import Mapping
@@ -22,32 +24,39 @@ UNSEEN = 0.35  # brightness of what the model was not shown
 
 
 def grad_cam(
-    module: nn.Module, variables: Mapping[str, Any], images: Float[Array, "b h w c"]
+    module: nn.Module,
+    variables: Mapping[str, Any],
+    images: Float[Array, "b h w c"],
+    stage: int | None = None,
 ) -> tuple[Float[Array, "b classes"], Float[Array, "b i j"]]:
     """The logits, and for each image where its likeliest class is seen; equations 1 and 2.
 
     `module` gives ``(logits, {"stage1": ..., "stage2": ...})``, outputs [b, i, j, d] of submodules
-    of these names. The map is that of the last one; it is at least 0, and its scale means nothing.
+    of these names. The map is that of `stage`, by default the last one; it is at least 0, and its
+    scale means nothing. Raises ValueError for a stage that is not there.
     """
 
     def apply(x: Array) -> Any:
         return module.apply(variables, x, train=False)
 
     shapes = jax.eval_shape(apply, images)[1]
-    last = max((name for name in shapes if name.startswith("stage")), key=lambda n: int(n[5:]))
+    stages = sum(name.startswith("stage") for name in shapes)
+    name = f"stage{stages if stage is None else stage}"
+    if name not in shapes:
+        raise ValueError(f"there is no stage {stage}: the model has the stages 1 to {stages}")
 
     def score(change: Array) -> tuple[Array, Any]:
         def changed(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
             y = call(*args, **kwargs)
-            here = context.module.path == (last,) and context.method_name == "__call__"
+            here = context.module.path == (name,) and context.method_name == "__call__"
             return y + change if here else y
 
         with nn.intercept_methods(changed):  # so that models need not know of this
             logits, found = apply(images)
         # the images do not know of each other, so the gradient of the sum is that of each
-        return logits.max(-1).sum(), (logits, found[last])
+        return logits.max(-1).sum(), (logits, found[name])
 
-    nothing = jnp.zeros(shapes[last].shape, shapes[last].dtype)
+    nothing = jnp.zeros(shapes[name].shape, shapes[name].dtype)
     gradient, (logits, features) = jax.grad(score, has_aux=True)(nothing)
     weight = gradient.astype(jnp.float32).mean((1, 2))
     return logits, nn.relu(jnp.einsum("bijd,bd->bij", features.astype(jnp.float32), weight))
@@ -79,10 +88,11 @@ def overlay(
     top, left = round(seen[0] * h), round(seen[1] * w)
     bottom = max(top + 1, round((seen[0] + seen[2]) * h))
     right = max(left + 1, round((seen[1] + seen[3]) * w))
-    heat = looked.astype(np.float32) / max(float(looked.max()), np.finfo(np.float32).tiny)
-    heat = cv2.resize(heat, (right - left, bottom - top), interpolation=cv2.INTER_LINEAR)
-    colours = cv2.applyColorMap((255 * heat).astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
-    share = OPAQUE * heat[..., None]
+    heat: np.ndarray = looked.astype(np.float32) / max(float(looked.max()), 1e-30)
+    heat = cv2.resize(heat, (right - left, bottom - top), interpolation=cv2.INTER_CUBIC)
+    shares = np.clip(heat, 0, 1)  # cubic overshoots
+    colours = cv2.applyColorMap((255 * shares).astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
+    share = OPAQUE * shares[..., None]
     inside = slice(top, bottom), slice(left, right)
     out[inside] = (1 - share) * grey[inside] + share * colours
     return out.round().astype(np.uint8)
