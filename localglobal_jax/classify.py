@@ -26,7 +26,8 @@ from localglobal_jax.data import images, picture_files
 from localglobal_jax.models import EncoderDecoder, create_model
 from localglobal_jax.tasks import Variables, classification
 
-NEEDED = ("image_size", "mean", "std")  # to prepare pictures, where no run says how
+NEEDED = ("data.image_size", "data.mean", "data.std")  # to prepare pictures, if no run says how
+PREPARING = (*NEEDED, "data.crop", "data.threads")
 
 
 class Guess(NamedTuple):
@@ -132,10 +133,8 @@ class Classifier:
             raise ValueError(f"top={top}, batch_size={batch_size}: at least one each")
         if stage is not None and not overlay:
             raise ValueError(f"stage={stage} is that of an overlay: ask for both")
-        rows = max(1, min(batch_size, len(paths)))
-        return self._classify(
-            [os.fspath(path) for path in paths], _Asked(top, rows, overlay, stage)
-        )
+        asked = _Asked(top, max(1, min(batch_size, len(paths))), overlay, stage)
+        return self._classify([os.fspath(path) for path in paths], asked)
 
     def _classify(self, paths: list[str], asked: _Asked) -> Iterator[Classified]:
         batches = [paths[i : i + asked.rows] for i in range(0, len(paths), asked.rows)]
@@ -212,31 +211,28 @@ def load(
     """Of a workdir, a checkpoint in it, or the directory that a checkpoint was converted to.
 
     `step` and `average`: see `evaluate.load`; as there, an average of the variables that the run
-    kept is what is used. `overrides`: of how pictures are prepared, e.g. ``{"data.image_size":
-    "(384, 384)"}``. Of converted weights nobody knows it: there `NEEDED` must be given. Raises
-    ValueError where there is no such checkpoint, or it does not classify images.
+    kept is what is used. `overrides`: of how pictures are prepared (`PREPARING`), for instance
+    ``{"data.image_size": "(384, 384)"}``; of converted weights nobody knows it, and `NEEDED` must
+    be given. Raises ValueError where there is no such checkpoint, or it does not classify images.
     """
     _, variables, metadata = evaluate.read_variables(path, step, average)
     module = create_model(**configlib.tuples(metadata["model"]))
     check_classifier(module)
-    given = dict(overrides or {})
-    for field in given:
-        if not field.startswith("data."):
-            raise ValueError(f"config.{field}: only config.data can change here")
-    if "config" not in metadata and (
-        missing := [name for name in NEEDED if f"data.{name}" not in given]
-    ):
+    overrides = overrides or {}
+    for field in overrides:
+        if field not in PREPARING:
+            raise configlib.unknown("field of how pictures are prepared:", field, PREPARING)
+    missing = [f"--config.{field}" for field in NEEDED if field not in overrides]
+    if missing and "config" not in metadata:
         raise ValueError(
             f"{path} was converted, and does not say how its pictures are prepared: give "
-            f"{', '.join(f'--config.data.{name}' for name in missing)} as its authors had them. "
-            "For most models of ImageNet: --config.data.image_size='(224, 224)' "
-            "--config.data.mean='(0.485, 0.456, 0.406)' --config.data.std='(0.229, 0.224, 0.225)' "
-            "--config.data.crop=resized"
+            f"{', '.join(missing)} as its authors had them. For most models of ImageNet: "
+            "--config.data.image_size='(224, 224)' --config.data.mean='(0.485, 0.456, 0.406)' "
+            "--config.data.std='(0.229, 0.224, 0.225)' --config.data.crop=resized"
         )
     config = ConfigDict(configlib.tuples(metadata.get("config") or {"model": metadata["model"]}))
-    for field, text in given.items():
+    for field, text in overrides.items():
         configlib.override(config, field, text)
     options = configlib.check(config).data
     assert isinstance(options, schema.Images), "a run whose model classifies images has images"
-    labels = metadata.get("labels") or ()
-    return Classifier(module, jax.device_put(variables), options, labels)
+    return Classifier(module, jax.device_put(variables), options, metadata.get("labels") or ())

@@ -43,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
     """Classifies; returns the exit code."""
     from localglobal_jax.data import picture_files
 
+    if args.overlay_stage is not None and not args.overlay:
+        raise ValueError("--overlay_stage is for --overlay: give both, or none")
     found = picture_files.find(args.images)
     good = [picture for picture in found if not picture.problem]
     if not good:
@@ -58,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
         overlay=bool(args.overlay),
         stage=args.overlay_stage,
     )
+    if args.overlay:
+        _make(pathlib.Path(args.overlay))
     sys.stdout.reconfigure(  # type: ignore[union-attr]
         encoding="utf-8", errors="surrogateescape", newline="\n"
     )
@@ -66,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
         answer = classify.Classified(path, problem=problem) if problem else next(answers)
         if answer.problem:
             bad += 1
-            print(f"localglobal classify: {path}: {answer.problem}", file=sys.stderr)
+            name = path.translate(ESCAPED)
+            print(f"localglobal classify: {name}: {answer.problem}", file=sys.stderr)
         if answer.overlay is not None:
             _write(places[path], answer.overlay)
         if args.json:
@@ -83,8 +88,6 @@ def _places(given: str, found: list[Any]) -> dict[str, pathlib.Path]:
     from localglobal_jax.data import picture_files
 
     directory = pathlib.Path(given)
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"--overlay {given} is a file: give a directory")
     paths = [picture.path for picture in found]
     names = picture_files.below(found)
     places = {path: directory / f"{name}.png" for path, name in zip(paths, names, strict=True)}
@@ -93,6 +96,13 @@ def _places(given: str, found: list[Any]) -> dict[str, pathlib.Path]:
         if os.path.abspath(place) in inputs:
             raise ValueError(f"--overlay would overwrite the picture {place}: give another DIR")
     return places
+
+
+def _make(directory: pathlib.Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--overlay {directory} cannot be made: {error.strerror}") from error
 
 
 def _write(place: pathlib.Path, picture: Any) -> None:

@@ -45,11 +45,13 @@ def find(given: Iterable[str | os.PathLike[str]]) -> list[Found]:
 
 def locate(name: str) -> epath.Path:
     """The path that a user means. Raises ValueError for an address of another kind."""
+    if not name:
+        raise ValueError("the path is empty")
     scheme = re.match(r"\w+://", name)
     if not scheme or scheme[0] in ("gs://", "s3://"):
         return epath.Path(name)
     url = urllib.parse.urlsplit(name)
-    if scheme[0] != "file://" or url.netloc not in ("", "localhost"):
+    if scheme[0] != "file://" or url.netloc not in ("", "localhost") or not url.path:
         raise ValueError("want a local path, file:///PATH, gs://BUCKET/PATH or s3://BUCKET/PATH")
     return epath.Path(urllib.parse.unquote(url.path, errors="surrogateescape"))
 
