@@ -20,9 +20,9 @@ Pictures are resized and normalised as in the run's evaluation; --config.data.FI
 that, and is needed for converted weights, which do not say it (--config.data.image_size, .mean,
 .std). --overlay draws each picture in grey, and in colour where the model saw its likeliest class
 (Grad-CAM, arXiv 1610.02391, of the last stage's output: behind global blocks, evidence may lie
-elsewhere than where it was found; --overlay_stage takes an earlier one). What is dark is cut off in
-evaluation. In DIR the files lie as they do
-below the folder that all IMAGEs share, with .png behind their names."""
+elsewhere than where it was found; --overlay_stage takes an earlier one). What is dark is cut off
+in evaluation. In DIR the files lie as they do below the folder that all IMAGEs share, with .png
+behind their names."""
 ESCAPED = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
 
 

@@ -262,7 +262,6 @@ def test_overlays_lie_as_the_pictures_do(run, root, tmp_path):
     [
         (["."], "no picture is in this folder"),
         ([""], "the path is empty"),
-        (["gs://bucket/a.png"], "gcsfs"),
         (["file://host/a.png"], "want a local path, file:///PATH"),
         (["a.png", "--top=0"], "top=0, batch_size=32: at least one each"),
         (["a.png", "--step=7"], "no checkpoint of step 7"),

@@ -15,7 +15,10 @@ from localglobal_jax.data import images, loader, mixing
 from localglobal_jax.models import create_model
 from localglobal_jax.tasks.task import Batch, Evaluator, HostBatch, Loss, Task, Variables
 
-USE = """module, variables = lg.load("path/to/this/directory")
+USE = """(found,) = lg.classify.load("path/to/this/directory").classify(["picture.png"])
+print(found.best[0].name, found.best[0].probability)
+
+module, variables = lg.load("path/to/this/directory")
 logits, _ = module.apply(variables, images, train=False)  # [b, h, w, c], normalised as below"""
 
 
