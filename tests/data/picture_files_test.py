@@ -1,14 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What people name: files, folders, URLs, a bucket (here a file system in memory)."""
 
-from typing import ClassVar
-
 import cv2
-import fsspec
 import numpy as np
 import pytest
 from etils import epath
-from fsspec.implementations.memory import MemoryFileSystem
 
 from localglobal_jax.data import images, picture_files
 from localglobal_jax.schema import Images
@@ -16,21 +12,10 @@ from localglobal_jax.schema import Images
 PNG = cv2.imencode(".png", np.full((4, 6, 3), 7, np.uint8))[1].tobytes()
 
 
-class Bucket(MemoryFileSystem):
-    """In memory, under another name."""
-
-    protocol = ("gs", "gcs")
-    store: ClassVar = {}
-    pseudo_dirs: ClassVar = [""]
-
-
 @pytest.fixture(params=["disk", "bucket"])
-def root(request, tmp_path):
+def root(request, tmp_path, bucket):
     """A folder with pictures in folders, here or there."""
-    for name in ("gs", "gcs"):
-        fsspec.register_implementation(name, Bucket, clobber=True)
-    Bucket.store.clear()
-    directory = f"{tmp_path}/p" if request.param == "disk" else "gs://bucket/p"
+    directory = f"{tmp_path}/p" if request.param == "disk" else bucket
     for name in ("b/2.png", "b/10.JPG", "a.webp", ".hidden.png", ".cache/3.png", "notes.txt"):
         file = epath.Path(directory) / name
         file.parent.mkdir(parents=True, exist_ok=True)
