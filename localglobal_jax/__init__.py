@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from localglobal_jax import (
         accounting,
         blocks,
+        classify,
         convert,
         decoding,
+        grad_cam,
         layout,
         models,
         operators,
@@ -34,9 +36,11 @@ if TYPE_CHECKING:
 __all__ = [
     "accounting",
     "blocks",
+    "classify",
     "convert",
     "create_model",
     "decoding",
+    "grad_cam",
     "layout",
     "list_models",
     "load",

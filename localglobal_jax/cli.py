@@ -12,7 +12,9 @@ from typing import Any
 from localglobal_jax import (
     __version__,
     bench_command,
+    classify_command,
     convert_command,
+    models_command,
     plan_command,
     sweep_command,
     train_command,
@@ -26,8 +28,9 @@ OWN_FILES = (  # of commands: their options and what they print
      "--config configs/coatnet_imagenet.py --topology v5e-256"),
     ("bench", bench_command, "how fast is this machine? two configs in turns",
      "--config configs/coatnet_digits.py --compare.dtype=bfloat16"),
+    ("models", models_command, "named models: sizes beside the papers'", "coatnet_0 volo_d1"),
 )  # fmt: skip
-TAKE_OVERRIDES = ("train", "evaluate", "prepare", "plan", "sweep", "bench")
+TAKE_OVERRIDES = ("train", "evaluate", "classify", "prepare", "plan", "sweep", "bench")
 
 
 def console() -> int:
@@ -152,6 +155,11 @@ def parser() -> argparse.ArgumentParser:
     translate_command.add_options(sub)
     add_step(sub)
 
+    example = "--workdir runs/mine PICTURES --overlay seen"
+    sub = command("classify", classify_command.run, "name what is in pictures", example)
+    classify_command.add_options(sub)
+    add_step(sub)
+
     sub = command("sweep", sweep_command.run, "many runs of one config", sweep_command.EXAMPLE)
     add_config(sub)
     sweep_command.add_options(sub)
@@ -171,9 +179,6 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="re-check the digest of every leaf, and the files of the workdir",
     )
-
-    sub = command("models", models, "named models: sizes beside the papers'", "coatnet_0 volo_d1")
-    sub.add_argument("names", nargs="*", metavar="NAME", help="default: all")
 
     for name, room, about, example in OWN_FILES:
         room.add_options(command(name, room.run, about, example))
@@ -259,42 +264,3 @@ def inspect(args: argparse.Namespace) -> int:
         last = found["steps"][-1]
         print("\n".join(f"  {k}  {v['dtype']}{v['shape']}" for k, v in last["leaves"].items()))
     return 1 if bad else 0
-
-
-def models(args: argparse.Namespace) -> None:
-    from localglobal_jax import accounting, configlib
-    from localglobal_jax import models as library
-
-    rows: list[dict[str, Any]] = []
-    for name in args.names or library.named_models():
-        if name not in library.MODELS:
-            raise configlib.unknown("model", name, library.MODELS)
-        parameters, multiply_adds, _ = library.FIGURES.get(name, (None, None, None))
-        inputs = library.example(name)
-        sizes, tokens = [x.shape[1] for x in inputs], inputs[0].ndim == 2
-        counted = accounting.account(library.create_model(name), *inputs)
-        rows.append(
-            {
-                "name": name,
-                "image_size": None if tokens else sizes[0],
-                "lengths": sizes if tokens else None,
-                "parameters": counted.parameters,
-                "multiply_adds": counted.multiply_adds,
-                "paper_parameters": parameters,
-                "paper_multiply_adds": multiply_adds,
-            }
-        )
-    if args.json:
-        print(json.dumps(rows))
-        return
-    print(f"{'':<22} {'size':>5} {'parameters':>14} {'paper':>8} {'GFLOPs':>8} {'paper':>7}")
-    for row in rows:
-        paper_m = f"{row['paper_parameters'] / 1e6:.4g} M" if row["paper_parameters"] else ""
-        paper_g = f"{row['paper_multiply_adds'] / 1e9:.1f}" if row["paper_multiply_adds"] else ""
-        size = row["image_size"] or "+".join(map(str, row["lengths"]))
-        print(
-            f"{row['name']:<22} {size:>5} {row['parameters']:>14,} {paper_m:>8} "
-            f"{row['multiply_adds'] / 1e9:>8.2f} {paper_g:>7}"
-        )
-    print("GFLOPs are multiply-adds of one image, or of one sentence and its translation at the")
-    print("given numbers of tokens; counted from shapes, nothing is allocated.")

@@ -90,6 +90,7 @@ def evaluate(
     task = create_task(run, shard=placement.shard, train=False, workdir=files)
     found, variables, metadata = read_variables(workdir, step, average)
     check_config(files, found, metadata)
+    task.check_labels(metadata)
     return found, Evaluation(task, placement)(placement.put(variables))
 
 

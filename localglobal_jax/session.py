@@ -48,6 +48,8 @@ class Session(NamedTuple):
         """
         restored = checkpoints.restore(self.template, step)
         was = restored.metadata.get("order", self.task.order) if restored else self.task.order
+        if restored:
+            self.task.check_labels(restored.metadata)
         if restored and was != self.task.order:
             raise ValueError(
                 f"the training data is not what it was at step {restored.step}: {was} then, "

@@ -62,7 +62,7 @@ def _train(
     update = make_update(task, session.optimizer, run)
     step_fn = placement.compile_step(update, session.template)
     about: dict[str, Any] = {"config": run.model_dump(mode="json"), "model": dict(task.model_spec)}
-    about |= {"versions": versions(), "order": task.order}
+    about |= {"versions": versions(), "order": task.order, "labels": task.labels}
 
     # ---- loop: evaluate, save, next batch, step, report (do not change the order)
     window = Window(run, task, start, before.get("window"), session.work_of(update))

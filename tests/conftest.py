@@ -12,6 +12,9 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+from typing import ClassVar
+
+import fsspec
 import jaxtyping
 
 jaxtyping.install_import_hook(
@@ -26,6 +29,7 @@ jaxtyping.install_import_hook(
 
 import jax
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -38,3 +42,20 @@ def data_dir(tmp_path_factory):
     directory = tmp_path_factory.mktemp("tfds")
     prepare("digits", str(directory))
     return str(directory)
+
+
+class Bucket(MemoryFileSystem):
+    """In memory, under another name. One class for all tests: epath keeps its first instance."""
+
+    protocol = ("gs", "gcs")
+    store: ClassVar = {}
+    pseudo_dirs: ClassVar = [""]
+
+
+@pytest.fixture
+def bucket():
+    """A place in an empty object store."""
+    for name in ("gs", "gcs"):
+        fsspec.register_implementation(name, Bucket, clobber=True)
+    Bucket.store.clear()
+    return "gs://bucket/runs/one"

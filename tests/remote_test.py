@@ -3,31 +3,12 @@
 
 import csv
 import json
-from typing import ClassVar
 
-import fsspec
 import pytest
 from etils import epath
-from fsspec.implementations.memory import MemoryFileSystem
 
 from localglobal_jax import configlib, evaluate, remote, stores, train
 from localglobal_jax.cli import main
-
-
-class Bucket(MemoryFileSystem):
-    """In memory, under another name."""
-
-    protocol = ("gs", "gcs")
-    store: ClassVar = {}
-    pseudo_dirs: ClassVar = [""]
-
-
-@pytest.fixture
-def bucket():
-    for name in ("gs", "gcs"):
-        fsspec.register_implementation(name, Bucket, clobber=True)
-    Bucket.store.clear()
-    return "gs://bucket/runs/one"
 
 
 def test_small_files_go_there_and_come_back(bucket):

@@ -62,11 +62,18 @@ def center_crop(image: np.ndarray, size: tuple[int, int], fraction: float) -> np
 
     The same as resizing the short side to ``size / fraction`` and cutting out the centre.
     """
-    h, w = image.shape[:2]
+    top, left, h, w = center_box((image.shape[0], image.shape[1]), size, fraction)
+    return resize(image[top : top + h, left : left + w], size)
+
+
+def center_box(
+    shape: tuple[int, int], size: tuple[int, int], fraction: float
+) -> tuple[int, int, int, int]:
+    """``(top, left, height, width)`` of `center_crop` in an image of ``shape``."""
+    h, w = shape
     scale = min(h / size[0], w / size[1]) * fraction
     ch, cw = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
-    top, left = (h - ch) // 2, (w - cw) // 2
-    return resize(image[top : top + ch, left : left + cw], size)
+    return (h - ch) // 2, (w - cw) // 2, ch, cw
 
 
 def random_resized_crop(

@@ -17,7 +17,7 @@ from localglobal_jax import schema
 from localglobal_jax.data import augment, folder, prepare, randaugment, records
 from localglobal_jax.data.builders import EMBEDDED
 from localglobal_jax.data.loader import Batch, Draws
-from localglobal_jax.data.readers import MockReader, Reader, RecordReader, facts
+from localglobal_jax.data.readers import MockReader, Reader, RecordReader, facts, label_and_image
 
 IN_MEMORY = 2 * 2**30  # bytes below which a decoded split is kept, if the options do not say
 BLOCK = 1024  # records read at a time while filling the memory
@@ -34,6 +34,31 @@ def describe(options: schema.Images) -> tuple[int, int]:
     return classes, channels
 
 
+def class_names(options: schema.Images) -> tuple[str, ...]:
+    """Of a data set, in the order of their numbers; () where they are no more than numbers.
+
+    So it is for a TFDS set whose names are only in its prepared files, while these are not there.
+    """
+    if options.name == folder.NAME:
+        return tuple(folder.classes(options.dir))
+    info = records.find_builder(options.name, records.data_root(options.dir)).info
+    names = tuple(info.features[label_and_image(info)[0]].names)
+    return () if names == tuple(map(str, range(len(names)))) else names
+
+
+def for_evaluation(image: np.ndarray, options: schema.Images) -> np.ndarray:
+    """``uint8 [h, w, c] -> [*image_size, c]``: what evaluation shows a model of an image."""
+    top, left, height, width = seen_in_evaluation((image.shape[0], image.shape[1]), options)
+    return augment.resize(image[top : top + height, left : left + width], options.image_size)
+
+
+def seen_in_evaluation(shape: tuple[int, int], options: schema.Images) -> tuple[int, int, int, int]:
+    """``(top, left, height, width)`` of the part that evaluation sees of an image of ``shape``."""
+    if options.crop == "resized":
+        return augment.center_box(shape, options.image_size, EVAL_FRACTION)
+    return 0, 0, *shape
+
+
 def open_split(options: schema.Images, split: str, *, train: bool) -> "ImageSource":
     """The images of one split, ready for `loader.train_batches` or `loader.eval_batches`.
 
@@ -41,13 +66,18 @@ def open_split(options: schema.Images, split: str, *, train: bool) -> "ImageSour
     damaged, or holds no images with class labels.
     """
     reader = _reader(options, split, train)
+    check_channels(options, reader.channels)
+    return ImageSource(reader, options, train=train)
+
+
+def check_channels(options: schema.Images, channels: int) -> None:
+    """Raises ValueError unless images of so many channels can be normalised."""
     for name in ("mean", "std"):
-        if len(given := getattr(options, name)) not in (1, reader.channels):
+        if len(given := getattr(options, name)) not in (1, channels):
             raise ValueError(
                 f"data.{name}={given} has {len(given)} values, but the images of {options.name} "
-                f"have {reader.channels} channels: give one value, or one per channel"
+                f"have {channels} channels: give one value, or one per channel"
             )
-    return ImageSource(reader, options, train=train)
 
 
 def _reader(options: schema.Images, split: str, train: bool) -> Reader:
@@ -149,9 +179,7 @@ class ImageSource:
             return np.zeros((*(self._shape() or size), self.channels), np.uint8), 0, 0.0
         if self._crops_original():
             return image, label, 1.0
-        if self._options.crop == "resized":
-            return augment.center_crop(image, size, EVAL_FRACTION), label, 1.0
-        return augment.resize(image, size), label, 1.0
+        return for_evaluation(image, self._options), label, 1.0
 
     # ------------------------------------------------------------- another one every time
 

@@ -15,7 +15,10 @@ from localglobal_jax.data import images, loader, mixing
 from localglobal_jax.models import create_model
 from localglobal_jax.tasks.task import Batch, Evaluator, HostBatch, Loss, Task, Variables
 
-USE = """module, variables = lg.load("path/to/this/directory")
+USE = """(found,) = lg.classify.load("path/to/this/directory").classify(["picture.png"])
+print(found.best[0].name, found.best[0].probability)
+
+module, variables = lg.load("path/to/this/directory")
 logits, _ = module.apply(variables, images, train=False)  # [b, h, w, c], normalised as below"""
 
 
@@ -73,6 +76,7 @@ def create(
         use=USE,
         summary=f"{run.data.name}/{run.data.train_split}: {size} {'x'.join(map(str, shape))}, "
         f"{classes} classes",
+        labels=images.class_names(run.data),
     )
 
 

@@ -3,7 +3,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -57,5 +57,20 @@ class Task:
     summary: str  # one line for people: the data and its sizes
     order: str  # what the training batches hang on beside the config: the records that are used
     use: str  # Python for the model card: the trained model from its directory, and what it does
+    labels: tuple[str, ...] = ()  # what the numbers of classes mean; kept in every checkpoint
     # Writes what the model's inputs and outputs mean, e.g. a vocabulary, into the workdir.
     save: Callable[[pathlib.Path], None] = lambda directory: None
+
+    def check_labels(self, metadata: Mapping[str, Any]) -> None:
+        """Raises ValueError if a checkpoint was trained on other classes, or in another order."""
+        then = metadata.get("labels")  # older checkpoints do not say
+        if then and self.labels and tuple(then) != self.labels:
+            raise ValueError(
+                f"the data has the classes {_shown(self.labels)}; the checkpoint was trained on "
+                f"{_shown(then)}, so its numbers mean others. Have the same classes (a folder for "
+                "each, if need be an empty one), or begin another run"
+            )
+
+
+def _shown(labels: Sequence[str]) -> str:
+    return ", ".join(labels[:20]) + f" and {len(labels) - 20} more" * (len(labels) > 20)

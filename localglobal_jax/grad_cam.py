@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model of images looked at: Grad-CAM (arXiv 1610.02391), and a picture of it.
+
+Of a grid of features, the channels that speak for a class are added up, each as much as its mean
+gradient says. It needs no attention, so it is the same for convolution and for all mixtures. A
+global block may put what it sees at one place into another: a map taken behind it says where the
+model keeps the evidence, one taken before it (an earlier stage, finer, less sure of the class)
+where it found it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import cv2
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+SHOWN = (384, 1024)  # pixels: the longer side of a drawn picture is at least, at most
+OPAQUE = 0.65  # of the colours where the map is largest
+UNSEEN = 0.35  # brightness of what the model was not shown
+
+
+def grad_cam(
+    module: nn.Module,
+    variables: Mapping[str, Any],
+    images: Float[Array, "b h w c"],
+    stage: int | None = None,
+) -> tuple[Float[Array, "b classes"], Float[Array, "b i j"]]:
+    """The logits, and for each image where its likeliest class is seen; equations 1 and 2.
+
+    `module` gives ``(logits, {"stage1": ..., "stage2": ...})``, outputs [b, i, j, d] of submodules
+    of these names. The map is that of `stage`, by default the last one; it is at least 0, and its
+    scale means nothing. Raises ValueError for a stage that is not there.
+    """
+
+    def apply(x: Array) -> Any:
+        return module.apply(variables, x, train=False)
+
+    shapes = jax.eval_shape(apply, images)[1]
+    stages = sum(name.startswith("stage") for name in shapes)
+    name = f"stage{stages if stage is None else stage}"
+    if name not in shapes:
+        raise ValueError(f"there is no stage {stage}: the model has the stages 1 to {stages}")
+
+    def score(change: Array) -> tuple[Array, Any]:
+        def changed(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            y = call(*args, **kwargs)
+            here = context.module.path == (name,) and context.method_name == "__call__"
+            return y + change if here else y
+
+        with nn.intercept_methods(changed):  # so that models need not know of this
+            logits, found = apply(images)
+        # the images do not know of each other, so the gradient of the sum is that of each
+        return logits.max(-1).sum(), (logits, found[name])
+
+    nothing = jnp.zeros(shapes[name].shape, shapes[name].dtype)
+    gradient, (logits, features) = jax.grad(score, has_aux=True)(nothing)
+    weight = gradient.astype(jnp.float32).mean((1, 2))
+    return logits, nn.relu(jnp.einsum("bijd,bd->bij", features.astype(jnp.float32), weight))
+
+
+def shrunk(picture: np.ndarray) -> np.ndarray:
+    """``uint8 [h, w, c]``: no larger than it will be drawn."""
+    return _resized(picture, min(1.0, SHOWN[1] / max(picture.shape[:2])), cv2.INTER_AREA)
+
+
+def overlay(
+    picture: np.ndarray, looked: np.ndarray, seen: tuple[float, float, float, float]
+) -> np.ndarray:
+    """A picture in grey, in colour where the model looked: yellow most, then red, then violet.
+
+    Args:
+      picture: ``uint8 [h, w, c]``.
+      looked: ``[i, j]``, at least 0; of any scale.
+      seen: ``(top, left, height, width)`` of what the map is of, as shares of the picture's sides.
+        What is outside is dark.
+    """
+    scale = max(1.0, SHOWN[0] / max(picture.shape[:2]))
+    picture = _resized(shrunk(picture), scale, cv2.INTER_NEAREST)
+    if picture.shape[2] == 3:
+        picture = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
+    grey = picture.reshape(*picture.shape[:2], 1)
+    out = (grey * np.ones(3) * UNSEEN).astype(np.float32)
+    h, w = grey.shape[:2]
+    top, left = round(seen[0] * h), round(seen[1] * w)
+    bottom = max(top + 1, round((seen[0] + seen[2]) * h))
+    right = max(left + 1, round((seen[1] + seen[3]) * w))
+    heat: np.ndarray = looked.astype(np.float32) / max(float(looked.max()), 1e-30)
+    heat = cv2.resize(heat, (right - left, bottom - top), interpolation=cv2.INTER_CUBIC)
+    shares = np.clip(heat, 0, 1)  # cubic overshoots
+    colours = cv2.applyColorMap((255 * shares).astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
+    share = OPAQUE * shares[..., None]
+    inside = slice(top, bottom), slice(left, right)
+    out[inside] = (1 - share) * grey[inside] + share * colours
+    return out.round().astype(np.uint8)
+
+
+def _resized(picture: np.ndarray, scale: float, how: int) -> np.ndarray:
+    if scale == 1:
+        return picture
+    h, w, c = picture.shape
+    size = max(1, round(w * scale)), max(1, round(h * scale))
+    return cv2.resize(picture, size, interpolation=how).reshape(*size[::-1], c)
