@@ -31,6 +31,7 @@ INSTALL = [
     "sacrebleu>=2.4",
     "scikit-learn>=1.5",  # ships the embedded digits
     "sentencepiece>=0.2",
+    "shtab>=1.7",  # completion for shells, made from the parser
     "tensorboardX>=2.6.2",
     "tensorstore>=0.1.80",  # orbax's storage; see orbax_mended.py
     "tensorflow-datasets>=4.9.10",

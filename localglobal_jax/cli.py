@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from localglobal_jax import (
@@ -31,6 +32,10 @@ OWN_FILES = (  # of commands: their options and what they print
     ("models", models_command, "named models: sizes beside the papers'", "coatnet_0 volo_d1"),
 )  # fmt: skip
 TAKE_OVERRIDES = ("train", "evaluate", "classify", "prepare", "plan", "sweep", "bench")
+
+# what stands for files and for directories in the help
+FILES = ("FILE", "FILE[:ARG]", "FILE.csv", "FILE.png", "HYP", "REF", "SRC", "IMAGE", "PATH")
+DIRECTORIES = ("DIR", "ROOT", "WORKDIR")
 
 
 def console() -> int:
@@ -59,7 +64,10 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     argv, overrides = take_overrides(argv)
     argv, compared = take_overrides(argv, "--compare.")
-    args = parser().parse_args(argv)
+    try:
+        args = parser().parse_args(argv)
+    except BrokenPipeError:
+        return _nobody_reads()
     args.overrides, args.compare_overrides = overrides, compared
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s", force=True)
     for noisy in ("absl", "jax", "orbax"):
@@ -75,8 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return _nobody_reads()
     except (ValueError, OSError, RuntimeError) as error:
         code = 2 if isinstance(error, ValueError) else 1
         ours = type(error) in (ValueError, OSError) or type(error).__module__.startswith(
@@ -86,6 +93,11 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"localglobal {args.command}: {error}", file=sys.stderr)
         return code
+
+
+def _nobody_reads() -> int:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
 
 
 def take_overrides(argv: list[str], prefix: str = "--config.") -> tuple[list[str], dict[str, str]]:
@@ -182,7 +194,20 @@ def parser() -> argparse.ArgumentParser:
 
     for name, room, about, example in OWN_FILES:
         room.add_options(command(name, room.run, about, example))
+    complete(top, commands.choices.values())
     return top
+
+
+def complete(top: argparse.ArgumentParser, subs: Iterable[argparse.ArgumentParser]) -> None:
+    """``--print_completion SHELL``: what a shell reads to complete commands, options and files."""
+    import shtab
+
+    shtab.add_argument_to(top, "--print_completion", help="for a shell to read, see the README")
+    for sub in subs:
+        for action in sub._actions:
+            kind = shtab.FILE if action.metavar in FILES else shtab.DIR
+            if action.metavar in (*FILES, *DIRECTORIES):
+                action.complete = kind  # type: ignore[attr-defined] # shtab reads it
 
 
 # ---------------------------------------------------------------------------- commands

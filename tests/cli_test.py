@@ -220,3 +220,32 @@ def test_a_corrupt_record_is_named_or_skipped(data_dir, tmp_path, capsys):
     assert file.name in error
     assert not workdir.exists()
     assert main([*command, "--config.data.max_bad_records=100"]) == 0
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
+def test_a_shell_completes_commands_options_and_files(tmp_path):
+    script = tmp_path / "completion.bash"
+    command = [sys.executable, "-m", "localglobal_jax", "--print_completion", "bash"]
+    script.write_text(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    (tmp_path / "photo.jpg").touch()
+    (tmp_path / "runs").mkdir()
+
+    def completed(*words):
+        array = " ".join(f"'{word}'" for word in ("localglobal", *words))
+        ask = f"""source {script}; cd {tmp_path}; COMP_WORDS=({array}); COMP_CWORD={len(words)};
+            _shtab_localglobal; printf '%s\\n' "${{COMPREPLY[@]}}" """
+        done = subprocess.run(["bash", "-c", ask], check=False, capture_output=True, text=True)
+        return {line.strip().rstrip("/") for line in done.stdout.splitlines()}
+
+    assert completed("tra") == {"train", "translate"}
+    assert "--workdir" in completed("train", "--work")
+    assert completed("train", "--workdir", "ru") == {"runs"}
+    assert "photo.jpg" in completed("score", "ph")
+
+
+def test_completion_into_a_pipe_that_closes():
+    command = [sys.executable, "-m", "localglobal_jax", "--print_completion", "bash"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 1
