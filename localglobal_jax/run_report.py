@@ -177,9 +177,16 @@ class Output:
                 )
             )
 
-    def evaluation(self, step: int, results: Mapping[str, Mapping[str, float]]) -> None:
-        """Reports what the evaluators said."""
+    def evaluation(
+        self,
+        step: int,
+        results: Mapping[str, Mapping[str, float]],
+        shown: Mapping[str, str | np.ndarray],
+    ) -> None:
+        """Reports what the evaluators said, and shows examples."""
         if self._writer and self._progress:
+            if shown:
+                self._writer.show(step, shown)
             for split, line in results.items():
                 self._writer.write(step, split, line)
                 shown = "  ".join(f"{name} {value:.5g}" for name, value in line.items())

@@ -172,6 +172,7 @@ class Log(Section):
 
     every: PositiveInt = 50  # steps between two lines of metrics
     tensorboard: bool = True
+    samples: NonNegativeInt = 0  # examples of every evaluation that are shown there (on one host)
     wandb: str | None = None  # project to report to; needs the extra [wandb]
     profile: tuple[NonNegativeInt, PositiveInt] | None = None  # (first step, steps) to trace
 

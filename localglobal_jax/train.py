@@ -17,6 +17,7 @@ from jaxtyping import PyTree
 
 from localglobal_jax import evaluate, health, hosts, parallel, remote, schema, workdir
 from localglobal_jax.run_report import Output, Window, announce, finish, versions
+from localglobal_jax.samples import Samples
 from localglobal_jax.session import open_session
 from localglobal_jax.tasks import Task
 from localglobal_jax.train_step import make_update
@@ -48,6 +49,7 @@ def _train(
     directory = copy.local
     trace = Trace(run, directory)
     evaluation = evaluate.Evaluation(task, placement)
+    samples = Samples(run, task, directory)
     evaluation.check_metric(run.checkpoint.best)
 
     parallel.use_compilation_cache(run.parallel.compilation_cache)
@@ -81,7 +83,7 @@ def _train(
             if new and (last or due(step, run.eval.every)):
                 with window.paused():
                     results = evaluation(state.average or state.variables)
-                output.evaluation(step, results)
+                    output.evaluation(step, results, samples(state.average or state.variables))
             if new and (last or stopping or due(step, run.checkpoint.every)):
                 with window.paused():
                     watch.saving(step, state)  # what is not finite is never saved

@@ -56,6 +56,7 @@ FLOORS = [  # a room imports from floors below its own; files of one room see ea
         "convert_command",
         "models_command",
         "plan",
+        "samples",
         "session",
         "translate_command",
     ],
