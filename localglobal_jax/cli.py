@@ -39,7 +39,18 @@ OWN_FILES = (  # of commands: their options and what they print
 TAKE_OVERRIDES = ("train", "evaluate", "classify", "prepare", "plan", "sweep", "bench")
 
 # what stands for files and for directories in the help
-FILES = ("FILE", "FILE[:ARG]", "FILE.csv", "FILE.png", "HYP", "REF", "SRC", "IMAGE", "PATH")
+FILES = (
+    "FILE",
+    "FILE[:ARG]",
+    "FILE.csv",
+    "FILE.html",
+    "FILE.png",
+    "HYP",
+    "REF",
+    "SRC",
+    "IMAGE",
+    "PATH",
+)
 DIRECTORIES = ("DIR", "ROOT", "WORKDIR")
 
 
