@@ -21,6 +21,7 @@ INSTALL = [
     "importlib_resources",  # tensorflow-datasets imports it without declaring it
     "jax>=0.10.2,<0.13",
     "jaxtyping>=0.3",
+    "jinja2>=3.1,<4",  # the page of `localglobal report`
     "matplotlib>=3.8",  # learning curves
     "ml-collections>=1.1",
     "numpy>=2",
@@ -67,7 +68,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["localglobal_jax*"]),
-    package_data={"localglobal_jax": ["py.typed"]},
+    package_data={"localglobal_jax": ["py.typed", "report/page.html", "report/page.css"]},
     install_requires=INSTALL,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["localglobal=localglobal_jax.cli:console"]},

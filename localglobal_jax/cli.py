@@ -15,8 +15,10 @@ from localglobal_jax import (
     bench_command,
     classify_command,
     convert_command,
+    inspect_command,
     models_command,
     plan_command,
+    report_command,
     sweep_command,
     train_command,
     translate_command,
@@ -29,12 +31,26 @@ OWN_FILES = (  # of commands: their options and what they print
      "--config configs/coatnet_imagenet.py --topology v5e-256"),
     ("bench", bench_command, "how fast is this machine? two configs in turns",
      "--config configs/coatnet_digits.py --compare.dtype=bfloat16"),
+    ("report", report_command, "a page (HTML) of one run, or of several side by side",
+     "runs/digits runs/digits_2 --out report.html"),
+    ("inspect", inspect_command, "what is in a checkpoint", "runs/digits --verify"),
     ("models", models_command, "named models: sizes beside the papers'", "coatnet_0 volo_d1"),
 )  # fmt: skip
 TAKE_OVERRIDES = ("train", "evaluate", "classify", "prepare", "plan", "sweep", "bench")
 
 # what stands for files and for directories in the help
-FILES = ("FILE", "FILE[:ARG]", "FILE.csv", "FILE.png", "HYP", "REF", "SRC", "IMAGE", "PATH")
+FILES = (
+    "FILE",
+    "FILE[:ARG]",
+    "FILE.csv",
+    "FILE.html",
+    "FILE.png",
+    "HYP",
+    "REF",
+    "SRC",
+    "IMAGE",
+    "PATH",
+)
 DIRECTORIES = ("DIR", "ROOT", "WORKDIR")
 
 
@@ -184,14 +200,6 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--tokenized", action="store_true",
                      help="words stand between blanks: BLEU of tokenised text")  # fmt: skip
 
-    sub = command("inspect", inspect, "what is in a checkpoint", "runs/digits --verify")
-    sub.add_argument("path", metavar="PATH", help="a workdir, or a checkpoint in it")
-    sub.add_argument(
-        "--verify",
-        action="store_true",
-        help="re-check the digest of every leaf, and the files of the workdir",
-    )
-
     for name, room, about, example in OWN_FILES:
         room.add_options(command(name, room.run, about, example))
     complete(top, commands.choices.values())
@@ -255,37 +263,3 @@ def score(args: argparse.Namespace) -> None:
     files = [args.hypotheses, args.references, *([args.source] if args.source else [])]
     result = scoring.score(*map(read_lines, files), tokenized=args.tokenized)
     print(json.dumps(result) if args.json else scoring.report(result))
-
-
-def inspect(args: argparse.Namespace) -> int:
-    from etils import epath
-
-    from localglobal_jax import remote, stored, verification
-
-    found = stored.inspect(args.path, verify=args.verify)
-    bad = [step for step in found["steps"] if step["error"]]
-    path = str(epath.Path(args.path).expanduser().absolute())
-    if args.verify and found["directory"] == f"{path}/checkpoints":  # a workdir, no part of one
-        copy = remote.Copy(path)
-        found["files"] = verification.files(copy.local, found["steps"])
-        bad += [file for file in found["files"] if file["error"]]
-    if args.json:
-        print(json.dumps(found))
-        return 1 if bad else 0
-    print(found["directory"])
-    for file in found.get("files", []):
-        print(f"{file['file']}: " + (f"DAMAGED: {file['error']}" if file["error"] else "verified"))
-    for step in found["steps"]:
-        if step["error"]:
-            print(f"step {step['step']}: DAMAGED: {step['error']}")
-            continue
-        metrics = "  ".join(f"{k} {v:.5g}" for k, v in step["metrics"].items())
-        verified = "  digests verified" if step["verified"] else ""
-        print(
-            f"step {step['step']}: {len(step['leaves'])} arrays, {step['bytes']:,} bytes{verified}"
-        )
-        print(f"  {metrics}" if metrics else "  (no metrics)")
-    if not bad and found["steps"]:
-        last = found["steps"][-1]
-        print("\n".join(f"  {k}  {v['dtype']}{v['shape']}" for k, v in last["leaves"].items()))
-    return 1 if bad else 0

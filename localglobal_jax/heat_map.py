@@ -5,6 +5,7 @@ import math
 import pathlib
 import warnings
 from collections.abc import Sequence
+from typing import BinaryIO
 
 import numpy as np
 
@@ -23,7 +24,7 @@ def check(path: str) -> None:
 
 
 def draw(
-    path: str,
+    path: str | BinaryIO,
     weights: np.ndarray,
     *,
     rows: Sequence[str],
@@ -32,7 +33,8 @@ def draw(
     row_name: str,
     column_name: str,
 ) -> None:
-    """Writes `weights` [rows, columns], which are at least 0; the darker, the more."""
+    """Writes `weights` [rows, columns], which are at least 0; the darker, the more. Files that are
+    already open get a PNG."""
     # Objects, not pyplot: no global state, no display. Imported here, as it takes a second.
     from matplotlib.figure import Figure  # noqa: PLC0415
 

@@ -107,9 +107,17 @@ class Writer:
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict]:
     """The lines of ``metrics.jsonl``; what is no JSON object with a step and a split is skipped."""
+    return [line for line in map(_parse, _texts(workdir)) if line]
+
+
+def damaged_lines(workdir: str | os.PathLike) -> list[int]:
+    """The numbers, from 1, of the lines that `read_metrics` skips."""
+    return [number for number, text in enumerate(_texts(workdir), 1) if not _parse(text)]
+
+
+def _texts(workdir: str | os.PathLike) -> list[str]:
     path = epath.Path(workdir) / "metrics.jsonl"
-    text = path.read_bytes().decode("utf-8", errors="replace") if path.exists() else ""
-    return [line for line in map(_parse, text.splitlines()) if line]
+    return path.read_bytes().decode("utf-8", "replace").splitlines() if path.exists() else []
 
 
 def _parse(text: str) -> dict | None:
@@ -117,7 +125,8 @@ def _parse(text: str) -> dict | None:
         line = json.loads(text)
     except ValueError:
         return None
-    known = isinstance(line, dict) and isinstance(line.get("step"), int)
+    step = line.get("step") if isinstance(line, dict) else None
+    known = isinstance(step, int) and 0 <= step < 2**63
     return line if known and isinstance(line.get("split"), str) else None
 
 

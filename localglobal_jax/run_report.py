@@ -5,10 +5,11 @@ import logging
 import pathlib
 import platform
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from typing import Any
 
@@ -217,6 +218,26 @@ def versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in packages}
 
 
+def environment() -> dict[str, str]:
+    """Where this process runs and, if its code is in a git checkout, of which commit."""
+    found = {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "devices": parallel.describe(),
+    }
+    root = pathlib.Path(__file__).parents[1]
+    if (root / ".git").exists():  # else git would tell of whatever is around an installed package
+        # without locks: else git would write the index
+        command = ["git", "--no-optional-locks", "-C", str(root), "describe", "--always"]
+        command += ["--dirty", "--abbrev=40", "--exclude=*"]
+        with suppress(OSError, subprocess.SubprocessError):
+            done = subprocess.run(  # nosec B603 # an argument list, no shell
+                command, capture_output=True, text=True, check=True, timeout=10
+            )
+            found["commit"] = done.stdout.strip()
+    return found
+
+
 def finish(
     run: schema.Run, task: Task, directory: pathlib.Path, params: PyTree
 ) -> dict[str, dict[str, float]]:
@@ -237,7 +258,7 @@ def finish(
         metrics={split: _results(line) for split, line in last.items()},
         use=task.use,
         versions=versions(),
-        environment={"python": platform.python_version(), "devices": parallel.describe()},
+        environment=environment(),
         command=shlex.join(["localglobal", *sys.argv[1:]]) if sys.argv[1:] else None,
         curve=curve.name,
     )

@@ -16,7 +16,7 @@ import jax
 from jaxtyping import PyTree
 
 from localglobal_jax import evaluate, health, hosts, parallel, remote, schema, workdir
-from localglobal_jax.run_report import Output, Window, announce, finish, versions
+from localglobal_jax.run_report import Output, Window, announce, environment, finish, versions
 from localglobal_jax.samples import Samples
 from localglobal_jax.session import open_session
 from localglobal_jax.tasks import Task
@@ -64,7 +64,8 @@ def _train(
     update = make_update(task, session.optimizer, run)
     step_fn = placement.compile_step(update, session.template)
     about: dict[str, Any] = {"config": run.model_dump(mode="json"), "model": dict(task.model_spec)}
-    about |= {"versions": versions(), "order": task.order, "labels": task.labels}
+    about |= {"versions": versions(), "environment": environment(), "order": task.order}
+    about["labels"] = task.labels
 
     # ---- loop: evaluate, save, next batch, step, report (do not change the order)
     window = Window(run, task, start, before.get("window"), session.work_of(update))

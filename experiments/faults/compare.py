@@ -43,6 +43,7 @@ def arrays(workdir, step):
     """Path -> array of one checkpoint, digests checked; and its metadata."""
     _, tree, metadata = stored.read(workdir, step)
     del metadata["metrics_crc32"]  # of lines with times in them
+    del metadata["environment"]  # somebody may commit between two runs
     del metadata["config"]["parallel"]["compilation_cache"]  # off where compiling was to be killed
     return stored.flatten(tree)[0], metadata
 
