@@ -190,8 +190,8 @@ class Output:
                 self._writer.show(step, shown)
             for split, line in results.items():
                 self._writer.write(step, split, line)
-                shown = "  ".join(f"{name} {value:.5g}" for name, value in line.items())
-                self._progress.print(f"step {step}  {split}: {shown}")
+                said = "  ".join(f"{name} {value:.5g}" for name, value in line.items())
+                self._progress.print(f"step {step}  {split}: {said}")
 
     def flush(self) -> int | None:
         """Returns once everything is on the disk; what was written, as `reporting.checksum`."""

@@ -97,4 +97,5 @@ def _drawn(looked: translate.Attention) -> np.ndarray:
         column_name="source",
         title=looked.title,
     )
-    return cv2.imdecode(np.frombuffer(file.getvalue(), np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+    pixels: Any = cv2.imdecode(np.frombuffer(file.getvalue(), np.uint8), cv2.IMREAD_COLOR)
+    return pixels[..., ::-1]
