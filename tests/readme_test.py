@@ -12,10 +12,21 @@ from localglobal_jax.cli import parser
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = {
+    name: (ROOT / name).read_text()
+    for name in (
+        *("README.md", "configs/README.md", "localglobal_jax/README.md", "tests/README.md"),
+        *("experiments/README.md", "CONTRIBUTING.md"),
+    )
+}
 
 
 def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+    return [
+        found
+        for page in PAGES.values()
+        for found in re.findall(rf"```{language}\n(.*?)```", page, re.S)
+    ]
 
 
 @pytest.mark.parametrize("code", blocks("python"))
@@ -40,11 +51,21 @@ def test_commands_parse():
         parser().parse_args(words)
 
 
-def test_files_and_models_exist():
-    for path in re.findall(r"\]\(([\w./]+)\)", README):
-        assert (ROOT / path).exists(), path
-    for name in re.findall(r"`((?:coatnet|volo|focal|muse|transformer)[\w]*_\w+)`", README):
+@pytest.mark.parametrize("page", PAGES)
+def test_files_anchors_and_models_exist(page):
+    for path, anchor in re.findall(r"\]\(([\w./]*)(#[\w-]+)?\)", PAGES[page]):
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), path
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(), re.M)
+            names = [re.sub(r"[^\w -]", "", name).lower().replace(" ", "-") for name in headings]
+            assert anchor[1:] in names, f"{path}{anchor}"
+    for name in re.findall(r"`((?:coatnet|volo|focal|muse|transformer)[\w]*_\w+)`", PAGES[page]):
         assert name in list_models(), name
+
+
+def test_the_front_page_is_short():
+    assert len(README.splitlines()) <= 340
 
 
 def test_nothing_was_left_to_fill_in():
