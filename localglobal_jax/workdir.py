@@ -40,13 +40,17 @@ def refuse_other(run: schema.Run, workdir: pathlib.Path) -> None:
                     "restore the file or choose another --workdir"
                 )
         return
-    old = configlib.read_json(file).model_dump()
-    if changed := _changed(old, run.model_dump(), "there", "now"):
+    if changed := other_config(run, file):
         raise ValueError(
             f"{workdir} belongs to a run with another config:\n{changed}\n"
             "Choose another --workdir, or give the same config to resume. "
             f"(These may change: {', '.join(schema.MAY_CHANGE)}.)"
         )
+
+
+def other_config(run: schema.Run, file: Any) -> str:
+    """A line for every field in which `file`, a ``config.json``, is of other numbers than `run`."""
+    return _changed(configlib.read_json(file).model_dump(), run.model_dump(), "there", "now")
 
 
 def check_config(workdir: pathlib.Path, step: int, metadata: Mapping[str, Any]) -> None:

@@ -198,12 +198,20 @@ def test_light_rooms_import_no_jax(name):
 def test_every_submodule_has_a_name():
     """Automatic names (Dense_0) would make the parameter tree a matter of statement order."""
     import jax
+    import numpy as np
 
     from localglobal_jax import models
 
+    seen = set()  # widths name nothing: of models that differ in nothing else, one will do
     for name in models.list_models():
         module = models.create_model(name)
         inputs = models.example(name)
+        sizes = ("depths", "widths", "heads", "hidden", "stem", "classes", "drop_path", "name")
+        fields = {k: v for k, v in vars(module).items() if k not in sizes and k[0] != "_"}
+        kind = f"{type(module)} {fields} {np.shape(getattr(module, 'stem', 0))}"
+        if kind in seen:
+            continue
+        seen.add(kind)
         stages = zip(module.layout, module.depths, strict=True)
         module = module.clone(depths=tuple(min(2, d) if len(s) == 1 else d for s, d in stages))
         if not isinstance(module, models.EncoderDecoder):

@@ -22,7 +22,7 @@ RUNS = {
     "muse": (
         "muse_wmt14.py:size=tiny,data=mock",
         {
-            "model.depths": "(3, 3)",
+            "model.depths": "(2, 2)",
             "model.dropout": "0.0",
             "model.attention_dropout": "0.0",
             "model.blocks": "{'M': {'kernel_dropout': 0.0}}",

@@ -77,6 +77,10 @@ print(json.dumps(found))
 """
 
 
+# what every model does alike is asked of one of them
+LESS = {"muse": ("replicate", "plain", "pmap, statistics per device")}
+
+
 @pytest.mark.parametrize("model", RUNS)
 def test_the_same_losses_and_what_is_split(model):
     found = run(model)
@@ -87,8 +91,9 @@ def test_the_same_losses_and_what_is_split(model):
 def run(model):
     """What every strategy computed, by its name."""
     config, overrides = RUNS[model]
+    asked = {k: v for k, v in STRATEGIES.items() if k not in LESS.get(model, ())}
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    arguments = [json.dumps(x) for x in (str(CONFIGS / config), overrides, STRATEGIES)]
+    arguments = [json.dumps(x) for x in (str(CONFIGS / config), overrides, asked)]
     done = subprocess.run(
         [sys.executable, "-c", ALL, *arguments],
         env={**os.environ, "XLA_FLAGS": flags},
@@ -103,9 +108,9 @@ def run(model):
 def check_losses(found):
     wanted = found["one device"]
     found = dict(found)
-    apart = found.pop("pmap, statistics per device")
-    same = np.allclose(apart["losses"], wanted["losses"], rtol=2e-4)
-    assert same == (not apart["norms_of_batches"])
+    if apart := found.pop("pmap, statistics per device", None):
+        same = np.allclose(apart["losses"], wanted["losses"], rtol=2e-4)
+        assert same == (not apart["norms_of_batches"])
     for name, other in found.items():
         np.testing.assert_allclose(other["losses"], wanted["losses"], rtol=2e-4, err_msg=name)
         np.testing.assert_allclose(other["norms"][0], wanted["norms"][0], rtol=1e-3, err_msg=name)
@@ -113,7 +118,7 @@ def check_losses(found):
 
 def check_split(found):
     """Parameters and both of Adam's moments, by the axis of the strategy; nothing else is."""
-    assert not found["replicate"]["split"] and not found["pmap"]["split"]
+    assert not any(found[name]["split"] for name in ("replicate", "pmap") if name in found)
     for strategy, axis in (("fsdp", "fsdp"), ("tensor", "model")):
         for name in (strategy, "fsdp+tensor"):
             split = [path for path, spec in found[name]["split"].items() if f"'{axis}'" in spec]

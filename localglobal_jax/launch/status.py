@@ -12,13 +12,13 @@ from typing import Any
 
 from etils import epath
 
-from localglobal_jax import digest, reporting
+from localglobal_jax import digest, reporting, workdir
 from localglobal_jax.launch import local, pool
 from localglobal_jax.launch.expand import Description
 from localglobal_jax.stores import is_remote
 
 SILENT = 600  # seconds without a line after which nobody believes that a run is running
-STATES = ("done", "running", "preempted", "failed", "unfinished", "not started")
+STATES = ("done", "running", "preempted", "failed", "unfinished", "not started", "other config")
 SHOWN = 4  # metrics of a split in the table; the CSV has all
 
 
@@ -42,6 +42,10 @@ def read(run: Description, now: float | None = None) -> dict[str, Any]:
     state, note = _state(run, saved, last, age, locked)
     if not (directory / "config.json").exists() and not events:
         state, note = "not started", ""
+    elif (directory / "config.json").exists() and (
+        changed := workdir.other_config(run.run, directory / "config.json")
+    ):  # its numbers are not those of this sweep
+        state, note = "other config", changed.splitlines()[0].strip()
     return {
         "index": run.index,
         "name": run.name,

@@ -81,6 +81,10 @@ def test_a_killed_child_is_started_again(tmp_path, capsys):
     # another config in the same folders: refused before anything starts
     assert main([*command[3:], "--config.steps=3"]) == 2
     assert "steps: 2 there, 3 now" in capsys.readouterr().err
+    # and its numbers do not pass for those of the other one
+    assert main([*command[3:], "--config.steps=3", "--status", "--json"]) == 0
+    states = [(run["state"], run["note"]) for run in json.loads(capsys.readouterr().out)["runs"]]
+    assert states == [("other config", "steps: 2 there, 3 now")] * 2
     assert len(events(second)) == 2
 
 

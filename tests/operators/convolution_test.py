@@ -77,7 +77,7 @@ def test_bf16_stays_bf16():
     assert {v.dtype for v in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     length=st.integers(1, 80), k=st.integers(1, 40), heads=st.sampled_from([1, 2]), data=st.data()
 )
