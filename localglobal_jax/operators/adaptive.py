@@ -18,7 +18,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from localglobal_jax import arrays
-from localglobal_jax.operators.attention import attend, join_heads, project_heads, relative_bias
+from localglobal_jax.operators.attention import (
+    attend,
+    join_heads,
+    project_heads,
+    relative_bias,
+    show,
+)
 from localglobal_jax.operators.convolution import dynamic
 from localglobal_jax.reach import GLOBAL, Reach, local
 
@@ -172,8 +178,10 @@ class EquivariantAttention(nn.Module):
         width = self.width or features
         space = x.shape[1:-1]
         sequence = arrays.grid_to_sequence(x)
-        qkv = project_heads(sequence, self.heads, width, self.use_bias, self.dtype)
+        query, key, value = project_heads(sequence, self.heads, width, self.use_bias, self.dtype)
         table = self.param("bias", nn.initializers.normal(0.02), (*space, self.heads))
         bias = cyclic_bias(table.reshape(space[0], -1, self.heads))  # a sequence is a grid l x 1
-        y = join_heads(attend(*qkv, bias=bias), features, self.use_bias, self.dtype)
+        show(self, query, key, bias)
+        y = attend(query, key, value, bias=bias)
+        y = join_heads(y, features, self.use_bias, self.dtype)
         return arrays.sequence_to_grid(y, space)

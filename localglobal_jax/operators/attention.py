@@ -54,6 +54,12 @@ def attention_weights(
     return jax.nn.softmax(_logits("...lnc,...mnc->...nlm", query, key, bias, mask), axis=-1)
 
 
+def show(module: nn.Module, query: Array, key: Array, bias: Array | None) -> None:
+    """Sows the weights of `module`, if somebody looks (``mutable=["intermediates"]``)."""
+    if module.is_mutable_collection("intermediates"):
+        module.sow("intermediates", "attention", attention_weights(query, key, bias=bias))
+
+
 def _by_heads(*arrays: Array) -> list[Array]:
     """[..., l, n, c] -> [..., n, l, c], and back."""
     return [jnp.swapaxes(x, -3, -2) for x in arrays]
@@ -282,7 +288,6 @@ class RelativeAttention(nn.Module):
             bias = RelativeBiasMLP(self.heads, self.bias_hidden, name="relative_bias")(
                 h, w, train=train
             )
-        if self.is_mutable_collection("intermediates"):  # somebody looks
-            self.sow("intermediates", "attention", attention_weights(query, key, bias=bias))
+        show(self, query, key, bias)
         y = join_heads(attend(query, key, value, bias=bias), features, True, self.dtype)
         return arrays.sequence_to_grid(y, (h, w))

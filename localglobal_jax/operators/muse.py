@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from localglobal_jax import arrays
 from localglobal_jax.operators.activation import ACTIVATIONS
-from localglobal_jax.operators.attention import RelativeBiasTable, attend, project_heads
+from localglobal_jax.operators.attention import RelativeBiasTable, attend, project_heads, show
 from localglobal_jax.operators.convolution import depthwise, dynamic, same_padding
 from localglobal_jax.operators.dense import Dense, DenseGeneral
 from localglobal_jax.operators.projection import TORCH_UNIFORM
@@ -156,6 +156,7 @@ class Muse(nn.Module):
         sequence = arrays.grid_to_sequence(x)
         query, key, value = project_heads(sequence, self.heads, width, self.use_bias, self.dtype)
         bias = RelativeBiasTable(self.heads, name="relative_bias")(h, w)
+        show(self, query, key, bias)
         branches = [attend(query, key, value, bias=bias).reshape(b, h, w, width)]
         if self.windows:
             kind: Kind = "dynamic" if self.dynamic else "depthwise"

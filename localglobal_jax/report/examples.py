@@ -16,7 +16,6 @@ import numpy as np
 
 from localglobal_jax import grad_cam, heat_map, schema, stored, translate
 from localglobal_jax.data import images, pairs
-from localglobal_jax.operators import attention
 from localglobal_jax.report.facts import Confusion, Picture, Run, Sample
 from localglobal_jax.tasks import Variables
 from localglobal_jax.tasks.classification import normalize
@@ -64,31 +63,23 @@ def classify(
 
 
 def look(module: nn.Module, variables: Variables, pixels: jax.Array) -> np.ndarray | None:
-    """``[b, h, w]``: how much its last `RelativeAttention` looks at every place, which sums to 1.
+    """``[b, h, w]``: how much its last attention over the whole grid looks at every place.
 
-    The mean over heads and over the places that look. None if the model has none.
+    The mean over heads and over the places that look, which sums to 1. None if it has none.
     """
 
-    def ours(part: nn.Module, method: str) -> bool:
-        inside = isinstance(part.parent, attention.RelativeAttention)
-        return inside and part.name in ("qkv", "relative_bias")
-
     @jax.jit
-    def captured(variables: Variables, pixels: jax.Array) -> Any:
-        return module.apply(
-            variables, pixels, train=False, capture_intermediates=ours, mutable=["intermediates"]
-        )[1]
+    def shown(variables: Variables, pixels: jax.Array) -> Any:
+        return module.apply(variables, pixels, train=False, mutable=["intermediates"])[1]
 
     def order(path: str) -> list[Any]:  # block10 comes after block9
         return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
 
-    found, _ = stored.flatten(captured(variables, pixels).get("intermediates", {}))
-    last = max((path for path in found if "/qkv/" in path), key=order, default=None)
+    found, _ = stored.flatten(shown(variables, pixels).get("intermediates", {}))
+    last = max((path for path in found if "attention/" in path), key=order, default=None)
     if last is None:
         return None
-    query, key, _ = jnp.moveaxis(found[last], -3, 0)
-    bias = found.get(last.replace("/qkv/", "/relative_bias/"))
-    weights = np.asarray(attention.attention_weights(query, key, bias=bias)).mean((1, 2))
+    weights = np.asarray(found[last]).mean((1, 2))
     high = round(math.sqrt(weights.shape[1] * pixels.shape[1] / pixels.shape[2]))
     return weights.reshape(len(weights), high, -1)
 
