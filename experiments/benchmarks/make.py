@@ -48,7 +48,8 @@ def tpu():
         if len(rows) < 2:
             continue
         first, *others = sorted(rows, key=lambda row: row["formulation"] not in FIRST)
-        step = f"{first['config']}, {first['topology']}, {first['batch_per_chip']} a chip"
+        batch = f"{first['batch_per_chip']} a chip" if first["batch_per_chip"] else "its own batch"
+        step = f"{first['config']}, {first['topology']}, {batch}"
         body.append((step, first["formulation"], *absolute(first)))
         for other in others:
             ratios = [ratio(other[k], first[k]) for k in measures]
@@ -68,7 +69,7 @@ def largest():
             {"True": "yes", "False": "no"}[row["fits"]],
         )
         for row in read("tpu.csv")
-        if "_b" in row["row"]
+        if "_b" in row["row"] and row["formulation"] not in ("unrolled", "scan")
     ]
     return study.table(head, body)
 
