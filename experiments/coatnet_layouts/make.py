@@ -114,8 +114,11 @@ def draw(rows):
         ax.spines[["top", "right"]].set_visible(False)
     for ax in axes[:2]:
         ax.set(xscale="log", xlabel="training images")
+        ax.set_xticks(list(IMAGES.values()), [f"{n:,}" for n in IMAGES.values()])
+        ax.minorticks_off()
+        ax.set_xlim(450, 85_000)
     if axes[0].lines:
-        axes[0].legend(frameon=False, fontsize=8)
+        axes[1].legend(frameon=False, fontsize=8)
         full = [row for row in rows if row["data.train_split"] == "train"]
         axes[2].set_ylim(bottom=0.9 * min(study.values(full, LOSS), default=0))  # a cut axis
     axes[2].tick_params(axis="x", rotation=30)
