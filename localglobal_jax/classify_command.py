@@ -23,7 +23,9 @@ that, and is needed for converted weights, which do not say it (--config.data.im
 elsewhere than where it was found; --overlay_stage takes an earlier one). What is dark is cut off
 in evaluation. In DIR the files lie as they do below the folder that all IMAGEs share, with .png
 behind their names."""
-ESCAPED = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
+# and what else a terminal would obey
+ESCAPED = {i: f"\\x{i:02x}" for i in (*range(32), 127)}
+ESCAPED |= str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
@@ -91,9 +93,9 @@ def _places(given: str, found: list[Any]) -> dict[str, pathlib.Path]:
     paths = [picture.path for picture in found]
     names = picture_files.below(found)
     places = {path: directory / f"{name}.png" for path, name in zip(paths, names, strict=True)}
-    inputs = {os.path.abspath(path) for path in paths}
+    inputs = {os.path.realpath(path) for path in paths}
     for place in places.values():
-        if os.path.abspath(place) in inputs:
+        if os.path.realpath(place) in inputs:
             raise ValueError(f"--overlay would overwrite the picture {place}: give another DIR")
     return places
 

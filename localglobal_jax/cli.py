@@ -45,6 +45,7 @@ FILES = (
     "FILE.csv",
     "FILE.html",
     "FILE.png",
+    "DICT",
     "HYP",
     "REF",
     "SRC",

@@ -15,6 +15,7 @@ from localglobal_jax.data import tokenizer
 from localglobal_jax.tasks import Variables
 
 log = logging.getLogger(__name__)
+FILES = (".safetensors", ".pt", ".pth", ".bin", ".npz", ".ckpt")
 
 # (file, name of the model, arguments of the original) -> ours
 Load = Callable[[pathlib.Path, str, Mapping[str, Any]], tuple[nn.Module, Variables]]
@@ -122,8 +123,10 @@ def find_weights(weights: str) -> pathlib.Path:
     file = pathlib.Path(weights)
     if file.is_file():
         return file
-    if file.suffix or weights.count("/") != 1:
-        raise ValueError(f"{weights}: no such file (a hub name looks like timm/coatnet_0_rw_224)")
+    if file.suffix in FILES or weights.count("/") != 1:  # hub names have tags: .sw_in1k
+        raise ValueError(
+            f"{weights}: no such file (a hub name looks like timm/coatnet_0_rw_224.sw_in1k)"
+        )
     try:
         from huggingface_hub import hf_hub_download  # noqa: PLC0415, an optional package
     except ImportError:
@@ -148,7 +151,9 @@ def pretrained(path: str, module: nn.Module, inputs: tuple[jax.ShapeDtypeStruct,
         raise ValueError(
             f"init={path} is a {type(old).__name__}, but this run trains a {type(module).__name__}"
         )
-    classes = getattr(module, "classes", None)
+    classes, replaced = getattr(module, "classes", None), ""
     if classes is not None and old.classes != classes:
         old, variables = convert.adapt.reclassify(old, variables, classes)
+        replaced = f"; its classifier is replaced by one for {classes} classes"
+    log.info("weights  of %s%s", path, replaced)
     return convert.adapt.fit(module, variables, *inputs)

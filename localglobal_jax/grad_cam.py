@@ -68,7 +68,9 @@ def shrunk(picture: np.ndarray) -> np.ndarray:
 
 
 def overlay(
-    picture: np.ndarray, looked: np.ndarray, seen: tuple[float, float, float, float]
+    picture: np.ndarray,
+    looked: np.ndarray,
+    seen: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0),
 ) -> np.ndarray:
     """A picture in grey, in colour where the model looked: yellow most, then red, then violet.
 

@@ -64,7 +64,8 @@ def peak_bytes() -> int:
     """The most memory that a device of this host ever held; on CPU, that this process did."""
     stats = (device.memory_stats() or {} for device in jax.local_devices())
     found = max(each.get("peak_bytes_in_use", 0) for each in stats)
-    return found or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return found or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def gathered(rows: np.ndarray) -> np.ndarray:

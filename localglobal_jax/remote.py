@@ -23,6 +23,9 @@ from etils import epath
 
 from localglobal_jax.stores import is_remote
 
+WANDB = "wandb"  # what its process writes, and sends by itself
+LEFT_OUT = ("profile", WANDB)  # of what is fetched
+
 
 class Copy:
     """A workdir: `local` holds its small files, `checkpoints` says where the steps are.
@@ -51,7 +54,7 @@ class Copy:
         if self._store is None:
             return
         try:
-            _fetch(self._store, self.local, leave_out=("checkpoints", "profile"))
+            _fetch(self._store, self.local, leave_out=("checkpoints", *LEFT_OUT))
         except ImportError as error:
             raise ValueError(f"{self._store}: {error}") from None
 
@@ -69,9 +72,12 @@ class Copy:
         if self._store is None:
             return
         for file in sorted(self.local.rglob("*")):
+            inside = file.relative_to(self.local)
+            if inside.parts[0] == WANDB or not file.is_file():  # a dangling link is none
+                continue
             changed = file.stat().st_mtime_ns
-            if file.is_file() and self._pushed.get(file) != changed:
-                target = self._store / file.relative_to(self.local).as_posix()
+            if self._pushed.get(file) != changed:
+                target = self._store / inside.as_posix()
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(file.read_bytes())
                 self._pushed[file] = changed

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from localglobal_jax.wandb_run import WandbRun
+from localglobal_jax import wandb_run
 
 log = logging.getLogger(__name__)
 PANELS = ("loss", "accuracy", "bleu")  # of the learning curve; those that occur are drawn
@@ -43,6 +43,7 @@ class Writer:
         tensorboard: bool = True,
         wandb: str | None = None,
         config: Mapping[str, Any] | None = None,
+        name: str = "",
         expected: int | None = None,
     ):
         self.path = pathlib.Path(workdir) / "metrics.jsonl"
@@ -64,7 +65,8 @@ class Writer:
 
             self._boards.append(EventFile(self.path.parent / "tensorboard", forget=last + 1))
         if wandb:
-            self._boards.append(WandbRun(wandb, self.path.parent, config or {}))
+            run = wandb_run.start(wandb, self.path.parent, config or {}, name)
+            self._boards += [run] if run else []
 
     def write(self, step: int, split: str, given: Mapping[str, Any]) -> bool:
         """Adds one line; False, and nothing is written, if this step and split are there already.

@@ -95,9 +95,20 @@ class Window:
             if hosts.rank() == 0:
                 log.info("compiled in %.1f s", seconds)
             self._compiling += seconds
-            self._compiled[shapes] = 2.0 * self._work(batch) if self._peak and self._work else 0.0
+            self._compiled[shapes] = self._count(batch)
             self._paused += time.perf_counter() - began
         self._flops += self._compiled[shapes]
+
+    def _count(self, batch: HostBatch) -> float:
+        """FLOPs of a step; where nobody asks, or they cannot be counted, 0."""
+        if self._work is None or not self._peak or hosts.rank():
+            return 0.0
+        try:
+            return 2.0 * self._work(batch)
+        except ValueError as error:  # a loop whose length is not in the program
+            log.info("no MFU: %s", error)
+            self._peak = None
+            return 0.0
 
     def add(self, sums: PyTree) -> None:
         """One step's metrics, still on the device."""
@@ -147,6 +158,8 @@ class Output:
         directory: pathlib.Path,
         start: int,
         expected: int | None = None,
+        *,
+        name: str = "",
     ):
         self._items, self._steps = task.items, run.steps
         self._writer = self._progress = None
@@ -157,6 +170,7 @@ class Output:
                 tensorboard=run.log.tensorboard,
                 wandb=run.log.wandb,
                 config=run.model_dump(mode="json"),
+                name=name,
                 expected=expected,
             )
             self._progress = reporting.Progress()

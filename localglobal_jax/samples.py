@@ -2,8 +2,10 @@
 """Some examples of an evaluation, for people to look at beside the curves (``log.samples``)."""
 
 import io
-import itertools
+import logging
 import pathlib
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import cv2
@@ -12,78 +14,94 @@ import jax.numpy as jnp
 import numpy as np
 
 from localglobal_jax import grad_cam, heat_map, hosts, schema, translate
-from localglobal_jax.data import tokenizer
-from localglobal_jax.tasks import HostBatch, Task, Variables
+from localglobal_jax.data import images, pairs, tokenizer
+from localglobal_jax.tasks import Task, Variables
 from localglobal_jax.tasks.classification import normalize
 
 Shown = dict[str, str | np.ndarray]  # texts (Markdown) and pictures [h, w, 3], uint8, by name
-WHOLE = (0.0, 0.0, 1.0, 1.0)
+log = logging.getLogger(__name__)
 
 
 class Samples:
-    """The first examples of the first split: the same ones after every evaluation.
+    """Examples of the first split, evenly spread: the same ones after every evaluation.
 
     Of images, where the model saw its answer (Grad-CAM); of sentences, source, reference and
     translation, and the cross-attention of the first. Only where one host has everything.
     """
 
-    def __init__(self, run: schema.Run, task: Task, directory: pathlib.Path):
-        self._run, self._task, self._directory = run, task, directory
-        self._count = run.log.samples if hosts.count() == 1 and task.evaluators else 0
-        self._translator: translate.Translator | None = None
-        self._looked = jax.jit(
-            lambda variables, image: grad_cam.grad_cam(task.model, variables, image)
-        )
+    def __init__(self, run: schema.Run, directory: pathlib.Path):
+        seen = run.log.tensorboard or run.log.wandb
+        alone = hosts.count() == 1 and run.data.eval_splits
+        self._run, self._directory = run, directory
+        self._count = run.log.samples if seen and alone else 0
+        self._found: Callable[[Task, Variables], Shown] | None = None
 
-    def __call__(self, variables: Variables) -> Shown:
-        """What `variables` make of them; {} if none are asked for."""
+    def __call__(self, task: Task, variables: Variables) -> Shown:
+        """What `variables` make of them; {} if none are asked for. No reason to end a run."""
         if not self._count:
             return {}
-        split, evaluator = next(iter(self._task.evaluators.items()))
-        batch = next(evaluator.batches())
-        run, rows = self._run, np.flatnonzero(batch["mask"].reshape(len(batch["mask"]), -1).any(1))
-        first = {name: x[rows[: self._count]] for name, x in batch.items()}
-        if isinstance(run, schema.TranslationRun):
-            found = self._sentences(run, variables, first)
-        else:
-            found = self._pictures(run, variables, first)
+        split = self._run.data.eval_splits[0]
+        try:
+            if self._found is None:
+                self._found = self._open(split)
+            found = self._found(task, variables)
+        except Exception as error:
+            log.warning("log.samples: %s: %s", type(error).__name__, error)
+            return {}
         return {f"{split}/{name}": value for name, value in found.items()}
 
-    def _pictures(self, run: Any, variables: Variables, batch: HostBatch) -> Shown:
-        images = batch["image"]
-        _, maps = self._looked(variables, normalize(jnp.asarray(images), run.data))
-        overlays = [
-            grad_cam.overlay(image, looked, WHOLE)
-            for image, looked in zip(images, np.asarray(maps), strict=True)
-        ]
-        return {"looked_at": np.hstack(overlays)}
-
-    def _sentences(
-        self, run: schema.TranslationRun, variables: Variables, batch: HostBatch
-    ) -> Shown:
-        if self._translator is None:
-            words = tokenizer.load(self._directory / tokenizer.DIRECTORY)
+    def _open(self, split: str) -> Callable[[Task, Variables], Shown]:
+        run, directory = self._run, self._directory
+        if isinstance(run, schema.TranslationRun):
+            text = pairs.read(run.data, split)
+            chosen = [int(i) for i in spread(len(text.sources), self._count)]
+            both = [(text.sources[i], text.targets[i]) for i in chosen]
+            words = tokenizer.load(directory / tokenizer.DIRECTORY)
             assert words is not None, "the task has saved them"
-            self._translator = translate.Translator(self._task.model, variables, words)
-        translator = self._translator
-        translator.variables = variables
-        words = translator.tokenizers
-        sources = [words.source.decode(row) for row in batch["source"]]
-        references = [words.target.decode(row) for row in batch["target"]]
-        found = translator.translate(
-            sources, beam=run.task.beam or 1, length_penalty=run.task.length_penalty
-        )
-        lines = ["| source | reference | translation |", "| --- | --- | --- |"]
-        for source, reference, translation in zip(sources, references, found, strict=True):
-            best = translation.text if translation.hypotheses else ""
-            cells = (words.source.plain(source), words.target.plain(reference), best)
-            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-        shown: Shown = {"translations": "\n".join(lines)}
-        for source, translation in itertools.islice(zip(sources, found, strict=True), 1):
-            if translation.hypotheses:
-                looked = translator.attention(source, translation.hypotheses[0])
-                shown["cross_attention"] = _drawn(looked)
-        return shown
+            return partial(_sentences, run, both, words)
+        assert isinstance(run.data, schema.Images)
+        options = run.data.model_copy(update={"in_memory": False})  # a few, once
+        source = images.open_split(options, split, train=False)
+        batch = source.batch(spread(len(source), self._count), None)
+        return partial(_pictures, options, batch["image"][batch["mask"] > 0])
+
+
+def spread(count: int, most: int) -> np.ndarray:
+    """Numbers of `most` examples of `count`, over all of them: they may lie class by class."""
+    return np.linspace(0, count - 1, min(count, most)).astype(np.int64)
+
+
+def _pictures(options: schema.Images, shown: np.ndarray, task: Task, variables: Variables) -> Shown:
+    if not len(shown):
+        return {}
+    pixels = normalize(jnp.asarray(shown), options)
+    _, maps = jax.jit(partial(grad_cam.grad_cam, task.model))(variables, pixels)
+    both = zip(shown, np.asarray(maps), strict=True)
+    return {"looked_at": np.hstack([grad_cam.overlay(image, found) for image, found in both])}
+
+
+def _sentences(
+    run: schema.TranslationRun,
+    both: Sequence[tuple[str, str]],
+    words: tokenizer.Tokenizers,
+    task: Task,
+    variables: Variables,
+) -> Shown:
+    translator = translate.Translator(task.model, variables, words)
+    found = translator.translate(
+        [source for source, _ in both],
+        beam=run.task.beam or 1,
+        length_penalty=run.task.length_penalty,
+    )
+    lines = ["| source | reference | translation |", "| --- | --- | --- |"]
+    for (source, reference), translation in zip(both, found, strict=True):
+        best = translation.text if translation.hypotheses else ""
+        cells = (words.source.plain(source), words.target.plain(reference), best)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    shown: Shown = {"translations": "\n".join(lines)}
+    if found and found[0].hypotheses:
+        shown["cross_attention"] = _drawn(translator.attention(both[0][0], found[0].hypotheses[0]))
+    return shown
 
 
 def _drawn(looked: translate.Attention) -> np.ndarray:

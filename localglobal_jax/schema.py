@@ -172,7 +172,8 @@ class Log(Section):
 
     every: PositiveInt = 50  # steps between two lines of metrics
     tensorboard: bool = True
-    samples: NonNegativeInt = 0  # examples of every evaluation that are shown there (on one host)
+    # examples, evenly spread, that every evaluation shows in TensorBoard and wandb (on one host)
+    samples: Annotated[int, Field(ge=0, le=64)] = 0
     wandb: str | None = None  # project to report to; needs the extra [wandb]
     profile: tuple[NonNegativeInt, PositiveInt] | None = None  # (first step, steps) to trace
 

@@ -46,10 +46,10 @@ def _train(
     # ---- set up: all that can refuse comes first
     session = open_session(run, directory)
     copy, placement, task = session.copy, session.placement, session.task
-    directory = copy.local
+    name, directory = pathlib.PurePath(directory).name, copy.local
     trace = Trace(run, directory)
     evaluation = evaluate.Evaluation(task, placement)
-    samples = Samples(run, task, directory)
+    samples = Samples(run, directory)
     evaluation.check_metric(run.checkpoint.best)
 
     parallel.use_compilation_cache(run.parallel.compilation_cache)
@@ -76,15 +76,18 @@ def _train(
         hosts.stop_requests() as asked_to_stop,
         closing(checkpoints),
         closing(trace),
-        closing(Output(run, task, directory, start, before.get("metrics_crc32"))) as output,
+        closing(
+            Output(run, task, directory, start, before.get("metrics_crc32"), name=name)
+        ) as output,
     ):
         for step in range(start, run.steps + 1):
             last, new, results = step == run.steps, step > start, {}
             stopping = asked_to_stop(step)  # once: a signal may come between two lines
             if new and (last or due(step, run.eval.every)):
                 with window.paused():
-                    results = evaluation(state.average or state.variables)
-                    output.evaluation(step, results, samples(state.average or state.variables))
+                    variables = state.average or state.variables
+                    results = evaluation(variables)
+                    output.evaluation(step, results, samples(task, variables))
             if new and (last or stopping or due(step, run.checkpoint.every)):
                 with window.paused():
                     watch.saving(step, state)  # what is not finite is never saved

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run of Weights & Biases, for those who have it installed and ask for it (``log.wandb``)."""
 
+import html
 import importlib.util
+import logging
+import os
 import pathlib
 import secrets
 from collections.abc import Mapping
@@ -9,13 +12,36 @@ from typing import Any
 
 import numpy as np
 
+log = logging.getLogger(__name__)
+ALONE = ("offline", "disabled", "dryrun")  # values of WANDB_MODE that ask nobody
+
 
 def check(project: str | None) -> None:
-    """Raises ValueError if a project is asked for and the package is not there."""
-    if project and not importlib.util.find_spec("wandb"):
+    """Raises ValueError if a project is asked for where nobody could report to it."""
+    if not project:
+        return
+    if not importlib.util.find_spec("wandb"):
         raise ValueError(
             f"log.wandb={project}: wandb is not installed: pip install 'localglobal_jax[wandb]'"
         )
+    import wandb  # noqa: PLC0415 # an extra
+
+    if os.environ.get("WANDB_MODE") not in ALONE and not wandb.api.api_key:
+        raise ValueError(
+            f"log.wandb={project}: wandb knows no key: run `wandb login`, set WANDB_API_KEY, or "
+            "WANDB_MODE=offline to keep everything here"
+        )
+
+
+def start(
+    project: str, directory: pathlib.Path, config: Mapping[str, Any], name: str
+) -> "WandbRun | None":
+    """None, and a line that says so, where wandb cannot: training goes on without it."""
+    try:
+        return WandbRun(project, directory, config, name)
+    except Exception as error:  # its own kinds, and those of the network below it
+        log.error("log.wandb=%s: %s; training without it", project, error)
+        return None
 
 
 class WandbRun:
@@ -25,15 +51,16 @@ class WandbRun:
     died had written past its checkpoint is written again.
     """
 
-    def __init__(self, project: str, directory: pathlib.Path, config: Mapping[str, Any]):
+    def __init__(self, project: str, directory: pathlib.Path, config: Mapping[str, Any], name: str):
         import wandb  # noqa: PLC0415 # an extra
 
-        self._image, file = wandb.Image, directory / "wandb_id"
+        self._image, self._html = wandb.Image, wandb.Html
+        file = directory / "wandb_id"
         if not file.exists():
             file.write_text(secrets.token_hex(4))
         self._run = wandb.init(
             project=project,
-            name=directory.name,
+            name=name,
             id=file.read_text(),
             dir=str(directory),
             config=dict(config),
@@ -47,7 +74,12 @@ class WandbRun:
 
     def show(self, step: int, shown: Mapping[str, str | np.ndarray]) -> None:
         """Texts and pictures ([h, w, 3], uint8) by their names."""
-        values = {k: v if isinstance(v, str) else self._image(v) for k, v in shown.items()}
+        values = {
+            name: self._html(f"<pre>{html.escape(value)}</pre>")
+            if isinstance(value, str)
+            else self._image(value)
+            for name, value in shown.items()
+        }
         self._run.log({"step": step, **values})
 
     def flush(self) -> None:

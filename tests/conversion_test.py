@@ -3,6 +3,8 @@
 
 import json
 import pathlib
+import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -183,3 +185,19 @@ def test_models_prints_ours_beside_the_papers(capsys):
     assert main(["models", "coatnet_7", "transformer_base"]) == 0
     out = capsys.readouterr().out
     assert "2440 M" in out and "32+32" in out
+
+
+def test_hub_names_have_tags(monkeypatch, tmp_path):
+    asked = []
+
+    def download(name, file):
+        asked.append((name, file))
+        return str(tmp_path / "model.safetensors")
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(hf_hub_download=download))
+    found = conversion.find_weights("timm/coatnet_0_rw_224.sw_in1k")
+    assert found == tmp_path / "model.safetensors"
+    assert asked == [("timm/coatnet_0_rw_224.sw_in1k", "model.safetensors")]
+    for name in ("timm/weights.safetensors", "coatnet_0_rw_224.sw_in1k", "a/b/c"):
+        with pytest.raises(ValueError, match="no such file"):
+            conversion.find_weights(name)

@@ -22,6 +22,7 @@ from localglobal_jax.cli import main
 from localglobal_jax.report import attempts, curves, examples, gather
 from localglobal_jax.report.facts import Confusion, Picture, Run, Sample, number, shown, size
 from localglobal_jax.report.page import page
+from localglobal_jax.tasks import task
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 PNG = cv2.imencode(".png", np.zeros((2, 2), np.uint8))[1].tobytes()
@@ -263,6 +264,19 @@ def text_workdir(tmp_path_factory):
 def report(out, *workdirs, code=0):
     assert main(["report", *map(str, workdirs), f"--out={out}"]) == code
     return check(out.read_text())
+
+
+def test_data_of_other_classes_is_a_note_and_no_matrix(workdir, tmp_path, monkeypatch, capsys):
+    """As `evaluate` refuses them: the numbers of the classes would mean others."""
+
+    def as_trained_on_others(labels, metadata):
+        return task.check_labels(("ant", "cat"), {"labels": ["cat", "dog"]})
+
+    monkeypatch.setattr(gather, "check_labels", as_trained_on_others)
+    assert main(["report", str(workdir), f"--out={tmp_path / 'page.html'}", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["runs"]
+    assert found["confusion"] is None
+    assert any("the data has the classes ant, cat" in note for note in found["notes"])
 
 
 def test_a_finished_run(workdir, tmp_path, capsys):

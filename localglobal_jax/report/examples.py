@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from localglobal_jax import grad_cam, heat_map, schema, stored, translate
+from localglobal_jax import grad_cam, heat_map, schema, translate
 from localglobal_jax.data import images, pairs
 from localglobal_jax.report.facts import Confusion, Picture, Run, Sample
 from localglobal_jax.tasks import Variables
 from localglobal_jax.tasks.classification import normalize
 
 MOST = 10_000  # images of a confusion matrix
+ROWS = 64  # at a time: this may be a laptop, and the run's batch that of a pod
 SHOWN = 3, 2  # images, sentences
 WORDS = 4, 24  # of a sentence that is shown, if there are such
 SIDE = 192  # pixels of an image on the page
@@ -31,7 +32,7 @@ def classify(
 ) -> None:
     """The confusion matrix of the first split, and where the model looks in some of its images."""
     options = config.data.model_copy(update={"in_memory": False})  # some images, once each
-    split, rows = options.eval_splits[0], config.eval.batch_size or config.batch_size
+    split = options.eval_splits[0]
     source = images.open_split(options, split, train=False)
     known = images.class_names(options)
     classes = [*known] + [str(i) for i in range(len(known), getattr(module, "classes", 0))]
@@ -43,6 +44,7 @@ def classify(
 
     # evenly spread, as the images of a folder lie there class by class
     chosen = np.linspace(0, len(source) - 1, min(len(source), MOST)).astype(np.int64)
+    rows = min(ROWS, len(chosen))
     for start in range(0, len(chosen), rows):
         part = chosen[start : start + rows]
         batch = source.batch(np.resize(part, rows), None)  # one shape, compiled once
@@ -68,26 +70,28 @@ def look(module: nn.Module, variables: Variables, pixels: jax.Array) -> np.ndarr
     The mean over heads and over the places that look, which sums to 1. None if it has none.
     """
 
-    @jax.jit
-    def shown(variables: Variables, pixels: jax.Array) -> Any:
-        return module.apply(variables, pixels, train=False, mutable=["intermediates"])[1]
+    def order(found: tuple[str, Any]) -> list[Any]:  # block10 comes after block9
+        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", found[0])]
 
-    def order(path: str) -> list[Any]:  # block10 comes after block9
-        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
+    @jax.jit  # so that the weights of all but the last are never made
+    def last(variables: Variables, pixels: jax.Array) -> jax.Array | None:
+        _, sown = module.apply(variables, pixels, train=False, mutable=["intermediates"])
+        leaves = jax.tree_util.tree_leaves_with_path(sown.get("intermediates", {}))
+        paths = [(jax.tree_util.keystr(k, simple=True, separator="/"), x) for k, x in leaves]
+        shown = [(path, x) for path, x in paths if "attention/" in path]
+        return max(shown, key=order)[1].mean((1, 2)) if shown else None
 
-    found, _ = stored.flatten(shown(variables, pixels).get("intermediates", {}))
-    last = max((path for path in found if "attention/" in path), key=order, default=None)
-    if last is None:
+    found = last(variables, pixels)
+    if found is None:
         return None
-    weights = np.asarray(found[last]).mean((1, 2))
+    weights = np.asarray(found)
     high = round(math.sqrt(weights.shape[1] * pixels.shape[1] / pixels.shape[2]))
     return weights.reshape(len(weights), high, -1)
 
 
 def _picture(image: np.ndarray, maps: Sequence[np.ndarray], caption: str) -> Picture:
     """An image ``uint8 [h, w, c]``, and in turn where each of its maps ``[i, j]`` is."""
-    whole = (0.0, 0.0, 1.0, 1.0)
-    drawn = [grad_cam.overlay(image, found, whole) for found in maps]
+    drawn = [grad_cam.overlay(image, found) for found in maps]
     size = drawn[0].shape[1::-1]
     plain = cv2.resize(image, size, interpolation=cv2.INTER_NEAREST).reshape(*size[::-1], -1)
     parts = [np.broadcast_to(plain, drawn[0].shape), *drawn]

@@ -30,11 +30,12 @@ from localglobal_jax import (
     translate,
     workdir,
 )
-from localglobal_jax.data import tokenizer
+from localglobal_jax.data import images, tokenizer
 from localglobal_jax.report.attempts import attempts
 from localglobal_jax.report.examples import classify, translations
 from localglobal_jax.report.facts import Run
 from localglobal_jax.report.page import page
+from localglobal_jax.tasks.task import check_labels
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +106,7 @@ def gather(
         run.notes.append("Examples: data.eval_splits names no split to take them from")
         return run
     with _noted(run, f"Examples of {config.data.name}/{config.data.eval_splits[0]}"):
+        workdir.check_config(copy.local, run.step, metadata)
         module = models.create_model(**configlib.tuples(metadata["model"]))
         variables = jax.device_put(variables)
         if isinstance(config, schema.TranslationRun):
@@ -113,6 +115,7 @@ def gather(
                 raise ValueError("the workdir has no tokenizer/tokenizer.json")
             translations(run, config, translate.Translator(module, variables, words))
         elif isinstance(config, schema.ClassificationRun):
+            check_labels(images.class_names(config.data), metadata)
             classify(run, config, module, variables)
     return run
 

@@ -62,14 +62,19 @@ class Task:
     save: Callable[[pathlib.Path], None] = lambda directory: None
 
     def check_labels(self, metadata: Mapping[str, Any]) -> None:
-        """Raises ValueError if a checkpoint was trained on other classes, or in another order."""
-        then = metadata.get("labels")  # older checkpoints do not say
-        if then and self.labels and tuple(then) != self.labels:
-            raise ValueError(
-                f"the data has the classes {_shown(self.labels)}; the checkpoint was trained on "
-                f"{_shown(then)}, so its numbers mean others. Have the same classes (a folder for "
-                "each, if need be an empty one), or begin another run"
-            )
+        """See the function."""
+        check_labels(self.labels, metadata)
+
+
+def check_labels(labels: Sequence[str], metadata: Mapping[str, Any]) -> None:
+    """Raises ValueError if a checkpoint was trained on other classes, or in another order."""
+    then = metadata.get("labels")  # older checkpoints do not say
+    if then and labels and list(then) != list(labels):
+        raise ValueError(
+            f"the data has the classes {_shown(labels)}; the checkpoint was trained on "
+            f"{_shown(then)}, so its numbers mean others. Have the same classes (a folder for "
+            "each, if need be an empty one), or begin another run"
+        )
 
 
 def _shown(labels: Sequence[str]) -> str:
