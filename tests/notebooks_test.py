@@ -4,6 +4,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -17,7 +18,8 @@ def test_it_runs(file, tmp_path):
     cells = json.loads(file.read_text())["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     script = tmp_path / "notebook.py"
-    script.write_text("\n".join(code))
+    # a few steps show that it runs; what is printed in the notebook took some hundred
+    script.write_text(re.sub(r"\bsteps=(150|220)\b", "steps=60", "\n".join(code)))
     environment = {**os.environ, "MPLBACKEND": "agg", "TMPDIR": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, str(script)],

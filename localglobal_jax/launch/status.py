@@ -42,10 +42,8 @@ def read(run: Description, now: float | None = None) -> dict[str, Any]:
     state, note = _state(run, saved, last, age, locked)
     if not (directory / "config.json").exists() and not events:
         state, note = "not started", ""
-    elif (directory / "config.json").exists() and (
-        changed := workdir.other_config(run.run, directory / "config.json")
-    ):  # its numbers are not those of this sweep
-        state, note = "other config", changed.splitlines()[0].strip()
+    elif changed := _changed(run, directory / "config.json"):
+        state, note = "other config", changed  # its numbers are not those of this sweep
     return {
         "index": run.index,
         "name": run.name,
@@ -60,6 +58,15 @@ def read(run: Description, now: float | None = None) -> dict[str, Any]:
         "metrics": metrics,
         "workdir": run.workdir,
     }
+
+
+def _changed(run: Description, file: epath.Path) -> str:
+    """The first field that is not this sweep's; "" if there is none, or if nobody can tell."""
+    try:
+        lines = workdir.other_config(run.run, file).splitlines() if file.exists() else []
+    except ValueError:  # damaged: whoever starts the run will be told
+        return ""
+    return lines[0].strip() if lines else ""
 
 
 def latest_step(directory: str | os.PathLike[str]) -> int | None:

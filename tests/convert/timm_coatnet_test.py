@@ -55,7 +55,8 @@ def inside(module, variables, arrays):
     outputs = {}
     for path, leaf in jax.tree.leaves_with_path(inner["intermediates"]):
         keys = [key.key for key in path if hasattr(key, "key")]
-        outputs["/".join(keys[:-1])] = leaf
+        if keys[-1] == "__call__":  # attention shows its weights, too
+            outputs["/".join(keys[:-1])] = leaf
     return logits, outputs
 
 
