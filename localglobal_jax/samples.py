@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from localglobal_jax import grad_cam, heat_map, hosts, schema, translate
+from localglobal_jax import grad_cam, hosts, schema, translate
 from localglobal_jax.data import images, pairs, tokenizer
 from localglobal_jax.tasks import Task, Variables
 from localglobal_jax.tasks.classification import normalize
@@ -106,14 +106,6 @@ def _sentences(
 
 def _drawn(looked: translate.Attention) -> np.ndarray:
     file = io.BytesIO()
-    heat_map.draw(
-        file,
-        looked.weights,
-        rows=looked.target,
-        columns=looked.source,
-        row_name="translation",
-        column_name="source",
-        title=looked.title,
-    )
+    looked.draw(file)
     pixels: Any = cv2.imdecode(np.frombuffer(file.getvalue(), np.uint8), cv2.IMREAD_COLOR)
     return pixels[..., ::-1]

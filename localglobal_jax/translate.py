@@ -13,14 +13,14 @@ import collections
 import pathlib
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from localglobal_jax import decoding, evaluate, remote
+from localglobal_jax import decoding, evaluate, heat_map, remote
 from localglobal_jax.data import tokenizer
 from localglobal_jax.models import EncoderDecoder
 from localglobal_jax.tasks import Variables
@@ -69,6 +69,18 @@ class Attention(NamedTuple):
     source: list[str]
     target: list[str]
     title: str
+
+    def draw(self, file: str | BinaryIO, *, titled: bool = True) -> None:
+        """As a picture; see `heat_map.draw`."""
+        heat_map.draw(
+            file,
+            self.weights,
+            rows=self.target,
+            columns=self.source,
+            row_name="translation",
+            column_name="source",
+            title=self.title if titled else "",
+        )
 
 
 class Translator:

@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
                       file=sys.stderr)  # fmt: skip
             if translation.hypotheses and not drawn:
                 drawn = True
-                _draw(args.attention, translator.attention(line, translation.hypotheses[0]))
+                translator.attention(line, translation.hypotheses[0]).draw(args.attention)
             if args.json:
                 everything.append(_described(number, translation, translator))
             else:
@@ -146,17 +146,3 @@ def _described(number: int, translation: Any, translator: Any) -> dict[str, Any]
         for found in translation.hypotheses
     ]
     return described | ({"problem": translation.problem} if translation.problem else {})
-
-
-def _draw(file: str, attention: Any) -> None:
-    from localglobal_jax import heat_map
-
-    heat_map.draw(
-        file,
-        attention.weights,
-        rows=attention.target,
-        columns=attention.source,
-        row_name="translation",
-        column_name="source",
-        title=attention.title,
-    )

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from localglobal_jax import grad_cam, heat_map, schema, translate
+from localglobal_jax import grad_cam, schema, translate
 from localglobal_jax.data import images, pairs
 from localglobal_jax.report.facts import Confusion, Picture, Run, Sample
 from localglobal_jax.tasks import Variables
@@ -119,15 +119,7 @@ def translations(run: Run, config: schema.TranslationRun, translator: translate.
             continue
         looked = translator.attention(source, translation.hypotheses[0])
         drawn = io.BytesIO()
-        heat_map.draw(
-            drawn,
-            looked.weights,
-            rows=looked.target,
-            columns=looked.source,
-            row_name="translation",
-            column_name="source",
-            title="",
-        )
+        looked.draw(drawn, titled=False)
         words = translator.tokenizers
         run.samples.append(
             Sample(
