@@ -82,6 +82,9 @@ def main(argv: list[str] | None = None) -> int:
     argv, overrides = take_overrides(argv)
     argv, compared = take_overrides(argv, "--compare.")
     try:
+        if not argv:
+            parser().print_help(sys.stderr)
+            return 2
         args = parser().parse_args(argv)
     except BrokenPipeError:
         return _nobody_reads()

@@ -444,7 +444,8 @@ checkpoints.close()
 
 
 def test_eight_devices_to_any_sharding_and_back_to_one(tmp_path):
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    env = os.environ | {"XLA_FLAGS": flags}
     command = [sys.executable, "-c", RESHARD, str(tmp_path)]
     subprocess.run(command, env=env, check=True, timeout=120)
     step, arrays, _ = checkpoint.read(tmp_path)
@@ -496,11 +497,9 @@ def test_two_hosts_agree_on_what_is_damaged(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     hosts = [
         subprocess.Popen(
             [sys.executable, "-c", HOSTS, str(tmp_path), port, str(host)],
-            env=env,
             stderr=subprocess.PIPE,
             text=True,
         )

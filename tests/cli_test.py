@@ -190,6 +190,11 @@ def test_every_command_has_help_with_an_example(command, capsys):
     assert f"Example: localglobal {command}" in capsys.readouterr().out
 
 
+def test_nothing_asked_shows_what_can_be_asked(capsys):
+    assert main([]) == 2
+    assert "classify" in capsys.readouterr().err
+
+
 def test_help_and_import_are_light_and_tensorflow_is_not_needed(data_dir, tmp_path):
     code = f"""
 import sys

@@ -7,9 +7,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=2"
-    # most of the suite's time is compiling; what runs is tiny
-    + " --xla_backend_optimization_level=0"
+    # most of the suite's time is compiling, and half of that the newer emitters; what runs is tiny
+    + " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 )
+# Fake devices meet in collectives on one pool of as many threads as the machine has cores. On two
+# cores both threads waited, each device in another all-reduce of one program, until XLA ended the
+# process after 40 s; with more threads the others arrive. XLA reads this where it makes its client.
+os.environ["NPROC"] = "16"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from typing import ClassVar

@@ -35,7 +35,7 @@ def free_port():
 @contextlib.contextmanager
 def training(workdir, processes, devices, *options):
     """The processes of one run, each with so many fake devices; none of them survives."""
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     coordinator = f"--coordinator=localhost:{free_port()}"
     started = []
     for host in range(processes):

@@ -92,8 +92,6 @@ assert abs(one["loss"] - many["loss"]) < 1e-6 * one["loss"]
 
 
 def test_eight_devices_count_what_one_counts():
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    }
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    env = os.environ | {"XLA_FLAGS": flags}
     subprocess.run([sys.executable, "-c", SHARDED], env=env, check=True, timeout=120)

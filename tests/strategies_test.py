@@ -92,7 +92,7 @@ def run(model):
     """What every strategy computed, by its name."""
     config, overrides = RUNS[model]
     asked = {k: v for k, v in STRATEGIES.items() if k not in LESS.get(model, ())}
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     arguments = [json.dumps(x) for x in (str(CONFIGS / config), overrides, asked)]
     done = subprocess.run(
         [sys.executable, "-c", ALL, *arguments],

@@ -27,7 +27,8 @@ def start(workdir, data_dir, *overrides):
         *("--config.steps=45", "--config.log.every=7", "--config.log.tensorboard=false"),
         *overrides,
     ]
-    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
+    environment = {**os.environ, "XLA_FLAGS": flags}
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

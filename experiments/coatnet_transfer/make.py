@@ -8,6 +8,12 @@ from experiments import study
 LAYOUTS = ("CCTT", "CTTT")
 PAPER = {"CCTT": "82.39", "CTTT": "81.78"}
 PRETRAINED = pathlib.Path(__file__).parent / "pretrain.csv"
+RATE = "optim.learning_rate"
+DIGITS = {  # which runs of the second stage
+    "fine-tuned": lambda row: row["init"] and not row[RATE],
+    "fine-tuned at 2e-3": lambda row: row["init"] and row[RATE],
+    "from nothing at 2e-3": lambda row: not row["init"],
+}
 TEST, TUNED = "test/accuracy", "train[30%:]+test/accuracy"
 
 
@@ -28,8 +34,10 @@ def columns(rows):
 
     return {
         "Fashion-MNIST, before": of(before, TEST),
-        "digits, fine-tuned": of([row for row in rows if row["init"]], TUNED),
-        "digits, from nothing": of([row for row in rows if not row["init"]], TUNED),
+        **{
+            f"digits, {title}": of([row for row in rows if chosen(row)], TUNED)
+            for title, chosen in DIGITS.items()
+        },
     }
 
 
@@ -48,7 +56,7 @@ def tables(rows):
 
 def draw(rows):
     found = columns(rows)
-    figure = study.figure(width=6)
+    figure = study.figure(width=8)
     ax = figure.subplots()
     for i, n in enumerate(LAYOUTS):
         for j, each in enumerate(found.values()):

@@ -66,7 +66,9 @@ def environment(fast_compile=False, data_dir=None):
         found["TFDS_DATA_DIR"] = str(data_dir)
     if fast_compile:  # most of a short life is compiling; the large pages cost an exec
         found["GLIBC_TUNABLES"] = found.get("GLIBC_TUNABLES", "")
-        found["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+        found["XLA_FLAGS"] = (
+            "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+        )
     return found
 
 

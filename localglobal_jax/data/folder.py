@@ -6,12 +6,13 @@ Where DIR holds the folder ``train``, its folders are the splits (``validation``
 so that it stays where it is when others come or go.
 """
 
+import collections
 import concurrent.futures
 import hashlib
 import logging
 import pathlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import cv2
 import numpy as np
@@ -89,15 +90,14 @@ def count(directory: str | None) -> dict[str, int]:
 
     Raises ValueError that lists the files that are no whole pictures.
     """
-    names, counts, bad = classes(directory), {}, []
+    counts, bad = {}, []
     root = _root(directory)
     for split in SPLITS:
         if _is_split(root) and not _inside(root, split).is_dir():
             continue
         reader = FolderReader(directory, split)
         counts[split] = len(reader)
-        labels = [picture.label for picture in reader.pictures]
-        counts |= {f"{split}/{name}": labels.count(i) for i, name in enumerate(names)}
+        counts |= {f"{split}/{name}": n for name, n in reader.balance().items()}
         bad += reader.problems()
     if bad:
         shown = "\n  ".join(bad[:SHOWN]) + (f"\n  and {len(bad) - SHOWN} more" * (len(bad) > SHOWN))
@@ -112,13 +112,21 @@ class FolderReader:
     shape: tuple[int, int] | None = None  # they differ
 
     def __init__(self, directory: str | None, split: str):
-        names = classes(directory)
-        self.pictures, self.classes = pictures(directory, split), len(names)
-        labels = [picture.label for picture in self.pictures]
-        balance = ", ".join(f"{name} {labels.count(i)}" for i, name in enumerate(names))
-        log.info("pictures %s: %d (%s)", split, len(labels), balance)
-        if split == "train" and len(set(labels)) < len(names):
+        self.names, self.split = classes(directory), split
+        self.pictures, self.classes = pictures(directory, split), len(self.names)
+        if split == "train" and not all(self.balance().values()):
             log.warning("a class has no picture to train on")
+
+    def balance(self) -> dict[str, int]:
+        """Pictures per class."""
+        labels = collections.Counter(picture.label for picture in self.pictures)
+        return {name: labels[i] for i, name in enumerate(self.names)}
+
+    def announce(self) -> Self:
+        """Logs the balance; returns itself."""
+        balance = ", ".join(f"{name} {n}" for name, n in self.balance().items())
+        log.info("pictures %s: %d (%s)", self.split, len(self), balance)
+        return self
 
     def __len__(self) -> int:
         return len(self.pictures)

@@ -84,7 +84,7 @@ def _reader(options: schema.Images, split: str, train: bool) -> Reader:
     if options.mock:
         return MockReader(*describe(options), options.image_size, train)
     if options.name == folder.NAME:
-        return folder.FolderReader(options.dir, split)
+        return folder.FolderReader(options.dir, split).announce()
     root = records.data_root(options.dir)
     builder = records.find_builder(options.name, root)
     if options.name in EMBEDDED and not records.is_prepared(builder):
