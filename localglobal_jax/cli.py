@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         return _nobody_reads()
     args.overrides, args.compare_overrides = overrides, compared
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s", force=True)
-    for noisy in ("absl", "jax", "orbax"):
+    for noisy in ("absl", "jax", "matplotlib", "orbax"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         if overrides and args.command not in TAKE_OVERRIDES:

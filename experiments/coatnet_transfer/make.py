@@ -68,7 +68,7 @@ def draw(rows):
                 j + 0.4 * i - 0.2, mean, 0.38, yerr=half, capsize=3, color=study.COLORS[i],
                 label=label,
             )  # fmt: skip
-    ax.set_xticks(range(len(found)), found)
+    ax.set_xticks(range(len(found)), [title.replace(" at ", "\nat ") for title in found])
     ax.set_ylabel("accuracy, %")
     if ax.patches:
         ax.set_ylim(bottom=max(0, min(bar.get_height() for bar in ax.patches) - 5))  # a cut axis

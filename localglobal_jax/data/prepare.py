@@ -9,6 +9,7 @@ all. Attempts exclude each other by a lock, because the hosts of a pod may all s
 import concurrent.futures
 import contextlib
 import fcntl
+import io
 import json
 import logging
 import os
@@ -124,7 +125,10 @@ def _refuse_remains(directory: pathlib.Path) -> None:
 def _make(
     builder: tfds.core.DatasetBuilder, root: str, source: str | None, staging: pathlib.Path
 ) -> None:
-    """Writes the data set. What TFDS prints goes to stderr: stdout may be somebody's JSON."""
+    """Writes the data set. What TFDS prints goes to stderr: stdout may be somebody's JSON.
+
+    Of ours it prints only sizes that it does not know.
+    """
     _refuse_remains(pathlib.Path(builder.data_dir))
     if builder.name in RAW_FILES:
         config = _config(builder)
@@ -133,8 +137,10 @@ def _make(
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
     config = tfds.download.DownloadConfig(manual_dir=source, try_download_gcs=False)
+    printed = io.StringIO() if builder.name in BUILDERS else sys.stderr
+    log.info("preparing %s", builder.data_dir)
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(printed):
             builder.download_and_prepare(
                 file_format=FORMAT,
                 download_config=config,
