@@ -70,13 +70,11 @@ OFF = {"coatnet_6": {"parameters": 0.082, "multiply_adds": 0.037}}
 def test_counts_are_near_the_paper(name):
     parameters, multiply_adds, size = FIGURES[name]
     off = {"parameters": 0.01, "multiply_adds": 0.02} | OFF.get(name, {})
-    assert counted(name, (size, size)).parameters == pytest.approx(
-        parameters, rel=off["parameters"]
-    )
     # The paper's figures are those of its formula, with the stride in the expansion. Named models
     # stride in the depthwise convolution, as timm does, and cost up to 8 % more.
     blocks = {**VARIANTS[name].get("blocks", {}), "C": {"stride_at": "expand"}}
     account = counted(name, (size, size), blocks=freeze(blocks))
+    assert account.parameters == pytest.approx(parameters, rel=off["parameters"])
     assert account.multiply_adds == pytest.approx(multiply_adds, rel=off["multiply_adds"])
 
 
