@@ -22,7 +22,9 @@ from localglobal_jax.tasks import HostBatch, Task
 from localglobal_jax.workdir import write_atomically
 
 log = logging.getLogger(__name__)
+# of a line of metrics
 OF_THE_MACHINE = ("seconds_left", "input_wait", "memory_bytes", "compile_seconds", "mfu")
+OF_THE_RUN = ("step", "split", "learning_rate", "gradient_norm")
 
 
 def announce(run: schema.Run, task: Task, params: PyTree, start: int) -> None:
@@ -220,10 +222,14 @@ class Output:
             self._writer.close()
 
 
-def _results(line: Mapping[str, float]) -> dict[str, float]:
-    """What says something of the model, not of the run."""
-    run = ("step", "learning_rate", "gradient_norm", *OF_THE_MACHINE)
-    return {k: v for k, v in line.items() if k not in run and not k.endswith("_per_second")}
+def of_the_machine(name: str) -> bool:
+    """Whether a number of a training line is the machine's doing, not the model's."""
+    return name in OF_THE_MACHINE or name.endswith("_per_second")
+
+
+def model_results(line: Mapping[str, Any]) -> dict[str, Any]:
+    """What a line of metrics says of the model."""
+    return {k: v for k, v in line.items() if k not in OF_THE_RUN and not of_the_machine(k)}
 
 
 def versions() -> dict[str, str]:
@@ -269,7 +275,7 @@ def finish(
         data={"name": run.data.name, "training": task.summary},
         parameters=sum(x.size for x in jax.tree.leaves(params)),
         steps=run.steps,
-        metrics={split: _results(line) for split, line in last.items()},
+        metrics={split: model_results(line) for split, line in last.items()},
         use=task.use,
         versions=versions(),
         environment=environment(),

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from localglobal_jax import run_report
+
 TOTAL, BESIDE = "all parameters", "beside them: "  # rows of the table of parameters
 MISTAKES = 10  # of a confusion matrix, that are listed
 LARGEST = 1e30  # of what is drawn or averaged
-NO_RESULT = re.compile(r"step|split|seconds_left|learning_rate|gradient_norm|skipped")
-SPEED = re.compile(r".*_per_second|input_wait|.*(compil|memory|mfu|step_time|_share).*")
 
 
 class Picture(NamedTuple):
@@ -85,8 +85,7 @@ class Run:
         return {
             f"{line['split']}/{name}": value
             for line in self.metrics
-            for name, value in line.items()
-            if not (NO_RESULT.fullmatch(name) or SPEED.fullmatch(name))
+            for name, value in run_report.model_results(line).items()
         }
 
     def speed(self) -> dict[str, float]:
@@ -94,7 +93,8 @@ class Run:
         found: dict[str, list[float]] = {}
         for line in self.metrics:
             for name, value in line.items():
-                if line["split"] == "train" and SPEED.fullmatch(name) and number(value) is not None:
+                of_it = line["split"] == "train" and run_report.of_the_machine(name)
+                if of_it and name != "seconds_left" and number(value) is not None:
                     found.setdefault(name, []).append(float(value))
         medians = {name: statistics.median(values) for name, values in found.items()}
         for name, of in (("compile_seconds", sum), ("memory_bytes", max)):
