@@ -64,6 +64,7 @@ ROWS = (  # in the order in which they are worth having
     coatnet(0, "v5e:4x4", 16, 256, PLAIN),
     coatnet(0, "v5e:4x4", 16, 448, {"tuned, recomputed": RECOMPUTED}),
     coatnet(0, "v5e:4x4", 16, 384, {"tuned, recomputed": RECOMPUTED}),
+    coatnet(0, "v5e:4x4", 16, 224, PLAIN),
     coatnet(2, "v5e:4x4", 16, 64),
     coatnet(2, "v5p:2x2x4", 16, 64),
 )
