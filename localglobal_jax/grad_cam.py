@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 SHOWN = (384, 1024)  # pixels: the longer side of a drawn picture is at least, at most
+BRIGHTEST = 225  # of the 255 levels of the colour map
 OPAQUE = 0.65  # of the colours where the map is largest
 UNSEEN = 0.35  # brightness of what the model was not shown
 
@@ -93,7 +94,9 @@ def overlay(
     heat: np.ndarray = looked.astype(np.float32) / max(float(looked.max()), 1e-30)
     heat = cv2.resize(heat, (right - left, bottom - top), interpolation=cv2.INTER_CUBIC)
     shares = np.clip(heat, 0, 1)  # cubic overshoots
-    colours = cv2.applyColorMap((255 * shares).astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
+    # The map's last, pale colours would be grey on black.
+    levels = (BRIGHTEST * shares).astype(np.uint8)
+    colours = cv2.applyColorMap(levels, cv2.COLORMAP_INFERNO)[..., ::-1]
     share = OPAQUE * shares[..., None]
     inside = slice(top, bottom), slice(left, right)
     out[inside] = (1 - share) * grey[inside] + share * colours

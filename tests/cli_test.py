@@ -153,9 +153,9 @@ def test_prepare_counts_the_pairs_of_own_files(tmp_path, capsys):
         "".join(f"eins {i}\tone {i}\n" for i in range(99)) + "x\t\n"
     )
     command = ["prepare", f"--config={tmp_path}/c.py", f"--config.data.files={tmp_path}/pairs.tsv"]
-    assert main([*command, "--config.data.eval_splits=validation,test", "--json"]) == 0
+    assert main([*command, "--json"]) == 0
     counts = json.loads(capsys.readouterr().out)
-    assert sum(counts.values()) == 100 and counts["train"] > 80
+    assert sum(counts.values()) == 100 and counts["train"] > 80 and counts["test"]
     (tmp_path / "pairs.tsv").write_text("a\tb\nc\n")
     assert main(command) == 2
     assert "line 2 of" in capsys.readouterr().err

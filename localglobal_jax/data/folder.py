@@ -66,11 +66,12 @@ def pictures(directory: str | None, split: str) -> list[Picture]:
                 ignored.append(str(path))
             elif inside != root or split_of(str(path.relative_to(root))) == split:
                 found.append(Picture(path, names.index(folder.name)))
-    if ignored:
-        shown = ", ".join(ignored[:SHOWN])
-        log.warning(
-            "%d files that are no JPEG, PNG, GIF, BMP or WebP are left out: %s", len(ignored), shown
-        )
+    if split == "train" or inside != root:  # else the splits are of the same folders
+        ignored += [str(p) for p in sorted(inside.glob("*")) if p.suffix.lower() in ENDINGS]
+        if ignored:
+            shown = ", ".join(ignored[:SHOWN])
+            why = "no JPEG, PNG, GIF, BMP or WebP, or in no folder of a class"
+            log.warning("left out (%s): %d, such as %s", why, len(ignored), shown)
     if not found:
         raise ValueError(
             f"no picture of {root} is in the split {split}: have more, or say which by the "
@@ -90,16 +91,19 @@ def count(directory: str | None) -> dict[str, int]:
 
     Raises ValueError that lists the files that are no whole pictures.
     """
-    counts, bad = {}, []
+    counts, bad, readers_of = {}, [], []
     root = _root(directory)
     for split in SPLITS:
         if _is_split(root) and not _inside(root, split).is_dir():
             continue
         reader = FolderReader(directory, split)
+        readers_of.append(reader)
         counts[split] = len(reader)
         counts |= {f"{split}/{name}": n for name, n in reader.balance().items()}
         bad += reader.problems()
     if bad:
+        for reader in readers_of:
+            reader.announce()
         shown = "\n  ".join(bad[:SHOWN]) + (f"\n  and {len(bad) - SHOWN} more" * (len(bad) > SHOWN))
         raise ValueError(f"{len(bad)} files are no whole pictures:\n  {shown}")
     return counts
@@ -114,8 +118,9 @@ class FolderReader:
     def __init__(self, directory: str | None, split: str):
         self.names, self.split = classes(directory), split
         self.pictures, self.classes = pictures(directory, split), len(self.names)
-        if split == "train" and not all(self.balance().values()):
-            log.warning("a class has no picture to train on")
+        empty = [name for name, n in self.balance().items() if not n]
+        if split == "train" and empty:
+            log.warning("warning: no picture to train on of %s", ", ".join(empty))
 
     def balance(self) -> dict[str, int]:
         """Pictures per class."""

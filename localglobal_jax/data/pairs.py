@@ -5,6 +5,7 @@ Whitespace is squeezed: a sentence is a line, its words parted by single blanks.
 empty side is left out and counted.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -47,13 +48,25 @@ def read(options: schema.Text, split: str) -> Pairs:
 
 
 def count(options: schema.Text) -> dict[str, int]:
-    """Reads every split that `options` name: split -> pairs, and what was left out of them."""
-    counts = {}
-    for split in dict.fromkeys((options.train_split, *options.eval_splits)):
-        pairs = read(options, split)
-        counts[split] = len(pairs.sources)
-        counts |= {f"{split}, {key}": n for key, n in pairs.counts.items() if n and key != "read"}
+    """Reads every split that `options` name, and all that files are parted into.
+
+    Returns split -> pairs, and what was left out of them.
+    """
+    counts: dict[str, int] = {}
+    named = (options.train_split, *options.eval_splits)
+    parted = options.files and not any("{split}" in file for file in options.files)
+    for split in named:
+        counts |= _counted(read(options, split), split)
+    if parted:
+        for split in sorted({*text_files.SPLITS} - {*named}):
+            with contextlib.suppress(ValueError):  # nobody asked for it: it may be empty
+                counts |= _counted(read(options, split), split)
     return counts
+
+
+def _counted(pairs: Pairs, split: str) -> dict[str, int]:
+    left_out = {key: n for key, n in pairs.counts.items() if n and key != "read"}
+    return {split: len(pairs.sources), **{f"{split}, {key}": n for key, n in left_out.items()}}
 
 
 def _filtered(sources: Iterable[str], targets: Iterable[str]) -> Pairs:

@@ -89,6 +89,7 @@ def _columns(files: Sequence[str]) -> tuple[list[str], list[str]]:
     for number, row in enumerate(rows, 1):
         if len(row) != 2:
             raise ValueError(
-                f"line {number} of {files[0]} has {len(row)} columns: want two, source TAB target"
+                f"line {number} of {files[0]} has {len(row)} columns: want two, source TAB target "
+                "(or two files, of sources and of targets)"
             )
     return [row[0] for row in rows], [row[1] for row in rows]

@@ -74,19 +74,17 @@ def _much(facts: Mapping[str, Any], collectives: Sequence[Collective]) -> Any:
 def _tiny(collectives: Sequence[Collective]) -> Any:
     sizes: dict[str, int] = defaultdict(int)
     counts: dict[str, int] = {}
-    names = {}
     for c in collectives:
         if c.op == "all-reduce":
             sizes[c.key] += c.payload
-            counts[c.key], names[c.key] = c.count, c.op_name
+            counts[c.key] = c.count
     tiny = [key for key, size in sizes.items() if size < SMALL]
     if (number := sum(counts[key] for key in tiny)) >= MANY:
-        norms = sum(counts[key] for key in tiny if "norm" in names[key])
         yield _lint(
             "notice",
             "many small all-reduces",
-            f"{number} all-reduces of less than 64 KiB, each of which costs its latency; {norms} "
-            "are of normalisations: statistics of BatchNorm over the global batch are one each",
+            f"{number} all-reduces of less than 64 KiB, each of which costs its latency: gradients "
+            "of small parameters, and statistics of BatchNorm over the global batch, one each",
         )
 
 

@@ -10,7 +10,7 @@ from localglobal_jax.plan import collectives, hlo, lints
 from localglobal_jax.plan.collectives import Collective
 from localglobal_jax.plan.topologies import Topology
 
-WRAPPERS = ("while", "body", "cond", "closed_call", "checkpoint", "rematted_computation")
+WRAPPERS = re.compile(r"while|body|cond|closed_call|checkpoint|rematted_computation|branch_\d+_fun")
 NOT_VALIDATED = "the compiler's estimate, not validated on hardware"
 
 
@@ -130,7 +130,7 @@ def layer_of(op_name: str, parts: Sequence[str]) -> tuple[str, str]:
     if not (starts := [n for n, word in enumerate(words) if word in parts]):
         return ("(loss)", way) if "jvp(" in op_name else ("(outside the model)", "")
     start = starts[-1]
-    inside = [w for w in words[start:] if w not in WRAPPERS and "." not in w][:3]
+    inside = [w for w in words[start:] if not WRAPPERS.fullmatch(w) and "." not in w][:3]
     named = ["block*" if w[0].isupper() else re.sub(r"\d+$", "*", w) for w in inside[1:]]
     return "/".join([inside[0], *named]), way
 

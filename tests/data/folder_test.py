@@ -42,8 +42,16 @@ def test_what_is_no_picture_is_left_out_and_named(root, caplog):
     before = folder.count(str(root))
     (root / "cat" / "list.txt").write_text("0.jpg")
     (root / "cat" / ".DS_Store").write_text("")
+    write(root / "stray.png")
     assert folder.count(str(root)) == before
-    assert "1 files that are no JPEG" in caplog.text and "list.txt" in caplog.text
+    (line,) = caplog.messages  # not for each split
+    assert "2, such as" in line and "list.txt" in line and "stray.png" in line
+
+
+def test_a_class_without_pictures_is_named(root, caplog):
+    (root / "eel").mkdir()
+    assert folder.count(str(root))["train/eel"] == 0
+    assert "no picture to train on of eel" in caplog.text
 
 
 def test_labels_are_the_places_of_the_sorted_names(root):

@@ -143,6 +143,11 @@ def test_an_attempt_that_did_not_fit_shows_what_is_large():
             "stage2/block*/mlp",
             "forward",
         ),
+        (
+            "jit(f)/transpose(jvp(CoAtNet))/stage2/block1/branch_0_fun/expand/dot",
+            "stage2/block*/expand",
+            "backward",
+        ),
         ("jit(f)/jvp(CoAtNet)/stem/add", "stem", "forward"),
         ("", "(outside the model)", ""),
         ("jit(traced)/jvp()/rev", "(loss)", "forward"),
