@@ -64,6 +64,7 @@ def console() -> int:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # nosec B606 # ourselves
     if not os.environ.get("LOCALGLOBAL_DEBUG"):
+        os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # what is wrong with a file, we say
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         sys.unraisablehook = _without_stragglers
     return main()
