@@ -91,18 +91,18 @@ def count(directory: str | None) -> dict[str, int]:
 
     Raises ValueError that lists the files that are no whole pictures.
     """
-    counts, bad, readers_of = {}, [], []
+    counts, bad, opened = {}, [], []
     root = _root(directory)
     for split in SPLITS:
         if _is_split(root) and not _inside(root, split).is_dir():
             continue
         reader = FolderReader(directory, split)
-        readers_of.append(reader)
+        opened.append(reader)
         counts[split] = len(reader)
         counts |= {f"{split}/{name}": n for name, n in reader.balance().items()}
         bad += reader.problems()
     if bad:
-        for reader in readers_of:
+        for reader in opened:
             reader.announce()
         shown = "\n  ".join(bad[:SHOWN]) + (f"\n  and {len(bad) - SHOWN} more" * (len(bad) > SHOWN))
         raise ValueError(f"{len(bad)} files are no whole pictures:\n  {shown}")
