@@ -5,6 +5,7 @@ python -m experiments.bleu_by_length.make
 """
 
 import pathlib
+from functools import partial
 
 from experiments import study
 from experiments.text_runs import MODELS, model_name
@@ -22,10 +23,16 @@ def trained():
     return {model: [row for name, row in named if name == model] for model in MODELS}
 
 
-def excess(rows, model, k, column, sign=1):
-    """{seed: what k sentences as one input lose over the same sentences one by one}."""
+def excess(rows, model, k, column):
+    """{seed: loss of k sentences as one input, over the same sentences one by one}."""
     those = [r for r in rows if (r["model"], r["k"]) == (model, k)]
-    return {r["seed"]: sign * (float(r[column]) - float(r[f"{column}_alone"])) for r in those}
+    return {r["seed"]: float(r[column]) - float(r[f"{column}_alone"]) for r in those}
+
+
+def kept(rows, model, k):
+    """{seed: BLEU of k sentences as one input, in per cent of that one by one}."""
+    those = [r for r in rows if (r["model"], r["k"]) == (model, k)]
+    return {r["seed"]: 100 * float(r["bleu"]) / float(r["bleu_alone"]) for r in those}
 
 
 def official():
@@ -50,7 +57,7 @@ def joined(rows):
     head += (
         "of the first sentence",
         "than the Transformer's",
-        "BLEU less",
+        "BLEU kept, %",
         "than the Transformer's",
     )
     body = []
@@ -59,9 +66,13 @@ def joined(rows):
             those = [r for r in rows if (r["model"], r["k"]) == (model, k)]
             tokens = study.values(those, "source_tokens")
             cells = [f"{model}, {k}", f"{tokens[0]:.0f}" if tokens else "not run"]
-            for column, sign, digits in (("inner", 1, 3), ("first", 1, 3), ("bleu", -1, 2)):
-                own = excess(rows, model, k, column, sign)
-                more = study.paired(own, excess(rows, "Transformer", k, column, sign))
+            for measure, digits in (
+                (partial(excess, column="inner"), 3),
+                (partial(excess, column="first"), 3),
+                (kept, 1),
+            ):
+                own = measure(rows, model, k)
+                more = study.paired(own, measure(rows, "Transformer", k))
                 cells.append(study.shown(list(own.values()), digits))
                 cells.append("" if model == "Transformer" else study.shown(more, digits))
             body.append(cells)

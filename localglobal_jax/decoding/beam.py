@@ -138,7 +138,7 @@ def _beam_search(
             step + 1,
             pick(token, order),
             total,
-            jax.tree.map(lambda x: x[rows], cache),
+            cache if beam == 1 else jax.tree.map(lambda x: x[rows], cache),
             jax.tree.map(lambda x: pick(x, order), candidates),
             ended,
             found,
