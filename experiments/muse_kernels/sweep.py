@@ -47,8 +47,7 @@ def get_config(arg=None):
     config = configlib.load(f"{RESULTS}:{arg or ''}")
     config.model.blocks.M.update(kind="dynamic", projection="shared", ffn="own")
     if parse(arg).size == "laptop":
-        config.steps = 2000
-        config.task.beam = 1
+        config.steps, config.optim.warmup_steps = 1200, 200
         config.data.update(vocab=2000, buckets=3)
     if parse(arg).size != "paper":
         config.model.hidden = (256, 256)
