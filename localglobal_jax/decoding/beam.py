@@ -138,6 +138,7 @@ def _beam_search(
             step + 1,
             pick(token, order),
             total,
+            # the only hypothesis stays in its place; XLA would copy the cache all the same
             cache if beam == 1 else jax.tree.map(lambda x: x[rows], cache),
             jax.tree.map(lambda x: pick(x, order), candidates),
             ended,
