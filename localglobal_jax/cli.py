@@ -3,6 +3,7 @@
 2 the user's config or input is wrong, 3 training diverged, 1 anything else."""
 
 import argparse
+import faulthandler
 import json
 import logging
 import os
@@ -67,6 +68,8 @@ def console() -> int:
         os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # what is wrong with a file, we say
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         sys.unraisablehook = _without_stragglers
+    if sys.stderr:
+        faulthandler.enable()  # a crash in native code says which line of Python was there
     return main()
 
 

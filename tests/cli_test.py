@@ -4,6 +4,7 @@
 import json
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -254,3 +255,11 @@ def test_completion_into_a_pipe_that_closes():
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait() == 1
+
+
+def test_a_crash_in_native_code_names_its_line():
+    code = "import ctypes; from localglobal_jax import cli; "
+    code += "cli.main = lambda: ctypes.string_at(0); cli.console()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGSEGV
+    assert "Fatal Python error" in done.stderr and "in string_at" in done.stderr
