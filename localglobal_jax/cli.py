@@ -68,8 +68,8 @@ def console() -> int:
         os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # what is wrong with a file, we say
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         sys.unraisablehook = _without_stragglers
-    if sys.stderr:
-        faulthandler.enable()  # a crash in native code says which line of Python was there
+    if sys.__stderr__:  # a crash in native code says which line of Python was there
+        faulthandler.enable(sys.__stderr__)
     return main()
 
 

@@ -149,7 +149,7 @@ class Trace:
 
     # Python's own calls are left out. XLA switches them on and off by walking the states of all
     # threads, before Python 3.12 without their lock: a thread of a checkpoint's writer that came
-    # just then ended the process (SIGSEGV). They were also 19 of 20 bytes.
+    # just then ended the process (SIGSEGV). Those calls were also most of a trace's events.
     OPTIONS = jax.profiler.ProfileOptions()
     OPTIONS.python_tracer_level = 0
 

@@ -93,18 +93,19 @@ def unseen():
     def losses(n, tokens, length):
         return study.by_seed(chosen(rows, model=n, tokens=tokens, max_length=length), "nll")
 
-    found = {}
+    found, first = {}, 1
     for tokens in sorted({row["tokens"] for row in rows}, key=int):
-        found[tokens] = {}
+        group = found[f"{first}-{tokens}"] = {}
+        first = int(tokens) + 1
         for n in TEXT:
             short, long = losses(n, tokens, trained[0]), losses(n, tokens, trained[-1])
-            found[tokens][n] = {seed: short[seed] - long[seed] for seed in short if seed in long}
+            group[n] = {seed: short[seed] - long[seed] for seed in short if seed in long}
     return found
 
 
 def lengths():
     found = unseen()
-    heads = [f"up to {tokens}" for tokens in found] or ["length"]
+    heads = [f"{tokens} tokens" for tokens in found] or ["length"]
     body = [[n, *(study.shown(list(each[n].values())) for each in found.values())] for n in TEXT]
     return study.table(["model", *heads], body if found else [[n, "not run"] for n in TEXT])
 
@@ -134,7 +135,7 @@ def draw(rows):
     axes[2].set_title("loss added by having trained on short pairs only", fontsize=10)
     for ax in axes[:2]:
         ax.set_xlabel("pixels that the test images are moved by")
-    axes[2].set_xlabel("tokens of the sentence, up to")
+    axes[2].set_xlabel("tokens of the sentence")
     for ax in axes[::2]:
         if ax.lines:
             ax.legend(frameon=False, fontsize=8)
