@@ -148,8 +148,8 @@ class Trace:
     """Traces the steps of ``log.profile = (first, steps)`` into ``workdir/profile``, for xprof."""
 
     # Python's own calls are left out. XLA switches them on and off by walking the states of all
-    # threads, before Python 3.12 without their lock: a thread of a checkpoint's writer that came
-    # just then ended the process (SIGSEGV). Those calls were also most of a trace's events.
+    # threads, before Python 3.12 without their lock: a native thread that comes to Python just
+    # then, as a checkpoint's writers do, can end the process (SIGSEGV).
     OPTIONS = jax.profiler.ProfileOptions()
     OPTIONS.python_tracer_level = 0
 

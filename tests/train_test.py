@@ -129,7 +129,7 @@ def test_ctrl_c_saves_too_and_tracing_survives_it(data_dir, tmp_path):
     planes = jax.profiler.ProfileData.from_file(str(trace)).planes
     names = [event.name for plane in planes for line in plane.lines for event in line.events]
     assert any("Execute" in name for name in names)
-    assert not any(name.startswith("$") for name in names)  # Python's calls: recording them crashed
+    assert not any(name.startswith("$") for name in names)  # Python's calls, see Trace.OPTIONS
     finish(start(tmp_path, data_dir, "--config.log.profile=(8, 30)", "--config.log.every=5"))
 
 
