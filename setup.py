@@ -68,8 +68,14 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["localglobal_jax*"]),
-    package_data={"localglobal_jax": ["py.typed", "report/page.html", "report/page.css"]},
+    package_data={
+        "localglobal_jax": [
+            "py.typed",
+            "training/reporting/html/page.html",
+            "training/reporting/html/page.css",
+        ]
+    },
     install_requires=INSTALL,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["localglobal=localglobal_jax.cli:console"]},
+    entry_points={"console_scripts": ["localglobal=localglobal_jax.cli.main:console"]},
 )

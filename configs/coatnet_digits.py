@@ -8,7 +8,7 @@ Expect at least 98 % on the 360 held-out digits, in less than three minutes on t
 
 from ml_collections import ConfigDict
 
-from localglobal_jax.configlib import parse_arg
+from localglobal_jax.config.loading import parse_arg
 
 
 def get_config(arg=None):

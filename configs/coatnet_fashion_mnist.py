@@ -9,7 +9,7 @@ Expect at least 91 % on the test set, within twenty minutes on two CPU cores.
 
 from ml_collections import ConfigDict
 
-from localglobal_jax.configlib import parse_arg
+from localglobal_jax.config.loading import parse_arg
 
 
 def get_config(arg=None):

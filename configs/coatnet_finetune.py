@@ -15,7 +15,7 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from localglobal_jax.configlib import parse_arg, tuples
+from localglobal_jax.config.loading import parse_arg, tuples
 
 
 def get_config(arg=None):

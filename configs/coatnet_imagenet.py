@@ -10,7 +10,7 @@ The paper reports 81.6 / 83.3 / 84.1 / 84.5 % top-1 for variants 0 / 1 / 2 / 3. 
 
 from ml_collections import ConfigDict
 
-from localglobal_jax.configlib import parse_arg
+from localglobal_jax.config.loading import parse_arg
 
 DROP_PATH = {0: 0.2, 1: 0.3, 2: 0.5, 3: 0.7, 4: 0.2, 5: 0.2}  # 4 and up: pre-trained on more
 IMAGES = 1_281_167  # in the training split of imagenet2012

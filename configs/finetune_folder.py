@@ -14,17 +14,17 @@ no pictures.
 
 import pathlib
 
-from localglobal_jax import configlib
+from localglobal_jax.config import loading
 
 FINETUNE = pathlib.Path(__file__).with_name("coatnet_finetune.py")
 
 
 def get_config(arg=None):
-    arg = configlib.parse_arg(
+    arg = loading.parse_arg(
         arg, init="", resolution=224, steps=1000, data=("real", "mock"), size=("full", "tiny")
     )
     given = f"init={arg.init},resolution={arg.resolution},data={arg.data},size={arg.size}"
-    config = configlib.load(f"{FINETUNE}:{given},dataset=cifar10")
+    config = loading.load(f"{FINETUNE}:{given},dataset=cifar10")
     if arg.data == "real":
         config.data.name = "folder"
     config.task.mixup = 0.0  # the paper's recipe is for a million pictures; this for hundreds

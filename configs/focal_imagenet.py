@@ -9,7 +9,7 @@ The paper reports 82.2 / 83.6 / 84.0 % top-1 for tiny / small / base. Not run he
 
 from ml_collections import ConfigDict
 
-from localglobal_jax.configlib import parse_arg
+from localglobal_jax.config.loading import parse_arg
 
 DROP_PATH = {"tiny": 0.2, "small": 0.2, "base": 0.3}
 

@@ -11,7 +11,7 @@ folder you start from, or name others in ``data.files`` and ``data.dicts``. Then
 
 from ml_collections import ConfigDict
 
-from localglobal_jax.configlib import parse_arg
+from localglobal_jax.config.loading import parse_arg
 
 TEXT = "iwslt14.tokenized.de-en"
 

@@ -8,7 +8,7 @@ echo "Click the button to open the dialog." | localglobal translate --workdir ru
 
 from ml_collections import ConfigDict
 
-from localglobal_jax.configlib import parse_arg
+from localglobal_jax.config.loading import parse_arg
 
 
 def get_config(arg=None):

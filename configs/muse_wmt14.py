@@ -10,7 +10,7 @@ vocabulary of subwords of tokenised text; here SentencePiece reads the text as i
 
 from ml_collections import ConfigDict
 
-from localglobal_jax.configlib import parse_arg
+from localglobal_jax.config.loading import parse_arg
 
 PAIRS = {  # TFDS name, steps, peak of the learning rate, length penalty, beam, vocabulary
     "en-de": ("de-en", 30_000, 1e-3, 0.6, 4, 32_768),

@@ -6,13 +6,13 @@
 
 import pathlib
 
-from localglobal_jax import configlib
+from localglobal_jax.config import loading
 
 MUSE = pathlib.Path(__file__).with_name("muse_iwslt14.py")
 
 
 def get_config(arg=None):
-    config = configlib.load(f"{MUSE}:{arg or ''}")
+    config = loading.load(f"{MUSE}:{arg or ''}")
     config.model.name = "transformer_iwslt"
     config.optim.learning_rate = 5e-4
     return config

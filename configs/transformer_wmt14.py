@@ -9,13 +9,13 @@
 
 import pathlib
 
-from localglobal_jax import configlib
+from localglobal_jax.config import loading
 
 MUSE = pathlib.Path(__file__).with_name("muse_wmt14.py")
 
 
 def get_config(arg=None):
-    config = configlib.load(f"{MUSE}:{arg or ''}")
+    config = loading.load(f"{MUSE}:{arg or ''}")
     config.model.name = "transformer_base"
     config.optim.update(schedule="rsqrt", learning_rate=7e-4)
     config.optim.warmup_steps = min(config.optim.warmup_steps, 4000)

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from localglobal_jax import evaluate, losses, translate
-from localglobal_jax.data import text
+from localglobal_jax.data.text import pipeline
+from localglobal_jax.inference import translator as translate
 from localglobal_jax.launch import status
+from localglobal_jax.training import evaluation, losses
 
 NAMES = {"SS": "Transformer", "DD": "DynamicConv", "TT": "relative", "AA": "A", "EE": "E"}
 MODELS = ("Transformer", "MUSE-simple", "MUSE", "DynamicConv")
@@ -48,13 +49,13 @@ class Trained:
 
     def source(self, split: str = "test", edges: tuple[int, ...] = (16, 24, 32, 48, 64, 96)) -> Any:
         """The pairs of a split as this run's tokens."""
-        return text.open_eval(self.run.data, split, self.translator.tokenizers, edges)
+        return pipeline.open_eval(self.run.data, split, self.translator.tokenizers, edges)
 
 
 def finished(root: str | pathlib.Path) -> Iterator[Trained]:
     """Those below `root`, in the order of their names."""
     for file in sorted(pathlib.Path(root).glob("*/config.json")):
-        run = evaluate.read_run(file.parent)
+        run = evaluation.read_run(file.parent)
         if status.latest_step(file.parent) == run.steps:
             windows = run.model.get("blocks", {}).get("M", {}).get("windows", (3, 15))
             name = model_name(run.model["layout"], windows)
@@ -96,6 +97,6 @@ def token_losses(
 ) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
     """Batches of a `TextSource`, each with the loss [b, l] of every target token (nats)."""
     module, variables = trained.translator.module, trained.translator.variables
-    for batch in text.eval_batches(source, tokens=tokens, multiple=8):
+    for batch in pipeline.eval_batches(source, tokens=tokens, multiple=8):
         given = {k: jnp.asarray(v) for k, v in batch.items()}
         yield batch, np.asarray(_token_losses(module, variables, given))

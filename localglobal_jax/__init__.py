@@ -17,21 +17,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from localglobal_jax import (
-        accounting,
-        blocks,
-        classify,
-        convert,
-        decoding,
-        grad_cam,
-        layout,
-        models,
-        operators,
-        step_context,
-        translate,
-    )
-    from localglobal_jax.evaluate import load
-    from localglobal_jax.models import create_model, list_models
+    from localglobal_jax import blocks, convert, models, operators
+    from localglobal_jax.inference import classifier as classify
+    from localglobal_jax.inference import decoding, grad_cam
+    from localglobal_jax.inference import translator as translate
+    from localglobal_jax.models import create_model, layout, list_models
+    from localglobal_jax.models import flops as accounting
+    from localglobal_jax.parallel import context as step_context
+    from localglobal_jax.training.evaluation import load
 
 __all__ = [
     "accounting",
@@ -50,14 +43,24 @@ __all__ = [
     "translate",
 ]
 
-_FROM = {"create_model": "models", "list_models": "models", "load": "evaluate"}
+_ATTRIBUTES = {"create_model": "models", "list_models": "models", "load": "training.evaluation"}
+_MODULES = {
+    "accounting": "models.flops",
+    "classify": "inference.classifier",
+    "decoding": "inference.decoding",
+    "grad_cam": "inference.grad_cam",
+    "layout": "models.layout",
+    "step_context": "parallel.context",
+    "translate": "inference.translator",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module localglobal_jax has no attribute {name!r}")
-    module = importlib.import_module(f"localglobal_jax.{_FROM.get(name, name)}")
-    return getattr(module, name) if name in _FROM else module
+    place = _ATTRIBUTES.get(name) or _MODULES.get(name, name)
+    module = importlib.import_module(f"localglobal_jax.{place}")
+    return getattr(module, name) if name in _ATTRIBUTES else module
 
 
 def __dir__() -> list[str]:

@@ -3,7 +3,7 @@
 
 import sys
 
-from localglobal_jax.cli import console
+from localglobal_jax.cli.main import console
 
 if __name__ == "__main__":
     sys.exit(console())

@@ -23,10 +23,9 @@ import jaxtyping
 
 jaxtyping.install_import_hook(
     [
-        "localglobal_jax.arrays",
-        "localglobal_jax.decoding",
-        "localglobal_jax.losses",
+        "localglobal_jax.inference.decoding",
         "localglobal_jax.operators",
+        "localglobal_jax.training.losses",
     ],
     "beartype.beartype",
 )
@@ -49,7 +48,7 @@ def programs_of_a_module():
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
     """The embedded digits, prepared once."""
-    from localglobal_jax.data.prepare import prepare
+    from localglobal_jax.data.tfds.prepare import prepare
 
     directory = tmp_path_factory.mktemp("tfds")
     prepare("digits", str(directory))

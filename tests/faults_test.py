@@ -11,7 +11,9 @@ import sys
 import numpy as np
 import pytest
 
-from localglobal_jax import evaluate, stored, verification
+from localglobal_jax.checkpoints import reader
+from localglobal_jax.cli import verification
+from localglobal_jax.training import evaluation
 
 FAULTS = pathlib.Path(__file__).parents[1] / "experiments" / "faults"
 sys.path.insert(0, str(FAULTS))
@@ -52,7 +54,7 @@ def test_five_kills_change_no_bit(harness):
 def test_what_the_comparison_would_have_seen(harness, tmp_path):
     """Else the test above could not fail."""
     reference, _ = harness.reference("images")
-    steps = [entry["step"] for entry in stored.inspect(reference)["steps"]]
+    steps = [entry["step"] for entry in reader.inspect(reference)["steps"]]
 
     def differences(spoil):
         other = shutil.copytree(reference, tmp_path / "other")
@@ -113,7 +115,7 @@ def test_files_beside_the_checkpoints(harness, tmp_path):
     """Damage is found by a run that resumes and by `inspect --verify`, or changes nothing."""
     reference, data_dir = harness.reference("images")
     folder = shutil.copytree(reference, tmp_path / "run")
-    steps = stored.inspect(folder)["steps"]
+    steps = reader.inspect(folder)["steps"]
     assert verification.files(folder, steps) == [
         {"file": "config.json", "error": None},
         {"file": "metrics.jsonl", "error": None},
@@ -138,7 +140,7 @@ def test_an_evaluation_believes_no_other_config(harness, tmp_path):
     with pytest.raises(
         ValueError, match=rf"data\.mean: \(0\.5,\) in step {STEPS}, \(0\.25,\) in the"
     ):
-        evaluate.evaluate(folder, overrides={"data.dir": str(data_dir)})
+        evaluation.evaluate(folder, overrides={"data.dir": str(data_dir)})
 
 
 # ---------------------------------------------------------------------------- long ones

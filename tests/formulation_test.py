@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from localglobal_jax import losses, step_context
-from localglobal_jax.blocks.mbconv import MBConv
-from localglobal_jax.operators.activation import ACTIVATIONS
+from localglobal_jax.blocks.convolution import MBConv
+from localglobal_jax.models.stems import ConvPatchStem, ConvStem
+from localglobal_jax.operators.activations import ACTIVATIONS
 from localglobal_jax.operators.attention import attend
-from localglobal_jax.stems_heads import ConvPatchStem, ConvStem
+from localglobal_jax.parallel import context
+from localglobal_jax.training import losses
 
 MODULES = {
     "MBConv": MBConv(features=24),
@@ -31,7 +32,7 @@ def formulated(formulation, function, *args):
     """What `function` gives in one formulation, compiled."""
 
     def told(*args):
-        with step_context.tracing(formulation=formulation):
+        with context.tracing(formulation=formulation):
             return function(*args)
 
     return jax.jit(told)(*args)
@@ -131,7 +132,7 @@ def test_plain_has_forward_derivatives(name):
     def apply(x):
         return jnp.sum(jnp.sin(module.apply(variables, x, train=False)))
 
-    with step_context.tracing(formulation="plain"):
+    with context.tracing(formulation="plain"):
         _, forward = jax.jvp(apply, (x,), (x,))
         backward = jnp.vdot(jax.grad(apply)(x), x)
     np.testing.assert_allclose(forward, backward, rtol=1e-4)

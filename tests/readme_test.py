@@ -8,7 +8,7 @@ import shlex
 import pytest
 
 from localglobal_jax import list_models
-from localglobal_jax.cli import parser
+from localglobal_jax.cli.main import parser
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import text_runs
-from localglobal_jax.data import text
+from localglobal_jax.data.text import pipeline
 
 HERE = pathlib.Path(__file__).parent
 LENGTHS = (8, 16, 24, 32, 48, 64, 96)  # tokens, the end included: the last of each bucket
@@ -58,7 +58,7 @@ def measure(trained):
     module, variables = trained.translator.module, trained.translator.variables
     source = trained.source(edges=LENGTHS)
     sums = {}
-    for batch in text.eval_batches(source, tokens=8192, multiple=8):
+    for batch in pipeline.eval_batches(source, tokens=8192, multiple=8):
         kept = batch["mask"].any(1) & (batch["source"].shape[1] <= max(LENGTHS))
         if not kept.any():
             continue

@@ -12,8 +12,10 @@ from array_record.python import array_record_module
 from tensorflow_datasets.core import registered
 from tensorflow_datasets.proto import tf_example_pb2
 
-from localglobal_jax import schema
-from localglobal_jax.data import images, loader, records
+from localglobal_jax.config import schema
+from localglobal_jax.data import loader
+from localglobal_jax.data.images import pipeline
+from localglobal_jax.data.tfds import records
 
 SIZE, BAD = 9, 4  # records, and the number of the bad one
 BATCH, STEPS = 4, 7  # three epochs and a part
@@ -81,9 +83,9 @@ def copied(clean: pathlib.Path, root: pathlib.Path, contents: list[bytes]) -> pa
 def batches(root: pathlib.Path, name: str, **options: Any) -> list[loader.Batch]:
     """Three epochs of training and one evaluation."""
     chosen = schema.Images(name=name, dir=str(root), image_size=(12, 16), **options)
-    train = images.open_split(chosen, "train", train=True)
+    train = pipeline.open_split(chosen, "train", train=True)
     found = list(loader.train_batches(train, batch_size=BATCH, seed=5, start=0, stop=STEPS))
-    held = images.open_split(chosen, "train", train=False)
+    held = pipeline.open_split(chosen, "train", train=False)
     return [*found, *loader.eval_batches(held, batch_size=BATCH)]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 from run_fields import CONFIGS, VALUES, attempt
 
-from localglobal_jax import cli
+from localglobal_jax.cli import main
 
 Trial = tuple[str, Callable[[], str]]
 HEAD = "from ml_collections import ConfigDict\ndef get_config(arg=None):\n"
@@ -202,7 +202,7 @@ def command(*words: str) -> str:
     """Asserts exit code 2 and a message that is no traceback."""
     with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(err):
         try:
-            code = cli.main(list(words))
+            code = main.main(list(words))
         except SystemExit as stop:  # argparse, or a config that calls exit()
             code = stop.code
     said = err.getvalue()

@@ -11,7 +11,10 @@ from typing import Any
 
 import pydantic
 
-from localglobal_jax import cli, configlib, models, schema, train
+from localglobal_jax import models
+from localglobal_jax.cli import main
+from localglobal_jax.config import loading, schema
+from localglobal_jax.training import loop
 
 Trial = tuple[str, Callable[[], str]]
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
@@ -80,7 +83,7 @@ def model_fields(kind: str, base: str) -> Iterator[str]:
     for about in dataclasses.fields(models.MODELS[name][0]):
         if about.name not in ("parent", "name"):
             yield f"model.{about.name}"
-    for field in configlib.flatten(configlib.load(base).model.to_dict()):
+    for field in loading.flatten(loading.load(base).model.to_dict()):
         if "." in field:
             yield f"model.{field}"
 
@@ -96,11 +99,11 @@ def attempt(workdir: pathlib.Path, base: str, field: str, value: str) -> str:
     def accept(*args: Any) -> None:
         raise Accepted
 
-    train.claim = accept
+    loop.claim = accept
     command = ["train", f"--config={base}", f"--workdir={workdir}", f"--config.{field}={value}"]
     with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(err):
         try:
-            code = cli.main(command)
+            code = main.main(command)
         except Accepted:
             return "works"
     said = err.getvalue()

@@ -9,7 +9,8 @@ import numpy as np
 import pictures
 import trial
 
-from localglobal_jax.data import loader, readers
+from localglobal_jax.data import loader
+from localglobal_jax.data.images import readers
 
 Trial = tuple[str, Callable[[], str]]
 CHANNELS = (3, 1)

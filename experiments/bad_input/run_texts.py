@@ -13,8 +13,10 @@ import tensorflow_datasets as tfds
 import trial
 import writings
 
-from localglobal_jax import cli, schema
-from localglobal_jax.data import pairs, records, text
+from localglobal_jax.cli import main
+from localglobal_jax.config import schema
+from localglobal_jax.data.text import pairs, pipeline
+from localglobal_jax.data.tfds import records
 
 Trial = tuple[str, Callable[[], str]]
 GOOD = [(f"The house number {i} is green.", f"Das Haus Nummer {i} ist grün.") for i in range(60)]
@@ -94,7 +96,7 @@ def _prepared(root: pathlib.Path, names: tuple[str, ...]) -> tuple[int, str]:
     given = ",".join(names) + ("," if len(names) == 1 else "")
     command = ["prepare", f"--config={root}/config.py", f"--config.data.files={given}"]
     with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(err):
-        code = cli.main([*command, "--config.data.eval_splits=train"])
+        code = main.main([*command, "--config.data.eval_splits=train"])
     return code, err.getvalue()
 
 
@@ -108,11 +110,11 @@ def _batches(options: schema.Text, line: str, side: int) -> str:
     assert list(zip(found.sources, found.targets, strict=True)) == wanted
     if not shown:
         assert found.counts["left out: a side is empty"] == 1
-    source = text.open_train(options)
-    again = text.open_train(options, source.tokenizers)
+    source = pipeline.open_train(options)
+    again = pipeline.open_train(options, source.tokenizers)
     stream = dict(tokens=2048, multiple=4, seed=3, start=0, stop=12)
-    batches = list(text.train_batches(source, **stream))
-    for batch, other in zip(batches, text.train_batches(again, **stream), strict=True):
+    batches = list(pipeline.train_batches(source, **stream))
+    for batch, other in zip(batches, pipeline.train_batches(again, **stream), strict=True):
         for key, value in batch.items():
             np.testing.assert_array_equal(value, other[key], strict=True)
     for split in (found.sources, found.targets):  # what has no character of its own is kept too
@@ -180,7 +182,7 @@ def _score(scratch: pathlib.Path, line: bytes, side: int) -> str:
         contextlib.redirect_stderr(io.StringIO()) as err,
         contextlib.redirect_stdout(io.StringIO()),
     ):
-        code = cli.main(command)
+        code = main.main(command)
     bad = root / ("hyp", "ref")[side]
     assert "Traceback" not in err.getvalue()
     if writings.refused(line):

@@ -16,7 +16,7 @@ import time
 import run
 import writings
 
-from localglobal_jax import cli
+from localglobal_jax.cli import main as cli
 
 MUSE = f"{pathlib.Path(__file__).parents[2] / 'configs' / 'muse_lohelp.py'}:size=tiny"
 GOOD = b"The house number 7 is green."

@@ -17,8 +17,9 @@ import numpy as np
 import pairs
 import sklearn.datasets
 
-from localglobal_jax import schema
-from localglobal_jax.data import images, loader
+from localglobal_jax.config import schema
+from localglobal_jax.data import loader
+from localglobal_jax.data.images import pipeline
 
 HERE = pathlib.Path(__file__).parent
 IMAGES, ROUNDS = 512, 7
@@ -72,7 +73,7 @@ def small():
         image_size=(28, 28), in_memory=True, crop="pad", pad=2, flip=True, threads=2
     )
     pixels = np.random.default_rng(0).integers(0, 256, (60_000, 28, 28, 1), np.uint8)
-    source = images.ImageSource(Small(pixels), options, train=True)
+    source = pipeline.ImageSource(Small(pixels), options, train=True)
     found = []
     for part in range(ROUNDS + 1):
         began = time.process_time()

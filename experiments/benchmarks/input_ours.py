@@ -10,8 +10,9 @@ import time
 
 import numpy as np
 
-from localglobal_jax import schema
-from localglobal_jax.data import images, loader, readers
+from localglobal_jax.config import schema
+from localglobal_jax.data import loader
+from localglobal_jax.data.images import pipeline, readers
 
 
 class Files:
@@ -44,7 +45,7 @@ def main(layers, count, *paths):
         in_memory=False,
         threads=2,
     )
-    source = images.ImageSource(Files(paths, int(count)), options, train=True)
+    source = pipeline.ImageSource(Files(paths, int(count)), options, train=True)
 
     def go():
         for start in range(0, int(count), 64):

@@ -18,9 +18,10 @@ import numpy as np
 
 import localglobal_jax as lg
 from experiments import study
-from localglobal_jax.data import images, loader
+from localglobal_jax.data import loader
+from localglobal_jax.data.images import pipeline
 from localglobal_jax.launch import expand, status
-from localglobal_jax.tasks import classification
+from localglobal_jax.training.tasks import classification
 
 HERE = pathlib.Path(__file__).parent
 SHIFTS = range(5)  # pixels
@@ -49,7 +50,7 @@ def measure(run: expand.Description) -> list[dict[str, object]]:
         logits, _ = module.apply(variables, classification.normalize(image, options), train=False)
         return jnp.argmax(logits, -1)
 
-    source = images.open_split(options, options.eval_splits[0], train=False)
+    source = pipeline.open_split(options, options.eval_splits[0], train=False)
     labels, answers = [], {pixels: [] for pixels in SHIFTS}
     for batch in loader.eval_batches(source, batch_size=run.run.eval.batch_size):
         real = batch["mask"] > 0  # the last batch is filled up

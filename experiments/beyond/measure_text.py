@@ -14,7 +14,7 @@ import sys
 import numpy as np
 
 from experiments import text_runs
-from localglobal_jax import scoring
+from localglobal_jax.inference import bleu
 
 HERE = pathlib.Path(__file__).parent
 LENGTHS = (16, 24, 32, 48, 64, 96)  # the last of each bucket
@@ -36,9 +36,7 @@ def measure(trained):
     for b in (*range(len(LENGTHS)), None):
         index = chosen if b is None else np.flatnonzero(bucket == b)
         loss, tokens = sums[index].sum(0)
-        found = scoring.score(
-            [said[i].text for i in index], [source.text.targets[i] for i in index]
-        )
+        found = bleu.score([said[i].text for i in index], [source.text.targets[i] for i in index])
         yield {
             "model": trained.model,
             "seed": trained.seed,

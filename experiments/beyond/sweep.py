@@ -11,8 +11,8 @@ ImageNet-1k at the size of CoAtNet-0; ``:size=tiny``: digits, one seed. Text: `s
 
 import pathlib
 
-from localglobal_jax import configlib
-from localglobal_jax.sweeps import product
+from localglobal_jax.config import loading
+from localglobal_jax.config.sweeps import product
 
 LAYOUTS = pathlib.Path(__file__).parents[1] / "coatnet_layouts" / "sweep.py"
 # Depths that make the sizes equal: 498,576 to 499,216 parameters at laptop size, 24,990,260 to
@@ -32,7 +32,7 @@ DEPTHS = {
 
 def get_config(arg=None):
     arg = parse(arg)
-    config = configlib.load(f"{LAYOUTS}:size={arg.size},data={arg.data}")
+    config = loading.load(f"{LAYOUTS}:size={arg.size},data={arg.data}")
     if arg.size == "paper":
         config.model.update(layout="CCTT", depths=DEPTHS["paper"]["CCTT"])
         return config
@@ -48,7 +48,7 @@ def get_config(arg=None):
 
 
 def parse(arg):
-    return configlib.parse_arg(arg, size=("laptop", "paper", "tiny"), data=("real", "mock"))
+    return loading.parse_arg(arg, size=("laptop", "paper", "tiny"), data=("real", "mock"))
 
 
 def sweep(arg=None):

@@ -10,8 +10,8 @@ positions. ``measure_text.py`` reads the runs.
 
 import pathlib
 
-from localglobal_jax import configlib
-from localglobal_jax.sweeps import product
+from localglobal_jax.config import loading
+from localglobal_jax.config.sweeps import product
 
 RESULTS = pathlib.Path(__file__).parents[1] / "muse_results" / "sweep.py"
 LAYOUTS = {  # and their positions
@@ -33,11 +33,11 @@ LENGTHS = {"laptop": (96, 24), "paper": (176, 32), "tiny": (48, 24)}
 
 
 def parse(arg):
-    return configlib.parse_arg(arg, size=("laptop", "paper", "tiny"), data=("real", "mock"))
+    return loading.parse_arg(arg, size=("laptop", "paper", "tiny"), data=("real", "mock"))
 
 
 def get_config(arg=None):
-    config = configlib.load(f"{RESULTS}:{arg or ''}")
+    config = loading.load(f"{RESULTS}:{arg or ''}")
     config.model.blocks.update(T=dict(furthest=64), E=dict(furthest=64), A=dict(window=15))
     config.model.positions = "sinusoidal"
     config.data.eval_splits = ("valid" if parse(arg).size == "paper" else "validation",)

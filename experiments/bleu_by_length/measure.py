@@ -20,8 +20,8 @@ from functools import partial
 import numpy as np
 
 from experiments import text_runs
-from localglobal_jax import scoring
-from localglobal_jax.data import pairs, text
+from localglobal_jax.data.text import pairs, pipeline
+from localglobal_jax.inference import bleu
 
 HERE = pathlib.Path(__file__).parent
 KS = (1, 2, 4, 8)
@@ -46,7 +46,7 @@ def official(file):
     with gzip.open(file, "rt", encoding="utf-8") as opened:
         lines = [line.rstrip("\n").split("\t") for line in opened]
     _, sources, references, hypotheses = zip(*lines, strict=True)
-    found = scoring.score(hypotheses, references, sources, tokenized=True)
+    found = bleu.score(hypotheses, references, sources, tokenized=True)
     rows = [{"words": "all", "sentences": len(lines), **found}, *found["by_length"]]
     with open(HERE / "official.csv", "w", newline="") as out:
         writer = csv.DictWriter(
@@ -113,7 +113,7 @@ def forced(trained, sentences, k):
     target = trained.translator.tokenizers.target
     sizes = [len(ids) for ids in target.encode([t for _, t in sentences])]
     sources, targets = zip(*grouped(sentences, k), strict=True)
-    data = text.TextSource(
+    data = pipeline.TextSource(
         trained.translator.tokenizers,
         pairs.Pairs(list(sources), list(targets), {}),
         edges=(16, 24, 48, 96),
@@ -149,7 +149,7 @@ def joined(trained):
         row |= {"target_tokens": int(loss[:, 2].sum())}
         row |= {"words_reference": sum(len(r.split()) for r in references)}
         for name, values, said in (("", loss, together), ("_alone", alone_loss, apart)):
-            score = scoring.score(said, references)
+            score = bleu.score(said, references)
             total, first, count = values.sum(0)
             row[f"nll{name}"] = f"{total / count:.6f}"
             row[f"inner{name}"] = f"{(total - first) / (count - len(values)):.6f}"

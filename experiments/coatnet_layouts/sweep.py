@@ -13,8 +13,8 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from localglobal_jax import configlib
-from localglobal_jax.sweeps import chain, product
+from localglobal_jax.config import loading
+from localglobal_jax.config.sweeps import chain, product
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 # Depths that make the sizes equal: 499,216 to 524,008 parameters (ViT-rel: 490,810).
@@ -30,13 +30,13 @@ NAMED = ("coatnet_cccc", "coatnet_ccct", "coatnet_cctt", "coatnet_cttt", "coatne
 
 
 def parse(arg):
-    return configlib.parse_arg(arg, size=("laptop", "paper", "tiny"), data=("real", "mock"))
+    return loading.parse_arg(arg, size=("laptop", "paper", "tiny"), data=("real", "mock"))
 
 
 def get_config(arg=None):
     arg = parse(arg)
     if arg.size == "paper":
-        return configlib.load(f"{CONFIGS / 'coatnet_imagenet.py'}:variant=0,data={arg.data}")
+        return loading.load(f"{CONFIGS / 'coatnet_imagenet.py'}:variant=0,data={arg.data}")
     config = ConfigDict(dict(seed=0, steps=600, batch_size=64))
     # The stem halves 32x32 pixels; the stages see grids of 16, 8, 4 and 4.
     config.model = ConfigDict(

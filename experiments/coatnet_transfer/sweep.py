@@ -13,9 +13,9 @@ in ``pretrained=runs/coatnet_transfer/pretrain``, by the names that its sweep gi
 
 import pathlib
 
-from localglobal_jax import configlib
+from localglobal_jax.config import loading
+from localglobal_jax.config.sweeps import product
 from localglobal_jax.launch import expand
-from localglobal_jax.sweeps import product
 
 HERE = pathlib.Path(__file__)
 LAYOUTS = HERE.parents[1] / "coatnet_layouts" / "sweep.py"
@@ -25,7 +25,7 @@ SIZES = {"laptop": (1, 2, 3, 1), "tiny": (1, 1, 3, 1)}
 
 
 def parse(arg):
-    return configlib.parse_arg(
+    return loading.parse_arg(
         arg,
         size=("laptop", "paper", "tiny"),
         data=("real", "mock"),
@@ -37,8 +37,8 @@ def parse(arg):
 def get_config(arg=None):
     arg = parse(arg)
     if arg.size == "paper" and arg.stage == "finetune":  # 75,000 steps of 512 are 30 epochs
-        return configlib.load(f"{FINETUNE}:resolution=224,data={arg.data}")
-    config = configlib.load(f"{LAYOUTS}:size={arg.size},data={arg.data}")
+        return loading.load(f"{FINETUNE}:resolution=224,data={arg.data}")
+    config = loading.load(f"{LAYOUTS}:size={arg.size},data={arg.data}")
     if arg.size == "paper":
         config.update(steps=13_000)  # five epochs
         config.data.update(name="placesfull", train_split="train[:99%]")

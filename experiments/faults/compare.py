@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import runs
 
-from localglobal_jax import stored
-from localglobal_jax.run_report import OF_THE_MACHINE
+from localglobal_jax.checkpoints import reader
+from localglobal_jax.training.reporting.run import OF_THE_MACHINE
 
 TIMES = {"images_per_second", "tokens_per_second", "steps_per_second", *OF_THE_MACHINE}
 
@@ -41,11 +41,11 @@ def kept(run, regular, stopped, scores):
 
 def arrays(workdir, step):
     """Path -> array of one checkpoint, digests checked; and its metadata."""
-    _, tree, metadata = stored.read(workdir, step)
+    _, tree, metadata = reader.read(workdir, step)
     del metadata["metrics_crc32"]  # of lines with times in them
     del metadata["environment"]  # somebody may commit between two runs
     del metadata["config"]["parallel"]["compilation_cache"]  # off where compiling was to be killed
-    return stored.flatten(tree)[0], metadata
+    return reader.flatten(tree)[0], metadata
 
 
 def differences(reference, workdir, *, steps, wanted_steps, seen=True):
@@ -65,11 +65,11 @@ def differences(reference, workdir, *, steps, wanted_steps, seen=True):
         other = next((pair for pair in zip(ours, theirs, strict=False) if pair[0] != pair[1]), None)
         found.append(f"metrics.jsonl: {len(ours)} lines for {len(theirs)}; first: {other}")
 
-    there = [entry["step"] for entry in stored.inspect(workdir)["steps"]]
+    there = [entry["step"] for entry in reader.inspect(workdir)["steps"]]
     left = [p.name for p in (workdir / "checkpoints").iterdir() if not p.name.isdigit()]
     if there != wanted_steps or left:
         found.append(f"checkpoints {there} and {left}, expected {wanted_steps}")
-    for step in set(there) & {entry["step"] for entry in stored.inspect(reference)["steps"]}:
+    for step in set(there) & {entry["step"] for entry in reader.inspect(reference)["steps"]}:
         (ours, about), (theirs, theirs_about) = arrays(workdir, step), arrays(reference, step)
         if ours.keys() != theirs.keys():
             found.append(f"step {step}: other leaves: {sorted(ours.keys() ^ theirs.keys())}")
@@ -112,7 +112,7 @@ def data_differs(kind, a, b):
     """
     import tensorflow_datasets as tfds  # noqa: PLC0415, a second
 
-    from localglobal_jax.data.records import Records  # noqa: PLC0415
+    from localglobal_jax.data.tfds.records import Records  # noqa: PLC0415
 
     folders = [pathlib.Path(root, runs.DATA[kind][1]) for root in (a, b)]
     listed = [sorted(p.name for p in folder.parent.rglob("*")) for folder in folders]
@@ -144,5 +144,5 @@ def files_differ(a, b, names):
 
 def leaves(workdir):
     """How many arrays and numbers the last checkpoint holds, by section."""
-    _, tree, _ = stored.read(workdir)
+    _, tree, _ = reader.read(workdir)
     return {name: len(jax.tree.leaves(part)) for name, part in tree.items()}

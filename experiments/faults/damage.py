@@ -7,18 +7,12 @@ import subprocess
 import numpy as np
 import runs
 
-from localglobal_jax import (
-    checkpoint,
-    configlib,
-    digest,
-    reporting,
-    schema,
-    session,
-    stored,
-    verification,
-    workdir,
-)
-from localglobal_jax.data import tokenizer
+from localglobal_jax.checkpoints import digests, manager, reader, workdir
+from localglobal_jax.cli import verification
+from localglobal_jax.config import loading, schema
+from localglobal_jax.data.text import tokenizers
+from localglobal_jax.training import setup
+from localglobal_jax.training.reporting import metrics_log
 
 SHORT = {"steps": "9", "checkpoint.every": "3", "checkpoint.keep": "3", "eval.every": "3"}
 SHORT |= {"log.every": "2", "log.tensorboard": "false"}
@@ -83,7 +77,7 @@ def bits(tree):
     """Path -> (dtype, shape, bytes)."""
     return {
         path: (str(x.dtype), x.shape, np.asarray(x).tobytes())
-        for path, x in stored.flatten(tree)[0].items()
+        for path, x in reader.flatten(tree)[0].items()
     }
 
 
@@ -92,17 +86,17 @@ class Checkpointed:
 
     def __init__(self, kind, folder):
         self.kind, self.folder = kind, folder
-        run = configlib.read_json(folder / "config.json")
-        self.template = session.open_session(run, folder).template
+        run = loading.read_json(folder / "config.json")
+        self.template = setup.open_session(run, folder).template
         self.run, self.hear = run, Listening()
-        self.steps = [entry["step"] for entry in stored.inspect(folder)["steps"]]
+        self.steps = [entry["step"] for entry in reader.inspect(folder)["steps"]]
         self.newest = folder / "checkpoints" / str(self.steps[-1])
         self.states = {step: bits(self.restore(step).state) for step in self.steps}
 
     def restore(self, step=None):
         """As a resuming run does."""
         options = self.run.checkpoint
-        return checkpoint.Checkpoints(self.folder / "checkpoints", options).restore(
+        return manager.Checkpoints(self.folder / "checkpoints", options).restore(
             self.template, step
         )
 
@@ -116,7 +110,7 @@ class Checkpointed:
         with self.hear:
             found = self.restore()
         said = " ".join(self.hear.said)
-        entry = stored.inspect(self.folder, verify=True)["steps"][-1]
+        entry = reader.inspect(self.folder, verify=True)["steps"][-1]
         same = bits(found.state) == self.states[found.step]
         went_back = found.step == self.steps[-2]
         harmless = listed and found.step == self.steps[-1]  # a byte that nobody reads
@@ -151,7 +145,7 @@ class Checkpointed:
 
     def listed(self, rng, flips):
         """Flips that ``files.json`` takes for right."""
-        manifest = self.newest / digest.MANIFEST
+        manifest = self.newest / digests.MANIFEST
         before = manifest.read_bytes()
         for path in self.files():
             if "state" not in path.parts or not path.stat().st_size:
@@ -159,7 +153,7 @@ class Checkpointed:
             name = str(path.relative_to(self.newest))
             for bit in rng.integers(0, 8 * path.stat().st_size, flips):
                 undo = damaged(path, flip(path.read_bytes(), [int(bit)]))
-                digest.write_manifest(stored.epath.Path(self.newest))
+                digests.write_manifest(reader.epath.Path(self.newest))
                 result = self.attempt(name, listed=True)
                 undo()
                 manifest.write_bytes(before)
@@ -167,14 +161,14 @@ class Checkpointed:
 
     def beside(self, rng, flips):
         """Damage of the files beside the checkpoints."""
-        config = configlib.read_json(self.folder / "config.json").model_dump()
+        config = loading.read_json(self.folder / "config.json").model_dump()
         paths = [self.folder / "config.json", self.folder / "metrics.jsonl"]
-        paths += sorted((self.folder / tokenizer.DIRECTORY).glob("*"))
+        paths += sorted((self.folder / tokenizers.DIRECTORY).glob("*"))
         for path in paths:
             name = str(path.relative_to(self.folder))
             for damage, contents in damages(path.read_bytes(), rng, flips):
                 undo = damaged(path, contents)
-                listed = verification.files(self.folder, stored.inspect(self.folder)["steps"])
+                listed = verification.files(self.folder, reader.inspect(self.folder)["steps"])
                 inspect = [entry["error"] for entry in listed if entry["error"]]
                 resumed, same = self.resume(name, config)
                 undo()
@@ -194,17 +188,17 @@ class Checkpointed:
         try:
             if name == "config.json":
                 workdir.refuse_other(self.run, self.folder)
-                now = configlib.read_json(self.folder / "config.json").model_dump()
-                changed = set(configlib.difference(config, now))
+                now = loading.read_json(self.folder / "config.json").model_dump()
+                changed = set(loading.difference(config, now))
                 free = {f for f in changed if f.startswith(schema.MAY_CHANGE)}
                 return None, changed == free
             if name == "metrics.jsonl":
-                metadata = stored.document_of(
-                    stored.epath.Path(self.folder / "checkpoints"), self.steps[-1]
+                metadata = reader.document_of(
+                    reader.epath.Path(self.folder / "checkpoints"), self.steps[-1]
                 )["metadata"]
-                now = reporting.checksum(self.folder, self.steps[-1])
+                now = metrics_log.checksum(self.folder, self.steps[-1])
                 with self.hear:
-                    reporting.Writer(
+                    metrics_log.Writer(
                         self.folder,
                         resume_step=self.steps[-1],
                         tensorboard=False,
@@ -212,17 +206,17 @@ class Checkpointed:
                     ).close()
                 said = " ".join(self.hear.said)
                 return said, now == metadata["metrics_crc32"]
-            task = session.create_task if name.endswith(tokenizer.INDEX) else None
+            task = setup.create_task if name.endswith(tokenizers.INDEX) else None
             if task and not (self.folder / name).exists():
                 task(self.run, workdir=self.folder)
-            made = tokenizer.load(self.folder / tokenizer.DIRECTORY)
+            made = tokenizers.load(self.folder / tokenizers.DIRECTORY)
             return None, made is not None and made.source.dump() == self.words()
         except ValueError as error:
             return str(error), False
 
     def words(self):
         """Of the tokenizer as it was."""
-        return (self.folder / tokenizer.DIRECTORY / "joint.model").read_bytes()
+        return (self.folder / tokenizers.DIRECTORY / "joint.model").read_bytes()
 
     def all_steps(self, rng):
         """Every step damaged: a real run must refuse, and change nothing."""

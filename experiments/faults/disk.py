@@ -23,7 +23,7 @@ import time
 import compare
 import runs
 
-from localglobal_jax import stored
+from localglobal_jax.checkpoints import reader
 
 SHORT = {"steps": "12", "checkpoint.every": "3", "eval.every": "6", "log.every": "1"}
 CLOCK = """
@@ -63,7 +63,7 @@ class Disk:
 
     def differences(self, workdir):
         """From the undisturbed run, at the end."""
-        steps = [entry["step"] for entry in stored.inspect(self.reference)["steps"]]
+        steps = [entry["step"] for entry in reader.inspect(self.reference)["steps"]]
         return compare.differences(
             self.reference, workdir, steps=int(SHORT["steps"]), wanted_steps=steps, seen=False
         )
@@ -81,8 +81,8 @@ class Disk:
             said = died.stderr.strip().splitlines()[-1]
             there = [p.name for p in sorted(workdir.rglob("*"))] if workdir.exists() else []
             found = []
-            if stored.directories(stored.epath.Path(workdir / "checkpoints")):
-                found = stored.inspect(workdir, verify=True)["steps"]
+            if reader.directories(reader.epath.Path(workdir / "checkpoints")):
+                found = reader.inspect(workdir, verify=True)["steps"]
             steps = [entry["step"] for entry in found if entry["verified"]]
             bad = [entry for entry in found if not entry["verified"]]
             subprocess.run(["mount", "-o", "remount,size=64m", mount], check=True)

@@ -24,7 +24,7 @@ import numpy as np
 import runs
 from life import Life, await_moment
 
-from localglobal_jax import stored
+from localglobal_jax.checkpoints import reader
 
 SIGNALS = {"KILL": 0.65, "TERM": 0.2, "TERM then KILL": 0.15}
 MOMENTS = {  # what to wait for: how often
@@ -128,11 +128,11 @@ class Harness:
 
     def checkpoints(self, workdir):
         """(the newest step, sentences on what is damaged)."""
-        if not (workdir / "checkpoints").is_dir() or not stored.directories(
-            stored.epath.Path(workdir / "checkpoints")
+        if not (workdir / "checkpoints").is_dir() or not reader.directories(
+            reader.epath.Path(workdir / "checkpoints")
         ):
             return 0, []
-        found = stored.inspect(workdir, verify=True)
+        found = reader.inspect(workdir, verify=True)
         bad = [f"step {s['step']}: {s['error']}" for s in found["steps"] if not s["verified"]]
         return found["latest"] or 0, bad
 

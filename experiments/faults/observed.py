@@ -11,12 +11,13 @@ import os
 import sys
 import zlib
 
-from localglobal_jax import cli, session
+from localglobal_jax.cli import main as cli
+from localglobal_jax.training import setup
 
 
 def main():
     notes = os.open(os.environ["OBSERVED_BATCHES"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    create_task = session.create_task
+    create_task = setup.create_task
 
     def observed_task(*args, **kwargs):
         task = create_task(*args, **kwargs)
@@ -31,7 +32,7 @@ def main():
 
         return dataclasses.replace(task, train_batches=batches)
 
-    session.create_task = observed_task
+    setup.create_task = observed_task
     return cli.main()
 
 

@@ -9,8 +9,8 @@ nets give, and where these are missing or share their input the model is wider.
 
 import pathlib
 
-from localglobal_jax import configlib
-from localglobal_jax.sweeps import product
+from localglobal_jax.config import loading
+from localglobal_jax.config.sweeps import product
 
 RESULTS = pathlib.Path(__file__).parents[1] / "muse_results" / "sweep.py"
 # (windows, kind, projection, ffn); "growing": one window a layer, wider and wider
@@ -40,11 +40,11 @@ WIDTHS = {
 
 
 def parse(arg):
-    return configlib.parse_arg(arg, size=("laptop", "paper", "tiny"), data=("real", "mock"))
+    return loading.parse_arg(arg, size=("laptop", "paper", "tiny"), data=("real", "mock"))
 
 
 def get_config(arg=None):
-    config = configlib.load(f"{RESULTS}:{arg or ''}")
+    config = loading.load(f"{RESULTS}:{arg or ''}")
     config.model.blocks.M.update(kind="dynamic", projection="shared", ffn="own")
     if parse(arg).size == "laptop":
         config.steps, config.optim.warmup_steps = 1200, 200

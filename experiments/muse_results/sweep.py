@@ -12,8 +12,8 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from localglobal_jax import configlib
-from localglobal_jax.sweeps import product
+from localglobal_jax.config import loading
+from localglobal_jax.config.sweeps import product
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 FILES = {
@@ -34,13 +34,13 @@ HIDDEN = {  # Transformer, MUSE-simple, MUSE, DynamicConv
 
 
 def parse(arg):
-    return configlib.parse_arg(arg, size=SIZES, data=("real", "mock"))
+    return loading.parse_arg(arg, size=SIZES, data=("real", "mock"))
 
 
 def get_config(arg=None):
     arg = parse(arg)
     own = "tiny" if arg.size == "tiny" else "demo" if arg.size == "laptop" else "paper"
-    config = configlib.load(f"{CONFIGS / FILES[arg.size]}.py:size={own},data={arg.data}")
+    config = loading.load(f"{CONFIGS / FILES[arg.size]}.py:size={own},data={arg.data}")
     noise = dict(input_dropout=0.1) if arg.size == "wmt" else {}
     if arg.size in ("laptop", "tiny"):
         noise = dict(kernel_dropout=0.0)

@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from localglobal_jax import accounting, step_context
 from localglobal_jax.blocks import BLOCKS
+from localglobal_jax.models import flops
 from localglobal_jax.operators.adaptive import AdaptiveConv, EquivariantAttention
 from localglobal_jax.operators.adaptive_sequence import AdaptiveSequence, EquivariantSequence
 from localglobal_jax.operators.attention import RelativeAttention
+from localglobal_jax.operators.cache import SelfAttention
 from localglobal_jax.operators.convolution import DepthwiseConv
 from localglobal_jax.operators.dynamic_sequence import DynamicConv
 from localglobal_jax.operators.focal import FocalAttention
@@ -28,7 +29,7 @@ from localglobal_jax.operators.focal_nearest import NearestFocalAttention
 from localglobal_jax.operators.muse import Muse
 from localglobal_jax.operators.muse_sequence import MuseSequence
 from localglobal_jax.operators.outlook import Outlook
-from localglobal_jax.operators.sequence import SelfAttention
+from localglobal_jax.parallel import context
 
 HERE = pathlib.Path(__file__).parent
 D, N = 64, 4  # width, heads
@@ -137,9 +138,9 @@ def ratio(run, reference, x):
 def costs(module, reference, space):
     x = inputs(space, 0)
     length = x[0, ..., 0].size
-    with step_context.tracing(formulation="plain"):  # the equations, nothing made twice
+    with context.tracing(formulation="plain"):  # the equations, nothing made twice
         key = jax.random.key(0)
-        count = accounting.multiply_adds(lambda x: module.init_with_output(key, x)[0], x)
+        count = flops.multiply_adds(lambda x: module.init_with_output(key, x)[0], x)
     yield f"multiply-adds {length}", count / length
     run = ready(module, space)
     # A multiply-add is two operations. What is made of shifts counts here, but above as nothing.

@@ -21,11 +21,9 @@ if hasattr(os, "sched_setaffinity"):  # before jax counts the cores
 
 import jax
 
-from localglobal_jax import accounting, bench
 from localglobal_jax.launch import expand
-from localglobal_jax.models import create_model
-from localglobal_jax.plan import compile as plan
-from localglobal_jax.plan import topologies
+from localglobal_jax.models import create_model, flops
+from localglobal_jax.profiling import bench, compile, topologies
 
 HERE = pathlib.Path(__file__).parent
 FIRST = "CoAtNet"
@@ -43,7 +41,9 @@ def main(size: str = "laptop", steps: int = 20, out: pathlib.Path = HERE / "spee
     found = bench.measure(list(runs.values()), steps=min(steps, described[0].run.steps - 1))
     for (name, run), report in zip(runs.items(), found, strict=True):
         with tempfile.TemporaryDirectory() as folder:
-            facts = plan.compile_step(run, topologies.parse("cpu:1"), "train", pathlib.Path(folder))
+            facts = compile.compile_step(
+                run, topologies.parse("cpu:1"), "train", pathlib.Path(folder)
+            )
         ratio = report.get("times_as_fast_as_first", {"median": 1.0, "low": 1.0, "high": 1.0})
         rows.append(
             {
@@ -69,7 +69,7 @@ def main(size: str = "laptop", steps: int = 20, out: pathlib.Path = HERE / "spee
 
 def multiply_adds(run) -> int:
     image = jax.ShapeDtypeStruct((1, *run.data.image_size, 1), "float32")
-    return accounting.account(create_model(classes=10, **run.model), image).multiply_adds
+    return flops.account(create_model(classes=10, **run.model), image).multiply_adds
 
 
 if __name__ == "__main__":

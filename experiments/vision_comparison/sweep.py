@@ -12,8 +12,8 @@ ImageNet-1k at about 25 M, all with CoAtNet's recipe; ``:size=tiny``: digits, on
 import csv
 import pathlib
 
-from localglobal_jax import configlib
-from localglobal_jax.sweeps import product
+from localglobal_jax.config import loading
+from localglobal_jax.config.sweeps import product
 
 HERE = pathlib.Path(__file__)
 LAYOUTS = HERE.parents[1] / "coatnet_layouts" / "sweep.py"
@@ -22,12 +22,12 @@ BASE = {"laptop": (96, 24, 4, 32), "tiny": (32, 16, 2, 8)}
 
 
 def parse(arg):
-    return configlib.parse_arg(arg, size=("laptop", "paper", "tiny"), data=("real", "mock"))
+    return loading.parse_arg(arg, size=("laptop", "paper", "tiny"), data=("real", "mock"))
 
 
 def get_config(arg=None):
     arg = parse(arg)
-    config = configlib.load(f"{LAYOUTS}:size={arg.size},data={arg.data}")
+    config = loading.load(f"{LAYOUTS}:size={arg.size},data={arg.data}")
     if arg.size != "paper":  # only what all of the models below have; the runs say the rest
         common = models(arg.size)["CoAtNet"]
         config.model = {key: common[key] for key in ("name", "layout", "depths", "widths")}
@@ -65,7 +65,7 @@ def fields(size):
     """What overrides the config's model, one by one."""
     if size == "paper":
         return [{f"model.{key}": v for key, v in found.items()} for found in PAPER.values()]
-    flat = [configlib.flatten(found) for found in models(size).values()]
+    flat = [loading.flatten(found) for found in models(size).values()]
     return [{f"model.{key}": v for key, v in found.items()} for found in flat]
 
 

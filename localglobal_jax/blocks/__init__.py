@@ -8,7 +8,7 @@ Every block is a module with the fields `features` (output width), `stride` (1 o
 import flax.linen as nn
 
 from localglobal_jax.blocks.convnext import ConvNeXt
-from localglobal_jax.blocks.mbconv import MBConv
+from localglobal_jax.blocks.convolution import MBConv
 from localglobal_jax.blocks.muse import MuseBlock
 from localglobal_jax.blocks.outlooker import Outlooker
 from localglobal_jax.blocks.transformer import (

@@ -6,7 +6,7 @@ from typing import Literal
 import flax.linen as nn
 from pydantic import PositiveFloat, PositiveInt
 
-from localglobal_jax.blocks.residual import (
+from localglobal_jax.blocks.layers import (
     MLP,
     Activation,
     DropPath,

@@ -4,7 +4,7 @@
 import flax.linen as nn
 from pydantic import PositiveFloat, PositiveInt
 
-from localglobal_jax.blocks.residual import (
+from localglobal_jax.blocks.layers import (
     DropPath,
     Grid,
     LayerScale,

@@ -13,15 +13,15 @@ import flax.linen as nn
 from jaxtyping import Array, Bool, Float
 from pydantic import PositiveInt
 
-from localglobal_jax.operators.activation import ACTIVATIONS, Activation
+from localglobal_jax.config.schema import Fraction
+from localglobal_jax.operators.activations import ACTIVATIONS, Activation
 from localglobal_jax.operators.adaptive_sequence import AdaptiveSequence, EquivariantSequence
+from localglobal_jax.operators.cache import Cache, Index, Memory, SelfAttention
 from localglobal_jax.operators.cross_attention import CrossAttention
 from localglobal_jax.operators.dynamic_sequence import DynamicConv
 from localglobal_jax.operators.muse import Kind
 from localglobal_jax.operators.muse_sequence import MuseSequence, Pointwise, Source
 from localglobal_jax.operators.projection import Projection, project
-from localglobal_jax.operators.sequence import Cache, Index, Memory, SelfAttention
-from localglobal_jax.schema import Fraction
 
 Sequence = Float[Array, "b l d"]
 Mask = Bool[Array, "b l"]

@@ -17,7 +17,7 @@ import numpy as np
 
 from localglobal_jax.convert import weights
 from localglobal_jax.convert.weights import Path, Transform, Variables
-from localglobal_jax.models.muse import EncoderDecoder
+from localglobal_jax.models.encoder_decoder import EncoderDecoder
 from localglobal_jax.models.sequence import layer_options
 
 PAD, END = 1, 2  # of every fairseq dictionary; the end of a sentence also begins the next

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from localglobal_jax import configlib
+from localglobal_jax.config import loading
 from localglobal_jax.convert import focal_buffers
 from localglobal_jax.convert.focal_names import convert, reference
 from localglobal_jax.models.focal import FocalTransformer
@@ -64,7 +64,7 @@ def fields(kwargs: Mapping[str, Any], *, nearest: bool = False) -> dict[str, Any
     """
     for name in kwargs:
         if name not in {*DEFAULTS, *FIXED, *IGNORED}:
-            raise configlib.unknown("argument of FocalTransformer", name, {*DEFAULTS, *FIXED})
+            raise loading.unknown("argument of FocalTransformer", name, {*DEFAULTS, *FIXED})
     for name, value in FIXED.items():
         if kwargs.get(name, value) != value:
             raise ValueError(f"{name}={kwargs[name]}: dropout is not built; use {name}={value}")
@@ -136,7 +136,7 @@ def load(
     known = {field.name for field in dataclasses.fields(source)} - {"parent", "name"}
     for name in overrides:
         if name not in known:
-            raise configlib.unknown("override", name, known)
+            raise loading.unknown("override", name, known)
     chosen = source.image_size if image_size is None else image_size
     module = source.clone(image_size=chosen, **overrides)
     leaves = fit(params, parameter_shapes(module, channels), module.classes != source.classes)

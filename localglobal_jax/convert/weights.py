@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from localglobal_jax.config_values import shown
+from localglobal_jax.config.values import shown
 
 Path = tuple[str, ...]
 Transform = Callable[[np.ndarray], np.ndarray]

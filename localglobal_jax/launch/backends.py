@@ -10,11 +10,11 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 
+from localglobal_jax.checkpoints.stores import is_remote
+from localglobal_jax.config.sweeps import elsewhere
 from localglobal_jax.launch import shell, slurm, tpu_vm, xpk
 from localglobal_jax.launch.expand import Description, Sweep
 from localglobal_jax.launch.target import Target, of_tpu
-from localglobal_jax.stores import is_remote
-from localglobal_jax.sweeps import elsewhere
 
 # option -> the back ends it is for, and its help
 OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {

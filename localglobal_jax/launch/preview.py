@@ -11,10 +11,13 @@ from typing import Any
 
 import jax
 
-from localglobal_jax import configlib, optim, parallel, schema, tasks, train_step, workdir
+from localglobal_jax.checkpoints import workdir
+from localglobal_jax.checkpoints.stores import is_remote
+from localglobal_jax.config import loading, schema
 from localglobal_jax.launch import expand, status
 from localglobal_jax.launch.target import Target
-from localglobal_jax.stores import is_remote
+from localglobal_jax.parallel import placement as parallel
+from localglobal_jax.training import optim, step, tasks
 
 
 class Preview:
@@ -36,17 +39,17 @@ class Preview:
     def _row(self, described: expand.Description) -> dict[str, Any]:
         run = described.run
         placement = parallel.Placement(run.parallel, self._devices)
-        train_step.check_batches(run, placement)
+        step.check_batches(run, placement)
         optim.make_optimizer(run.optim, run.steps)
         parameters, metrics = self._model(run)
         best = (run.checkpoint.best or "").removeprefix("-")
         if best and best not in metrics:
-            raise configlib.unknown("metric in checkpoint.best:", best, metrics)
+            raise loading.unknown("metric in checkpoint.best:", best, metrics)
         remote = is_remote(described.workdir)
         if not remote:
             workdir.refuse_other(run, pathlib.Path(described.workdir))
         found = None if remote else status.latest_step(pathlib.Path(described.workdir))
-        difference = configlib.difference(self._base.model_dump(), run.model_dump())
+        difference = loading.difference(self._base.model_dump(), run.model_dump())
         return {
             "index": described.index,
             "name": described.name,

@@ -12,10 +12,11 @@ from typing import Any
 
 from etils import epath
 
-from localglobal_jax import digest, reporting, workdir
+from localglobal_jax.checkpoints import digests, workdir
+from localglobal_jax.checkpoints.stores import is_remote
 from localglobal_jax.launch import local, pool
 from localglobal_jax.launch.expand import Description
-from localglobal_jax.stores import is_remote
+from localglobal_jax.training.reporting import metrics_log
 
 SILENT = 600  # seconds without a line after which nobody believes that a run is running
 STATES = ("done", "running", "preempted", "failed", "unfinished", "not started", "other config")
@@ -25,7 +26,7 @@ SHOWN = 4  # metrics of a split in the table; the CSV has all
 def read(run: Description, now: float | None = None) -> dict[str, Any]:
     """One run: its state, step, last metrics by split, seconds since the last line."""
     directory = epath.Path(run.workdir)
-    lines = reporting.read_metrics(directory)
+    lines = metrics_log.read_metrics(directory)
     metrics: dict[str, dict[str, Any]] = {}
     for line in lines:
         metrics[line["split"]] = {k: v for k, v in line.items() if k != "split"}
@@ -73,7 +74,7 @@ def latest_step(directory: str | os.PathLike[str]) -> int | None:
     """Of the checkpoints of a workdir: a number for a name, and complete (see `checkpoint`)."""
     folder = epath.Path(directory) / "checkpoints"
     found = [p for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
-    return max((int(p.name) for p in found if (p / digest.MANIFEST).exists()), default=None)
+    return max((int(p.name) for p in found if (p / digests.MANIFEST).exists()), default=None)
 
 
 def _state(

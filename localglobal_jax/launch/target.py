@@ -4,7 +4,7 @@
 import re
 from typing import NamedTuple
 
-from localglobal_jax.plan import topologies
+from localglobal_jax.profiling import topologies
 
 SINGLE = {"v5e", "v6e"}  # of these, up to 8 chips are one machine; else a machine has 4
 

@@ -8,11 +8,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from localglobal_jax import configlib
-from localglobal_jax.models import coatnet, coatnet_variants, focal, muse, volo
+from localglobal_jax.config import loading
+from localglobal_jax.models import coatnet, coatnet_variants, encoder_decoder, focal, volo
 from localglobal_jax.models.coatnet import CoAtNet
+from localglobal_jax.models.encoder_decoder import EncoderDecoder
 from localglobal_jax.models.focal import FocalTransformer
-from localglobal_jax.models.muse import EncoderDecoder
 from localglobal_jax.models.volo import VOLO
 
 MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
@@ -21,7 +21,7 @@ MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "volo": (VOLO, {}),
     **{name: (VOLO, spec) for name, spec in volo.VARIANTS.items()},
     "muse": (EncoderDecoder, {}),
-    **{name: (EncoderDecoder, spec) for name, spec in muse.VARIANTS.items()},
+    **{name: (EncoderDecoder, spec) for name, spec in encoder_decoder.VARIANTS.items()},
     "focal": (FocalTransformer, {}),
     **{name: (FocalTransformer, spec) for name, spec in focal.VARIANTS.items()},
 }
@@ -33,7 +33,7 @@ FIGURES: dict[str, tuple[float, float | None, int | None]] = {
     **coatnet_variants.FIGURES,
     **volo.FIGURES,
     **focal.FIGURES,
-    **muse.FIGURES,
+    **encoder_decoder.FIGURES,
 }
 
 __all__ = [
@@ -83,9 +83,9 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
     Raises ValueError for a name or a field that does not exist, or a value of another type.
     """
     if name not in MODELS:
-        raise configlib.unknown("model", name, MODELS)
+        raise loading.unknown("model", name, MODELS)
     cls, spec = MODELS[name]
-    configlib.check_fields(cls, overrides, f'model "{name}"')
+    loading.check_fields(cls, overrides, f'model "{name}"')
     depths = overrides.get("depths", ())
     if sum(depths) > DEEPEST:
         raise ValueError(f'model "{name}": depths={depths}: at most {DEEPEST} blocks altogether')

@@ -17,10 +17,10 @@ from flax.core import FrozenDict, freeze
 from jaxtyping import Array, Float
 from pydantic import PositiveInt
 
-from localglobal_jax import layout as layouts
-from localglobal_jax.blocks.residual import Activation, Norm
+from localglobal_jax.blocks.layers import Activation, Norm
+from localglobal_jax.models import layout as layouts
 from localglobal_jax.models.coatnet_variants import VARIANTS
-from localglobal_jax.stems_heads import ConvStem, PatchStem, PoolingHead
+from localglobal_jax.models.stems import ConvStem, PatchStem, PoolingHead
 
 __all__ = ["VARIANTS", "CoAtNet"]
 

@@ -18,10 +18,10 @@ from flax.core import FrozenDict
 from jaxtyping import Array, Float
 from pydantic import PositiveFloat, PositiveInt
 
-from localglobal_jax import layout as layouts
 from localglobal_jax.blocks import BLOCKS
+from localglobal_jax.models import layout as layouts
+from localglobal_jax.models.stems import PatchEmbed, PoolingHead
 from localglobal_jax.operators.focal import PoolMethod
-from localglobal_jax.stems_heads import PatchEmbed, PoolingHead
 
 _SIZES: dict[str, dict[str, Any]] = {  # table 1 of the paper
     "tiny": {"depths": (2, 2, 6, 2), "widths": (96, 192, 384, 768), "heads": (3, 6, 12, 24)},

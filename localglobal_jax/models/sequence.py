@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from localglobal_jax.blocks.sequence import SEQUENCE_BLOCKS
-from localglobal_jax.in_sequence import in_sequence
-from localglobal_jax.operators.sequence import Cache, Memory
+from localglobal_jax.blocks.stack import in_sequence
+from localglobal_jax.operators.cache import Cache, Memory
 
 PER_LAYER = {"windows": 2, "window": 1}  # options that may be one per layer: nested this deep
 

@@ -19,11 +19,11 @@ from flax.core import FrozenDict
 from jaxtyping import Array, Float
 from pydantic import PositiveInt
 
-from localglobal_jax import layout as layouts
 from localglobal_jax.blocks import BLOCKS
-from localglobal_jax.class_attention import ClassAttentionHead
-from localglobal_jax.mix_token import NO_BOX, sample_box, swap
-from localglobal_jax.stems_heads import ConvPatchStem, patch_grid
+from localglobal_jax.models import layout as layouts
+from localglobal_jax.models.class_attention import ClassAttentionHead
+from localglobal_jax.models.mix_token import NO_BOX, sample_box, swap
+from localglobal_jax.models.stems import ConvPatchStem, patch_grid
 
 _D4: dict[str, Any] = {"widths": (384, 768, 768, 768), "heads": (12, 16, 16, 16)}
 _D2: dict[str, Any] = {"widths": (256, 512, 512, 512), "heads": (8, 16, 16, 16)}

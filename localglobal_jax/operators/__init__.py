@@ -28,10 +28,11 @@ Each file has pure functions first (the mathematics), then modules (the paramete
 """
 
 from localglobal_jax.operators import (
-    activation,
+    activations,
     adaptive,
     adaptive_sequence,
     attention,
+    cache,
     convolution,
     cross_attention,
     dynamic_sequence,
@@ -42,11 +43,10 @@ from localglobal_jax.operators import (
     muse_sequence,
     outlook,
     projection,
-    sequence,
 )
 
 __all__ = [
-    "activation",
+    "activations",
     "adaptive",
     "adaptive_sequence",
     "attention",
@@ -60,5 +60,5 @@ __all__ = [
     "muse_sequence",
     "outlook",
     "projection",
-    "sequence",
+    "cache",
 ]

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from localglobal_jax import arrays
+from localglobal_jax.operators import grids
 from localglobal_jax.operators.attention import (
     attend,
     join_heads,
@@ -26,7 +26,7 @@ from localglobal_jax.operators.attention import (
     show,
 )
 from localglobal_jax.operators.convolution import dynamic
-from localglobal_jax.reach import GLOBAL, Reach, local
+from localglobal_jax.operators.reach import GLOBAL, Reach, local
 
 # ---------------------------------------------------------------------------- functions
 
@@ -85,12 +85,12 @@ def adaptive_kernel(
     logits = []
     for w, near, k in zip(
         bias.reshape(math.prod(window), -1),
-        arrays.shifted(inside, window, padding),
-        arrays.shifted(key, window, padding),
+        grids.shifted(inside, window, padding),
+        grids.shifted(key, window, padding),
         strict=True,
     ):
         logit = (scaled * k).sum(-1, dtype=wide)
-        logit = logit + arrays.per_channel(w.astype(wide), logit)
+        logit = logit + grids.per_channel(w.astype(wide), logit)
         logits.append(jnp.where(near[..., None], logit, jnp.finfo(wide).min))
     kernel = jax.nn.softmax(jnp.stack(logits), axis=0).astype(query.dtype)
     return jnp.moveaxis(kernel, 0, -1)
@@ -177,11 +177,11 @@ class EquivariantAttention(nn.Module):
         features = self.features or x.shape[-1]
         width = self.width or features
         space = x.shape[1:-1]
-        sequence = arrays.grid_to_sequence(x)
+        sequence = grids.grid_to_sequence(x)
         query, key, value = project_heads(sequence, self.heads, width, self.use_bias, self.dtype)
         table = self.param("bias", nn.initializers.normal(0.02), (*space, self.heads))
         bias = cyclic_bias(table.reshape(space[0], -1, self.heads))  # a sequence is a grid l x 1
         show(self, query, key, bias)
         y = attend(query, key, value, bias=bias)
         y = join_heads(y, features, self.use_bias, self.dtype)
-        return arrays.sequence_to_grid(y, space)
+        return grids.sequence_to_grid(y, space)

@@ -13,9 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from localglobal_jax.operators.adaptive import adaptive_kernel, window_padding
-from localglobal_jax.operators.convolution import dynamic
-from localglobal_jax.operators.projection import Projection, project
-from localglobal_jax.operators.sequence import (
+from localglobal_jax.operators.cache import (
     Attend,
     Cache,
     Index,
@@ -26,7 +24,9 @@ from localglobal_jax.operators.sequence import (
     split_heads,
     tail,
 )
-from localglobal_jax.reach import Reach, local
+from localglobal_jax.operators.convolution import dynamic
+from localglobal_jax.operators.projection import Projection, project
+from localglobal_jax.operators.reach import Reach, local
 
 # ---------------------------------------------------------------------------- functions
 

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from localglobal_jax import arrays, memory, parallel, step_context
+from localglobal_jax.operators import grids
 from localglobal_jax.operators.dense import Dense, DenseGeneral
-from localglobal_jax.reach import GLOBAL, Reach
+from localglobal_jax.operators.reach import GLOBAL, Reach
+from localglobal_jax.parallel import context, host_memory, placement
 
 # ---------------------------------------------------------------------------- functions
 
@@ -35,7 +36,7 @@ def attend(
     The bias is added after the scaling. Where `mask` is False a key gets no weight. The softmax is
     in float32 at least. `kept`: the weights that a `dropout` of that rate left.
     """
-    if step_context.formulation() == "tuned":
+    if context.formulation() == "tuned":
         return _attend(1 - dropout, query, key, value, bias, mask, kept)
     weights = attention_weights(query, key, bias=bias, mask=mask)
     if kept is not None:
@@ -98,7 +99,7 @@ def _attend(keep: float, *inputs: Any) -> Array:
 def _attend_forward(keep: float, *inputs: Any) -> tuple[Array, Any]:
     query, key, value, bias, mask, kept = inputs
     query, key, value = _by_heads(query, key, value)
-    numerator, total = parallel.by_platform(
+    numerator, total = placement.by_platform(
         query, key, bias, mask, tpu=partial(_numerator, twice=True), default=_numerator
     )
     numerator = numerator.astype(value.dtype)
@@ -158,7 +159,7 @@ def _where(mask: Array | None, x: Array) -> Array:
 
 def relative_positions(height: int, width: int) -> Int[np.ndarray, "l l 2"]:
     """``(qy - ky, qx - kx)`` for every pair of positions of a grid, query first."""
-    memory.check(
+    host_memory.check(
         f"the relative positions of attention on a grid of {height}x{width}",
         16 * (height * width) ** 2,
         "Take smaller images, or attention behind more strides.",
@@ -279,7 +280,7 @@ class RelativeAttention(nn.Module):
     ) -> Float[Array, "b h w e"]:
         _, h, w, d = x.shape
         features = self.features or d
-        width, sequence = self.width or features, arrays.grid_to_sequence(x)
+        width, sequence = self.width or features, grids.grid_to_sequence(x)
         query, key, value = project_heads(sequence, self.heads, width, self.qkv_bias, self.dtype)
         bias = None
         if self.bias == "table":
@@ -290,4 +291,4 @@ class RelativeAttention(nn.Module):
             )
         show(self, query, key, bias)
         y = join_heads(attend(query, key, value, bias=bias), features, True, self.dtype)
-        return arrays.sequence_to_grid(y, (h, w))
+        return grids.sequence_to_grid(y, (h, w))

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from localglobal_jax import arrays, parallel, step_context
-from localglobal_jax.reach import Reach, local
+from localglobal_jax.operators import grids
+from localglobal_jax.operators.reach import Reach, local
+from localglobal_jax.parallel import context, placement
 
 Padding = Sequence[tuple[int, int]]
 BLOCK = 32  # positions whose dynamic kernels make one matrix
@@ -59,7 +60,7 @@ def depthwise(
 
     # XLA's grouped convolution on CPU is several times slower than shifted multiplies, forward and
     # backward; on TPU and GPU the shifts' backward pass needs 6 to 9 times the temporary memory.
-    return parallel.by_platform(x, kernel, cpu=shifted, default=grouped)
+    return placement.by_platform(x, kernel, cpu=shifted, default=grouped)
 
 
 def _depthwise_shifted(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
@@ -74,14 +75,14 @@ def _depthwise_shifted(x: Array, kernel: Array, stride: int, padding: Padding) -
     parts = padded.reshape(x.shape[0], *cut, x.shape[-1])
     rank = len(space)
     parts = jnp.moveaxis(parts, [2 * i + 2 for i in range(rank)], range(rank))
-    tuned = step_context.formulation() == "tuned"
+    tuned = context.formulation() == "tuned"
     return (_tuned_sum_of_shifts if tuned else _sum_of_shifts)(parts, kernel, tuple(out))
 
 
 def _sum_of_shifts(parts: Array, kernel: Array, out: tuple[int, ...]) -> Array:
     """``sum_o parts[o % s, :, o // s : o // s + out] kernel[o]`` over all offsets of the window."""
     terms = (
-        _slice(parts[which], first, out) * arrays.per_channel(kernel[offset], parts[which])
+        _slice(parts[which], first, out) * grids.per_channel(kernel[offset], parts[which])
         for offset, which, first in _offsets(kernel, parts.shape[0])
     )
     return functools.reduce(operator.add, terms)
@@ -103,7 +104,7 @@ def _sum_of_shifts_backward(
     of_kernel = []
     for offset, which, first in _offsets(kernel, stride):
         back = tuple(m - f for m, f in zip(most, first, strict=True))
-        term = _slice(padded, back, size) * arrays.per_channel(kernel[offset], g)
+        term = _slice(padded, back, size) * grids.per_channel(kernel[offset], g)
         sums[which] = sums[which] + term if which in sums else term
         of_kernel.append((_slice(parts[which], first, out) * g).sum(tuple(range(g.ndim - 1))))
     every = product(range(stride), repeat=rank)
@@ -172,13 +173,13 @@ def dynamic(
     if len(window) > 1 or window[0] < WIDE:
         return shifted(x, kernel)
     # Of 256 positions and 15 of a window, forward and backward, a fifth of the time on CPU.
-    return parallel.by_platform(x, kernel, cpu=banded, default=shifted)
+    return placement.by_platform(x, kernel, cpu=banded, default=shifted)
 
 
 def _dynamic_shifted(x: Array, kernel: Array, window: Sequence[int], padding: Padding) -> Array:
     heads = x.reshape(*x.shape[:-1], kernel.shape[-2], -1)
     total = jnp.zeros_like(heads)
-    for j, moved in enumerate(arrays.shifted(heads, window, padding)):
+    for j, moved in enumerate(grids.shifted(heads, window, padding)):
         total = total + kernel[..., j, None] * moved
     return total.reshape(x.shape)
 
@@ -241,5 +242,5 @@ class DepthwiseConv(nn.Module):
         y = depthwise(x.astype(self.dtype), kernel.astype(self.dtype), stride=self.stride)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, shape[-1:])
-            y = y + arrays.per_channel(bias.astype(self.dtype), y)
+            y = y + grids.per_channel(bias.astype(self.dtype), y)
         return y

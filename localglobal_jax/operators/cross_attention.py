@@ -4,8 +4,8 @@
 import flax.linen as nn
 from jaxtyping import Array, Bool, Float
 
+from localglobal_jax.operators.cache import Attend, Memory, head_width, slots, split_heads
 from localglobal_jax.operators.projection import Projection, project
-from localglobal_jax.operators.sequence import Attend, Memory, head_width, slots, split_heads
 
 
 class CrossAttention(nn.Module):

@@ -13,7 +13,7 @@ import flax.linen as nn
 from jax import lax
 from jaxtyping import Array, Float
 
-from localglobal_jax import parallel
+from localglobal_jax.parallel import placement
 
 Numbers = tuple[tuple[Any, Any], tuple[Any, Any]]
 
@@ -31,7 +31,7 @@ def dot_general(x: Array, kernel: Array, numbers: Numbers, **options: Any) -> Ar
     (summed, batch) = numbers
     if any(map(len, batch)) or tuple(map(tuple, summed)) != ((x.ndim - 1,), (0,)):
         return as_given(x, kernel)
-    return parallel.by_platform(x, kernel, cpu=of_matrices, default=as_given)
+    return placement.by_platform(x, kernel, cpu=of_matrices, default=as_given)
 
 
 def product(

@@ -5,10 +5,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from localglobal_jax.operators.cache import Cache, Index, valid_at, zero_padding
 from localglobal_jax.operators.muse import Kind, SharedValueConv
 from localglobal_jax.operators.projection import Projection, project
-from localglobal_jax.operators.sequence import Cache, Index, valid_at, zero_padding
-from localglobal_jax.reach import Reach, local
+from localglobal_jax.operators.reach import Reach, local
 
 
 class DynamicConv(nn.Module):

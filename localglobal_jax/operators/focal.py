@@ -21,11 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from localglobal_jax import arrays
 from localglobal_jax.operators import focal_windows as windows
+from localglobal_jax.operators import grids
 from localglobal_jax.operators.attention import attend
 from localglobal_jax.operators.dense import Dense, DenseGeneral
-from localglobal_jax.reach import Reach
+from localglobal_jax.operators.reach import Reach
 
 PoolMethod = Literal["fc", "conv", "mean", "max"]
 
@@ -134,9 +134,9 @@ class FocalAttention(nn.Module):
             name="qkv",
         )
 
-        x = jnp.roll(arrays.pad_to_multiple(x, self.window), (-self.shift,) * 2, (1, 2))
+        x = jnp.roll(grids.pad_to_multiple(x, self.window), (-self.shift,) * 2, (1, 2))
         fine = qkv(x).reshape(*x.shape[:3], 3 * width)
-        own = arrays.window_partition(fine, self.window)
+        own = grids.window_partition(fine, self.window)
         own = own.reshape(*own.shape[:3], area, 3 * width)
         keys = [own[..., width:]]
         if self.expand:
@@ -165,7 +165,7 @@ class FocalAttention(nn.Module):
             scale=self.scale,
         )
         y = y.reshape(*y.shape[:3], self.window, self.window, width)
-        y = jnp.roll(arrays.window_merge(y), (self.shift,) * 2, (1, 2))
+        y = jnp.roll(grids.window_merge(y), (self.shift,) * 2, (1, 2))
         return Dense(
             features,
             dtype=self.dtype,

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from localglobal_jax import arrays
 from localglobal_jax.operators import focal_windows as windows
+from localglobal_jax.operators import grids
 from localglobal_jax.operators.dense import Dense, DenseGeneral
 from localglobal_jax.operators.focal import PoolMethod, WindowPool, attend_windows
-from localglobal_jax.reach import Reach
+from localglobal_jax.operators.reach import Reach
 
 # ---------------------------------------------------------------------------- functions
 
@@ -92,9 +92,9 @@ class NearestFocalAttention(nn.Module):
             (3, *head), use_bias=self.qkv_bias, dtype=self.dtype, kernel_init=normal, name="qkv"
         )
 
-        padded = arrays.pad_to_multiple(x, self.window)
+        padded = grids.pad_to_multiple(x, self.window)
         fine = qkv(padded).reshape(*padded.shape[:3], 3 * width)
-        own = arrays.window_partition(fine[..., :width], self.window)
+        own = grids.window_partition(fine[..., :width], self.window)
         tiles = (own.shape[1], own.shape[2])
         # Keys come from the map itself: the padding that completes the last windows is never one.
         keys = [(fine[:, : space[0], : space[1], width:], self.window, 1)]
@@ -128,7 +128,7 @@ class NearestFocalAttention(nn.Module):
             jnp.concatenate(biases, -1).reshape(*tiles, self.heads, self.window**2, -1),
             scale=self.scale,
         )
-        y = arrays.window_merge(y.reshape(*y.shape[:3], self.window, self.window, width))
+        y = grids.window_merge(y.reshape(*y.shape[:3], self.window, self.window, width))
         y = y[:, : space[0], : space[1]]
         return Dense(features, dtype=self.dtype, kernel_init=normal, name="output")(y)
 

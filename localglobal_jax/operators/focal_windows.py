@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from localglobal_jax import arrays
+from localglobal_jax.operators import grids
 
 OUTSIDE = -100.0  # the authors' finite "minus infinity"; it is added, so large logits survive it
 
@@ -53,7 +53,7 @@ def neighbours(x: Float[Array, "b h w d"], window: int, expand: int) -> Float[Ar
         for dx in (expand, -expand):
             # What is new after a roll is an L. Row by row an L is two rectangles, so slices do, and
             # the index list (a gather forward, a scatter backward) is never needed.
-            tiles = arrays.window_partition(jnp.roll(x, (-dy, -dx), (1, 2)), window)
+            tiles = grids.window_partition(jnp.roll(x, (-dy, -dx), (1, 2)), window)
             side = slice(keep, None) if dx > 0 else slice(0, expand)
             rectangles = (
                 ((slice(0, keep), side), (slice(keep, None), every))
@@ -78,7 +78,7 @@ def coarse_windows(
     cells = [(n // window) << (level - 1) for n in x.shape[1:3]]
     top, left = ((n - m * small) // 2 for n, m in zip(x.shape[1:3], cells, strict=True))
     trimmed = x[:, top : top + cells[0] * small, left : left + cells[1] * small]
-    return arrays.window_partition(trimmed, small)
+    return grids.window_partition(trimmed, small)
 
 
 def surroundings(

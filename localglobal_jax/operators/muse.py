@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from localglobal_jax import arrays
-from localglobal_jax.operators.activation import ACTIVATIONS
+from localglobal_jax.operators import grids
+from localglobal_jax.operators.activations import ACTIVATIONS
 from localglobal_jax.operators.attention import RelativeBiasTable, attend, project_heads, show
 from localglobal_jax.operators.convolution import depthwise, dynamic, same_padding
 from localglobal_jax.operators.dense import Dense, DenseGeneral
 from localglobal_jax.operators.projection import TORCH_UNIFORM
-from localglobal_jax.reach import GLOBAL, Reach, local
+from localglobal_jax.operators.reach import GLOBAL, Reach, local
 
 Kind = Literal["dynamic", "depthwise", "standard"]
 
@@ -153,7 +153,7 @@ class Muse(nn.Module):
         b, h, w, d = x.shape
         features = self.features or d
         width = self.width or features
-        sequence = arrays.grid_to_sequence(x)
+        sequence = grids.grid_to_sequence(x)
         query, key, value = project_heads(sequence, self.heads, width, self.use_bias, self.dtype)
         bias = RelativeBiasTable(self.heads, name="relative_bias")(h, w)
         show(self, query, key, bias)

@@ -14,11 +14,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from localglobal_jax.operators.activation import ACTIVATIONS, Activation
-from localglobal_jax.operators.cross_attention import CrossAttention
-from localglobal_jax.operators.muse import Kind, SharedValueConv
-from localglobal_jax.operators.projection import WIDE_UNIFORM, Projection, project, project_to_one
-from localglobal_jax.operators.sequence import (
+from localglobal_jax.operators.activations import ACTIVATIONS, Activation
+from localglobal_jax.operators.cache import (
     Attend,
     Cache,
     Index,
@@ -34,7 +31,10 @@ from localglobal_jax.operators.sequence import (
     visible_at,
     zero_padding,
 )
-from localglobal_jax.reach import GLOBAL, Reach
+from localglobal_jax.operators.cross_attention import CrossAttention
+from localglobal_jax.operators.muse import Kind, SharedValueConv
+from localglobal_jax.operators.projection import WIDE_UNIFORM, Projection, project, project_to_one
+from localglobal_jax.operators.reach import GLOBAL, Reach
 
 Source = Literal["shared", "separate"]
 Pointwise = Literal["own", "shared", "off"]

@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from localglobal_jax.operators.dense import DenseGeneral
-from localglobal_jax.reach import Reach, local
+from localglobal_jax.operators.reach import Reach, local
 
 # ---------------------------------------------------------------------------- functions
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from localglobal_jax import arrays
+from localglobal_jax.operators import grids
 from localglobal_jax.operators.dense import product
 
 Weights = tuple[Float[Array, "_ _"], Float[Array, " _"] | None]  # kernel, bias
@@ -68,7 +68,7 @@ def project(
     outputs = []
     for kernel, bias in weights:
         y = product(x.astype(dtype), kernel.astype(dtype))
-        outputs.append(y if bias is None else y + arrays.per_channel(bias.astype(dtype), y))
+        outputs.append(y if bias is None else y + grids.per_channel(bias.astype(dtype), y))
     return outputs
 
 

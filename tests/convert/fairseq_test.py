@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from localglobal_jax import decoding
 from localglobal_jax.convert import fairseq, weights
+from localglobal_jax.inference import decoding
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 FIXTURES = ("muse_post", "muse_pre", "muse_simple_post", "muse_simple_pre")

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from localglobal_jax import step_context
-from localglobal_jax.blocks.residual import ACTIVATIONS, pool
-from localglobal_jax.convert import timm, timm_coatnet, weights
+from localglobal_jax.blocks.layers import ACTIVATIONS, pool
+from localglobal_jax.convert import timm, weights
+from localglobal_jax.convert.timm import coatnet
+from localglobal_jax.parallel import context
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 FIXTURES = ["coatnet_0", "coatnet_0_rw", "coatnet_bn_0_rw", "coatnet_nano_rw", "coatnet_rmlp_2_rw"]
@@ -39,7 +40,7 @@ def logits_of(module, variables, x):
 
 @partial(jax.jit, static_argnums=0)
 def all_of(module, variables, x):
-    with step_context.tracing(formulation="plain"):  # tuned, norms are no arrays of their own
+    with context.tracing(formulation="plain"):  # tuned, norms are no arrays of their own
         return module.apply(
             variables, x, train=False, capture_intermediates=True, mutable=["intermediates"]
         )
@@ -209,14 +210,14 @@ def test_a_wrong_model_is_seen(mutation):
 def test_the_grouping_of_heads_is_seen(monkeypatch):
     """[q, k, v][head] instead of [head][q, k, v] fits every shape, and is wrong."""
     config, state, arrays = fixture("coatnet_0")
-    original = timm_coatnet._transform
+    original = coatnet._transform
 
     def grouped(path, shape):
         if path[-2] != "qkv":
             return original(path, shape)
         return lambda array: (array if path[-1] == "bias" else weights.dense(array)).reshape(shape)
 
-    monkeypatch.setattr(timm_coatnet, "_transform", grouped)
+    monkeypatch.setattr(coatnet, "_transform", grouped)
     logits = logits_of(*converted(config, state), image(arrays))
     assert error(logits, arrays["output"]) > 1e-2
 
@@ -333,14 +334,14 @@ def test_mixed_stages_repeat_their_last_type():
         "depths": [2, 2, 6, 3],
         "block_type": ["C", ["T", "C"], ["C", "T"], ["C", "T", "T", "T"]],
     }
-    assert timm_coatnet.fields(cfg)["layout"] == ("CC", "TC", "CTTTTT", "CTT")
+    assert coatnet.fields(cfg)["layout"] == ("CC", "TC", "CTTTTT", "CTT")
     cfg["conv_cfg"] = {"block_type": "convnext"}
-    assert timm_coatnet.fields(cfg)["layout"] == ("NN", "TN", "NTTTTT", "NTT")
+    assert coatnet.fields(cfg)["layout"] == ("NN", "TN", "NTTTTT", "NTT")
 
 
 def test_tensorflow_style_tables_are_reversed():
     """timm's "bias_tf" indexes by key minus query, with the heads first."""
     table = np.random.default_rng(0).normal(size=(3, 5, 7))
     path = ("params", "stage3", "block1", "attention", "relative_bias", "table")
-    ours = timm_coatnet._transform(path, (5, 7, 3))(table)
+    ours = coatnet._transform(path, (5, 7, 3))(table)
     np.testing.assert_array_equal(ours[1, 2], table[:, 5 - 1 - 1, 7 - 1 - 2])

@@ -9,9 +9,9 @@ import pytest
 from flax import traverse_util
 from safetensors.numpy import load_file
 
-from localglobal_jax import step_context
 from localglobal_jax.convert import timm
-from localglobal_jax.convert import timm_volo as volo
+from localglobal_jax.convert.timm import volo
+from localglobal_jax.parallel import context
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 REFERENCE = json.loads((GOLDEN / "volo_models.json").read_text())["models"]
@@ -66,7 +66,7 @@ def test_logits_and_everything_inside_equal_the_reference(name):
 
     @jax.jit
     def run(variables, x):
-        with step_context.tracing(formulation="plain"):  # tuned, norms are no arrays of their own
+        with context.tracing(formulation="plain"):  # tuned, norms are no arrays of their own
             return module.apply(variables, x, capture_intermediates=True, mutable=["intermediates"])
 
     x = jnp.asarray(golden["input"].transpose(0, 2, 3, 1))

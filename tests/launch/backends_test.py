@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from localglobal_jax.cli import main, parser
+from localglobal_jax.cli.main import main, parser
 from localglobal_jax.launch import backends, expand, shell, slurm, target, tpu_vm, xpk
 
 LAYOUTS = str(pathlib.Path(__file__).parents[2] / "experiments/coatnet_layouts/sweep.py")

@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from localglobal_jax.cli import main
+from localglobal_jax.cli.main import main
 from localglobal_jax.launch import expand, shell, slurm, tpu_vm
 
 HOSTILE = (

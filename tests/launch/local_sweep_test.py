@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from localglobal_jax.cli import main
+from localglobal_jax.cli.main import main
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = f"""

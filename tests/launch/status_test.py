@@ -9,8 +9,8 @@ import pathlib
 
 import pytest
 
-from localglobal_jax import configlib
-from localglobal_jax.cli import main
+from localglobal_jax.cli.main import main
+from localglobal_jax.config import loading
 from localglobal_jax.launch import expand, status
 
 LAYOUTS = str(pathlib.Path(__file__).parents[2] / "experiments/coatnet_layouts/sweep.py")
@@ -22,7 +22,7 @@ def make(run, *, saved=(), lines=(), events=(), age=5.0, config=True):
     folder = pathlib.Path(run.workdir)
     folder.mkdir(parents=True)
     if config:
-        (folder / "config.json").write_text(configlib.to_json(run.run))
+        (folder / "config.json").write_text(loading.to_json(run.run))
     for step in saved:
         (folder / "checkpoints" / str(step)).mkdir(parents=True)
         (folder / "checkpoints" / str(step) / "files.json").touch()

@@ -8,7 +8,7 @@ import pytest
 
 from localglobal_jax.models import create_model
 from localglobal_jax.models.focal import FocalTransformer
-from localglobal_jax.stems_heads import PatchEmbed
+from localglobal_jax.models.stems import PatchEmbed
 
 SMALL = dict(
     classes=4,

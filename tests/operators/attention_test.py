@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from localglobal_jax import step_context
 from localglobal_jax.operators import attention
+from localglobal_jax.parallel import context
 
 
 def arrays(*shapes, seed=0):
@@ -111,7 +111,7 @@ def test_any_axes_in_front(dtype):
         return (attention.attend(query, key, value, bias=bias).astype("float32") ** 2).sum()
 
     tuned = jax.value_and_grad(loss, (0, 1, 2, 3))(*inputs)
-    with step_context.tracing(formulation="plain"):
+    with context.tracing(formulation="plain"):
         plain = jax.value_and_grad(loss, (0, 1, 2, 3))(*inputs)
     tolerance = {"float32": 1e-5, "bfloat16": 0.1}[dtype]
     for a, b in zip(jax.tree.leaves(tuned), jax.tree.leaves(plain), strict=True):

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What blocks are made of beside their operator: norms, pooling, shortcuts, scales, small nets."""
+
+from functools import partial
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from localglobal_jax.operators import grids
+from localglobal_jax.operators.activations import ACTIVATIONS, Activation
+from localglobal_jax.operators.dense import Dense
+from localglobal_jax.operators.kernels.batch_norm import BatchNorm, activate, moments
+from localglobal_jax.parallel import context
+
+Grid = Float[Array, "b h w d"]
+Pool = Literal["avg2", "max2", "avg", "max"]
+Rounding = Literal["up", "down"] | None
+
+Norm = Literal["batch", "layer"]
+
+
+def make_norm(kind: Norm, *, eps: float, train: bool, dtype: str, name: str) -> nn.Module:
+    """A "batch" or "layer" norm; statistics are float32 at least.
+
+    Those of a batch are over the global batch, however many devices share it (or over a device's
+    part, if `parallel.batch_norm` says so). Running statistics
+    follow TensorFlow's rule: momentum 0.9 and the biased variance of the batch
+    (torch keeps the unbiased one; they differ by n / (n - 1)).
+    """
+    if kind == "batch":
+        return nn.BatchNorm(
+            use_running_average=not train,
+            axis_name=context.norm_axis(),
+            momentum=0.9,
+            epsilon=eps,
+            dtype=dtype,
+            name=name,
+        )
+    return nn.LayerNorm(epsilon=eps, dtype=dtype, name=name)
+
+
+def norm_activation(
+    x: Float[Array, "b *space d"],
+    *,
+    kind: Norm,
+    activation: Activation,
+    eps: float,
+    train: bool,
+    dtype: str,
+    name: str,
+) -> Float[Array, "b *space d"]:
+    """``act(Norm(x))``, see `make_norm`; makes the submodule `name` of the module that calls it."""
+    if kind == "batch" and context.formulation() == "tuned":
+        affine = BatchNorm(x.shape[-1], eps, name=name)(moments(x) if train else None)
+        return activate(x.astype(dtype), affine, activation)
+    norm = make_norm(kind, eps=eps, train=train, dtype=dtype, name=name)
+    return ACTIVATIONS[activation](norm(x))
+
+
+def make_divisible(value: float, divisor: int = 8, limit: float = 0.9) -> int:
+    """Rounds to a multiple of `divisor`, never below `limit` of the value (MobileNet's rule)."""
+    rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < limit * value else rounded
+
+
+def pool(x: Grid, kind: Pool) -> Grid:
+    """Halves a grid: windows of 2 ("avg2", "max2"), or of 3 with padding 1 ("avg", "max").
+
+    Averages count only the positions inside the grid.
+    """
+    window, padding = (2, "VALID") if kind.endswith("2") else (3, ((1, 1), (1, 1)))
+    if kind.startswith("max"):
+        return nn.max_pool(x, (window, window), (2, 2), padding)
+    # Counting what is inside gives float32 whatever comes in; windows of 2 have nothing outside.
+    y = nn.avg_pool(x, (window, window), (2, 2), padding, count_include_pad=window == 2)
+    return y.astype(x.dtype)
+
+
+def pool_rounding(kind: Pool) -> Rounding:
+    """How `pool` halves an odd grid."""
+    return "down" if kind.endswith("2") else "up"
+
+
+class Shortcut(nn.Module):
+    """The residual path of a block: pooled where the block strides, projected where it widens."""
+
+    features: int
+    stride: int
+    pool: Pool = "avg2"
+    use_bias: bool = True
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Grid) -> Grid:
+        if self.stride == 2:
+            x = pool(x, self.pool)
+        if x.shape[-1] != self.features:
+            x = Dense(self.features, self.use_bias, dtype=self.dtype, name="project")(x)
+        return x
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drops the branch of an example (arXiv 1603.09382), scales up the others."""
+
+    rate: float | Float[Array, ""] = 0.0  # an array where blocks are scanned
+
+    @nn.compact
+    def __call__(self, x: Float[Array, " b *rest"], *, train: bool) -> Float[Array, " b *rest"]:
+        if not train or (isinstance(self.rate, float) and self.rate == 0.0):
+            return x
+        shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+        keep = 1.0 - self.rate
+        kept = jax.random.bernoulli(self.make_rng("dropout"), keep, shape)
+        return x * kept.astype(x.dtype) / jnp.asarray(keep, x.dtype)
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel on a branch (arXiv 2103.17239, CaiT)."""
+
+    initial: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.constant(self.initial), x.shape[-1:])
+        return x * grids.per_channel(scale.astype(x.dtype), x)
+
+
+class MLP(nn.Module):
+    """Two dense layers at every position."""
+
+    hidden: int
+    activation: Activation = "gelu"
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b *space d"]) -> Float[Array, "b *space d"]:
+        dense = partial(Dense, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
+        y = ACTIVATIONS[self.activation](dense(self.hidden, name="hidden")(x))
+        return dense(x.shape[-1], name="output")(y)
+
+
+class SqueezeExcite(nn.Module):
+    """Channels gated by a global average of the grid (arXiv 1709.01507)."""
+
+    hidden: int
+    activation: Activation = "silu"
+    dtype: str = "float32"
+
+    def __call__(self, x: Grid) -> Grid:
+        return x * self.gate(x)
+
+    @nn.compact
+    def gate(self, x: Grid) -> Float[Array, "b 1 1 d"]:
+        """What every channel is multiplied with."""
+        s = x.mean((1, 2), keepdims=True)
+        s = Dense(self.hidden, dtype=self.dtype, name="reduce")(s)
+        s = Dense(x.shape[-1], dtype=self.dtype, name="expand")(ACTIVATIONS[self.activation](s))
+        return nn.sigmoid(s)

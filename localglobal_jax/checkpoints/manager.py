@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Saves and resumes: orbax's `CheckpointManager` behind one class that believes nothing unchecked.
+
+Why not orbax alone: it restores flipped bits without a word, casts to the template's dtype, counts
+an empty directory as a step, and keeps a failed asynchronous save in its list. Here a step gets
+its name, by one rename, after all its files are written and listed with checksums; reading checks
+files, then tree, then the digest of every leaf (`stored.py`, `digest.py`). A damaged step is
+reported and the next older one is used; nothing ever starts over silently.
+
+On object stores a rename is not atomic; ``files.json`` then tells a half-renamed step.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import re
+from typing import Any, NamedTuple
+
+import absl.logging
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from localglobal_jax.checkpoints import digests, orbax_patches, reader
+from localglobal_jax.checkpoints.reader import CorruptCheckpoint, inspect, read
+from localglobal_jax.config import schema
+from localglobal_jax.parallel import host_memory, multihost
+
+__all__ = ["Checkpoints", "CorruptCheckpoint", "Restored", "inspect", "read"]
+
+absl.logging.set_verbosity(absl.logging.WARNING)  # orbax tells the life of every save at INFO,
+# and of one that failed five tracebacks, from as many threads; `SaveFailed` says it in a line.
+absl.logging.get_absl_logger().addFilter(
+    lambda record: (
+        not record.exc_info
+        or "orbax" not in record.pathname
+        or bool(os.environ.get("LOCALGLOBAL_DEBUG"))
+    )
+)
+
+orbax_patches.mend()
+
+PyTree = Any
+FORMAT = 1
+TRASH = "deleted"  # steps on their way out: renamed first, so that a kill leaves no half step
+log = logging.getLogger(__name__)
+
+
+class SaveFailed(OSError):
+    """A step could not be written; those before it are as they were."""
+
+
+class Restored(NamedTuple):
+    """What `Checkpoints.restore` found."""
+
+    step: int
+    state: PyTree
+    metadata: dict
+
+
+class _Committed(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """Orbax's temporary directory; lists its files before it takes the step's name."""
+
+    async def finalize(self) -> None:
+        final = self.get_final()
+        if not final.name.isdigit():  # a part of a step
+            return await super().finalize()
+        # The name in between still says "temporary", so that orbax clears it away after a kill.
+        self._final_path = final.with_name(self.get().name + "-complete")
+        await super().finalize()
+        digests.write_manifest(self._final_path)
+        self._final_path.rename(final)
+        self._final_path = final
+
+
+class Checkpoints:
+    """The checkpoints of one run. Reading touches nothing on disk; the first `save` may."""
+
+    def __init__(self, directory: str | os.PathLike, options: schema.Checkpoints):
+        self.directory = epath.Path(directory).expanduser().absolute()
+        self._options = options
+        best = options.best or ""
+        self._best, self._sign = best.removeprefix("-"), -1 if best.startswith("-") else 1
+        self._manager: ocp.CheckpointManager | None = None
+        self._damaged: set[int] = set()  # found by `restore`, moved aside before the next save
+
+    def steps(self) -> list[int]:
+        """Complete steps, oldest first; a save that is still being written is not one."""
+        found = reader.directories(self.directory)
+        return [s for s in found if (self.directory / str(s) / digests.MANIFEST).exists()]
+
+    def latest(self) -> int | None:
+        """The newest complete step."""
+        return max(self.steps(), default=None)
+
+    def best(self) -> int | None:
+        """The step with the best metric, ``options.best``; the newest of equals."""
+        values = {}
+        for step in self.steps():
+            with contextlib.suppress(Exception):  # damage is reported by whoever restores it
+                metrics = reader.document_of(self.directory, step)["metrics"]
+                values[step] = self._sign * metrics[self._best]
+        return max(values, key=lambda step: (values[step], step), default=None)
+
+    def save(
+        self, step: int, state: PyTree, *, metadata: dict, metrics: dict | None = None
+    ) -> bool:
+        """Starts to write a step and returns once the state may be changed or donated.
+
+        Args:
+          state: arrays in any tree; PRNG keys as `jax.random.key_data`.
+          metadata: anything JSON: config, versions, position in the data.
+          metrics: numbers; if there are any, the one named by ``options.best`` must be among them.
+
+        Returns:
+          False if this step is there already, complete; it is not written again.
+
+        Raises:
+          ValueError, TypeError: what cannot be saved.
+          SaveFailed: this save, or the one before it, which was still under way.
+        """
+        arrays = _as_arrays(state)
+        metrics = {name: float(value) for name, value in (metrics or {}).items()}
+        if metrics and self._best and self._best not in metrics:
+            raise ValueError(
+                f'checkpoint.best="{self._options.best}" is none of the metrics {sorted(metrics)}'
+            )
+        json.dumps(metadata)  # a TypeError now, not in the background
+        self.wait()
+        if self._damaged:
+            self.close()
+        elif step in self.steps():
+            return False
+        document = {
+            "format": FORMAT,
+            "metadata": metadata,
+            "metrics": {name: x for name, x in metrics.items() if math.isfinite(x)},
+            "leaves": reader.describe(arrays),
+        }
+        items = (
+            ocp.args.Composite(  # orbax cannot store what is empty; its shape is in the document
+                state=ocp.args.StandardSave(
+                    reader.nest({k: x for k, x in arrays.items() if x.size})
+                ),
+                metadata=ocp.args.JsonSave(document),
+            )
+        )
+        with self._or_abandon():
+            self._manager = self._manager or self._open()
+            self._manager.save(step, args=items, metrics=document["metrics"], force=True)
+        return True
+
+    def restore(self, template: PyTree, step: int | None = None) -> Restored | None:
+        """The newest good step (or the given one), straight into the template's shardings.
+
+        Args:
+          template: a tree of `jax.ShapeDtypeStruct`, or arrays. Leaves without a sharding come
+            back on the default device.
+
+        Returns:
+          None if there is no checkpoint at all.
+
+        Raises:
+          ValueError: another tree, shape or dtype than the template's, or no such step.
+          CorruptCheckpoint: the given step, or every step, is damaged.
+        """
+        wanted, tree = reader.flatten(template)
+
+        def load(step: int) -> Restored:
+            document = reader.together(lambda: reader.document_of(self.directory, step, check=True))
+            reader.check_template(wanted, document["leaves"], self.directory / str(step))
+            flat = reader.together(lambda: reader.read_arrays(self.directory, step, wanted))
+            flat = {k: x if isinstance(x, jax.Array) else jnp.array(x) for k, x in flat.items()}
+            reader.check_same(document["leaves"], reader.describe(flat))
+            return Restored(step, tree.unflatten(list(flat.values())), document["metadata"])
+
+        self.wait()
+        restored, damaged = reader.first_good(self.directory, step, load)
+        self._damaged |= damaged
+        return restored
+
+    def wait(self) -> None:
+        """Until the save under way is complete; raises SaveFailed if it is not going to be."""
+        if self._manager:
+            with self._or_abandon():
+                self._manager.wait_until_finished()
+            host_memory.give_back()
+            if multihost.rank() == 0 and (self.directory / TRASH).exists():
+                (self.directory / TRASH).rmtree()
+
+    def close(self) -> None:
+        """Waits and lets go of orbax's threads; may be used again."""
+        self.wait()
+        if self._manager:
+            self._manager.close()
+            self._manager = None
+
+    @contextlib.contextmanager
+    def _or_abandon(self) -> Any:
+        """After a failure orbax still lists the failed step: the next save opens a new manager."""
+        try:
+            yield
+        except BaseException as error:
+            manager, self._manager = self._manager, None
+            with contextlib.suppress(Exception):
+                if manager:
+                    manager.close()
+            if not isinstance(error, OSError | ValueError):  # tensorstore's errors are ValueErrors
+                raise
+            kept = "Those before it"
+            with contextlib.suppress(Exception):  # the store may be what is broken
+                kept = f"Those of the steps {self.steps()}"
+            raise SaveFailed(
+                f"a checkpoint could not be written to {self.directory}: {_reason(error)}. {kept} "
+                "are as they were; once that is mended, the same command goes on from the newest"
+            ) from error
+
+    def _open(self) -> ocp.CheckpointManager:
+        """Orbax's manager, after what it would mistake for a good step is out of its way."""
+        if multihost.rank() == 0 and self.directory.exists():
+            self._tidy()
+        multihost.barrier("checkpoints")
+        self._damaged.clear()
+        policies: list[Any] = [ocp.checkpoint_managers.LatestN(self._options.keep)]
+        if self._options.keep_every:
+            policies.append(ocp.checkpoint_managers.EveryNSteps(self._options.keep_every))
+        if self._best:
+            policies.append(ocp.checkpoint_managers.BestN(get_metric_fn=self._score, n=1))
+        return ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
+                best_fn=self._score if self._best else None,  # without it no metrics are stored
+                cleanup_tmp_directories=True,
+                todelete_subdir=TRASH,
+                temporary_path_class=_Committed,
+            ),
+            item_names=("state", "metadata"),
+        )
+
+    def _score(self, metrics: dict) -> float:
+        return self._sign * metrics[self._best] if self._best in metrics else -math.inf
+
+    def _tidy(self) -> None:
+        """Removes empty steps and trash; damaged steps are renamed, for someone to look at."""
+        for path in list(self.directory.iterdir()):
+            if path.name == TRASH:
+                path.rmtree()
+            elif path.name.isdigit() and path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+        complete = set(self.steps()) - self._damaged
+        for step in set(reader.directories(self.directory)) - complete:
+            aside = self.directory / f"{step}.damaged"
+            log.error("moving the damaged checkpoint of step %d to %s", step, aside)
+            if aside.exists():
+                aside.rmtree()
+            (self.directory / str(step)).rename(aside)
+
+
+def _reason(error: Exception) -> str:
+    """In a few words: tensorstore's errors name ten files and a specification."""
+    number = re.search(r"os_error_code='(\d+)'", str(error))
+    if number:
+        return os.strerror(int(number[1]))
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+def _as_arrays(state: PyTree) -> dict[str, Any]:
+    """Flat arrays; ValueError where jax would change a dtype (NumPy's int64 without x64).
+
+    Numbers become NumPy arrays: orbax refuses jax arrays of one process where there are several.
+    """
+    flat, _ = reader.flatten(state)
+    arrays = {}
+    for path, leaf in flat.items():
+        x = arrays[path] = leaf if isinstance(leaf, jax.Array) else np.asarray(jnp.asarray(leaf))
+        if hasattr(leaf, "dtype") and leaf.dtype != x.dtype:
+            raise ValueError(
+                f"{path} is {leaf.dtype}, which jax would turn into {x.dtype}: "
+                f"cast it, or enable jax_enable_x64"
+            )
+    if not any(x.size for x in arrays.values()):
+        raise ValueError("nothing to save: the state has no leaf with a number in it")
+    return arrays

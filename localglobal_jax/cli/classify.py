@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``localglobal classify``: options, input, output. Imports no jax before it is used."""
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+from typing import Any
+
+FORMATS = """\
+A line per picture: PATH TAB CLASS TAB PROBABILITY, and the next best classes behind it in the same
+way, so that `cut -f1,2` gives every picture and its class. Folders stand for all pictures in them
+(.bmp .gif .jpeg .jpg .png .webp), sorted; URLs are file:///PATH, gs:// or s3://. A tab, a line
+feed or a backslash in a path or a name is shown as \\t, \\n or \\\\; --json has them as they are,
+in one object. A file that is no whole picture is named on stderr with the reason, the others are
+still classified, and the exit code is then 2.
+
+Pictures are resized and normalised as in the run's evaluation; --config.data.FIELD=VALUE changes
+that, and is needed for converted weights, which do not say it (--config.data.image_size, .mean,
+.std). --overlay draws each picture in grey, and in colour where the model saw its likeliest class
+(Grad-CAM, arXiv 1610.02391, of the last stage's output: behind global blocks, evidence may lie
+elsewhere than where it was found; --overlay_stage takes an earlier one). What is dark is cut off
+in evaluation. In DIR the files lie as they do below the folder that all IMAGEs share, with .png
+behind their names."""
+# and what else a terminal would obey
+ESCAPED = {i: f"\\x{i:02x}" for i in (*range(32), 127)}
+ESCAPED |= str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
+
+
+def add_options(sub: argparse.ArgumentParser) -> None:
+    """All but ``--json``."""
+    sub.formatter_class = argparse.RawDescriptionHelpFormatter
+    sub.epilog = f"{FORMATS}\n\n{sub.epilog}"
+    add = sub.add_argument
+    add("--workdir", required=True, metavar="DIR", help="of a run, or of a converted checkpoint")
+    add("images", nargs="+", metavar="IMAGE", help="a file, a folder, or a URL")
+    add("--top", type=int, default=3, metavar="K", help="so many classes of each; default: 3")
+    add("--batch_size", type=int, default=32, metavar="N", help="pictures; default: 32")
+    add("--overlay", metavar="DIR", help="also draw where the model looked, as PNGs in DIR")
+    add("--overlay_stage", type=int, metavar="N", help="of the model, from 1; default: the last")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Classifies; returns the exit code."""
+    from localglobal_jax.data.images import files
+
+    if args.overlay_stage is not None and not args.overlay:
+        raise ValueError("--overlay_stage is for --overlay: give both, or none")
+    found = files.find(args.images)
+    good = [picture for picture in found if not picture.problem]
+    if not good:
+        raise ValueError("; ".join(f"{picture.path}: {picture.problem}" for picture in found))
+    places = _places(args.overlay, good) if args.overlay else {}
+    from localglobal_jax.inference import classifier as classify
+
+    classifier = classify.load(args.workdir, args.step, args.average, args.overrides)
+    answers = classifier.classify(
+        [picture.path for picture in good],
+        top=args.top,
+        batch_size=args.batch_size,
+        overlay=bool(args.overlay),
+        stage=args.overlay_stage,
+    )
+    if args.overlay:
+        _make(pathlib.Path(args.overlay))
+    sys.stdout.reconfigure(  # type: ignore[union-attr]
+        encoding="utf-8", errors="surrogateescape", newline="\n"
+    )
+    bad, everything = 0, []
+    for path, _, problem in found:
+        answer = classify.Classified(path, problem=problem) if problem else next(answers)
+        if answer.problem:
+            bad += 1
+            name = path.translate(ESCAPED)
+            print(f"localglobal classify: {name}: {answer.problem}", file=sys.stderr)
+        if answer.overlay is not None:
+            _write(places[path], answer.overlay)
+        if args.json:
+            everything.append(_described(answer, places))
+        elif not answer.problem:
+            print(_line(answer), flush=sys.stdout.isatty())
+    if args.json:
+        print(json.dumps({"images": everything}))
+    return 2 if bad else 0
+
+
+def _places(given: str, found: list[Any]) -> dict[str, pathlib.Path]:
+    """Where the overlay of each picture goes: below DIR, as it lies itself."""
+    from localglobal_jax.data.images import files
+
+    directory = pathlib.Path(given)
+    paths = [picture.path for picture in found]
+    names = files.below(found)
+    places = {path: directory / f"{name}.png" for path, name in zip(paths, names, strict=True)}
+    inputs = {os.path.realpath(path) for path in paths}
+    for place in places.values():
+        if os.path.realpath(place) in inputs:
+            raise ValueError(f"--overlay would overwrite the picture {place}: give another DIR")
+    return places
+
+
+def _make(directory: pathlib.Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--overlay {directory} cannot be made: {error.strerror}") from error
+
+
+def _write(place: pathlib.Path, picture: Any) -> None:
+    import cv2
+
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_bytes(cv2.imencode(".png", picture[..., ::-1])[1].tobytes())
+
+
+def _line(answer: Any) -> str:
+    fields = [answer.path]
+    for guess in answer.best:
+        fields += [guess.name, f"{guess.probability:.4f}"]
+    return "\t".join(field.translate(ESCAPED) for field in fields)
+
+
+def _described(answer: Any, places: dict[str, pathlib.Path]) -> dict[str, Any]:
+    """The same, for machines."""
+    described: dict[str, Any] = {"path": answer.path}
+    if answer.problem:
+        return described | {"problem": answer.problem}
+    if answer.path in places:
+        described["overlay"] = str(places[answer.path])
+    return described | {"classes": [guess._asdict() for guess in answer.best]}

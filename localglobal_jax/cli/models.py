@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `localglobal models`: the named models and their sizes, beside the papers'."""
+
+import argparse
+import json
+from typing import Any
+
+
+def add_options(sub: argparse.ArgumentParser) -> None:
+    """Of the command line."""
+    sub.add_argument("names", nargs="*", metavar="NAME", help="default: all")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints a table, or a list as JSON."""
+    from localglobal_jax import models as library
+    from localglobal_jax.config import loading
+    from localglobal_jax.models import flops
+
+    rows: list[dict[str, Any]] = []
+    for name in args.names or library.named_models():
+        if name not in library.MODELS:
+            raise loading.unknown("model", name, library.MODELS)
+        parameters, multiply_adds, _ = library.FIGURES.get(name, (None, None, None))
+        inputs = library.example(name)
+        sizes, tokens = [x.shape[1] for x in inputs], inputs[0].ndim == 2
+        counted = flops.account(library.create_model(name), *inputs)
+        rows.append(
+            {
+                "name": name,
+                "image_size": None if tokens else sizes[0],
+                "lengths": sizes if tokens else None,
+                "parameters": counted.parameters,
+                "multiply_adds": counted.multiply_adds,
+                "paper_parameters": parameters,
+                "paper_multiply_adds": multiply_adds,
+            }
+        )
+    if args.json:
+        print(json.dumps(rows))
+        return
+    print(f"{'':<22} {'size':>5} {'parameters':>14} {'paper':>8} {'GFLOPs':>8} {'paper':>7}")
+    for row in rows:
+        paper_m = f"{row['paper_parameters'] / 1e6:.4g} M" if row["paper_parameters"] else ""
+        paper_g = f"{row['paper_multiply_adds'] / 1e9:.1f}" if row["paper_multiply_adds"] else ""
+        size = row["image_size"] or "+".join(map(str, row["lengths"]))
+        print(
+            f"{row['name']:<22} {size:>5} {row['parameters']:>14,} {paper_m:>8} "
+            f"{row['multiply_adds'] / 1e9:>8.2f} {paper_g:>7}"
+        )
+    print("GFLOPs are multiply-adds of one image, or of one sentence and its translation at the")
+    print("given numbers of tokens; counted from shapes, nothing is allocated.")

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `localglobal report`: options, and what it prints."""
+
+import argparse
+import json
+import pathlib
+from typing import Any
+
+
+def add_options(sub: argparse.ArgumentParser) -> None:
+    """All but ``--json``."""
+    sub.add_argument(
+        "workdirs", nargs="+", metavar="WORKDIR", help="of a run; several are compared"
+    )
+    sub.add_argument("--out", default="report.html", metavar="FILE.html",
+                     help="the page, one file without scripts; default: %(default)s")  # fmt: skip
+    sub.add_argument("--step", help='of the checkpoint: a number or "best"; default: the newest')
+
+
+def run(args: argparse.Namespace) -> None:
+    """Writes the page."""
+    from localglobal_jax.training.reporting.html import gather
+
+    out = pathlib.Path(args.out)
+    runs = gather.write(args.workdirs, out, args.step)
+    if args.json:
+        print(json.dumps({"file": str(out), "runs": [_described(found) for found in runs]}))
+        return
+    for found in runs:
+        print(f"{found.name}: {found.state}")
+    print(f"wrote {out}, {out.stat().st_size:,} bytes")
+
+
+def _described(found: Any) -> dict[str, Any]:
+    """A run of the page, for machines: everything but curves and pictures."""
+    confusion = found.confusion and {
+        "split": found.confusion.split,
+        "classes": found.confusion.classes,
+        "counts": found.confusion.counts.tolist(),
+    }
+    names = ("source", "reference", "translation")
+    samples = [dict(zip(names, sample, strict=False)) for sample in found.samples]
+    plain = ("name", "workdir", "state", "step", "notes", "config", "environment", "attempts")
+    return {
+        **{name: getattr(found, name) for name in plain},
+        "parameters": {
+            name: {"numbers": numbers, "bytes": size}
+            for name, (numbers, size) in found.parameters().items()
+        },
+        "results": found.last(),
+        "speed": found.speed(),
+        "confusion": confusion,
+        "samples": samples,
+    }

@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configs: parse their argument, apply overrides, check them, compare them. Imports no jax.
+
+A config is a Python file with ``get_config(arg) -> ml_collections.ConfigDict``. Three things can be
+wrong with one, and each is a `ValueError` that names the field, what was given and what is allowed:
+the argument (``FILE:size=tiny``), an override (``--config.optim.learning_rate=3e-4``), a value.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import math
+import pathlib
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import pydantic
+from ml_collections import ConfigDict
+
+from localglobal_jax.config import schema
+from localglobal_jax.config.values import LARGEST, fit, leaves, parse_value, shown, tuples
+
+# ---------------------------------------------------------------------------- did you mean
+
+
+def unknown(what: str, given: str, allowed: Iterable[str]) -> ValueError:
+    """The error for a name that is not one of `allowed`, with the nearest one suggested."""
+    allowed = sorted(allowed)
+    near = difflib.get_close_matches(given, allowed, n=1, cutoff=0.5)
+    hint = f'; did you mean "{near[0]}"?' if near else "."
+    given = given if len(given) <= 200 else f"{given[:150]}..."
+    return ValueError(f'unknown {what} "{given}"{hint} Known: {", ".join(allowed) or "none"}')
+
+
+# ---------------------------------------------------------------------------- reading
+
+
+def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
+    """Parses ``"size=tiny,steps=100"`` against `defaults`, whose types the values must have.
+
+    A tuple of defaults is a choice, the first being the default. A bare name stands for
+    ``name=True`` where the default is a bool.
+    """
+    choices = {key: value for key, value in defaults.items() if isinstance(value, tuple)}
+    defaults = {**defaults, **{key: value[0] for key, value in choices.items()}}
+    values = dict(defaults)
+    for part in filter(None, (arg or "").split(",")):
+        key, equals, text = part.partition("=")
+        if key not in defaults:
+            raise unknown("config argument", key, defaults)
+        if not equals and not isinstance(defaults[key], bool):
+            raise ValueError(f'config argument "{key}" needs a value: write {key}=VALUE')
+        values[key] = parse_value(text, defaults[key], key) if equals else True
+        if key in choices and values[key] not in choices[key]:
+            raise unknown(f"value of the config argument {key}:", text, map(str, choices[key]))
+    return ConfigDict(values)
+
+
+def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
+    """Loads ``FILE[:arg]`` and applies ``{"optim.learning_rate": "3e-4"}`` to it."""
+    module, arg = load_module(spec)
+    get_config: Callable[..., ConfigDict] = module.get_config
+    try:
+        config = get_config(arg) if arg is not None else get_config()
+    except ValueError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever a user's file may do
+        raise ValueError(f"{spec}: get_config failed: {type(error).__name__}: {error}") from error
+    if not isinstance(config, ConfigDict):
+        raise ValueError(
+            f"{spec}: get_config returned {config!r}, not an ml_collections.ConfigDict"
+        )
+    for field, text in (overrides or {}).items():
+        override(config, field, text)
+    return config
+
+
+def compared(
+    spec: str, overrides: Mapping[str, str], other: str | None, others: Mapping[str, str]
+) -> dict[str, schema.Run]:
+    """A run, and the one that is set beside it, if any, each under a name for people.
+
+    ``overrides`` are of both, ``others`` of the second, whose file may be the first one's.
+    Raises ValueError, which tells the second one's mistakes from the first one's.
+    """
+    found = {spec: check(load(spec, overrides))}
+    if other or others:
+        name = " ".join([other or spec, *(f"{k}={v}" for k, v in others.items())])
+        try:
+            run = check(load(other or spec, {**overrides, **others}))
+        except ValueError as error:
+            raise ValueError(f"--compare, {name}: {error}") from None
+        found[name + " (again)" * (name in found)] = run
+    return found
+
+
+def load_module(spec: str) -> tuple[Any, str | None]:
+    """The module behind ``FILE[:arg]``, and ``arg``."""
+    path, _, arg = spec.partition(":")
+    file = pathlib.Path(path)
+    try:
+        found_spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
+        missing = not file.is_file()
+    except OSError as error:  # no path at all, such as one of a thousand letters
+        raise ValueError(f"--config {shown(path)}: {error.strerror}") from error
+    if missing:
+        folder = file.parent if file.parent.is_dir() else pathlib.Path("configs")
+        found = [str(p) for p in sorted(folder.glob("*.py"))]
+        raise unknown("config file", path, found)
+    if found_spec is None or found_spec.loader is None:
+        raise ValueError(f"--config {path}: want a Python file, NAME.py, with get_config(arg)")
+    module = importlib.util.module_from_spec(found_spec)
+    try:
+        found_spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # whatever a user's file may do
+        line = next((f":{e.lineno}" for e in [error] if isinstance(e, SyntaxError)), "")
+        raise ValueError(f"{path}{line}: {type(error).__name__}: {error}") from error
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"{path} has no get_config(arg) -> ConfigDict: it is not a config file")
+    return module, arg or None
+
+
+def override(config: ConfigDict, field: str, text: str) -> None:
+    """Sets ``a.b.c`` of `config` to `text`, read as the type that the field has."""
+    _set(config, field, lambda default: parse_value(text, default, f"config.{field}"))
+
+
+def override_value(config: ConfigDict, field: str, value: Any) -> Any:
+    """Sets ``a.b.c`` of `config` to a Python value, as the field's type; returns what it became."""
+    return _set(config, field, lambda default: fit(value, default))
+
+
+def _set(config: ConfigDict, field: str, read: Callable[[Any], Any]) -> Any:
+    *parents, leaf = field.split(".")
+    section: Any = config
+    known: Any = run_class(config)
+    for name in parents:
+        if known is not None and name not in known.model_fields:
+            raise unknown("config section", name, known.model_fields)
+        known = _section_of(known, name)
+        if name not in section:
+            section[name] = ConfigDict()
+        section = section[name]
+        if not isinstance(section, ConfigDict):
+            raise ValueError(f"config.{field}: {name} is a value, not a section")
+    defaults = {} if known is None else {k: f.default for k, f in known.model_fields.items()}
+    if leaf not in section and known is not None and leaf not in defaults:
+        raise unknown(f"config key in {'.'.join(parents) or 'the config'}:", leaf, defaults)
+    default = section[leaf] if leaf in section else defaults.get(leaf)
+    if default is None and known is not None and _is_text(known.model_fields[leaf].annotation):
+        default = ""
+    if isinstance(default, ConfigDict | pydantic.BaseModel):
+        raise ValueError(f"config.{field} is a section: set one of its keys, config.{field}.KEY")
+    value = read(default)
+    if isinstance(default, float) and type(value) is int:  # else `read` had made a float of it
+        raise ValueError(f"config.{field}={shown(value)}: beyond {LARGEST:g}, what float32 holds")
+    try:
+        with section.ignore_type():
+            section[leaf] = value
+    except ValueError as error:  # a key of a dictionary with a dot in it
+        raise ValueError(f"config.{field}={shown(value)}: {error}") from error
+    return value
+
+
+def _is_text(annotation: Any) -> bool:
+    """``str`` or ``str | None``."""
+    return annotation is str or str in typing.get_args(annotation)
+
+
+def _section_of(section: Any, name: str) -> Any:
+    """The schema class of a sub-section, or None where the schema leaves it free (model)."""
+    if section is None or name not in section.model_fields:
+        return None
+    kind = section.model_fields[name].annotation
+    return kind if isinstance(kind, type) and issubclass(kind, pydantic.BaseModel) else None
+
+
+# ---------------------------------------------------------------------------- checking
+
+
+def check(config: ConfigDict | Mapping[str, Any]) -> schema.Run:
+    """`config` as a frozen, typed `schema.Run`, or a ValueError that lists every wrong field."""
+    tree = to_tree(config)
+    kind = run_class(tree)
+    problems = [
+        f"config.{field}={shown(value)}: beyond {LARGEST:g}, what float32 holds"
+        for field, value in flatten(tree).items()
+        if isinstance(value, int | float) and LARGEST < abs(value) < math.inf
+    ]
+    try:
+        run = kind.model_validate(tuples(tree))
+    except pydantic.ValidationError as error:
+        problems = [_explain(e, kind) for e in error.errors(include_url=False)]
+    if not problems:
+        return run
+    raise ValueError("the config is wrong:\n  " + "\n  ".join(problems))
+
+
+def run_class(config: ConfigDict | Mapping[str, Any]) -> type[schema.Run]:
+    """The kind of run that ``task.name`` names: it decides what the other sections may hold."""
+    task = config.get("task")
+    default = next(iter(schema.RUNS))
+    name = task.get("name", default) if isinstance(task, ConfigDict | Mapping) else default
+    if not isinstance(name, str) or name not in schema.RUNS:
+        raise ValueError(
+            f"config.task.name={shown(name)}: {unknown('task', str(name), schema.RUNS)}"
+        )
+    return schema.RUNS[name]
+
+
+def _explain(error: Mapping[str, Any], kind: type[schema.Run]) -> str:
+    """One line for one pydantic error."""
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        section: Any = kind
+        for name in error["loc"][:-1]:
+            section = _section_of(section, str(name)) or section
+        return f"config.{where}: " + str(
+            unknown("key", str(error["loc"][-1]), section.model_fields)
+        )
+    if error["type"] == "missing":
+        return f"config.{where} is missing"
+    given, reason = error["input"], error.get("ctx", {}).get("error", error["msg"])
+    if isinstance(reason, ValueError) and isinstance(given, Mapping):
+        return f"config.{where}: {reason}"  # fields of a section that do not fit each other
+    return f"config.{where}={shown(given)} ({type(given).__name__}): {reason}"
+
+
+def check_fields(cls: type, values: Mapping[str, Any], what: str) -> None:
+    """Raises ValueError unless `values` are fields of the dataclass `cls`, of the right types."""
+    known = {f.name for f in dataclasses.fields(cls)} - {"parent", "name"}  # linen's own
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for name, value in values.items():
+        if name not in known:
+            raise unknown(f"option of {what}:", name, known)
+        try:
+            # pydantic takes no FrozenDict for a mapping
+            plain = tuples(value) if isinstance(value, Mapping) else value
+            pydantic.TypeAdapter(hints[name]).validate_python(plain, strict=True)
+        except pydantic.ValidationError as error:
+            reason = "; ".join(e["msg"] for e in error.errors(include_url=False))
+            raise ValueError(f"{what}: {name}={shown(value)}: {reason}") from None
+        numbers = leaves(value) if not isinstance(value, Mapping) else []  # blocks check their own
+        if not all(0 <= v <= 2**24 for v in numbers if isinstance(v, int | float)):  # no nan
+            raise ValueError(
+                f"{what}: {name}={shown(value)}: numbers of a model are from 0 to {2**24}"
+            )
+
+
+# ---------------------------------------------------------------------------- trees
+
+
+def to_tree(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+    """A plain nested dict."""
+    return config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}} -> {"a.b": 1}``."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        nested = isinstance(value, Mapping) and value
+        flat.update(flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value})
+    return flat
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """``{field: (old, new)}`` for every field in which two configs differ."""
+    old, new = flatten(tuples(old)), flatten(tuples(new))
+    missing = "(not set)"
+    return {
+        key: (old.get(key, missing), new.get(key, missing))
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, missing) != new.get(key, missing)
+    }
+
+
+def to_json(run: schema.Run) -> str:
+    """The whole config with its defaults, as `config.json` holds it."""
+    return json.dumps(run.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
+
+
+def read_json(file: pathlib.Path) -> schema.Run:
+    """The inverse of `to_json`, from a file."""
+    try:
+        return check(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged, or of another version: {error}") from None

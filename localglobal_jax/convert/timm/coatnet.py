@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""timm's CoAtNet: its names -> our paths, its arrays -> our layout."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from localglobal_jax.config import loading
+from localglobal_jax.convert import weights
+from localglobal_jax.convert.timm.coatnet_config import Section, fields
+from localglobal_jax.convert.weights import Path, Transform, Variables
+from localglobal_jax.models.coatnet import VARIANTS, CoAtNet
+from localglobal_jax.models.coatnet_variants import TIMM
+
+# ---------------------------------------------------------------------------- names
+
+TOP = {
+    "stem/conv1": "stem.conv1",
+    "stem/norm": "stem.norm1",
+    "stem/conv2": "stem.conv2",
+    "head/hidden": "head.pre_logits.fc",
+    "head/classifier": "head.fc",
+}
+MLP = {"mlp/hidden": "mlp.fc1", "mlp/output": "mlp.fc2"}
+INSIDE = {
+    "C": {
+        "shortcut/project": "shortcut.expand",
+        "norm": "pre_norm",
+        "expand": "conv1_1x1",
+        "expand_norm": "norm1",
+        "depthwise": "conv2_kxk",
+        "depthwise_norm": "norm2",
+        "squeeze_excite/reduce": "se.fc1",
+        "squeeze_excite/expand": "se.fc2",
+        "project": "conv3_1x1",
+    },
+    "N": {
+        "shortcut/project": "shortcut.expand",
+        "depthwise": "conv_dw",
+        "norm": "norm",
+        "scale": "ls",
+        **MLP,
+    },
+    "T": {
+        "shortcut/project": "shortcut.expand",
+        "norm": "norm1",
+        "attention/qkv": "attn.qkv",
+        "attention/output": "attn.proj",
+        "attention/relative_bias": "attn.rel_pos",
+        "attention/relative_bias/hidden": "attn.rel_pos.mlp.fc1",
+        "attention/relative_bias/output": "attn.rel_pos.mlp.fc2",
+        "attention_scale": "ls1",
+        "mlp_norm": "norm2",
+        "mlp_scale": "ls2",
+        **MLP,
+    },
+}
+LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+    "table": "relative_position_bias_table",
+}
+
+
+def _key(module: CoAtNet, path: Path) -> str:
+    """timm's name of the leaf at `path` of our variables."""
+    _, *middle, leaf = path
+    if middle[0].startswith("stage"):
+        stage, block = (int(re.sub(r"\D", "", part)) - 1 for part in middle[:2])
+        inside = "/".join(middle[2:])
+        letter = module.stages()[stage].letters[block]
+        theirs = INSIDE[letter][inside]
+        if letter == "T" and inside == "norm" and block == 0:
+            theirs = "norm1.norm"  # the first block of a stage pools after it
+        if letter == "C" and module.blocks.get("C", {}).get("squeeze_early"):
+            theirs = theirs.replace("se.", "se_early.")
+        prefix = f"stages.{stage}.blocks.{block}.{theirs}"
+    elif middle == ["head", "norm"]:
+        prefix = "norm" if module.head_norm_first else "head.norm"
+    else:
+        prefix = TOP["/".join(middle)]
+    return f"{prefix}.{'gamma' if middle[-1].endswith('scale') else LEAVES[leaf]}"
+
+
+def _transform(path: Path, shape: tuple[int, ...]) -> Transform:
+    """How timm's array becomes the leaf at `path`, which has `shape`."""
+    module, leaf = path[-2:]
+    if module == "qkv":  # their channels are [head][q, k, v][width of a head]
+        _, heads, width = shape[-3:]
+
+        def qkv(array: np.ndarray) -> np.ndarray:
+            if leaf == "bias":
+                return array.reshape(heads, 3, width).swapaxes(0, 1)
+            array = weights.dense(array)
+            return array.reshape(-1, heads, 3, width).swapaxes(1, 2)
+
+        return qkv
+    if leaf == "table":
+
+        def table(array: np.ndarray) -> np.ndarray:
+            if array.ndim == 3:  # "bias_tf": [head, key - query]; ours is query - key
+                return np.moveaxis(array, 0, -1)[::-1, ::-1]
+            return array.reshape(shape)
+
+        return table
+    if leaf != "kernel":
+        return weights.as_is
+    if module == "depthwise":
+        return weights.depthwise
+    return weights.convolution if module.startswith("conv") else weights.dense
+
+
+# ---------------------------------------------------------------------------- the converter
+
+MODEL = {
+    "img_size": None,
+    "in_chans": 3,
+    "num_classes": 1000,
+    "global_pool": "avg",
+    "drop_rate": 0.0,
+    "drop_path_rate": 0.0,
+}
+
+
+def load(
+    name_or_cfg: str | Mapping[str, Any], state_dict: Mapping[str, Any], **model_kwargs: Any
+) -> tuple[nn.Module, Variables]:
+    """See `timm.load`. The relative tables must be of ``img_size``: resize afterwards (`adapt`)."""
+    model = Section("model arguments", model_kwargs, MODEL)
+    model.must_be("global_pool", "avg")
+    model.must_be("drop_rate", 0.0)
+    if isinstance(name_or_cfg, str):
+        what, spec, size = _named(name_or_cfg)
+    else:
+        what, spec, size = "this CoAtNet", fields(name_or_cfg), 224
+    module = CoAtNet(**spec, classes=model["num_classes"], drop_path=model["drop_path_rate"])
+    size = model["img_size"] or size
+    height, width = (size, size) if isinstance(size, int) else size
+    image = jax.ShapeDtypeStruct((1, height, width, model["in_chans"]), jnp.float32)
+    variables = weights.assemble(
+        jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False), image),
+        state_dict,
+        lambda path, shape: (_key(module, path), _transform(path, shape)),
+        ignored=lambda name: name.endswith("num_batches_tracked"),  # torch counts, we do not
+        what=f"{what} at {height}x{width}",
+    )
+    return module, variables
+
+
+def _named(name: str) -> tuple[str, dict[str, Any], int]:
+    """A timm name -> our name, fields, image size."""
+    match = re.fullmatch(r"(.+)_(\d{3})", name)
+    base, size = (match[1], int(match[2])) if match else (name, 224)
+    known = [known for known in VARIANTS if known in TIMM or re.fullmatch(r"coatnet_[0-5]", known)]
+    if base not in known:
+        raise loading.unknown("timm model", name, known)
+    spec = dict(VARIANTS[base])
+    if base == "coatnet_5":
+        spec["blocks"] = {}  # timm's heads are 32 wide; the paper's, and ours of that name, 64
+    return base, spec, size

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures that a user names one by one: files, folders with all that lies in them, URLs."""
+
+import os
+import re
+import urllib.parse
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from etils import epath
+
+from localglobal_jax.data.images import readers
+from localglobal_jax.data.images.folder import ENDINGS
+
+
+class Found(NamedTuple):
+    """A picture, or what is none and why."""
+
+    path: str  # as it was given, or the folder's with the name in it
+    folder: str = ""  # that was given, or in which the file is
+    problem: str = ""
+
+
+def find(given: Iterable[str | os.PathLike[str]]) -> list[Found]:
+    """Files as they are, folders by what `folder` would take for pictures in them, sorted by path.
+
+    As there, hidden files are left out, and links to folders are not followed.
+    """
+    found: list[Found] = []
+    for name in [os.fspath(one) for one in given]:
+        try:
+            path = locate(name)
+            folder = path if path.is_dir() else path.parent
+            inside = [str(file) for file in _inside(path)] if folder == path else [name]
+        except (ValueError, OSError, ImportError) as error:
+            found.append(Found(name, problem=_why(error)))
+            continue
+        found += [Found(file, _absolute(folder)) for file in inside]
+        if not inside:
+            endings = ", ".join(sorted(ENDINGS))
+            found.append(Found(name, problem=f"no picture is in this folder ({endings})"))
+    return found
+
+
+def locate(name: str) -> epath.Path:
+    """The path that a user means. Raises ValueError for an address of another kind."""
+    if not name:
+        raise ValueError("the path is empty")
+    scheme = re.match(r"\w+://", name)
+    if not scheme or scheme[0] in ("gs://", "s3://"):
+        return epath.Path(name)
+    url = urllib.parse.urlsplit(name)
+    if scheme[0] != "file://" or url.netloc not in ("", "localhost") or not url.path:
+        raise ValueError("want a local path, file:///PATH, gs://BUCKET/PATH or s3://BUCKET/PATH")
+    return epath.Path(urllib.parse.unquote(url.path, errors="surrogateescape"))
+
+
+def read(name: str, channels: int) -> np.ndarray:
+    """``uint8 [h, w, channels]``. Raises ValueError that says what is wrong with the file."""
+    try:
+        return readers.decode(locate(name).read_bytes(), channels)
+    except ValueError:
+        raise
+    except Exception as error:  # a store's own errors are of many kinds
+        raise ValueError(_why(error)) from error
+
+
+def below(found: Sequence[Found]) -> list[str]:
+    """The path of each below the folder that all of them share: no two files have the same."""
+    root = os.path.commonpath([picture.folder for picture in found])
+    return [os.path.relpath(_absolute(locate(picture.path)), root) for picture in found]
+
+
+def _absolute(path: epath.Path) -> str:
+    text = os.fspath(path)
+    scheme, found, rest = text.partition("://")
+    return f"/{scheme}/{rest}" if found else os.path.abspath(text)
+
+
+def _inside(directory: epath.Path) -> Iterator[epath.Path]:
+    for path in sorted(directory.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.suffix.lower() in ENDINGS:  # asked first: in a store every other question costs
+            yield path
+        elif path.is_dir() and not os.path.islink(path):
+            yield from _inside(path)
+
+
+def _why(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error).strip().split("\n")[0]

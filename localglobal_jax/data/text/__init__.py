@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text input: files, sentence pairs, tokenizers, length buckets, batches."""

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pairs of sentences as batches of token ids, a few static shapes, every batch by its number.
+
+The door is `open_train`, then `open_eval` for each split beside it. A batch holds
+
+- ``source [b, l]``: the sentence and EOS;
+- ``target_input [b, l]``: EOS and the translation, as fairseq starts its decoder;
+- ``target [b, l]``: the translation and EOS, what the model has to say at each place;
+- ``mask [b, l]`` float32: 1 where ``target`` counts;
+- ``index [b]``: the numbers of the pairs among those of the split that are used.
+
+All but the mask are int32, padded at the right by PAD. ``l`` is the length of a bucket and
+``b * l`` at most the token budget.
+"""
+
+import itertools
+import zlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from localglobal_jax.config import schema
+from localglobal_jax.data import loader
+from localglobal_jax.data.text import bucketing, pairs
+from localglobal_jax.data.text.tokenizers import (
+    EOS,
+    PAD,
+    UNK,
+    Dictionary,
+    Tokenizer,
+    Tokenizers,
+    create,
+)
+
+Batch = loader.Batch
+
+BLOCK = 65_536  # sentences tokenised at a time
+
+
+class Ragged:
+    """Sequences of ids end to end: ``flat int32 [total]``, ``lengths int64 [n]``.
+
+    Lists of Python integers would take ten times the memory: a corpus of millions would not fit.
+    """
+
+    def __init__(self, flat: np.ndarray, lengths: np.ndarray):
+        self.flat, self.lengths = flat, lengths
+        self._starts = np.cumsum(lengths) - lengths
+
+    @classmethod
+    def encode(cls, tokenizer: Tokenizer, texts: Sequence[str]) -> "Ragged":
+        """The ids of ``texts``, without special ones."""
+        flat, lengths = [np.empty(0, np.int32)], [np.empty(0, np.int64)]
+        for start in range(0, len(texts), BLOCK):
+            ids = tokenizer.encode(texts[start : start + BLOCK])
+            flat.append(np.fromiter(itertools.chain.from_iterable(ids), np.int32))
+            lengths.append(np.fromiter(map(len, ids), np.int64))
+        return cls(np.concatenate(flat), np.concatenate(lengths))
+
+    def where(self, kept: np.ndarray) -> "Ragged":
+        """The sequences where ``kept: bool [n]``."""
+        return Ragged(self.flat[np.repeat(kept, self.lengths)], self.lengths[kept])
+
+    def padded(self, index: np.ndarray, length: int) -> np.ndarray:
+        """Sequences ``index [b]`` and EOS as ``int32 [b, length]``, PAD behind that."""
+        place, end = np.arange(length), self.lengths[index][:, None]
+        inside = place < end
+        at = np.where(inside, self._starts[index][:, None] + place, 0)
+        ids = self.flat[at] if len(self.flat) else at.astype(np.int32)
+        return np.where(inside, ids, np.where(place == end, np.int32(EOS), np.int32(PAD)))
+
+
+class TextSource:
+    """The tokenised pairs of a split, in memory, and the lengths they are padded to.
+
+    ``counts`` says how many pairs were read, left out (by reason) and used. ``text`` holds the
+    sentences of a split to evaluate, in the order of ``index``; None in training.
+    """
+
+    def __init__(
+        self,
+        tokenizers: Tokenizers,
+        text: pairs.Pairs,
+        *,
+        count: int = 1,
+        max_length: int | None = None,
+        edges: tuple[int, ...] = (),
+    ):
+        """Pads to ``edges``, and one more where pairs are longer, or to ``count`` lengths.
+
+        Pairs with more than ``max_length`` tokens on either side, EOS included, are left out.
+        """
+        self.tokenizers = tokenizers
+        self.text = text if max_length is None else None
+        self._source = Ragged.encode(tokenizers.source, text.sources)
+        self._target = Ragged.encode(tokenizers.target, text.targets)
+        self.lengths = np.maximum(self._source.lengths, self._target.lengths) + 1  # and EOS
+        self.counts = dict(text.counts)
+        if max_length is not None:
+            kept = self.lengths <= max_length
+            self._source, self._target = self._source.where(kept), self._target.where(kept)
+            self.lengths = self.lengths[kept]
+            self.counts[f"left out: more than {max_length} tokens"] = int(np.sum(~kept))
+        self.counts["used"] = len(self)
+        if not len(self):
+            told = ", ".join(f"{name}: {count}" for name, count in self.counts.items())
+            raise ValueError(f"no pair of sentences is left to use ({told})")
+        self.edges = edges or bucketing.make_edges(self.lengths, count)
+        if (longest := int(bucketing.granules(self.lengths).max())) > self.edges[-1]:
+            self.edges = (*self.edges, longest)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def tokens(self) -> int:
+        """Target tokens that count, EOS included: what the masks of an evaluation sum to."""
+        return len(self._target.flat) + len(self)
+
+    @property
+    def summary(self) -> str:
+        """One line for people: what is used, how, and what was left out."""
+        sizes = " + ".join(str(t.size) for t in dict.fromkeys(self.tokenizers))
+        dropped = [
+            f"{count:,} {name}"
+            for name, count in self.counts.items()
+            if count and name.startswith("left out")
+        ]
+        if self.unknown:
+            dropped.append(f"{self.unknown:.1%} of all tokens unknown")
+        left_out = ", ".join(dropped) or "none left out"
+        return (
+            f"{len(self):,} pairs, {self.tokens:,} target tokens of a vocabulary of {sizes}, "
+            f"padded to {'/'.join(map(str, self.edges))}; {left_out}"
+        )
+
+    @property
+    def unknown(self) -> float:
+        """Share of the tokens that the vocabulary does not know: much of it means a wrong one."""
+        both = (self._source.flat, self._target.flat)
+        return float(np.mean(np.concatenate(both) == UNK))
+
+    @property
+    def order(self) -> str:
+        """What batches are made of, and so their order: how many pairs, how long, which words."""
+        source, target = (x.flat.tobytes() for x in (self._source, self._target))
+        words = zlib.crc32(target, zlib.crc32(source))
+        lengths = zlib.crc32(self.lengths.astype("<i4").tobytes())
+        return f"{len(self)} pairs of lengths {lengths:08x} and words {words:08x}"
+
+    def members(self) -> tuple[np.ndarray, ...]:
+        """The numbers of the pairs in each bucket, in order."""
+        bucket = np.searchsorted(self.edges, self.lengths)
+        return tuple(np.flatnonzero(bucket == i).astype(np.int32) for i in range(len(self.edges)))
+
+    def batch(self, index: np.ndarray, length: int) -> Batch:
+        """The pairs ``index [b]``, padded to ``length``."""
+        target = self._target.padded(index, length)
+        before = np.full((len(index), 1), EOS, np.int32)  # fairseq's decoder starts with EOS
+        shifted = np.concatenate([before, target[:, :-1]], axis=1)
+        inside = target != PAD
+        return {
+            "source": self._source.padded(index, length),
+            "target_input": np.where(inside, shifted, np.int32(PAD)),
+            "target": target,
+            "mask": inside.astype(np.float32),
+            "index": index.astype(np.int32),
+        }
+
+
+def open_train(options: schema.Text, tokenizers: Tokenizers | None = None) -> TextSource:
+    """The training split. Makes the tokenizers from it unless they are given (from a workdir).
+
+    Raises ValueError for data that is missing, damaged, or too little for the vocabulary.
+    """
+    text = pairs.read(options, options.train_split)
+    if tokenizers is None and options.mock:
+        words = Dictionary(pairs.mock_words(options))
+        tokenizers = Tokenizers(words, words)
+    tokenizers = tokenizers or create(options, text.sources, text.targets)
+    return TextSource(tokenizers, text, count=options.buckets, max_length=options.max_length)
+
+
+def open_eval(
+    options: schema.Text, split: str, tokenizers: Tokenizers, edges: tuple[int, ...] = ()
+) -> TextSource:
+    """A split to evaluate, with the vocabulary of training; no pair is too long.
+
+    ``edges``: the lengths of training, if it was opened; else the split gets lengths of its own.
+    """
+    text = pairs.read(options, split)
+    return TextSource(tokenizers, text, count=options.buckets, edges=edges)
+
+
+def check_budget(source: TextSource, tokens: int, multiple: int) -> None:
+    """Raises ValueError if a batch of ``tokens`` cannot hold ``multiple`` of the longest pairs."""
+    bucketing.check_budget(source.edges, tokens, multiple)
+
+
+def train_batches(
+    source: TextSource,
+    *,
+    tokens: int,
+    multiple: int,
+    seed: int,
+    start: int,
+    stop: int,
+    shard: tuple[int, int] = (0, 1),
+    threads: int = 2,
+) -> Iterator[Batch]:
+    """Batches ``start`` to ``stop - 1``, this host's rows of each.
+
+    ``tokens``: the budget of the global batch, of the longer side, padding included. Batch n is a
+    function of (seed, n): hosts and threads change nothing. Raises ValueError at once for a budget
+    that is too small, or hosts that do not divide ``multiple``.
+    """
+    host, hosts = _shard(shard, multiple)
+    check_budget(source, tokens, multiple)
+    rows = bucketing.rows_of(source.edges, tokens, multiple)
+    members = source.members()
+    used = [bucket for bucket, those in enumerate(members) if len(those)]
+    schedule = bucketing.Schedule(
+        members=tuple(members[bucket] for bucket in used),
+        rows=tuple(rows[bucket] for bucket in used),
+        seed=seed,
+    )
+
+    def make(n: int) -> Batch:
+        bucket, index = schedule.batch(n)
+        return source.batch(np.split(index, hosts)[host], source.edges[used[bucket]])
+
+    return loader.prefetch(make, start, stop, threads)
+
+
+def eval_batches(
+    source: TextSource,
+    *,
+    tokens: int,
+    multiple: int,
+    shard: tuple[int, int] = (0, 1),
+    threads: int = 2,
+) -> Iterator[Batch]:
+    """Every pair once, shortest bucket first, this host's rows of each batch.
+
+    The last batch of a bucket is filled up with copies of its last pair under mask 0. A pair's
+    own mask is never all 0, because its EOS counts.
+    """
+    host, hosts = _shard(shard, multiple)
+    rows = bucketing.rows_of(source.edges, tokens, multiple)
+    members = source.members()
+    plan = [
+        (bucket, first)
+        for bucket, those in enumerate(members)
+        for first in range(0, len(those), rows[bucket])
+    ]
+
+    def make(n: int) -> Batch:
+        bucket, first = plan[n]
+        wanted = np.split(np.arange(first, first + rows[bucket]), hosts)[host]
+        last = len(members[bucket]) - 1
+        batch = source.batch(members[bucket][np.minimum(wanted, last)], source.edges[bucket])
+        batch["mask"] *= (wanted <= last)[:, None]
+        return batch
+
+    return loader.prefetch(make, 0, len(plan), threads)
+
+
+def _shard(shard: tuple[int, int], multiple: int) -> tuple[int, int]:
+    host, hosts = shard
+    if not 0 <= host < hosts:
+        raise ValueError(f"shard {shard}: want (this host, hosts) with 0 <= this host < hosts")
+    if multiple % hosts:
+        raise ValueError(
+            f"data.rows_multiple={multiple} is not divisible by the {hosts} hosts: take a multiple"
+        )
+    return host, hosts

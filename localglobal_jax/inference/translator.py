@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lines of text in, their translations out, in the same order.
+
+    translator = translate.load("runs/muse")            # a workdir, or a converted checkpoint
+    for found in translator.translate(["Click the button.", ""], beam=4):
+        print(found.text)
+
+Sentences of like length go through the model together, in a few static shapes, each compiled once.
+None of them depends on the others. Nothing is printed here, see `translate_command`.
+"""
+
+import collections
+import pathlib
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, BinaryIO, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from localglobal_jax.checkpoints import gcs
+from localglobal_jax.data.text import tokenizers as tokenizer
+from localglobal_jax.inference import decoding, heat_map
+from localglobal_jax.models import EncoderDecoder
+from localglobal_jax.training import evaluation
+from localglobal_jax.training.tasks import Variables
+
+SHORTEST = 16  # tokens of the first length bucket; each next one is twice as long
+BATCH = 2048  # tokens
+LONGEST = 1024  # tokens of a source
+ONE_LINE = str.maketrans("\n\r\t\0", "    ")  # a model that knows bytes may say these
+
+
+class Hypothesis(NamedTuple):
+    """One translation. `tokens` and `token_scores` include the end token."""
+
+    text: str
+    score: float  # the sum of the token scores over length ** length_penalty
+    tokens: tuple[int, ...]
+    token_scores: tuple[float, ...]  # natural logarithms of probabilities
+
+
+class Translation(NamedTuple):
+    """What became of a line. No hypothesis: it is blank, or `problem` says why."""
+
+    tokens: int  # of the source, the end token included
+    hypotheses: tuple[Hypothesis, ...]  # best first
+    problem: str = ""
+
+    @property
+    def text(self) -> str:
+        """The best translation, in one line; empty if there is none."""
+        return self.hypotheses[0].text if self.hypotheses else ""
+
+
+class Sampling(NamedTuple):
+    """Draws in place of a search, see `decoding.sample`."""
+
+    seed: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+class Attention(NamedTuple):
+    """Which source piece was looked at for which target piece; rows of `weights` sum to 1."""
+
+    weights: np.ndarray  # [target, source]
+    source: list[str]
+    target: list[str]
+    title: str
+
+    def draw(self, file: str | BinaryIO, *, titled: bool = True) -> None:
+        """As a picture; see `heat_map.draw`."""
+        heat_map.draw(
+            file,
+            self.weights,
+            rows=self.target,
+            columns=self.source,
+            row_name="translation",
+            column_name="source",
+            title=self.title if titled else "",
+        )
+
+
+class Translator:
+    """A trained model and its words.
+
+    Converted checkpoints let padding into the encoder's convolution, as the published code does:
+    what they say then depends on the longest sentence of the batch. Here padding does not exist
+    (``pad_values="zero"``): every line gets what the published code gives it alone.
+
+    Raises ValueError for a module that does not translate, or a vocabulary of another size.
+    """
+
+    def __init__(self, module: nn.Module, variables: Variables, tokenizers: tokenizer.Tokenizers):
+        if not isinstance(module, EncoderDecoder) or len(module.layout) != 2:
+            raise ValueError(f"a {type(module).__name__} does not translate: give another model")
+        sizes = tuple(side.size for side in tokenizers)
+        if sizes != (module.source_vocab, module.target_vocab):
+            raise ValueError(
+                f"the tokenizer has {sizes[0]} source and {sizes[1]} target ids, but the model "
+                f"{module.source_vocab} and {module.target_vocab}: they are not of one run"
+            )
+        self.module: Any = module.clone(pad_values="zero")
+        self.variables, self.tokenizers = variables, tokenizers
+
+    def translate(
+        self,
+        lines: Sequence[str],
+        *,
+        beam: int = 4,
+        nbest: int = 1,
+        length_penalty: float = 1.0,
+        min_length: int = 1,
+        max_length: int | None = None,
+        sampling: Sampling | None = None,
+        batch_size: int = BATCH,
+        max_source: int = LONGEST,
+        first: int = 0,
+    ) -> list[Translation]:
+        """One `Translation` per line, in their order.
+
+        Args:
+          lines: sentences, in the form that the model was trained on.
+          beam: hypotheses that the search keeps. `nbest`: how many of them to return.
+          length_penalty: exponent of the length that divides a score.
+          min_length, max_length: tokens of a translation, without the end token. None: what
+            `decoding.max_length` gives for the length bucket of the source.
+          sampling: draw `nbest` hypotheses, instead of searching.
+          batch_size: source tokens in a batch, padding included.
+          max_source: tokens; a longer line is not translated, and says so.
+          first: number of the first line; the draws of a line are a function of seed and number.
+
+        Raises ValueError for options out of their range.
+        """
+        if isinstance(lines, str):
+            raise ValueError("lines is one string: give a list of sentences")
+        if min(nbest, batch_size, max_source) < 1 or (nbest > beam and sampling is None):
+            raise ValueError(
+                f"nbest={nbest}, beam={beam}, batch_size={batch_size}, max_source={max_source}: at "
+                "least one each, and no more of the best than the beam holds"
+            )
+        if sampling and not 0 <= sampling.seed < 2**32:
+            raise ValueError(f"seed={sampling.seed}: give one from 0 to {2**32 - 1}")
+        ids = self._encode(lines)
+        problem = f"{{}} tokens, but at most {max_source} are translated (max_source)"
+        found = [
+            Translation(len(line), (), problem.format(len(line)) if len(line) > max_source else "")
+            for line in ids
+        ]
+        for length, members in self._buckets(ids, max_source):
+            rows = rows_of(len(members), max(1, batch_size // length))
+            longest = max_length
+            if max_length is None:
+                longest = max(min_length, decoding.max_length(length))
+            options = {"length_penalty": length_penalty, "min_length": min_length}
+            for start in range(0, len(members), rows):
+                batch = members[start : start + rows]
+                # filled up with its shortest: rows of padding alone might never say the end token
+                numbers = np.array(batch + batch[:1] * (rows - len(batch)))
+                source = self._padded([ids[i] for i in numbers], length)
+                search = self._search(beam, nbest, sampling, first + numbers)
+                hypotheses = search(source, max_length=longest, **options)
+                host = jax.device_get(hypotheses)
+                for row, i in enumerate(batch):
+                    found[i] = found[i]._replace(hypotheses=self._read(host, row, nbest))
+        return found
+
+    def attention(self, line: str, hypothesis: Hypothesis) -> Attention:
+        """Of the cross-attention, for a line and one of its translations."""
+        (ids,) = self._encode([line])
+        before = (self.module.start, *hypothesis.tokens[:-1])
+        source, target = (jnp.asarray([side], jnp.int32) for side in (ids, before))
+        layers = _cross_attention(self.module, self.variables, source, target)
+        counts = {"layer": len(layers), "head": layers[0].shape[1]}
+        both = " and ".join(f"{n} {name}{'s' * (n > 1)}" for name, n in counts.items())
+        return Attention(
+            np.mean([np.asarray(layer[0], np.float32).mean(0) for layer in layers], axis=0),
+            self.tokenizers.source.pieces(ids),
+            self.tokenizers.target.pieces(hypothesis.tokens),
+            f"cross-attention, mean of {both}",
+        )
+
+    def _encode(self, lines: Sequence[str]) -> list[list[int]]:
+        """Ids and the end token; nothing for a blank line. Blanks are squeezed, as in training."""
+        found = self.tokenizers.source.encode([" ".join(line.split()) for line in lines])
+        return [[*ids, self.module.end] if ids else [] for ids in found]
+
+    def _buckets(self, ids: list[list[int]], longest: int) -> list[tuple[int, list[int]]]:
+        """(padded length, numbers of its lines), shortest first."""
+        buckets = collections.defaultdict(list)
+        for i in sorted(range(len(ids)), key=lambda i: len(ids[i])):
+            if 0 < len(ids[i]) <= longest:
+                buckets[bucket_of(len(ids[i]))].append(i)
+        return list(buckets.items())
+
+    def _padded(self, ids: list[list[int]], length: int) -> np.ndarray:
+        return np.array([line + [self.module.pad] * (length - len(line)) for line in ids], np.int32)
+
+    def _search(self, beam: int, nbest: int, sampling: Sampling | None, numbers: np.ndarray) -> Any:
+        if sampling is None:
+            return partial(decoding.beam_search, self.module, self.variables, beam=beam)
+        return partial(
+            decoding.sample,
+            self.module,
+            self.variables,
+            key=jax.random.key(sampling.seed),
+            numbers=numbers,
+            samples=nbest,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+        )
+
+    def _read(self, found: decoding.Hypotheses, row: int, nbest: int) -> tuple[Hypothesis, ...]:
+        hypotheses = []
+        for k in range(nbest):
+            if length := int(found.lengths[row, k]):
+                tokens = tuple(found.tokens[row, k, :length].tolist())
+                text = self.tokenizers.target.decode(tokens).translate(ONE_LINE)
+                scores = tuple(found.token_scores[row, k, :length].tolist())
+                hypotheses.append(Hypothesis(text, float(found.scores[row, k]), tokens, scores))
+        return tuple(hypotheses)
+
+
+def bucket_of(length: int) -> int:
+    """The padded length of a source of `length` tokens: `SHORTEST` times a power of two."""
+    return max(SHORTEST, 1 << (length - 1).bit_length())
+
+
+def rows_of(sentences: int, most: int) -> int:
+    """Rows of the batches that translate so many sentences: a power of four, or `most`.
+
+    So one sentence is not padded to a whole batch, and yet few shapes are ever compiled.
+    """
+    rows = 1
+    while rows < min(sentences, most):
+        rows *= 4
+    return min(rows, most)
+
+
+@partial(jax.jit, static_argnums=0)
+def _cross_attention(
+    module: EncoderDecoder, variables: Variables, source: jax.Array, target: jax.Array
+) -> list[jax.Array]:
+    """The weights of every decoder layer, [b, heads, target, source]."""
+    _, sown = module.apply(variables, source, target, train=False, mutable=["intermediates"])
+    leaves = jax.tree_util.tree_leaves_with_path(sown["intermediates"]["decoder"])
+    return [leaf for path, leaf in leaves if jax.tree_util.DictKey("cross") in path]
+
+
+# ---------------------------------------------------------------------------- from disk
+
+
+def load(path: str | pathlib.Path, step: int | str | None = None, average: int = 1) -> Translator:
+    """Of a workdir, or of the directory that a checkpoint was converted to.
+
+    `step` and `average`: see `evaluate.load`. Raises ValueError where there is no such
+    checkpoint, or no vocabulary beside it.
+    """
+    module, variables = evaluation.load(path, step, average)
+    tokenizers = tokenizer.load(gcs.Copy(path).local / tokenizer.DIRECTORY)
+    if tokenizers is None:
+        raise ValueError(
+            f"{path} has no words (no tokenizer/tokenizer.json). Give the workdir of a translation "
+            "run; or convert the checkpoint again, with --dict"
+        )
+    return Translator(module, variables, tokenizers)
+
+
+def defaults(path: str | pathlib.Path) -> Mapping[str, Any]:
+    """Beam and length penalty of the run in `path`; where there is none, 4 and 1."""
+    workdir = gcs.Copy(path).local
+    task = evaluation.read_run(workdir).task if (workdir / "config.json").is_file() else None
+    return {
+        "beam": getattr(task, "beam", 0) or 4,  # 0 there: evaluation only measures the loss
+        "length_penalty": getattr(task, "length_penalty", 1.0),
+    }

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counting without computing: parameters and multiply-adds of a module, from one abstract trace.
+
+Nothing is allocated, so a model of billions of parameters takes seconds. A multiply-add is one
+multiplication and its addition inside a matrix product or a convolution, the unit that the vision
+papers call a FLOP; everything elementwise (norms, activations, pooling, bias) counts as nothing.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from localglobal_jax.parallel import context
+
+
+@dataclasses.dataclass(frozen=True)
+class Account:
+    """`shapes`: the variables of the module, as `jax.ShapeDtypeStruct`s."""
+
+    parameters: int
+    multiply_adds: int
+    shapes: Any
+
+
+def account(module: nn.Module, *inputs: Any) -> Account:
+    """Traces ``module.init`` on `inputs` (arrays or `jax.ShapeDtypeStruct`s).
+
+    The multiply-adds are those of the whole batch in `inputs`: give a batch of one.
+    """
+
+    def init(*args: Any) -> Any:
+        return module.init(jax.random.key(0), *args, train=False)
+
+    with _plain():
+        jaxpr, shapes = jax.make_jaxpr(init, return_shape=True)(*inputs)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
+    return Account(parameters, _count(jaxpr.jaxpr), shapes)
+
+
+def multiply_adds(function: Callable[..., Any], *args: Any) -> int:
+    """Of one call of a function of arrays (or of `jax.ShapeDtypeStruct`s).
+
+    What a formulation does twice to move fewer bytes counts once, and so does what `remat`
+    computes again: the work of the model, for MFU.
+    """
+    with _plain():
+        return _count(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def computed(jaxpr: ClosedJaxpr, *, loops: int | None = None) -> int:
+    """Multiply-adds of a program as it was traced, with all that it computes again.
+
+    `loops`: how often a while loop is taken to run, which a jaxpr does not say.
+    """
+    return _count(jaxpr.jaxpr, loops)
+
+
+def _plain() -> AbstractContextManager[None]:
+    return context.tracing(formulation="plain")
+
+
+def _count(jaxpr: Jaxpr, loops: int | None = None) -> int:
+    return sum(_count_equation(equation, loops) for equation in jaxpr.eqns)
+
+
+def _count_equation(equation: Any, loops: int | None) -> int:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracting, _), _ = params["dimension_numbers"]
+        left = equation.invars[0].aval.shape
+        return int(
+            equation.outvars[0].aval.size * np.prod([left[i] for i in contracting], initial=1)
+        )
+    if name == "conv_general_dilated":
+        kernel = equation.invars[1].aval
+        features = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
+        return int(equation.outvars[0].aval.size * (kernel.size // features))
+    counts = [_count(inner, loops) for inner in _inner(params)]
+    if name == "scan":
+        return params["length"] * sum(counts)
+    if name == "cond":
+        # by_platform: one mathematics in several forms. The last is the default one, which computes
+        # what the equations say; others are made of shifts, or of matrices with zeros.
+        return counts[-1]
+    if name == "while" and sum(counts):
+        if loops is not None:
+            return loops * sum(counts)
+        raise ValueError("cannot count a while loop: how often it runs is not in the program")
+    return sum(counts)
+
+
+def _inner(params: dict[str, Any]) -> Iterator[Jaxpr]:
+    for value in params.values():
+        for item in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(item, ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, Jaxpr):
+                yield item

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layouts: models in sequence, as data. ``"CCTT"`` is four stages; a letter is a block.
+
+A stage is a string of block letters: one letter repeats (``"C"``), a pattern that divides the
+depth repeats (``"CT"`` at depth 4 is C T C T), and a string as long as the depth is taken as it is.
+"""
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+from jaxtyping import Array, Float
+
+from localglobal_jax.blocks import BLOCKS
+from localglobal_jax.blocks.layers import Rounding
+from localglobal_jax.blocks.stack import in_sequence
+from localglobal_jax.config import loading
+
+Options = Mapping[str, Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Blocks at one resolution: one letter each, their width, and the stride of the first."""
+
+    letters: str
+    width: int
+    stride: int
+
+
+def parse(
+    layout: str | Sequence[str],
+    depths: Sequence[int],
+    widths: Sequence[int],
+    strides: Sequence[int] | None = None,
+    *,
+    blocks: Mapping[str, type[nn.Module]] = BLOCKS,
+) -> tuple[Stage, ...]:
+    """The stages of a layout; strides default to 2. Raises ValueError where the lists disagree."""
+    strides = (2,) * len(layout) if strides is None else strides
+    for name, values in (("depths", depths), ("widths", widths), ("strides", strides)):
+        if len(values) != len(layout):
+            raise ValueError(
+                f'layout "{_show(layout)}" names {len(layout)} stages, '
+                f"but {name}={tuple(values)} has {len(values)}"
+            )
+        if min(values, default=1) < 1:
+            raise ValueError(f"{name}={tuple(values)}: every stage needs at least 1")
+    if not set(strides) <= {1, 2}:
+        raise ValueError(f"strides={tuple(strides)}: the stride of a stage is 1 or 2")
+    for letter in "".join(layout):
+        if letter not in blocks:
+            raise loading.unknown(f'block in layout "{_show(layout)}":', letter, blocks)
+    stages = zip(layout, depths, widths, strides, strict=True)
+    return tuple(Stage(_repeat(p, depth), width, stride) for p, depth, width, stride in stages)
+
+
+def _show(layout: str | Sequence[str]) -> str:
+    return layout if isinstance(layout, str) else ",".join(layout)
+
+
+def _repeat(pattern: str, depth: int) -> str:
+    if not pattern or depth % len(pattern):
+        raise ValueError(
+            f'stage "{pattern}" of {len(pattern)} blocks cannot fill depth {depth}: '
+            "give a pattern whose length divides the depth, or all letters"
+        )
+    return pattern * (depth // len(pattern))
+
+
+def drop_path_rates(stages: Sequence[Stage], rate: float) -> list[tuple[float, ...]]:
+    """Stochastic depth growing linearly over all blocks, from 0 to `rate` (arXiv 1603.09382)."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"drop_path={rate}: it is a probability below 1")
+    depths = [len(stage.letters) for stage in stages]
+    rates = np.linspace(0.0, rate, sum(depths))
+    return [tuple(map(float, part)) for part in np.split(rates, np.cumsum(depths)[:-1])]
+
+
+class BlockStage(nn.Module):
+    """One stage: its blocks in sequence, the first of which may change width and resolution."""
+
+    stage: Stage
+    options: Options
+    drop_path: tuple[float, ...]
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w d"], *, train: bool = False
+    ) -> Float[Array, "b i j e"]:
+        blocks = [
+            BLOCKS[letter](
+                features=self.stage.width,
+                stride=self.stage.stride if i == 0 else 1,
+                drop_path=self.drop_path[i],
+                dtype=self.dtype,
+                name=f"block{i + 1}",
+                **self.options.get(letter, {}),
+            )
+            for i, letter in enumerate(self.stage.letters)
+        ]
+
+        def call(block: nn.Module, x: Array, own: None) -> Array:
+            del own
+            return block(x, train=train)
+
+        return in_sequence(self, blocks, x, call, [None] * len(blocks))[-1]
+
+
+def odd_grids(letter: str, options: Options) -> Rounding:
+    """How a block with stride 2 halves an odd grid; None: not at all, or it does not say."""
+    block = BLOCKS[letter](features=1, parent=None, **options.get(letter, {}))
+    return getattr(block, "odd_grids", None)
+
+
+def check_options(
+    options: Options,
+    blocks: Mapping[str, type[nn.Module]] = BLOCKS,
+    given: Collection[str] = ("features", "stride", "drop_path", "dtype"),
+) -> None:
+    """Raises ValueError for letters and fields that no block has, and for wrong types.
+
+    `given`: the fields that the model itself gives to every block.
+    """
+    for letter, fields in options.items():
+        if letter not in blocks:
+            raise loading.unknown("block letter in blocks:", letter, blocks)
+        for field in given:
+            if field in fields:
+                raise ValueError(f"blocks: {field} of block {letter} is the model's to give")
+        loading.check_fields(blocks[letter], fields, f"block {letter}")

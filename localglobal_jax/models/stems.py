@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stands before the first block and after the last."""
+
+import flax.linen as nn
+from jaxtyping import Array, Float
+
+from localglobal_jax.blocks.layers import Activation, Norm, make_norm, norm_activation
+from localglobal_jax.operators.dense import Dense
+
+
+class ConvStem(nn.Module):
+    """Two 3x3 convolutions, the first with the stride; norm and activation only between them.
+
+    CoAtNet's S0 (table 3). Padding is 1 on both sides, as the references have it.
+    """
+
+    widths: tuple[int, ...]
+    stride: int = 2
+    activation: Activation = "gelu"
+    use_bias: bool = False
+    norm: Norm = "batch"
+    norm_eps: float = 1e-5
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], *, train: bool = False
+    ) -> Float[Array, "b i j d"]:
+        for i, (width, stride) in enumerate(zip(self.widths, (self.stride, 1), strict=True)):
+            if i:
+                x = norm_activation(
+                    x,
+                    kind=self.norm,
+                    activation=self.activation,
+                    eps=self.norm_eps,
+                    train=train,
+                    dtype=self.dtype,
+                    name="norm",
+                )
+            x = nn.Conv(
+                width,
+                (3, 3),
+                (stride, stride),
+                padding=((1, 1), (1, 1)),
+                use_bias=self.use_bias,
+                dtype=self.dtype,
+                name=f"conv{i + 1}",
+            )(x)
+        return x
+
+
+class PatchStem(nn.Module):
+    """Non-overlapping patches, projected (arXiv 2010.11929): ViT's stem."""
+
+    width: int
+    patch: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], *, train: bool = False
+    ) -> Float[Array, "b i j d"]:
+        size = (self.patch, self.patch)
+        conv = nn.Conv(self.width, size, size, padding="VALID", dtype=self.dtype, name="project")
+        return conv(x)
+
+
+class PoolingHead(nn.Module):
+    """Average over the grid and a linear classifier.
+
+    Attributes:
+      classes: number of logits; 0: no classifier, the pooled features are returned.
+      norm: "layer" or "batch"; `norm_first`: before the pooling (over the map) or after it.
+      hidden: width of a tanh layer before the classifier (after the norm); 0: none.
+    """
+
+    classes: int
+    norm: Norm = "layer"
+    norm_first: bool = False
+    norm_eps: float = 1e-6
+    hidden: int = 0
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w d"], *, train: bool = False
+    ) -> tuple[Float[Array, "b k"], Float[Array, "b e"]]:
+        """Returns the logits and the features they are made from."""
+        norm = make_norm(self.norm, eps=self.norm_eps, train=train, dtype=self.dtype, name="norm")
+        x = norm(x).mean((1, 2)) if self.norm_first else norm(x.mean((1, 2)))
+        if self.hidden:
+            x = nn.tanh(Dense(self.hidden, dtype=self.dtype, name="hidden")(x))
+        if not self.classes:
+            return x, x
+        return Dense(self.classes, dtype=self.dtype, name="classifier")(x), x
+
+
+class ConvPatchStem(nn.Module):
+    """Three convolutions at half resolution, then non-overlapping patches (VOLO, section 3.4).
+
+    7x7 with stride 2 and two 3x3, each with BatchNorm and ReLU and padded on both sides as the
+    authors pad; then a convolution that makes one token of `patch` x `patch` pixels. What does
+    not fill a patch is dropped.
+    """
+
+    hidden: int
+    width: int
+    patch: int = 8
+    norm_eps: float = 1e-5
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], *, train: bool = False
+    ) -> Float[Array, "b i j d"]:
+        for i, (window, stride) in enumerate(((7, 2), (3, 1), (3, 1)), start=1):
+            x = nn.Conv(
+                self.hidden,
+                (window, window),
+                (stride, stride),
+                padding=window // 2,
+                use_bias=False,
+                dtype=self.dtype,
+                name=f"conv{i}",
+            )(x)
+            x = norm_activation(
+                x,
+                kind="batch",
+                activation="relu",
+                eps=self.norm_eps,
+                train=train,
+                dtype=self.dtype,
+                name=f"norm{i}",
+            )
+        patch = (self.patch // 2, self.patch // 2)
+        return nn.Conv(self.width, patch, patch, padding="VALID", dtype=self.dtype, name="project")(
+            x
+        )
+
+
+def patch_grid(size: tuple[int, int], patch: int) -> tuple[int, int]:
+    """The grid that `ConvPatchStem` makes of images of `size` (height, width)."""
+    if patch < 2 or patch % 2:
+        raise ValueError(f"patch={patch}: half of it is done by the stem's stride, so it is even")
+    height, width = ((n + 1) // 2 // (patch // 2) for n in size)
+    return height, width
+
+
+class PatchEmbed(nn.Module):
+    """A strided convolution with bias, and a LayerNorm of its output: Swin's and Focal's embedding.
+
+    Attributes:
+      kernel, stride, padding: of the convolution, the same in both directions.
+      norm: whether the output is normed. `pre_norm`: whether the input is, over all of an example
+        (GroupNorm of one group).
+    """
+
+    features: int
+    kernel: int
+    stride: int
+    padding: int = 0
+    norm: bool = True
+    pre_norm: bool = False
+    norm_eps: float = 1e-5
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], *, train: bool = False
+    ) -> Float[Array, "b i j d"]:
+        if self.pre_norm:
+            x = nn.GroupNorm(1, epsilon=self.norm_eps, dtype=self.dtype, name="pre_norm")(x)
+        x = nn.Conv(
+            self.features,
+            (self.kernel,) * 2,
+            (self.stride,) * 2,
+            padding=((self.padding, self.padding),) * 2,
+            dtype=self.dtype,
+            name="conv",
+        )(x)
+        if self.norm:
+            x = make_norm("layer", eps=self.norm_eps, train=train, dtype=self.dtype, name="norm")(x)
+        return x

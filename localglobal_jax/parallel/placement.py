@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Devices: the only file that names them. Mesh, shardings, compilation, hosts, platforms.
+
+A mesh has up to three axes: "data" and "fsdp" split the batch, "fsdp" also the parameters (each
+device keeps a part and gathers a layer when it needs it, arXiv 1910.02054, stage 3), "model" splits
+heads, hidden channels and vocabularies (tensor parallelism, arXiv 1909.08053, section 3).
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from localglobal_jax.config import schema
+from localglobal_jax.parallel import context, sharding
+
+
+def make_mesh(
+    shape: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh over all devices, e.g. ``{"data": -1}``; one axis may be -1, "all that are left".
+
+    `devices`: others than those of this machine, e.g. of a topology that is only compiled for.
+
+    Raises ValueError if the axes do not multiply to the number of devices.
+    """
+    shape = dict(shape or {"data": -1})
+    count = jax.device_count() if devices is None else len(devices)
+    fixed = int(np.prod([n for n in shape.values() if n != -1]))
+    free = [axis for axis, n in shape.items() if n == -1]
+    if (
+        not {"data"} <= shape.keys() <= {*sharding.AXES}
+        or len(free) > 1
+        or fixed < 1
+        or count % fixed
+    ):
+        raise ValueError(
+            f"parallel.mesh={shape} does not fit {count} device(s) (--config.parallel.mesh and "
+            ".strategy may change at any time): it needs an axis named "
+            '"data", may have "fsdp" and "model", at most one of them -1, and sizes whose product '
+            f"divides {count}"
+        )
+    if free:
+        shape[free[0]] = count // fixed
+    elif fixed != count:
+        raise ValueError(
+            f"parallel.mesh={shape} uses {fixed} of {count} devices; "
+            "set one axis to -1 to use all of them"
+        )
+    # Not jax.make_mesh: it refuses an axis of 16 on 8x8x8 chips of a v5p, whose rows are of 8.
+    laid_out = mesh_utils.create_device_mesh(
+        tuple(shape.values()), devices, allow_split_physical_axes=True
+    )
+    # The default, Explicit axes, breaks linen's Embed, Dropout and reshapes.
+    return Mesh(laid_out, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+
+
+def use_compilation_cache(directory: str | None) -> None:
+    """Keeps what was compiled in `directory`, see `schema.Parallel`; of many hosts, 0 writes.
+
+    Not on CPU unless a directory is named: a program there is tied to the kind of CPU, and writing
+    one (jaxlib 0.10.2) has crashed the interpreter in a long process.
+    """
+    if directory == "auto":
+        if "JAX_COMPILATION_CACHE_DIR" in os.environ:  # the user's own
+            return
+        on_cpu = jax.default_backend() == "cpu"
+        directory = None if on_cpu else os.path.expanduser("~/.cache/localglobal/xla")
+    jax.config.update("jax_compilation_cache_dir", directory)
+
+
+def pretend(count: int | None = None) -> list[jax.Device]:
+    """So many devices that need not be here (None: as many as are), to check what needs no more."""
+    return [jax.devices()[0]] * (jax.device_count() if count is None else count)
+
+
+class Placement:
+    """Where everything of a run lives: a mesh, a strategy, and how its steps are compiled.
+
+    Raises ValueError where mesh, strategy and compilation do not fit each other.
+    """
+
+    def __init__(
+        self,
+        options: schema.Parallel | None = None,
+        devices: Sequence[jax.Device] | None = None,
+    ):
+        options = options or schema.Parallel()
+        self.mesh = make_mesh(options.mesh, devices)
+        self.strategy, self.compile = options.strategy, options.compile
+        self._forms = context.BlockForms(
+            remat=options.remat == "blocks",
+            scan=options.scan,
+            gather=self._whole if "fsdp" in options.strategy else None,
+        )
+        self._global_norm = options.batch_norm == "global"
+        self._formulation = options.formulation
+        for strategy, axis in (("fsdp", "fsdp"), ("tensor", "model")):
+            if strategy in self.strategy.split("+") and axis not in self.mesh.shape:
+                raise ValueError(
+                    f'parallel.strategy={self.strategy} needs an axis "{axis}" in parallel.mesh, '
+                    f'not {options.mesh}: for example {{"data": -1, "{axis}": 2}}'
+                )
+        if self.compile == "pmap" and (self.strategy != "replicate" or len(self.mesh.shape) > 1):
+            raise ValueError(
+                f"parallel.compile=pmap replicates: it needs strategy=replicate, not "
+                f'{self.strategy}, and no axis but "data" in parallel.mesh, not {options.mesh}'
+            )
+        if self.compile == "pmap" and jax.process_count() > 1:
+            raise ValueError(
+                "parallel.compile=pmap is for one host: what it returns belongs to each host alone "
+                "and cannot be saved as one checkpoint. Use jit, which gives the same losses"
+            )
+        if self.compile != "pmap" and not self._global_norm:
+            raise ValueError(
+                "parallel.batch_norm=per_device needs parallel.compile=pmap: under jit a batch is "
+                "one array, and so are its statistics"
+            )
+        self._batch = tuple(axis for axis in sharding.BATCH_AXES if axis in self.mesh.shape)
+
+    @property
+    def batch_parts(self) -> int:
+        """Into how many parts the batch is split."""
+        return int(np.prod([self.mesh.shape[axis] for axis in self._batch]))
+
+    @property
+    def shard(self) -> tuple[int, int]:
+        """Which part of every batch this host reads, and of how many.
+
+        Hosts whose devices hold parts of the same rows, along "model", read the same ones.
+        """
+        axes = tuple(self.mesh.shape)
+        order = [axes.index(axis) for axis in self._batch]
+        sizes = [self.mesh.shape[axis] for axis in self._batch]
+        rows: dict[int, set[int]] = {}
+        for place, device in np.ndenumerate(self.mesh.devices):
+            row = int(np.ravel_multi_index([place[i] for i in order], sizes))
+            rows.setdefault(device.process_index, set()).add(row)
+        parts = sorted({tuple(sorted(own)) for own in rows.values()})
+        if sum(map(len, parts)) != self.batch_parts:
+            raise ValueError(
+                f"parallel.mesh={dict(self.mesh.shape)}: hosts would share some rows of a batch "
+                'but not all: give "model" a size that divides the devices of a host, or the other '
+                "way round"
+            )
+        own = rows[jax.process_index()] if jax.process_index() in rows else rows[min(rows)]
+        return parts.index(tuple(sorted(own))), len(parts)
+
+    def check_batch(self, batch_size: int, *, what: str = "batch_size") -> None:
+        """Raises ValueError unless the global batch divides over the devices that split it."""
+        parts = self.batch_parts
+        if batch_size % parts:
+            lower, upper = batch_size // parts * parts, -(-batch_size // parts) * parts
+            nearest = f"{lower} or {upper}" if lower else f"{upper}"
+            raise ValueError(
+                f"{what}={batch_size} is not divisible by the {parts} devices that split the "
+                f"batch: use {nearest}"
+            )
+
+    def split(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shapes of a global batch, with their shardings."""
+        where = self._batched()
+        return {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for k, x in batch.items()}
+
+    def spec(self, path: str, shape: tuple[int, ...]) -> PartitionSpec:
+        """How the array of a state at `path` ("variables/params/stem/conv1/kernel") is split."""
+        return sharding.spec(path, shape, self.strategy, self.mesh.shape)
+
+    def shardings(self, tree: PyTree) -> PyTree:
+        """Of every leaf of a state, variables, or of their shapes."""
+
+        def where(path: Any, leaf: Any) -> NamedSharding:
+            return NamedSharding(self.mesh, self.spec(_name(path), tuple(leaf.shape)))
+
+        return jax.tree_util.tree_map_with_path(where, tree)
+
+    def template(self, shapes: PyTree) -> PyTree:
+        """The shapes with their shardings, to restore into."""
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            shapes,
+            self.shardings(shapes),
+        )
+
+    def put(self, tree: PyTree) -> PyTree:
+        """Arrays of the host to where they live."""
+        return jax.device_put(tree, self.shardings(tree))
+
+    def train_batch(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
+        """This host's rows of a batch, as the compiled step takes them."""
+        if self.compile == "pmap":
+            local = jax.local_device_count()
+            return {k: v.reshape(local, -1, *v.shape[1:]) for k, v in batch.items()}
+        return self.global_batch(batch)
+
+    def global_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """This host's rows of a batch -> arrays of the global batch, split over devices."""
+        return {
+            key: jax.make_array_from_process_local_data(self._batched(), value)
+            for key, value in batch.items()
+        }
+
+    def _batched(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec(self._batch))
+
+    def _replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def _whole(self, params: PyTree) -> PyTree:
+        """Parameters of a block, no longer split over "fsdp"."""
+
+        def whole(path: Any, leaf: jax.Array) -> jax.Array:
+            spec = self.spec("/" + _name(path), leaf.shape)
+            if "fsdp" not in spec:
+                return leaf
+            rest = PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
+            return sharding.gather(
+                leaf, NamedSharding(self.mesh, spec), NamedSharding(self.mesh, rest)
+            )
+
+        return jax.tree_util.tree_map_with_path(whole, params)
+
+    def _tracing(self, axis: str | None = None) -> AbstractContextManager[None]:
+        """What the code of a step is told while it is traced."""
+        split = self.strategy != "replicate"
+        return context.tracing(
+            edge=lambda x: jax.lax.with_sharding_constraint(x, self._batched()) if split else x,
+            axis=axis,
+            norm_axis=axis if self._global_norm else None,
+            forms=self._forms,
+            formulation=self._formulation,
+        )
+
+    def compile_init(self, init: Callable[[], Any]) -> Callable[[], Any]:
+        """jit of a function without arguments that makes a state.
+
+        Runs once, so it is compiled without optimisation: five times faster for XLA's random
+        numbers.
+        """
+        return jax.jit(
+            init,
+            out_shardings=self.shardings(jax.eval_shape(init)),
+            compiler_options={"xla_backend_optimization_level": 0},
+        )
+
+    def compile_step(self, step: Callable[..., Any], state: PyTree) -> Callable[..., Any]:
+        """``(state, batch) -> (state, metrics)``, compiled; the state is donated.
+
+        `state`: its shapes. Under pmap it is the same on every device, and the step has to use
+        `step_context.sum_over_devices`.
+        """
+
+        axis = "data" if self.compile == "pmap" else None
+
+        def traced(state: PyTree, batch: PyTree) -> Any:
+            with self._tracing(axis):
+                return step(state, batch)
+
+        if axis:
+            return jax.pmap(traced, axis_name=axis, in_axes=(None, 0), out_axes=None)
+        shardings = self.shardings(state)
+        return jax.jit(
+            traced,
+            in_shardings=(shardings, self._batched()),
+            out_shardings=(shardings, self._replicated()),
+            donate_argnums=0,
+        )
+
+    def compile_eval(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """jit of ``(variables, batch) -> metrics``; the variables stay where they live."""
+
+        def traced(variables: PyTree, batch: PyTree) -> Any:
+            with self._tracing():
+                return step(variables, batch)
+
+        return jax.jit(traced, out_shardings=self._replicated())
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def describe() -> str:
+    """E.g. ``"2 x cpu (TFRT_CPU) on 1 host"``."""
+    device, hosts = jax.devices()[0], jax.process_count()
+    plural = "" if hosts == 1 else "s"
+    return f"{jax.device_count()} x {device.device_kind} ({device.platform}), {hosts} host{plural}"
+
+
+def by_platform(*args: Any, default: Callable[..., Any], **platforms: Callable[..., Any]) -> Any:
+    """Picks a formulation by the platform that is compiled for, not the one that compiles.
+
+    ``by_platform(x, cpu=f, default=g)``; all must give the same numbers.
+    """
+    return jax.lax.platform_dependent(*args, default=default, **platforms)

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What runs in the subprocess: compiles one step of a run for a topology, writes what is known.
+
+``python -m localglobal_jax.profiling.compile REQUEST.json DIRECTORY``. The request names the run, the
+topology and the step; the directory gets ``facts.json`` and the compiled program's text. A process
+of its own, because libtpu aborts where it should raise, and because XLA reads its environment once.
+"""
+
+import gzip
+import json
+import math
+import pathlib
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.experimental import topologies as descriptions
+from jaxtyping import PyTree
+
+from localglobal_jax.config import loading, schema
+from localglobal_jax.inference import decoding
+from localglobal_jax.models import flops
+from localglobal_jax.parallel import placement as parallel
+from localglobal_jax.profiling import abstract_task, topologies
+from localglobal_jax.training import optim
+from localglobal_jax.training.step import State, check_batches, init_state, make_update
+from localglobal_jax.training.tasks import Task
+
+OUT_OF_MEMORY = r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?)"
+TOO_MUCH_TEMPORARY = (
+    r"temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"
+)
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def main(request: str, directory: str) -> None:
+    """Writes ``facts.json``; an error of the user's is a fact too."""
+    given = json.loads(pathlib.Path(request).read_text(encoding="utf-8"))
+    folder = pathlib.Path(directory)
+    run, topology = loading.check(given["run"]), topologies.parse(given["topology"])
+    try:
+        found = compile_step(run, topology, given["step"], folder)
+    except ValueError as error:
+        found = {"error": str(error)}
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    found["compile_cpu_seconds"] = usage.ru_utime + usage.ru_stime
+    found["compile_peak_bytes"] = usage.ru_maxrss * 1024
+    (folder / "facts.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+def compile_step(
+    run: schema.Run, topology: topologies.Topology, step: str, folder: pathlib.Path
+) -> dict[str, Any]:
+    """Facts: of memory, of work, and where the program's text is. Raises ValueError."""
+    if run.parallel.compile == "pmap":
+        raise ValueError(
+            "plan compiles with jit: set parallel.compile=jit (pmap keeps everything on every "
+            "device, which is strategy=replicate)"
+        )
+    placement = parallel.Placement(run.parallel, devices_of(topology))
+    check_batches(run, placement)
+    task = abstract_task.create(run)
+    optimizer = optim.make_optimizer(run.optim, run.steps)
+    state = placement.template(jax.eval_shape(lambda: init_state(task, optimizer, run)))
+    batch, described = abstract_task.batch(run, task, train=step == "train")
+    loops = None
+    if step == "train":
+        function: Any = placement.compile_step(make_update(task, optimizer, run), state)
+        args: tuple[Any, ...] = (state, batch)
+    else:
+        function = placement.compile_eval(evaluated(run, task, step))
+        args = (state.average or state.variables, placement.split(batch))
+    if step == "decode":
+        loops = decoding.max_length(batch["source"].shape[1])  # of the search, at most
+
+    began = time.monotonic()
+    traced = function.trace(*args)
+    facts: dict[str, Any] = {
+        "batch": described,
+        "items": abstract_task.items(batch),
+        "items_name": task.items,
+        "rows": next(iter(batch.values())).shape[0],
+        "micro_batches": run.optim.accumulate if step == "train" else 1,
+        "mesh": dict(placement.mesh.shape),
+        "parameters": sum(x.size for x in jax.tree.leaves(state.variables["params"])),
+        "parameter_bytes": nbytes(state.variables["params"]),
+        "multiply_adds": flops.computed(traced.jaxpr, loops=loops),
+        "arguments": arguments(state, batch, placement, train=step == "train"),
+        "parts": sorted(state.variables["params"]),
+        "parameter_sizes": parameter_sizes(state.variables["params"]),
+        "trace_seconds": time.monotonic() - began,
+    }
+    print("traced", flush=True)
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        for file in (folder / "dump").glob("*oom_intermediate_module.txt"):
+            keep(folder, file.read_text(encoding="utf-8"))
+        return facts | {"out_of_memory": out_of_memory(str(error))}
+    keep(folder, compiled.as_text())
+    return facts | {"memory": memory(compiled), "compile_seconds": time.monotonic() - began}
+
+
+def keep(folder: pathlib.Path, program: str) -> None:
+    """Writes the text of a program."""
+    with gzip.open(folder / "program.txt.gz", "wt", encoding="utf-8") as file:
+        file.write(program)
+
+
+def devices_of(topology: topologies.Topology) -> list[jax.Device] | None:
+    """Devices to compile for; those of a pod are only described. None: this machine's."""
+    if topology.chip is None:
+        return None
+    try:
+        described = descriptions.get_topology_desc(
+            topology_name=topology.name, platform="tpu", **topology.options
+        )
+    except (jax.errors.JaxRuntimeError, RuntimeError) as error:
+        raise ValueError(f"libtpu knows no {topology.name}: {error}") from error
+    return list(described.devices)
+
+
+def evaluated(run: schema.Run, task: Task, step: str) -> Callable[..., Any]:
+    """What ``--step eval`` or ``decode`` compiles: a function of variables and a batch."""
+    if not task.evaluators:
+        raise ValueError(f"data.eval_splits=() leaves nothing to plan for --step {step}")
+    evaluator = next(iter(task.evaluators.values()))
+    if step == "eval":
+        return evaluator.metrics
+    if evaluator.predict is None:
+        raise ValueError(
+            f"--step decode: {run.task.name} with these options predicts nothing; "
+            "translation with task.beam > 0 does"
+        )
+    return evaluator.predict
+
+
+def arguments(
+    state: State, batch: abstract_task.Shapes, placement: parallel.Placement, *, train: bool
+) -> dict[str, int]:
+    """Bytes of one device's share of everything the step is given, without the chip's padding."""
+    others = {k: v for k, v in state.variables.items() if k != "params"}
+    given = {"parameters": state.variables["params"], "other variables": others}
+    if train:
+        given |= {"optimizer": state.optimizer, "average": state.average}
+    sizes = {name: own_bytes(tree) for name, tree in given.items()}
+    return sizes | {"batch": own_bytes(placement.split(batch))}
+
+
+def own_bytes(tree: PyTree) -> int:
+    """Bytes of arrays on one device."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+
+def nbytes(tree: PyTree) -> int:
+    """Bytes of whole arrays."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def parameter_sizes(params: PyTree) -> list[int]:
+    """Elements of parameters, whole and as they are split: shapes that are no activations."""
+    leaves = jax.tree.leaves(params)
+    shards = {math.prod(x.sharding.shard_shape(x.shape)) for x in leaves}
+    return sorted({x.size for x in leaves} | shards)
+
+
+def memory(compiled: Any) -> dict[str, int]:
+    """The compiler's own account of one device's memory."""
+    found = compiled.memory_analysis()
+    return {
+        "arguments": found.argument_size_in_bytes,
+        "output": found.output_size_in_bytes,
+        "alias": found.alias_size_in_bytes,
+        "temporary": found.temp_size_in_bytes,
+        "code": found.generated_code_size_in_bytes,
+        "peak": getattr(found, "peak_memory_in_bytes", 0),
+    }
+
+
+def out_of_memory(message: str) -> dict[str, Any]:
+    """Needed and available bytes, from the compiler's message, which comes in two forms."""
+    found: dict[str, Any] = {"message": "\n".join(message.splitlines()[:40])}
+    for name, pattern in (("needed", OUT_OF_MEMORY), ("temporary", TOO_MUCH_TEMPORARY)):
+        if (sizes := re.search(pattern, message)) is not None:
+            needed, unit, there, there_unit = sizes.groups()
+            found[name] = int(float(needed) * UNITS[unit])
+            found["usable"] = int(float(there) * UNITS[there_unit])
+    return found
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

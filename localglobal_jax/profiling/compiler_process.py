@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiler in a process of its own: started, watched, stopped; what it found is kept on disk.
+
+Imports no jax: the process that asks needs none.
+"""
+
+import contextlib
+import gzip
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from localglobal_jax.config import schema
+from localglobal_jax.profiling.topologies import Topology
+
+CACHE = pathlib.Path("~/.cache/localglobal/plan")
+TELL = 15.0  # seconds between two lines of progress
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu")
+# Without these two libtpu asks the cloud where it is, and writes that nobody answered; the type
+# need not be that of the target. Without the last one, two compilations cannot run side by side.
+LIBTPU = {
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+ASIDE = ("checkpoint", "log")  # sections of a run that change no compiled step
+NOT_COMPILED = ("cli", "launch")  # packages whose code no compiled step contains
+READERS = ("hlo.py", "collectives.py", "roofline.py", "table.py", "lints.py", "search.py")
+
+
+class CompilerFailed(RuntimeError):
+    """The compiler ended without an answer."""
+
+
+def measure(
+    run: schema.Run, topology: Topology, step: str, *, timeout: float, cache: bool = True
+) -> tuple[dict[str, Any], str]:
+    """Facts (see `compile`) and the compiled program's text, empty where it does not fit.
+
+    Raises ValueError for a run that cannot be, `CompilerFailed` where the compiler breaks down or
+    takes more than `timeout` seconds.
+    """
+    if topology.chip is not None and importlib.util.find_spec("libtpu") is None:
+        raise ValueError(
+            f"topology {topology.name} needs the TPU compiler, libtpu, which is not installed: "
+            'pip install "localglobal_jax[tpu]" (no TPU is needed). --topology cpu:8 answers the '
+            "questions of memory and collectives without it"
+        )
+    root = CACHE.expanduser()
+    root.mkdir(parents=True, exist_ok=True)
+    kept = root / key(run, topology, step)
+    if not (cache and (kept / "facts.json").is_file()):
+        folder = pathlib.Path(tempfile.mkdtemp(dir=root, prefix="new-"))
+        try:
+            _compile(run, topology, step, folder, timeout)
+            facts, text = read(folder)
+            if "error" not in facts:
+                shutil.rmtree(kept, ignore_errors=True)
+                with contextlib.suppress(OSError):  # another process was as quick
+                    folder.rename(kept)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    else:
+        print(f"compiled before: {kept}", file=sys.stderr)
+        facts, text = read(kept)
+    if "error" in facts:
+        raise ValueError(facts["error"])
+    return facts | {"kept": str(kept)}, text
+
+
+def key(run: schema.Run, topology: Topology, step: str) -> str:
+    """What a compilation depends on, as one word: run, devices, step, versions, our sources."""
+    files = map(pathlib.Path, run.data.dicts if isinstance(run.data, schema.Text) else ())
+    words = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
+    tree = {k: v for k, v in run.model_dump(mode="json").items() if k not in ASIDE}
+    versions = {name: version(name) for name in PACKAGES}
+    flags = os.environ.get("LIBTPU_INIT_ARGS")
+    parts = [tree, topology.name, step, versions, flags, sources(), *words]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def version(package: str) -> str | None:
+    """Of an installed package."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def sources() -> str:
+    """Digest of the package's files that a compiled step may depend on."""
+    house = pathlib.Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for file in sorted(house.rglob("*.py")):
+        name = file.relative_to(house).as_posix()
+        reader = file.parent.name == "profiling" and file.name in READERS
+        if name.partition("/")[0] not in NOT_COMPILED and not reader:
+            digest.update(name.encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def environment(
+    topology: Topology, given: Mapping[str, str], dump: pathlib.Path | None = None
+) -> dict[str, str]:
+    """Of the compiler's process: the CPU is its only device, even where there is a TPU.
+
+    Flags of XLA are left behind: they are not meant for this, and `key` does not know them.
+    `dump`: where the TPU's compiler leaves the program that did not fit.
+    """
+    found = {**given, "JAX_PLATFORMS": "cpu"}
+    found.pop("XLA_FLAGS", None)
+    house = str(pathlib.Path(__file__).parent.parent.parent)
+    found["PYTHONPATH"] = os.pathsep.join(filter(None, (house, given.get("PYTHONPATH"))))
+    if topology.chip is not None:
+        flags = f"--xla_dump_to={dump} --xla_dump_hlo_as_text" if dump else ""
+        return found | LIBTPU | {"XLA_FLAGS": flags}
+    return found | {"JAX_NUM_CPU_DEVICES": str(topology.devices)}
+
+
+def read(folder: pathlib.Path) -> tuple[dict[str, Any], str]:
+    """What a compiler's process wrote."""
+    facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    program = folder / "program.txt.gz"
+    if not program.is_file():
+        return facts, ""
+    with gzip.open(program, "rt", encoding="utf-8") as file:
+        return facts, file.read()
+
+
+def _compile(
+    run: schema.Run, topology: Topology, step: str, folder: pathlib.Path, timeout: float
+) -> None:
+    request = {"run": run.model_dump(mode="json"), "topology": topology.name, "step": step}
+    (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
+    command = [sys.executable, "-m", "localglobal_jax.profiling.compile"]
+    with (folder / "log").open("w") as log:
+        child = subprocess.Popen(  # nosec B603 # an argument list, no shell
+            [*command, str(folder / "request.json"), str(folder)],
+            env=environment(topology, os.environ, folder / "dump"),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        previous = None
+        if threading.current_thread() is threading.main_thread():
+            # ended politely, as by `timeout` or a scheduler, no compiler is left behind
+            previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        try:
+            _watch(child, f"the {step} step for {topology.name}", timeout)
+        finally:
+            if previous is not None:
+                signal.signal(signal.SIGTERM, previous)
+            if child.poll() is None:
+                child.kill()
+                child.wait()
+            shutil.rmtree(folder / "dump", ignore_errors=True)
+    if child.returncode != 0 or not (folder / "facts.json").is_file():
+        said = (folder / "log").read_text(encoding="utf-8", errors="replace").strip()
+        how = f"exit code {child.returncode}"
+        if child.returncode < 0:
+            how = signal.Signals(-child.returncode).name
+        raise CompilerFailed(
+            f"the compiler ended with {how} on {topology.name}; its last words:\n"
+            + "\n".join(line[:400] for line in said.splitlines()[-12:])
+        )
+
+
+def _watch(child: "subprocess.Popen[bytes]", what: str, timeout: float) -> None:
+    """Waits, and tells how long it has been."""
+    began = time.monotonic()
+    while True:
+        gone = time.monotonic() - began
+        try:
+            child.wait(min(TELL, max(timeout - gone, 0.01)))
+            return
+        except subprocess.TimeoutExpired:
+            gone = time.monotonic() - began
+            if gone >= timeout:
+                raise CompilerFailed(
+                    f"compiling {what} took more than {timeout:g} s: give --timeout SECONDS"
+                ) from None
+            print(f"compiling {what} ... {gone:.0f} s", file=sys.stderr, flush=True)

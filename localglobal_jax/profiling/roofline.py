@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From what the compiler said to what one wants to know: one dict of numbers. Pure."""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from localglobal_jax.profiling import collectives, hlo, lints
+from localglobal_jax.profiling.collectives import Collective
+from localglobal_jax.profiling.topologies import Topology
+
+WRAPPERS = re.compile(r"while|body|cond|closed_call|checkpoint|rematted_computation|branch_\d+_fun")
+NOT_VALIDATED = "the compiler's estimate, not validated on hardware"
+
+
+def build(facts: Mapping[str, Any], text: str, topology: Topology) -> dict[str, Any]:
+    """The report on one compiled step (see `compile` for the facts); bytes, FLOP, ms, a device.
+
+    Of a program that does not fit there is at most the text of the attempt: then its collectives
+    and its largest arrays are told, which is where to look, but no times.
+    """
+    report: dict[str, Any] = {
+        "topology": topology.name,
+        "chips": topology.chips,
+        "devices": topology.devices,
+        "mesh": facts["mesh"],
+        "batch": facts["batch"],
+        "items": facts["items"],
+        "items_name": facts["items_name"],
+        "parameters": facts["parameters"],
+        "memory": memory(facts, topology),
+        "flops": 2 * facts["multiply_adds"] / topology.devices,
+        "compile": {
+            "cpu_seconds": facts["compile_cpu_seconds"],
+            "peak_bytes": facts["compile_peak_bytes"],
+            "kept": facts.get("kept"),
+        },
+    }
+    report["fits"] = report["memory"]["fits"]
+    if not text:
+        return report
+    program = hlo.Program(text)
+    sent = collectives.collectives(program)
+    traffic = [(i, size * runs, i.cycles * runs) for i, size, runs in program.traffic()]
+    report["bytes_accessed"] = sum(size for _, size, _ in traffic)
+    report["estimated_cycles"] = sum(cycles for *_, cycles in traffic)
+    report["wire_bytes"] = sum(c.wire * c.count for c in sent)
+    report["loops_of_unknown_length"] = sum(n is None for n in program.trips.values())
+    report["collectives"] = grouped(sent, facts["parts"])
+    report["layers"] = layers(traffic, facts["parts"])
+    report["lints"] = lints.find(facts, sent)
+    report["arrays"] = arrays(program, facts["parts"])
+    return report | (bounds(report, topology) if "memory" in facts else {})
+
+
+def memory(facts: Mapping[str, Any], topology: Topology) -> dict[str, Any]:
+    """What one device holds, beside what a program may use of it.
+
+    `parameters`, `optimizer` and so on are counted from shapes and shardings; `arguments`,
+    `temporary` (activations and workspace) and `code` are the compiler's account, with the padding
+    of its layouts.
+    """
+    split = facts["arguments"]
+    usable = topology.usable_bytes
+    found: dict[str, Any] = {"split": split, "usable": usable, "fits": None}
+    if (failed := facts.get("out_of_memory")) is not None:
+        usable = failed.get("usable", usable)
+        needed = failed.get("needed")
+        if "temporary" in failed:
+            needed = failed["temporary"] + sum(split.values())
+        return found | {"fits": False, "needed": needed, "usable": usable}
+    own = facts["memory"]
+    kept = own["arguments"] + own["output"] - own["alias"]
+    needed = max(kept + own["temporary"] + own["code"], own["peak"])
+    found |= {
+        "arguments": own["arguments"],
+        "padding": own["arguments"] - sum(split.values()),
+        "output": own["output"] - own["alias"],
+        "temporary": own["temporary"],
+        "code": own["code"],
+        "needed": needed,
+    }
+    return found | {"fits": None if usable is None else needed <= usable}
+
+
+def bounds(report: Mapping[str, Any], topology: Topology) -> dict[str, Any]:
+    """Times that no run can beat, by published peaks; and a bracket for the time of a step.
+
+    The lower end is the largest of three bounds: they may overlap perfectly. The upper end is the
+    compiler's own cycles, one operation after the other, and then all that is sent.
+    """
+    if topology.chip is None:
+        return {}
+    amounts = {
+        "compute": (report["flops"], "flops"),
+        "memory": (report["bytes_accessed"], "hbm"),
+        "communication": (report["wire_bytes"], "ici"),
+    }
+    ms = {name: 1e3 * n / (topology.peak(peak) or 1) for name, (n, peak) in amounts.items()}
+    low, clock = max(ms.values()), topology.chip.clock
+    found: dict[str, Any] = {"bounds_ms": ms, "bound_by": max(ms, key=lambda name: ms[name])}
+    high = None
+    if clock and report["estimated_cycles"]:
+        high = max(low, 1e3 * report["estimated_cycles"] / clock + ms["communication"])
+    step = [low, high]
+    found["step_ms"] = {"low": low, "high": high, "note": NOT_VALIDATED}
+    found["items_per_second"] = {
+        "high": report["items"] / low * 1e3,
+        "low": report["items"] / high * 1e3 if high else None,
+    }
+    found["mfu"] = dict(
+        zip(("high", "low"), (ms["compute"] / n if n else None for n in step), strict=True)
+    )
+    return found
+
+
+def layer_of(op_name: str, parts: Sequence[str]) -> tuple[str, str]:
+    """``("stage3/block*/attention", "backward")`` of an op_name; blocks of a stage are one layer.
+
+    `parts`: the model's modules at the top. Outside of them, what is differentiated is the loss,
+    with what is done to its inputs; the rest is the optimizer, in training. What `remat` computes
+    again is "recomputed". Blocks in a scan have the name of their class alone.
+    """
+    before, several, after = op_name.partition("/(")  # prefix/(one:another): of a fusion of both
+    op_name = f"{before}/{after.split(':')[0]}" if several else op_name
+    way = "backward" if "transpose(" in op_name else "forward"
+    way = "recomputed" if "rematted_computation" in op_name else way
+    *words, _ = [word for word in op_name.split("/") if "(" not in word] or [""]
+    if not (starts := [n for n, word in enumerate(words) if word in parts]):
+        return ("(loss)", way) if "jvp(" in op_name else ("(outside the model)", "")
+    start = starts[-1]
+    inside = [w for w in words[start:] if not WRAPPERS.fullmatch(w) and "." not in w][:3]
+    named = ["block*" if w[0].isupper() else re.sub(r"\d+$", "*", w) for w in inside[1:]]
+    return "/".join([inside[0], *named]), way
+
+
+def grouped(sent: Sequence[Collective], parts: Sequence[str]) -> list[dict[str, Any]]:
+    """One row for each (op, dtype, group size, layer, way), the largest first.
+
+    XLA sends many arrays in one message: `count` are the messages that a row has a share in.
+    """
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    keys: dict[tuple[Any, ...], dict[str, int]] = defaultdict(dict)
+    for c in sent:
+        layer, way = layer_of(c.op_name, parts)
+        at = (c.op, c.dtype, c.group, layer, way)
+        row = rows.setdefault(
+            at,
+            {"op": c.op, "dtype": c.dtype, "group": c.group, "layer": layer, "pass": way}
+            | {"count": 0, "payload": 0, "wire": 0.0},
+        )
+        keys[at][c.key] = c.count
+        row["payload"] += c.payload * c.count
+        row["wire"] += c.wire * c.count
+    for at, row in rows.items():
+        row["count"] = sum(keys[at].values())
+    return sorted(rows.values(), key=lambda row: -row["wire"])
+
+
+def layers(
+    traffic: Sequence[tuple[hlo.Instruction, int, int]], parts: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Shares of the compiler's cycles and of the bytes in main memory, the largest first."""
+    cycles: dict[tuple[str, str], int] = defaultdict(int)
+    sizes: dict[tuple[str, str], int] = defaultdict(int)
+    for i, size, n in traffic:
+        at = layer_of(i.op_name, parts) if i.op_name else ("(moved by the compiler)", "")
+        cycles[at] += n
+        sizes[at] += size
+    all_cycles, all_bytes = sum(cycles.values()), sum(sizes.values())
+    rows = [
+        {
+            "layer": at[0],
+            "pass": at[1],
+            "cycles_share": cycles[at] / all_cycles if all_cycles else None,
+            "bytes_share": sizes[at] / max(all_bytes, 1),
+        }
+        for at in sizes
+    ]
+    return sorted(rows, key=lambda row: -(row["cycles_share"] or row["bytes_share"]))
+
+
+def arrays(program: hlo.Program, parts: Sequence[str], most: int = 8) -> list[dict[str, Any]]:
+    """The largest that one operation makes in main memory, each shape once."""
+    found: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
+    for i, *_ in program.traffic():
+        for a in i.result if not i.opcode.endswith("-start") else ():
+            layer, way = layer_of(i.op_name, parts) if i.op_name else ("", "")
+            row = {"bytes": a.nbytes, "dtype": a.dtype, "shape": a.shape, "op": i.opcode}
+            old = found.get((a.dtype, a.shape))
+            if a.in_hbm and (old is None or not old["layer"]):
+                found[a.dtype, a.shape] = {**row, "layer": layer, "pass": way}
+    return sorted(found.values(), key=lambda row: -row["bytes"])[:most]
+
+
+def totals(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of rows of collectives, by (op, dtype, group)."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        at = (row["op"], row["dtype"], row["group"])
+        names = dict(zip(("op", "dtype", "group"), at, strict=True))
+        total = found.setdefault(at, {**names, "payload": 0, "wire": 0.0})
+        total["payload"] += row["payload"]
+        total["wire"] += row["wire"]
+    return sorted(found.values(), key=lambda row: -row["wire"])

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Some examples of an evaluation, for people to look at beside the curves (``log.samples``)."""
+
+import io
+import logging
+import pathlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from localglobal_jax.config import schema
+from localglobal_jax.data.images import pipeline
+from localglobal_jax.data.text import pairs, tokenizers
+from localglobal_jax.inference import grad_cam
+from localglobal_jax.inference import translator as translate
+from localglobal_jax.parallel import multihost
+from localglobal_jax.training.tasks import Task, Variables
+from localglobal_jax.training.tasks.classification import normalize
+
+Shown = dict[str, str | np.ndarray]  # texts (Markdown) and pictures [h, w, 3], uint8, by name
+log = logging.getLogger(__name__)
+
+
+class Samples:
+    """Examples of the first split, evenly spread: the same ones after every evaluation.
+
+    Of images, where the model saw its answer (Grad-CAM); of sentences, source, reference and
+    translation, and the cross-attention of the first. Only where one host has everything.
+    """
+
+    def __init__(self, run: schema.Run, directory: pathlib.Path):
+        seen = run.log.tensorboard or run.log.wandb
+        alone = multihost.count() == 1 and run.data.eval_splits
+        self._run, self._directory = run, directory
+        self._count = run.log.samples if seen and alone else 0
+        self._found: Callable[[Task, Variables], Shown] | None = None
+
+    def __call__(self, task: Task, variables: Variables) -> Shown:
+        """What `variables` make of them; {} if none are asked for. No reason to end a run."""
+        if not self._count:
+            return {}
+        split = self._run.data.eval_splits[0]
+        try:
+            if self._found is None:
+                self._found = self._open(split)
+            found = self._found(task, variables)
+        except Exception as error:
+            log.warning("log.samples: %s: %s", type(error).__name__, error)
+            return {}
+        return {f"{split}/{name}": value for name, value in found.items()}
+
+    def _open(self, split: str) -> Callable[[Task, Variables], Shown]:
+        run, directory = self._run, self._directory
+        if isinstance(run, schema.TranslationRun):
+            text = pairs.read(run.data, split)
+            chosen = [int(i) for i in spread(len(text.sources), self._count)]
+            both = [(text.sources[i], text.targets[i]) for i in chosen]
+            words = tokenizers.load(directory / tokenizers.DIRECTORY)
+            assert words is not None, "the task has saved them"
+            return partial(_sentences, run, both, words)
+        assert isinstance(run.data, schema.Images)
+        options = run.data.model_copy(update={"in_memory": False})  # a few, once
+        source = pipeline.open_split(options, split, train=False)
+        batch = source.batch(spread(len(source), self._count), None)
+        return partial(_pictures, options, batch["image"][batch["mask"] > 0])
+
+
+def spread(count: int, most: int) -> np.ndarray:
+    """Numbers of `most` examples of `count`, over all of them: they may lie class by class."""
+    return np.linspace(0, count - 1, min(count, most)).astype(np.int64)
+
+
+def _pictures(options: schema.Images, shown: np.ndarray, task: Task, variables: Variables) -> Shown:
+    if not len(shown):
+        return {}
+    pixels = normalize(jnp.asarray(shown), options)
+    _, maps = jax.jit(partial(grad_cam.grad_cam, task.model))(variables, pixels)
+    both = zip(shown, np.asarray(maps), strict=True)
+    return {"looked_at": np.hstack([grad_cam.overlay(image, found) for image, found in both])}
+
+
+def _sentences(
+    run: schema.TranslationRun,
+    both: Sequence[tuple[str, str]],
+    words: tokenizers.Tokenizers,
+    task: Task,
+    variables: Variables,
+) -> Shown:
+    translator = translate.Translator(task.model, variables, words)
+    found = translator.translate(
+        [source for source, _ in both],
+        beam=run.task.beam or 1,
+        length_penalty=run.task.length_penalty,
+    )
+    lines = ["| source | reference | translation |", "| --- | --- | --- |"]
+    for (source, reference), translation in zip(both, found, strict=True):
+        best = translation.text if translation.hypotheses else ""
+        cells = (words.source.plain(source), words.target.plain(reference), best)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    shown: Shown = {"translations": "\n".join(lines)}
+    if found and found[0].hypotheses:
+        shown["cross_attention"] = _drawn(translator.attention(both[0][0], found[0].hypotheses[0]))
+    return shown
+
+
+def _drawn(looked: translate.Attention) -> np.ndarray:
+    file = io.BytesIO()
+    looked.draw(file)
+    pixels: Any = cv2.imdecode(np.frombuffer(file.getvalue(), np.uint8), cv2.IMREAD_COLOR)
+    return pixels[..., ::-1]

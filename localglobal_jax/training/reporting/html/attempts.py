@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every start of a run, as its workdir remembers it."""
+
+import contextlib
+import datetime
+import json
+import math
+import pathlib
+from typing import Any
+
+import google.protobuf.message
+from tensorboardX.proto.event_pb2 import Event
+
+from localglobal_jax.data.tfds import tfrecord
+
+
+def attempts(directory: pathlib.Path, steps: int) -> list[dict[str, str]]:
+    """Every start of the run: from TensorBoard's files, and those that a sweep keeps.
+
+    Only a sweep knows how an attempt ended.
+    """
+    found = [_session(file) for file in sorted((directory / "tensorboard").glob("events.out.*"))]
+    sessions = [session for session in found if session]
+    rows = [{**session, "code": None} for session in sessions]
+    events = directory / "attempts.jsonl"
+    if events.exists():
+        rows = []
+        for line in map(_event, events.read_text("utf-8", "replace").splitlines()):
+            if line.get("event") == "start":
+                rows.append({"began": line["time"], "ended": math.inf, "code": None})
+            elif line.get("event") == "end" and rows:
+                rows[-1] |= {"ended": line["time"], "code": line.get("code")}
+        for row in rows:
+            inside = [s for s in sessions if row["began"] <= s["began"] <= row["ended"]]
+            if inside:
+                row |= {"start": inside[-1]["start"], "last": inside[-1]["last"]}
+                row["ended"] = min(row["ended"], max(inside[-1]["ended"], row["began"]))
+    return [_attempt(row, steps) for row in rows]
+
+
+def _event(text: str) -> dict[str, Any]:
+    try:
+        line = json.loads(text)
+        return {**line, "time": float(line["time"])}
+    except (ValueError, TypeError, KeyError):
+        return {}
+
+
+def _session(file: pathlib.Path) -> dict[str, Any]:
+    """When a file of TensorBoard was begun and last written, from which step, up to which."""
+    times, start, last = [], 0, 0
+    # of a run that was killed, the last record may be cut off
+    with contextlib.suppress(ValueError, OSError, google.protobuf.message.DecodeError):
+        for record in tfrecord.read_tfrecord(file):
+            event = Event.FromString(record)
+            times.append(event.wall_time)
+            if event.HasField("session_log"):
+                start = max(0, event.step - 1)
+            last = max(last, event.step if event.HasField("summary") else start)
+    return {"began": times[0], "ended": times[-1], "start": start, "last": last} if times else {}
+
+
+def _attempt(row: dict[str, Any], steps: int) -> dict[str, str]:
+    seconds = row["ended"] - row["began"]
+    lasted = str(datetime.timedelta(seconds=round(seconds))) if seconds < 1e9 else ""
+    ended = "at the last step" if row.get("last") == steps else "not recorded"
+    if row["code"] is not None:
+        ended = f"exit code {row['code']}"
+    try:
+        began = datetime.datetime.fromtimestamp(row["began"], datetime.UTC)
+    except (ValueError, OverflowError, OSError):
+        began = datetime.datetime.fromtimestamp(0, datetime.UTC)
+    return {
+        "began": began.strftime("%Y-%m-%d %H:%M:%S"),
+        "start": f"{row['start']:,}" if "start" in row else "",
+        "last": f"{row['last']:,}" if "last" in row else "",
+        "lasted": lasted,
+        "ended": ended,
+    }

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``localglobal report`` tells of a run: gathered from its workdir, its checkpoint, its data.
+
+Whatever is missing or damaged, or not on this machine, becomes a note on the page: an unfinished
+run has one, and so has one that crashed before its first checkpoint.
+"""
+
+import contextlib
+import datetime
+import json
+import logging
+import math
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+
+from localglobal_jax import __version__, models
+from localglobal_jax.checkpoints import gcs, reader, workdir
+from localglobal_jax.config import loading, schema
+from localglobal_jax.data.images import pipeline
+from localglobal_jax.data.text import tokenizers
+from localglobal_jax.inference import translator
+from localglobal_jax.training import divergence, evaluation
+from localglobal_jax.training.reporting import metrics_log
+from localglobal_jax.training.reporting.html.attempts import attempts
+from localglobal_jax.training.reporting.html.examples import classify, translations
+from localglobal_jax.training.reporting.html.facts import Run
+from localglobal_jax.training.reporting.html.page import page
+from localglobal_jax.training.tasks.task import check_labels
+
+log = logging.getLogger(__name__)
+
+
+def write(paths: Sequence[str], out: pathlib.Path, step: int | str | None = None) -> list[Run]:
+    """Writes the page of the workdirs `paths`; what it says.
+
+    `step`: see `evaluate.load`. Raises ValueError, before anything is computed, for what is no
+    workdir, for one that is given twice, and for a file that cannot be written.
+    """
+    if (out.exists() and not out.is_file()) or not os.access(out.parent, os.W_OK | os.X_OK):
+        raise ValueError(f"--out {out}: give a file in a directory that can be written")
+    if len(set(map(_whole, paths))) < len(paths):
+        raise ValueError(f"{' '.join(paths)}: give every workdir once")
+    known = [(path, gcs.Copy(path)) for path in paths]
+    configs = [evaluation.read_run(copy.local) for _, copy in known]
+    runs = [
+        gather(name, path, copy, config, step)
+        for name, (path, copy), config in zip(names(paths), known, configs, strict=True)
+    ]
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    made = f"Made by localglobal_jax {__version__}, {now}"
+    workdir.write_atomically(out, page(runs, made))
+    return runs
+
+
+def _whole(path: str) -> str:
+    return path.rstrip("/") if "://" in path else str(pathlib.Path(path).resolve())
+
+
+def names(paths: Sequence[str]) -> list[str]:
+    """The last parts of the paths, or as many as tell them apart, as text that can be written."""
+    split = [_whole(path).split("/") for path in paths]
+    for last in range(1, max(map(len, split)) + 1):
+        found = ["/".join(parts[-last:]) for parts in split]
+        if len(set(found)) == len(found):
+            break
+    return [name.encode("utf-8", "replace").decode() for name in found]
+
+
+def gather(
+    name: str, path: str, copy: gcs.Copy, config: schema.Run, step: int | str | None = None
+) -> Run:
+    """Everything about the run in the workdir `path`. ValueError for a `step` that is not there."""
+    run = Run(
+        name=name,
+        workdir=path.encode("utf-8", "replace").decode(),
+        state="",
+        config=config.model_dump(mode="json"),
+        metrics=[_finite(line) for line in metrics_log.read_metrics(copy.local)],
+    )
+    if damaged := metrics_log.damaged_lines(copy.local):
+        several = ", ".join(map(str, damaged[:10])) + ", ..." * (len(damaged) > 10)
+        run.notes.append(f"metrics.jsonl: left out what is damaged or half-written: line {several}")
+    found = None
+    with _noted(run, "The checkpoint", (RuntimeError, OSError) if step else (Exception,)):
+        found = evaluation.read_variables(path, step)
+    saved = [found[0] if found else 0, *(reader.directories(copy.checkpoints) if step else ())]
+    run.state = _state(copy.local, config, run.metrics, max(saved))
+    run.attempts = attempts(copy.local, config.steps)
+    if found is None:
+        return run
+    run.step, variables, metadata = found
+    run.leaves = reader.document_of(copy.checkpoints, run.step)["leaves"]
+    run.environment = {**metadata.get("versions", {}), **metadata.get("environment", {})}
+    log.info("%s: the checkpoint of step %d", name, run.step)
+    if not config.data.eval_splits:
+        run.notes.append("Examples: data.eval_splits names no split to take them from")
+        return run
+    with _noted(run, f"Examples of {config.data.name}/{config.data.eval_splits[0]}"):
+        workdir.check_config(copy.local, run.step, metadata)
+        module = models.create_model(**loading.tuples(metadata["model"]))
+        variables = jax.device_put(variables)
+        if isinstance(config, schema.TranslationRun):
+            words = tokenizers.load(copy.local / tokenizers.DIRECTORY)
+            if words is None:
+                raise ValueError("the workdir has no tokenizer/tokenizer.json")
+            translations(run, config, translator.Translator(module, variables, words))
+        elif isinstance(config, schema.ClassificationRun):
+            check_labels(pipeline.class_names(config.data), metadata)
+            classify(run, config, module, variables)
+    return run
+
+
+@contextlib.contextmanager
+def _noted(
+    run: Run, what: str, kinds: tuple[type[Exception], ...] = (Exception,)
+) -> Iterator[None]:
+    """What goes wrong inside is a note: the page has room for everything else."""
+    try:
+        yield
+    except kinds as error:
+        run.notes.append(f"{what}: {str(error).strip() or type(error).__name__}")
+        log.warning("%s: %s", run.name, run.notes[-1])
+
+
+def _finite(line: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN, but Python's reader takes it."""
+    return {
+        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in line.items()
+    }
+
+
+def _state(
+    directory: pathlib.Path, config: schema.Run, lines: list[dict[str, Any]], saved: int
+) -> str:
+    step = max([saved, *(line["step"] for line in lines)])
+    try:
+        diverged = json.loads((directory / divergence.FILE).read_text(encoding="utf-8"))["step"]
+        return f"diverged at step {diverged} of {config.steps}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "done" if saved >= config.steps else f"step {step:,} of {config.steps:,}"

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page of ``localglobal report``: what was gathered of runs in, one HTML file out, as a string.
+
+It asks nothing of any network: style, curves and pictures are in the file, there is no script, and
+its Content-Security-Policy forbids everything else. What people wrote (paths, names of classes,
+sentences, values of a config) is escaped by the template.
+"""
+
+import base64
+import functools
+import hashlib
+import json
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+
+from localglobal_jax.config import loading
+from localglobal_jax.training.reporting.html import curves
+from localglobal_jax.training.reporting.html.facts import BESIDE, TOTAL, Run, shown, size
+
+HERE = pathlib.Path(__file__).parent
+MATRIX = 30  # classes: larger matrices nobody reads
+
+
+def page(runs: Sequence[Run], made: str) -> str:
+    """The HTML of one run, or of several side by side. `made`: when and by what, in words."""
+    style = _templates().get_template("page.css").render()
+    policy = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    sizes = _table([run.parameters() for run in runs])
+    configs = [loading.flatten(run.config) for run in runs]
+    fields = sorted({field for config in configs for field in config})
+    rows = {field: [_json(config, field) for config in configs] for field in fields}
+    return (
+        _templates()
+        .get_template("page.html")
+        .render(
+            runs=runs,
+            made=made,
+            policy=policy,
+            charts=curves.charts(runs),
+            box=curves.BOX,
+            matrix=MATRIX,
+            results=_table([run.last() for run in runs], leave_out=r".*/bleu_.*"),
+            lengths=_table([_by_length(run) for run in runs]),
+            speed=_table([run.speed() for run in runs]),
+            # of several runs: all submodules first
+            parameters={
+                k: sizes[k] for k in sorted(sizes, key=lambda k: (k.startswith(BESIDE), k == TOTAL))
+            },
+            total=TOTAL,
+            environments=_table([run.environment for run in runs]),
+            differs={field: row for field, row in rows.items() if len(set(row)) > 1},
+            same={field: row[0] for field, row in rows.items() if len(set(row)) == 1},
+        )
+    )
+
+
+@functools.cache
+def _templates() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"size": size, "shown": shown}
+    return environment
+
+
+def _json(config: Mapping[str, Any], field: str) -> str:
+    return json.dumps(config[field], ensure_ascii=False) if field in config else "(not set)"
+
+
+def _by_length(run: Run) -> dict[str, Any]:
+    """BLEU by words of the source, of the last evaluation."""
+    found = {}
+    for name, value in run.last().items():
+        split, _, words = name.partition("/bleu_")
+        if words:
+            found[f"{split}, {words.replace('over_', 'over ')} words"] = value
+    return found
+
+
+def _table(columns: Sequence[Mapping[str, Any]], leave_out: str = "") -> dict[str, list[Any]]:
+    """Columns of named values -> rows by name, None where a column lacks one."""
+    names = dict.fromkeys(name for column in columns for name in column)
+    return {
+        name: [column.get(name) for column in columns]
+        for name in names
+        if not re.fullmatch(leave_out, name)
+    }

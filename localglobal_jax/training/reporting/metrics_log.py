@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run writes and says: metrics.jsonl, TensorBoard, progress, parameters, learning curve.
+
+Only one process reports: the others do not make these objects.
+"""
+
+import collections
+import json
+import logging
+import math
+import os
+import pathlib
+import shutil
+import sys
+import zlib
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+import jax
+import numpy as np
+from etils import epath
+
+from localglobal_jax.training.reporting import wandb as wandb_run
+
+log = logging.getLogger(__name__)
+PANELS = ("loss", "accuracy", "bleu")  # of the learning curve; those that occur are drawn
+
+
+class Writer:
+    """Appends to ``metrics.jsonl``, one JSON object a line, and to TensorBoard and wandb.
+
+    A run that died has usually written past its last checkpoint; it will compute those steps
+    again. So opening drops every line after ``resume_step`` (all of them if that is None), and a
+    last line that was torn. No (step, split) is ever written twice. `checksum` goes into every
+    checkpoint; given back as ``expected``, it tells whether the lines are still those.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        *,
+        resume_step: int | None,
+        tensorboard: bool = True,
+        wandb: str | None = None,
+        config: Mapping[str, Any] | None = None,
+        name: str = "",
+        expected: int | None = None,
+    ):
+        self.path = pathlib.Path(workdir) / "metrics.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        last = -1 if resume_step is None else resume_step
+        self._written = _drop_after(self.path, last)
+        self.checksum = checksum(workdir, last)
+        if expected is not None and expected != self.checksum:
+            log.error(
+                "%s is not what it was when step %d was saved: lines are missing or have changed. "
+                "The run goes on as if they had not; restore the file to have them back",
+                *(self.path, last),
+            )
+        self._file = self.path.open("a", encoding="utf-8")
+        self._boards: list[Any] = []
+        if tensorboard:
+            # here because it takes a while and may be off
+            from localglobal_jax.training.reporting.tensorboard import EventFile  # noqa: PLC0415
+
+            self._boards.append(EventFile(self.path.parent / "tensorboard", forget=last + 1))
+        if wandb:
+            run = wandb_run.start(wandb, self.path.parent, config or {}, name)
+            self._boards += [run] if run else []
+
+    def write(self, step: int, split: str, given: Mapping[str, Any]) -> bool:
+        """Adds one line; False, and nothing is written, if this step and split are there already.
+
+        JSON has no NaN and no infinity: they become the strings "nan", "inf", "-inf".
+        """
+        if (step, split) in self._written:
+            return False
+        self._written.add((step, split))
+        values = {name: _number(value) for name, value in given.items()}
+        line = {"step": int(step), "split": split} | values
+        text = json.dumps(line, allow_nan=False) + "\n"
+        self.checksum = zlib.crc32(text.encode(), self.checksum)
+        self._file.write(text)
+        numbers = {f"{split}/{k}": v for k, v in values.items() if not isinstance(v, str)}
+        for board in self._boards:
+            board.add(step, numbers)
+        return True
+
+    def show(self, step: int, shown: Mapping[str, str | np.ndarray]) -> None:
+        """Texts and pictures ([h, w, 3], uint8), by their names, where people look at curves."""
+        for board in self._boards:
+            board.show(step, shown)
+
+    def flush(self) -> None:
+        """Returns once everything is on the disk; call it before a checkpoint is saved."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        for board in self._boards:
+            board.flush()
+
+    def close(self) -> None:
+        """Flushes and closes. It may be called because the disk is full: then it only says so."""
+        for file in (self._file, *self._boards):
+            try:
+                file.close()
+            except OSError as error:
+                log.error("the last lines are not in %s: %s", self.path.parent, error)
+
+
+def read_metrics(workdir: str | os.PathLike) -> list[dict]:
+    """The lines of ``metrics.jsonl``; what is no JSON object with a step and a split is skipped."""
+    return [line for line in map(_parse, _texts(workdir)) if line]
+
+
+def damaged_lines(workdir: str | os.PathLike) -> list[int]:
+    """The numbers, from 1, of the lines that `read_metrics` skips."""
+    return [number for number, text in enumerate(_texts(workdir), 1) if not _parse(text)]
+
+
+def _texts(workdir: str | os.PathLike) -> list[str]:
+    path = epath.Path(workdir) / "metrics.jsonl"
+    return path.read_bytes().decode("utf-8", "replace").splitlines() if path.exists() else []
+
+
+def _parse(text: str) -> dict | None:
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    step = line.get("step") if isinstance(line, dict) else None
+    known = isinstance(step, int) and 0 <= step < 2**63
+    return line if known and isinstance(line.get("split"), str) else None
+
+
+def _up_to(last: int, contents: bytes) -> dict[tuple[int, str], str]:
+    """The lines by step and split, without what is later, torn or double."""
+    kept = dict[tuple[int, str], str]()
+    for text in contents.decode("utf-8", errors="replace").splitlines():
+        line = _parse(text)
+        if line and line["step"] <= last:
+            kept.setdefault((line["step"], line["split"]), text)
+    return kept
+
+
+def _as_file(lines: dict[tuple[int, str], str]) -> bytes:
+    return "".join(text + "\n" for text in lines.values()).encode()
+
+
+def checksum(workdir: str | os.PathLike, last: int) -> int:
+    """CRC-32 of the lines of ``metrics.jsonl`` up to step `last`: those that a checkpoint knows."""
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    return zlib.crc32(_as_file(_up_to(last, path.read_bytes())) if path.exists() else b"")
+
+
+def _drop_after(path: pathlib.Path, last: int) -> set[tuple[int, str]]:
+    """Rewrites the file, if it must change, without what is later, torn or double."""
+    if not path.exists():
+        return set()
+    before = path.read_bytes()
+    kept = _up_to(last, before)
+    after = _as_file(kept)
+    if after != before:
+        dropped = len(before.splitlines()) - len(kept)
+        log.info("%s: dropping %d lines after step %d, to be computed again", path, dropped, last)
+        temporary = path.with_suffix(".tmp")
+        with temporary.open("wb") as file:
+            file.write(after)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    return set(kept)
+
+
+def _number(value: Any) -> int | float | str:
+    if isinstance(value, (bool, int, np.integer)):
+        return int(value)
+    value = float(value)
+    return value if math.isfinite(value) else str(value)
+
+
+def progress_line(
+    step: int,
+    total: int,
+    *,
+    loss: float | None,
+    rate: float,
+    items: str = "items",
+    seconds: float,
+    waiting: float,
+    mfu: float | None = None,
+) -> str:
+    """``step 350/1000  loss 0.1234  5,234 items/s  ETA 1:05  input wait 3 %  MFU 41 %``.
+
+    Args:
+      rate: `items` per second.
+      seconds: those left to the end, by the present speed.
+      waiting: share of the time spent waiting for input, in [0, 1].
+      mfu: share of the devices' peak that the model's multiply-adds take; None: not known.
+    """
+    parts = [f"step {step:>{len(str(total))}}/{total}"]
+    if loss is not None:
+        parts.append(f"loss {loss:.4f}")
+    if math.isfinite(rate):
+        parts.append(f"{rate:,.0f} {items}/s" if rate >= 10 else f"{rate:.2g} {items}/s")
+    if math.isfinite(seconds):
+        minutes, left = divmod(round(seconds), 60)
+        clock = f"{minutes // 60}:{minutes % 60:02d}" if minutes >= 60 else f"{minutes}"
+        parts.append(f"ETA {clock}:{left:02d}")
+    if math.isfinite(waiting):
+        parts.append(f"input wait {100 * waiting:.0f} %")
+    if mfu is not None:
+        parts.append(f"MFU {100 * mfu:.0f} %")
+    return "  ".join(parts)
+
+
+class Progress:
+    """One line redrawn on a terminal, plain lines in a pipe."""
+
+    def __init__(self, stream: TextIO | None = None):
+        self._stream = stream or sys.stderr
+        self._terminal = self._stream.isatty()
+        self._drawn = False
+
+    def show(self, line: str) -> None:
+        """Replaces the line on a terminal, adds it in a pipe."""
+        if self._terminal:
+            width = shutil.get_terminal_size().columns - 1
+            self._stream.write("\r" + line[:width] + "\x1b[K")
+            self._drawn = True
+        else:
+            self._stream.write(line + "\n")
+        self._stream.flush()
+
+    def print(self, text: str) -> None:
+        """A line that stays, above the one that is redrawn."""
+        self._stream.write(("\r\x1b[K" if self._drawn else "") + text + "\n")
+        self._stream.flush()
+        self._drawn = False
+
+    def close(self) -> None:
+        """Leaves the last line standing."""
+        if self._drawn:
+            self._stream.write("\n")
+            self._stream.flush()
+            self._drawn = False
+
+
+def parameter_table(params: Any, most: int = 40) -> str:
+    """Path, shape, number of parameters, and the total, as text.
+
+    More than `most` leaves are summed up in groups by the first two names of their paths.
+    """
+    leaves = [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), tuple(leaf.shape))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    ]
+    rows = [(path, str(shape), math.prod(shape)) for path, shape in leaves]
+    if len(rows) > most:
+        groups = collections.defaultdict(list)
+        for path, _, count in rows:
+            groups["/".join(path.split("/")[:2])].append(count)
+        rows = [(path, f"{len(n)} arrays", sum(n)) for path, n in groups.items()]
+    rows.append(("total", f"{len(leaves)} arrays", sum(math.prod(shape) for _, shape in leaves)))
+    widths = [max(len(f"{row[i]:,}" if i == 2 else row[i]) for row in rows) for i in range(3)]
+    lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {n:>{widths[2]},}" for a, b, n in rows]
+    return "\n".join([*lines[:-1], "-" * len(lines[-1]), lines[-1]])
+
+
+def learning_curve(workdir: str | os.PathLike) -> pathlib.Path:
+    """Draws ``metrics.jsonl`` over the steps as ``learning_curve.png``; returns its path.
+
+    One panel for each of `PANELS`, one curve for each split; ValueError if nothing can be drawn.
+    """
+    # Objects, not pyplot: no global state, no display, no back end chosen for others. Imported
+    # here because it takes a second that most commands can do without.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    lines = read_metrics(workdir)
+    panels = [name for name in PANELS if any(name in line for line in lines)]
+    if not panels:
+        raise ValueError(f"no learning curve: none of {PANELS} in {workdir}/metrics.jsonl")
+    figure = Figure(figsize=(5.5 * len(panels), 3.6), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        curves = collections.defaultdict(list)
+        for line in lines:
+            if name in line:
+                curves[line["split"]].append((line["step"], float(line[name])))
+        for split, points in curves.items():
+            marker = "." if len(points) < 30 else ""
+            axes.plot(*zip(*points, strict=True), label=split, marker=marker)
+        axes.set(xlabel="step", ylabel=name)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    path = pathlib.Path(workdir) / "learning_curve.png"
+    FigureCanvasAgg(figure).print_png(str(path))
+    return path

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Translation: a batch is sentences and their translations, as token ids (see `data.text`)."""
+
+import logging
+import math
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from localglobal_jax.config import schema
+from localglobal_jax.data.text import pipeline
+from localglobal_jax.data.text import tokenizers as tokenizer
+from localglobal_jax.inference import bleu, decoding
+from localglobal_jax.models import create_model
+from localglobal_jax.training import losses, metrics
+from localglobal_jax.training.tasks.task import Batch, Evaluator, HostBatch, Loss, Task, Variables
+
+USE = """translator = lg.translate.load("path/to/this/directory")
+print(translator.translate(["A sentence."])[0].text)"""
+UNKNOWN = 0.05  # share of tokens from which we warn
+log = logging.getLogger(__name__)
+
+
+def create(
+    run: schema.TranslationRun,
+    *,
+    shard: tuple[int, int] = (0, 1),
+    train: bool = True,
+    workdir: pathlib.Path | None = None,
+) -> Task:
+    """The task of `run`. Opens its data, makes or finds its vocabulary, checks its model.
+
+    The vocabulary is that of `workdir`, or of the run that ``init`` names; else it is made from the
+    training split, and ``Task.save`` keeps it.
+    """
+    tokenizers = stored_tokenizers(run, workdir)
+    source = pipeline.open_train(run.data, tokenizers) if train else None
+    if source and source.unknown > UNKNOWN:
+        log.warning(
+            "%.0f %% of the tokens are unknown: is it the right vocabulary?", 100 * source.unknown
+        )
+    tokenizers = source.tokenizers if source else tokenizers
+    if tokenizers is None:
+        raise ValueError(
+            f"{workdir} has no {tokenizer.DIRECTORY}: it is no workdir of a translation"
+        )
+    spec = model_spec(run, tokenizers)
+    model = create_model(**spec)
+    if getattr(model, "embeddings", None) == "shared" and not tokenizers.same:
+        raise ValueError(
+            "model.embeddings=shared, but source and target have vocabularies of their own: "
+            "set model.embeddings=separate (or decoder), or data.joint=True"
+        )
+    example = jax.ShapeDtypeStruct((2, 8), jnp.int32)
+    try:
+        jax.eval_shape(lambda x: model.init(jax.random.key(0), x, x, train=False), example)
+    except (ValueError, MemoryError) as error:
+        raise ValueError(f"config.model: {error}") from error
+
+    def train_batches(start: int, stop: int) -> Iterator[HostBatch]:
+        assert source is not None, "this task was created with train=False"
+        return pipeline.train_batches(
+            source,
+            tokens=run.batch_size,
+            multiple=run.data.rows_multiple,
+            seed=run.seed,
+            start=start,
+            stop=stop,
+            shard=shard,
+            threads=run.data.threads,
+        )
+
+    if source:
+        pipeline.check_budget(source, run.batch_size, run.data.rows_multiple)
+    edges = source.edges if source else ()
+    return Task(
+        model=model,
+        model_spec=spec,
+        inputs=(example, example),
+        loss=lambda variables, batch, key: loss(model, run, variables, batch, key),
+        train_batches=train_batches,
+        evaluators={
+            split: create_evaluator(
+                model, run, pipeline.open_eval(run.data, split, tokenizers, edges), shard=shard
+            )
+            for split in run.data.eval_splits
+        },
+        items="tokens",
+        order=source.order if source else "",
+        use=USE,
+        summary=f"{run.data.name}/{run.data.train_split}: {source.summary if source else 'text'}",
+        save=lambda directory: tokenizer.save(tokenizers, directory / tokenizer.DIRECTORY),
+    )
+
+
+def stored_tokenizers(
+    run: schema.TranslationRun, workdir: pathlib.Path | None
+) -> tokenizer.Tokenizers | None:
+    """Those of the workdir, or of the run to start from; None: they have to be made.
+
+    Raises ValueError where ``init`` has none: with other words its embeddings would mean nothing.
+    """
+    found = tokenizer.load(workdir / tokenizer.DIRECTORY) if workdir else None
+    if found is None and workdir and (workdir / "checkpoints").is_dir():
+        raise ValueError(
+            f"{workdir} has checkpoints but no {tokenizer.DIRECTORY}: restore it; a new one may "
+            "have other words"
+        )
+    if found is None and run.init:
+        try:
+            found = tokenizer.load(pathlib.Path(run.init) / tokenizer.DIRECTORY)
+        except OSError as error:  # no path at all, such as one of a thousand letters
+            raise ValueError(f"init={run.init}: {error.strerror}") from error
+        if found is None:
+            raise ValueError(
+                f"init={run.init} has no {tokenizer.DIRECTORY}: give the workdir of a translation "
+                "run, or of a conversion with --dict"
+            )
+        log.info("words    of %s; data.tokenizer, vocab, joint and dicts are not used", run.init)
+    return found
+
+
+def model_spec(run: schema.TranslationRun, tokenizers: tokenizer.Tokenizers) -> dict[str, Any]:
+    """What `create_model` needs. Vocabularies and tokens follow from the tokenizers."""
+    given = {
+        "source_vocab": tokenizers.source.size,
+        "target_vocab": tokenizers.target.size,
+        "pad": tokenizer.PAD,
+        "start": tokenizer.EOS,
+        "end": tokenizer.EOS,
+        "dtype": run.dtype,
+    }
+    for field in given:
+        if field in run.model:
+            raise ValueError(f"model.{field} follows from the run and its data: leave it out")
+    return {**run.model, **given}
+
+
+def loss(
+    model: nn.Module,
+    run: schema.TranslationRun,
+    variables: Variables,
+    batch: Batch,
+    key: jax.Array,
+) -> Loss:
+    """Cross-entropy of a training batch per token, so that the gradient is a mean over tokens."""
+    (logits, _), collections = model.apply(
+        variables,
+        batch["source"],
+        batch["target_input"],
+        train=True,
+        rngs={"dropout": key},
+        mutable=[name for name in variables if name != "params"],
+    )
+    mask = batch["mask"]
+    smooth = losses.cross_entropy(logits, batch["target"], label_smoothing=run.task.label_smoothing)
+    exact = losses.cross_entropy(logits, batch["target"])
+    total, weight = jnp.sum(smooth * mask), jnp.sum(mask)
+    sums = {"loss": (total, weight), "nll": (jnp.sum(exact * mask), weight)}
+    return Loss(total, weight, sums, collections)
+
+
+def create_evaluator(
+    model: nn.Module,
+    run: schema.TranslationRun,
+    source: pipeline.TextSource,
+    *,
+    shard: tuple[int, int],
+) -> Evaluator:
+    """Of a split, per token: the loss of training, that without label smoothing ("nll"), its
+    perplexity, accuracy; and BLEU and chrF of its translations."""
+    names: tuple[str, ...] = ("loss", "nll", "accuracy", "perplexity", "count")
+    smoothing = run.task.label_smoothing
+
+    def batches() -> Iterator[HostBatch]:
+        return pipeline.eval_batches(
+            source,
+            tokens=run.eval.batch_size or run.batch_size,
+            multiple=run.data.rows_multiple,
+            shard=shard,
+            threads=run.data.threads,
+        )
+
+    def measure(variables: Variables, batch: Batch) -> metrics.Sums:
+        logits, _ = model.apply(variables, batch["source"], batch["target_input"], train=False)
+        sums = metrics.tokens(logits, batch["target"], batch["mask"])
+        trained = losses.cross_entropy(logits, batch["target"], label_smoothing=smoothing)
+        return {"loss": (jnp.sum(trained * batch["mask"]), sums["nll"][1]), **sums}
+
+    def translate(variables: Variables, batch: Batch) -> PyTree:
+        found = decoding.beam_search(
+            model,
+            variables,
+            batch["source"],
+            beam=run.task.beam,
+            length_penalty=run.task.length_penalty,
+            max_length=decoding.max_length(batch["source"].shape[1]),
+        )
+        real = batch["mask"].any(1)  # a row that fills up the last batch has an empty mask
+        return {"index": jnp.where(real, batch["index"], -1), "tokens": found.tokens[:, 0]}
+
+    def finish(means: dict[str, float], predicted: list[PyTree]) -> dict[str, float]:
+        means = {**means, "perplexity": math.exp(min(means["nll"], 700))}
+        return means | (score(source, predicted) if predicted else {})
+
+    return Evaluator(
+        batches,
+        measure,
+        (*names, "bleu", "chrf") if run.task.beam else names,
+        size=lambda: source.tokens,
+        predict=translate if run.task.beam else None,
+        finish=finish,
+    )
+
+
+def score(source: pipeline.TextSource, predicted: list[PyTree]) -> dict[str, float]:
+    """BLEU and chrF of what was predicted for a split, and BLEU by length of the source."""
+    assert source.text is not None, "a training split has no references"
+    hypotheses = {
+        int(index): source.tokenizers.target.decode(tokens)
+        for batch in predicted
+        for index, tokens in zip(batch["index"], batch["tokens"], strict=True)
+        if index >= 0
+    }
+    in_order = [hypotheses[index] for index in range(len(source))]
+    tokenizers = source.tokenizers
+    references = [tokenizers.target.plain(text) for text in source.text.targets]
+    sources = [tokenizers.source.plain(text) for text in source.text.sources]
+    found = bleu.score(in_order, references, sources, tokenized=tokenizers.target.tokenized)
+    by_length = {
+        f"bleu_{line['words'].replace('>', 'over_')}": line["bleu"]  # TensorBoard refuses ">"
+        for line in found["by_length"]
+    }
+    return {"bleu": found["bleu"], "chrf": found["chrf"], **by_length}

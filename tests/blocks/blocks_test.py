@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from localglobal_jax.blocks import BLOCKS, layers
+
+
+@pytest.mark.parametrize("letter", BLOCKS)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("features", [8, 16])
+def test_every_block_strides_widens_and_trains(letter, stride, features):
+    fields = {field.name for field in dataclasses.fields(BLOCKS[letter])}
+    kwargs = {"head_width": 4} if "head_width" in fields else {}
+    block = BLOCKS[letter](features=features, stride=stride, drop_path=0.5, **kwargs)
+    x = jax.random.normal(jax.random.key(0), (4, 4, 6, 8))
+    y, variables = jax.jit(lambda key: block.init_with_output(key, x))(jax.random.key(1))
+    assert y.shape == (4, 4 // stride, 6 // stride, features)
+
+    def loss(params):
+        y, _ = block.apply(
+            {**variables, "params": params},
+            x,
+            train=True,
+            rngs={"dropout": jax.random.key(2)},
+            mutable=["batch_stats"],
+        )
+        return jnp.sum(y**2)
+
+    gradient = jax.jit(jax.grad(loss))(variables["params"])
+    dead = [
+        jax.tree_util.keystr(path)
+        for path, g in jax.tree_util.tree_leaves_with_path(gradient)
+        if not np.any(g)
+    ]
+    # The norm after the expansion takes away what this one adds: the gradient is zero, or noise.
+    assert not set(dead) - ({"['norm']['bias']"} if letter == "C" else set())
+
+
+@pytest.mark.parametrize("kind", ["avg2", "max2", "avg", "max"])
+def test_pool_halves_and_averages_only_the_inside(kind):
+    ones = jnp.ones((1, 6, 4, 2))
+    np.testing.assert_array_equal(layers.pool(ones, kind), jnp.ones((1, 3, 2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(8, 8), (9, 16), (23, 24), (3, 8), (64, 64), (90, 88)]
+)
+def test_make_divisible(value, expected):
+    assert layers.make_divisible(value) == expected
+
+
+def test_drop_path_drops_whole_examples_and_keeps_the_mean():
+    x = jnp.ones((4000, 2, 3))
+    drop = layers.DropPath(0.25)
+    y = drop.apply({}, x, train=True, rngs={"dropout": jax.random.key(0)})
+    per_example = np.asarray(y.reshape(4000, -1))
+    assert set(np.unique(per_example)) <= {0.0, np.float32(1 / 0.75)}
+    assert np.all(per_example == per_example[:, :1])
+    assert abs(per_example.mean() - 1) < 0.05
+    np.testing.assert_array_equal(drop.apply({}, x, train=False), x)
+
+
+def test_batch_norm_keeps_momentum_090_and_the_biased_variance():
+    norm = layers.make_norm("batch", eps=1e-5, train=True, dtype="float32", name="norm")
+    x = jax.random.normal(jax.random.key(0), (8, 3, 3, 2)) * 2 + 1
+    variables = norm.init(jax.random.key(1), x)
+    _, after = norm.apply(variables, x, mutable=["batch_stats"])
+    stats = after["batch_stats"]
+    np.testing.assert_allclose(stats["mean"], 0.1 * x.mean((0, 1, 2)), atol=1e-6)
+    np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * x.var((0, 1, 2)), atol=1e-5)

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run at a time in a workdir, with real processes; and files that are there whole or not."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from localglobal_jax.checkpoints import workdir
+from localglobal_jax.config import loading
+
+HOLD = """
+import pathlib, sys, time
+from localglobal_jax import workdir
+with workdir.Lock() as lock:
+    lock.take(pathlib.Path(sys.argv[1]))
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that holds the lock of `tmp_path`/run."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "run" / ".lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout.readline() == "held\n"
+    yield child
+    child.kill()
+    child.communicate()
+
+
+def take(file):
+    with workdir.Lock() as lock:
+        lock.take(file)
+        return json.loads(file.read_text())
+
+
+def test_the_other_run_is_named(holder, tmp_path):
+    file = tmp_path / "run" / ".lock"
+    for _ in range(2):  # who was refused has not broken it
+        with pytest.raises(workdir.Locked, match="another run is writing") as error:
+            take(file)
+        assert f"pid {holder.pid} on {socket.gethostname()}, since 20" in str(error.value)
+        assert str(file) in str(error.value)
+
+
+def test_a_killed_run_locks_nothing(holder, tmp_path):
+    file = tmp_path / "run" / ".lock"
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert file.exists()
+    assert take(file)["pid"] == os.getpid()
+    assert not file.exists()
+
+
+def test_a_run_that_ends_leaves_no_file(holder, tmp_path):
+    holder.communicate()
+    assert holder.returncode == 0
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_file_that_its_owner_removes_meanwhile_is_not_believed(tmp_path, monkeypatch):
+    """Locked, but the directory has another file of that name by now: both would hold one."""
+    file, real, calls = tmp_path / ".lock", workdir.fcntl.flock, []
+
+    def flock(handle, how):
+        real(handle, how)
+        calls.append(handle)
+        if len(calls) == 1:
+            file.unlink()
+            file.touch()
+
+    monkeypatch.setattr(workdir.fcntl, "flock", flock)
+    with workdir.Lock() as lock:
+        lock.take(file)
+        assert len(calls) == 2
+        with pytest.raises(workdir.Locked, match=f"pid {os.getpid()}"):
+            take(file)
+
+
+def test_where_there_are_no_locks_it_warns(tmp_path, monkeypatch, caplog):
+    def flock(handle, how):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(workdir.fcntl, "flock", flock)
+    assert take(tmp_path / ".lock")["pid"] == os.getpid()
+    assert "cannot be locked" in caplog.text
+
+
+def test_a_checkpoint_from_before_an_option_existed_is_no_other_config(tmp_path):
+    run = loading.check({"model": {"name": "coatnet_0"}})
+    workdir.claim(run, tmp_path)
+    saved = run.model_dump(mode="json")
+    del saved["optim"]["skip_nonfinite"], saved["log"]
+    workdir.check_config(tmp_path, 3, {"config": saved})
+    workdir.check_config(tmp_path, 3, {})  # converted weights have none
+    saved["optim"]["learning_rate"] = 0.5
+    with pytest.raises(ValueError, match=r"optim\.learning_rate: 0\.5 in step 3, 0\.001 in the"):
+        workdir.check_config(tmp_path, 3, {"config": saved})

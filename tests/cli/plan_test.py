@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``localglobal plan`` as a process that starts the compiler's process; eight CPU devices."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+
+from localglobal_jax.profiling import compiler_process, topologies
+
+DIGITS = "configs/coatnet_digits.py:size=tiny"
+MUSE = "configs/muse_lohelp.py:size=tiny"
+WIDE = "--config.model.widths=(16, 128)"  # so that there is something worth splitting
+FSDP = (WIDE, "--config.parallel.strategy=fsdp", '--config.parallel.mesh={"data": 2, "fsdp": 4}')
+LIBTPU = importlib.util.find_spec("libtpu") is not None
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Where the module's compilations are kept."""
+    return tmp_path_factory.mktemp("home")
+
+
+def plan(home, *args, code=0):
+    command = [sys.executable, "-m", "localglobal_jax", "plan", *args]
+    env = {**os.environ, "HOME": str(home)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    return done.stdout, done.stderr
+
+
+def test_a_plan_and_what_is_kept_of_it(home):
+    args = ("--config", DIGITS, "--topology", "cpu:8", "--json", *FSDP)
+    out, err = plan(home, *args)
+    first = json.loads(out)
+    assert "compiled before" not in err
+    assert (first["devices"], first["mesh"], first["fits"]) == (8, {"data": 2, "fsdp": 4}, None)
+    split = first["memory"]["split"]
+    # a good part is split four ways, and the optimizer's two moments go with their parameters
+    assert 4 * first["parameters"] / 4 < split["parameters"] < 2 * first["parameters"]
+    assert split["optimizer"] == pytest.approx(2 * split["parameters"], rel=0.01)
+    # parameters are gathered from those that split them, gradients are summed over all
+    assert {row["group"] for row in first["collectives"]} >= {4, 8}
+    assert first["flops"] > 0 and first["bytes_accessed"] > first["memory"]["needed"] / 4
+    assert any(x["name"] == "type of the gradient's sum" for x in first["lints"])
+
+    again, err = plan(home, *args)
+    assert "compiled before" in err and json.loads(again) == first
+
+
+def test_two_configs_side_by_side(home):
+    args = ("--config", DIGITS, "--compare", MUSE, "--topology", "cpu:2", "--step", "eval")
+    out, _ = plan(home, *args)
+    (parameters,) = [line.split() for line in out.splitlines() if line.startswith("parameters  ")][
+        :1
+    ]
+    assert len(parameters) == 3 and parameters[1] != parameters[2]
+    assert "not validated on hardware" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "said"),
+    [
+        (["--topology", "cpu:7"], 2, "not divisible by the 7 devices"),
+        (["--topology", "v5e:64x64"], 2, "2x2 to 16x16"),
+        (["--topology", "cpu:2", "--batch_search"], 2, "devices with a limit"),
+        (["--topology", "cpu:2", "--step", "decode"], 2, "predicts nothing"),
+        (["--topology", "cpu:2", "--timeout", "0.2"], 1, "more than 0.2 s"),
+        (["--topology", "cpu:2", "--config.parallel.compile=pmap"], 2, "compile=jit"),
+    ],
+)
+def test_errors_say_what_to_do(home, args, code, said):
+    out, err = plan(home, "--config", DIGITS, *args, code=code)
+    assert said in err and "Traceback" not in err and not out
+
+
+def test_ended_from_outside_it_leaves_no_compiler_behind(tmp_path):
+    command = [sys.executable, "-m", "localglobal_jax", "plan", "--config", DIGITS]
+    env = {**os.environ, "HOME": str(tmp_path)}
+    cache = tmp_path / ".cache/localglobal/plan"
+    with subprocess.Popen([*command, "--topology", "cpu:2"], env=env) as asked:
+        while asked.poll() is None and not list(cache.glob("new-*/log")):
+            time.sleep(0.05)
+        (children,) = pathlib.Path(f"/proc/{asked.pid}/task").glob("*/children")
+        compiler = children.read_text().split()
+        while not compiler:
+            compiler = children.read_text().split()
+        asked.terminate()
+        assert asked.wait() == 143
+    assert not pathlib.Path(f"/proc/{compiler[0]}").exists()
+    assert not list(cache.iterdir())
+
+
+def test_without_libtpu(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"localglobal_jax\[tpu\].*cpu:8"):
+        compiler_process.measure(None, topologies.parse("v5e-4"), "train", timeout=1)
+
+
+def test_a_compiler_that_aborts(monkeypatch, tmp_path):
+    fake = tmp_path / "python"
+    fake.write_text("#!/bin/sh\necho 'Check failed: chip_bounds().x <= 16'\nkill -ABRT $$\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(fake))
+    monkeypatch.setattr(compiler_process, "CACHE", tmp_path)
+    from localglobal_jax.config import loading
+
+    run = loading.check(loading.load(DIGITS))
+    with pytest.raises(compiler_process.CompilerFailed, match=r"SIGABRT(.|\n)*chip_bounds"):
+        compiler_process.measure(run, topologies.parse("cpu:2"), "train", timeout=60)
+    assert not list(tmp_path.glob("*-*"))  # nothing is kept of it
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not LIBTPU, reason="needs the extra [tpu]")
+@pytest.mark.parametrize("step", ["train", "eval", "decode"])
+def test_the_real_compiler(home, step):
+    config = MUSE if step == "decode" else DIGITS
+    out, _ = plan(home, "--config", config, "--topology", "v5e-4", "--step", step, "--json")
+    found = json.loads(out)
+    assert found["fits"] and found["estimated_cycles"] > 0
+    assert 0 < found["step_ms"]["low"] <= found["step_ms"]["high"]
+    assert found["memory"]["code"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not LIBTPU, reason="needs the extra [tpu]")
+def test_what_does_not_fit(home):
+    args = ("--config", DIGITS, "--topology", "v5e-1", "--config.batch_size=2000000")
+    out, _ = plan(home, *args)
+    assert "DOES NOT FIT: needs" in out and "of 15.75 GiB" in out

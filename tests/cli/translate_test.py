@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command: what goes in, what comes out, byte by byte. One real process, with a terminal."""
+
+import io
+import json
+import os
+import pathlib
+import pty
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from localglobal_jax.cli.main import main
+from localglobal_jax.convert import files
+from localglobal_jax.data.text import tokenizers
+from localglobal_jax.inference import translator
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+LINES = ["w27 w17 w38 w6 w36", "", "w9 \u2028 w5", "w4"]
+SHORT = "--max_length=6"
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """A checkpoint of fairseq, ready to translate."""
+    directory = tmp_path_factory.mktemp("converted")
+    arguments = json.loads((GOLDEN / "muse_simple_post.json").read_text())["args"]
+    (directory / "dict.txt").write_text("".join(f"w{i} 1\n" for i in range(4, 40)))
+    files.convert_file(
+        "fairseq",
+        str(GOLDEN / "muse_simple_post.safetensors"),
+        str(directory / "out"),
+        arguments=arguments,
+        dictionaries=[str(directory / "dict.txt")],
+    )
+    return directory / "out"
+
+
+@pytest.fixture(scope="module")
+def expected(converted):
+    return translator.load(converted).translate(LINES, nbest=2, max_length=6)
+
+
+@pytest.fixture
+def run(converted, monkeypatch, capsys):
+    """(bytes on stdin, *options) -> (exit code, stdout, stderr)."""
+
+    def run(given, *options):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+        code = main(["translate", f"--workdir={converted}", *options])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize("end", ["", "\n"])
+@pytest.mark.parametrize("separator", ["\n", "\r\n"])
+def test_a_line_out_for_a_line_in(run, expected, tmp_path, separator, end):
+    given = (separator.join(LINES) + end).encode()
+    (tmp_path / "in").write_bytes(b"\xef\xbb\xbf" + given)
+    wanted = "".join(f"{found.text}\n" for found in expected)
+    assert wanted.count("\n") == len(LINES) and "\n\n" in wanted
+    assert run(given, SHORT) == (0, wanted, "")
+    assert run(b"", SHORT, str(tmp_path / "in")) == (0, wanted, "")
+
+
+def test_no_line_and_empty_lines(run):
+    assert run(b"") == (0, "", "")
+    assert run(b"\n\n \n") == (0, "\n\n\n", "")
+    assert run(b"\n", "--scores") == (0, "\t\n", "")
+    assert run(b"\n", "--nbest=2") == (0, "1\t\t\n", "")
+
+
+def test_scores_and_the_best(run, expected):
+    given = "\n".join(LINES).encode()
+    shown = [(f"{t.hypotheses[0].score:.4f}" if t.text else "") + "\t" + t.text for t in expected]
+    assert run(given, SHORT, "--scores") == (0, "\n".join(shown) + "\n", "")
+    code, out, _ = run(given, SHORT, "--nbest=2")
+    rows = [row.split("\t") for row in out.removesuffix("\n").split("\n")]
+    assert code == 0 and [row[0] for row in rows] == ["1", "1", "2", "3", "3", "4", "4"]
+    texts = [h.text for t in expected for h in t.hypotheses or (t,)]
+    assert [row[2] for row in rows] == texts
+
+
+def test_json_says_everything(run, expected):
+    code, out, _ = run("\n".join(LINES).encode(), SHORT, "--nbest=2", "--json")
+    found = json.loads(out)["translations"]
+    assert code == 0 and [t["line"] for t in found] == [1, 2, 3, 4]
+    assert [t["source_tokens"] for t in found] == [6, 0, 3, 2]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert [h["text"] for h in ours["hypotheses"]] == [h.text for h in theirs.hypotheses]
+        for hypothesis in ours["hypotheses"]:
+            assert len(hypothesis["pieces"]) == len(hypothesis["token_scores"])
+            assert hypothesis["pieces"][-1] == "</s>"
+
+
+def test_lines_that_are_too_long(run, expected):
+    code, out, error = run("\n".join(LINES).encode(), SHORT, "--max_source=3")
+    assert code == 2
+    assert out == "".join(f"{t.text if 0 < t.tokens <= 3 else ''}\n" for t in expected)
+    assert error == (
+        "localglobal translate: line 1: 6 tokens, but at most 3 are translated (max_source)\n"
+    )
+
+
+def test_blocks_of_lines_are_numbered_on(run, expected, monkeypatch):
+    from localglobal_jax.cli import translate as translate_command
+
+    monkeypatch.setattr(translate_command, "BLOCK", 3)
+    code, out, error = run("\n".join([*LINES, LINES[0]]).encode(), SHORT, "--max_source=5")
+    assert code == 2 and "line 1:" in error and "line 5:" in error
+    assert out.split("\n") == ["", "", expected[2].text, expected[3].text, "", ""]
+    drawn = [run(b"w4\nw4\nw5\nw4\n", SHORT, "--sample", "--seed=3")[1]]
+    monkeypatch.setattr(translate_command, "BLOCK", 1024)
+    drawn.append(run(b"w4\nw4\nw5\nw4\n", SHORT, "--sample", "--seed=3")[1])
+    assert drawn[0] == drawn[1] and drawn[0].count("\n") == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--temperature=2"], "--temperature is for --sample"),
+        (["--sample", "--beam=3"], "--sample has no --beam"),
+        (["--nbest=9"], "nbest=9, beam=4"),
+        (["--beam=0"], "beam=0"),
+        (["--step=7"], "no checkpoint of step 7"),
+        (["--attention=x.jpg"], "ends in .png"),
+        (["nowhere.txt"], "cannot read nowhere.txt"),
+    ],
+)
+def test_wrong_options(run, options, message):
+    code, out, error = run(b"w4\n", *options)
+    assert (code, out) == (2, "") and message in error
+
+
+def test_what_is_no_text_is_refused_before_anything_is_translated(run):
+    code, out, error = run(b"w4\n\xff\n")
+    assert (code, out) == (2, "")
+    assert "standard input is not UTF-8 text: line 2 holds the byte 0xff" in error
+
+
+def test_directories_that_do_not_translate(converted, tmp_path, capsys):
+    assert main(["translate", f"--workdir={tmp_path}"]) == 2
+    assert "no checkpoint" in capsys.readouterr().err
+    shutil.copytree(converted / "checkpoints", tmp_path / "checkpoints")
+    assert main(["translate", f"--workdir={tmp_path}"]) == 2
+    assert "has no words" in capsys.readouterr().err
+    tokenizers.save(
+        tokenizers.Tokenizers(*[tokenizers.Dictionary(["a"])] * 2), tmp_path / "tokenizer"
+    )
+    assert main(["translate", f"--workdir={tmp_path}"]) == 2
+    assert "has 5 source and 5 target ids, but the model 40 and 40" in capsys.readouterr().err
+
+
+def test_a_picture_of_the_first_sentence(run, tmp_path):
+    file = tmp_path / "attention.png"
+    code, out, _ = run(b"\nw4 w5\nw6\n", SHORT, f"--attention={file}")
+    assert code == 0 and out.count("\n") == 3
+    assert file.read_bytes().startswith(b"\x89PNG")
+    code, _, error = run(b"\n", f"--attention={tmp_path}/none.png")
+    assert code == 2 and "no sentence to draw" in error
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_a_reader_that_goes_away_is_no_error(run, monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as nobody:
+        monkeypatch.setattr(sys, "stdout", nobody)
+        code, _, error = run(b"w4\n", SHORT)
+    assert (code, error) == (1, "")
+
+
+def test_people_type_and_see_each_translation_at_once(converted, expected):
+    terminal, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "localglobal_jax", "translate", f"--workdir={converted}", SHORT],
+        stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ,
+    )  # fmt: skip
+    os.close(theirs)
+    try:
+        for line, translation in ((LINES[0], expected[0]), ("", expected[1])):
+            os.write(terminal, f"{line}\n".encode())
+            assert process.stdout.readline().decode() == f"{translation.text}\n"
+        os.write(terminal, b"\x04")
+        out, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        os.close(terminal)
+    assert (process.returncode, out) == (0, b"")
+    assert error == b"One sentence per line; Ctrl-D ends.\n"

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ml_collections import ConfigDict
+
+from localglobal_jax.config import loading, schema
+
+CONFIGS = sorted((pathlib.Path(__file__).parents[2] / "configs").glob("*.py"))
+BASE = {"model": {"name": "coatnet"}}
+
+
+def test_parse_arg_gives_the_types_of_the_defaults():
+    arg = loading.parse_arg("size=tiny,steps=100,lr=1,fast", size="b", steps=1, lr=0.1, fast=False)
+    assert arg.to_dict() == {"size": "tiny", "steps": 100, "lr": 1.0, "fast": True}
+    with pytest.raises(ValueError, match=r'"sise"; did you mean "size"'):
+        loading.parse_arg("sise=tiny", size="b")
+    with pytest.raises(ValueError, match="write size=VALUE"):
+        loading.parse_arg("size", size="b")
+    assert loading.parse_arg("", size=("demo", "tiny")).size == "demo"
+    assert loading.parse_arg("size=tiny", size=("demo", "tiny")).size == "tiny"
+    with pytest.raises(ValueError, match=r'argument size: "tin"; did you mean "tiny"'):
+        loading.parse_arg("size=tin", size=("demo", "tiny"))
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_is_right_small_and_has_a_tiny_size(file):
+    loading.check(loading.load(str(file)))
+    tiny = loading.check(loading.load(f"{file}:size=tiny"))
+    assert tiny.steps <= 100
+    assert len(file.read_text().splitlines()) <= 90
+
+
+TRANSLATION = {"model": {"name": "muse"}, "task": {"name": "translation"}}
+
+
+def test_the_task_decides_what_the_data_are():
+    run = loading.check({**TRANSLATION, "data": {"vocab": 500}})
+    assert isinstance(run, schema.TranslationRun) and isinstance(run.data, schema.Text)
+    assert isinstance(loading.check(BASE), schema.ClassificationRun)
+    assert loading.check(json.loads(loading.to_json(run))) == run
+    files = loading.check({**TRANSLATION, "data": {"files": ["a.de", "a.en"]}})
+    assert files.data.files == ("a.de", "a.en") and files.data.name == "text_pairs"
+    assert loading.check(json.loads(loading.to_json(files))) == files
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("data", {"vocabs": 3}, r'config.data.vocabs: unknown key "vocabs"; did you mean "vocab"'),
+        ("data", {"vocab": 3}, "config.data.vocab=3 .*greater than or equal to 8"),
+        ("data", {"flip": True}, r'config.data.flip: unknown key "flip"'),
+        ("data", {"tokenizer": "word"}, r"config.data.tokenizer='word'.*'unigram'"),
+        (
+            "data",
+            {"tokenizer": "dict"},
+            'config.data: tokenizer="dict" and dicts=.*need each other',
+        ),
+        ("data", {"dicts": ["a"]}, "config.data: tokenizer="),
+        ("data", {"files": ["a", "b", "c"]}, "config.data.files=.*at most 2"),
+        ("task", {"name": "translation", "mixup": 1.0}, "config.task.mixup: unknown key"),
+        (
+            "task",
+            {"name": "translate"},
+            "config.task.name='translate'.*did you mean \"translation\"",
+        ),
+        ("task", {"name": None}, "config.task.name=None.*Known: classification, translation"),
+        ("task", 3, r"config.task=3 \(int\)"),
+    ],
+)
+def test_errors_inside_the_chosen_task(section, values, message):
+    with pytest.raises(ValueError, match=message):
+        loading.check({**TRANSLATION, section: values})
+
+
+def test_overrides_know_the_task():
+    config = ConfigDict(TRANSLATION)
+    loading.override(config, "data.files", "a.de,a.en")
+    loading.override(config, "data.max_length", "1e2")
+    run = loading.check(config)
+    assert run.data.files == ("a.de", "a.en") and run.data.max_length == 100
+    with pytest.raises(ValueError, match=r'"max_lenght"; did you mean "max_length"'):
+        loading.override(config, "data.max_lenght", "1")
+    with pytest.raises(ValueError, match='unknown config key in data: "flip"'):
+        loading.override(config, "data.flip", "true")
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "value"),
+    [
+        ("steps", "1e3", 1000),
+        ("optim.learning_rate", "3e-4", 3e-4),
+        ("optim.learning_rate", "1", 1.0),
+        ("data.flip", "true", True),
+        ("data.eval_splits", "test,train[:10%]", ("test", "train[:10%]")),
+        ("data.image_size", "(16, 24)", (16, 24)),
+        ("data.dir", "/data", "/data"),
+        ("data.dir", "2024", "2024"),
+        ("data.dir", "None", None),
+        ("log.profile", "(10, 5)", (10, 5)),
+        ("parallel.mesh", '{"data": 2}', {"data": 2}),
+        ("checkpoint.best", "None", None),
+    ],
+)
+def test_override(field, text, value):
+    config = ConfigDict(BASE)
+    loading.override(config, field, text)
+    run = loading.check(config)
+    for name in field.split("."):
+        run = getattr(run, name)
+    assert run == value
+    assert type(run) is type(value)
+
+
+def test_override_reaches_into_the_model():
+    config = ConfigDict({"model": {"name": "coatnet", "depths": (2, 2), "blocks": {"T": {}}}})
+    loading.override(config, "model.depths", "(3, 4)")
+    loading.override(config, "model.blocks.T.head_width", "16")
+    model = loading.check(config).model
+    assert model["depths"] == (3, 4)
+    assert model["blocks"]["T"]["head_width"] == 16
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "message"),
+    [
+        ("optim.lerning_rate", "1", r'lerning_rate".*did you mean "learning_rate"'),
+        ("optm.learning_rate", "1", r'"optm"; did you mean "optim"'),
+        ("stepz", "1", r'did you mean "steps"'),
+        ("optim", "1", "is a section"),
+        ("steps.x", "1", "is a value, not a section"),
+        ("data.flip", "maybe", "expected true or false"),
+    ],
+)
+def test_override_refuses(field, text, message):
+    config = ConfigDict({**BASE, "steps": 10})
+    with pytest.raises(ValueError, match=message):
+        loading.override(config, field, text)
+        loading.check(config)
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"steps": "ten"}, r"config.steps='ten' \(str\)"),
+        ({"steps": -1}, r"config.steps=-1.*greater than 0"),
+        ({"steps": True}, r"config.steps=True \(bool\)"),
+        ({"optim": {"learning_rate": float("nan")}}, r"config.optim.learning_rate=nan"),
+        ({"optim": {"name": "adam"}}, r"config.optim.name='adam'.*'adamw'"),
+        ({"optim": {"warmup": 3}}, r'config.optim.warmup: unknown key.*"warmup_steps"'),
+        ({"dtype": "float16"}, "bfloat16"),
+        ({"model": None}, "config.model=None"),
+        ({"task": {"name": "clasification"}}, "config.task.name"),
+    ],
+)
+def test_check_names_the_field(tree, message):
+    with pytest.raises(ValueError, match=message):
+        loading.check({**BASE, **tree})
+
+
+def test_check_lists_every_problem_at_once():
+    with pytest.raises(ValueError, match=r"config.steps(.|\n)*config.data.pad"):
+        loading.check({**BASE, "steps": 0, "data": {"pad": -1}})
+
+
+JUNK = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=5),
+    st.lists(st.integers(), max_size=3),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+)
+FIELDS = [
+    (base, field)
+    for base in (BASE, TRANSLATION)
+    for field in loading.flatten(loading.check(base).model_dump())
+    if not field.startswith("model")
+]
+
+
+@given(base_field=st.sampled_from(FIELDS), value=JUNK)
+def test_junk_in_any_field_is_a_value_error_that_names_it(base_field, value):
+    base, field = base_field
+    tree = json.loads(loading.to_json(loading.check(base)))
+    *parents, leaf = field.split(".")
+    section = tree
+    for name in parents:
+        section = section[name]
+    section[leaf] = value
+    try:
+        loading.check(tree)
+    except ValueError as error:
+        two = "config.data: tokenizer=" in str(error) and field == "data.dicts"
+        assert two or f"config.{field}" in str(error)
+
+
+@pytest.mark.parametrize("name", [f.name for f in CONFIGS])
+def test_json_roundtrip(name, tmp_path_factory):
+    run = loading.check(loading.load(str(CONFIGS[0].with_name(name))))
+    file = tmp_path_factory.mktemp("config") / "config.json"
+    file.write_text(loading.to_json(run))
+    assert loading.read_json(file) == run
+    file.write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+        loading.read_json(file)
+
+
+def test_difference():
+    a, b = {"x": {"y": 1, "z": [1, 2]}}, {"x": {"y": 2, "z": (1, 2)}, "w": 0}
+    assert loading.difference(a, b) == {"w": ("(not set)", 0), "x.y": (1, 2)}
+
+
+def test_missing_config_file_suggests_one():
+    with pytest.raises(ValueError, match=r'did you mean ".*coatnet_digits.py"'):
+        loading.load(str(CONFIGS[0].with_name("coatnet_digit.py")))
+
+
+def test_configs_load_without_jax():
+    code = (
+        "import sys; from localglobal_jax import configlib; "
+        f"configlib.check(configlib.load({str(CONFIGS[0])!r})); "
+        "assert not {'jax', 'tensorflow'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_may_change_names_real_fields():
+    flat = loading.flatten(loading.check(BASE).model_dump())
+    for free in schema.MAY_CHANGE:
+        assert any(f == free or f.startswith(f"{free}.") for f in flat)

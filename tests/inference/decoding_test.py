@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A language model that is a table, so that everything it can say can be written down."""
+
+import dataclasses
+import itertools
+import math
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from localglobal_jax.inference import decoding
+
+PAD, END, VOCABULARY, STATES = 1, 2, 5, 4001
+MAX = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """The next token depends on the sentence and on all tokens so far."""
+
+    pad: int = PAD
+    start: int = END
+    end: int = END
+
+    def apply(self, variables, *args, method):
+        return getattr(self, method)(variables, *args)
+
+    def init_cache(self, variables, source, length):
+        state = jnp.zeros(source.shape[0], jnp.int32)
+        return {"sentence": source[:, 0]}, {"state": state, "sentence": source[:, 0]}
+
+    def step(self, variables, token, memory, cache):
+        state = follow(cache["state"], token)
+        # the cache's own copy: a wrong reordering across sentences would show
+        logits = variables[cache["sentence"], state]
+        return logits, {**cache, "state": state}
+
+
+def follow(state, token):
+    return (state * VOCABULARY + token + 1) % STATES  # another state after every prefix
+
+
+def tables(seed, sentences=2):
+    rng = np.random.default_rng(seed)
+    return 2 * rng.normal(size=(sentences, STATES, VOCABULARY)).astype(np.float32)
+
+
+def log_p(table, sentence, prefix):
+    """Of every next token, after the start token and `prefix`."""
+    state = 0
+    for token in (END, *prefix):
+        state = follow(state, token)
+    logits = table[sentence, state].astype(np.float64)
+    return logits - np.log(np.exp(logits).sum())
+
+
+@cache
+def everything(seed, sentence, min_length=1):
+    """Every hypothesis and its log probabilities."""
+    table = tables(seed)
+    found = []
+    for length in range(min_length, MAX + 1):
+        for words in itertools.product([0, 3, 4], repeat=length):
+            tokens = (*words, END)
+            found.append(
+                (tokens, [log_p(table, sentence, tokens[:i])[t] for i, t in enumerate(tokens)])
+            )
+    return found
+
+
+def python_beam_search(seed, sentence, *, beam, penalty, early_stop, min_length):
+    """fairseq's generator, as FACTS has it, with lists."""
+    table = tables(seed)
+    alive, ended = [((), [])], []
+    for step in range(MAX + 1):
+        candidates = []
+        for words, scores in alive:
+            p = log_p(table, sentence, words)
+            for token in range(VOCABULARY):
+                only_end = step == MAX and token != END
+                if token != PAD and not (token == END and step < min_length) and not only_end:
+                    candidates.append(((*words, token), [*scores, p[token]]))
+        candidates.sort(key=lambda c: -sum(c[1]))
+        candidates = candidates[: 2 * beam]
+        new = [c for c in candidates[:beam] if c[0][-1] == END]
+        score = lambda c: sum(c[1]) / len(c[0]) ** penalty  # noqa: E731
+        ended += new
+        ended = ended[:beam] if early_stop else sorted(ended, key=score, reverse=True)[:beam]
+        alive = [c for c in candidates if c[0][-1] != END][:beam]
+        if len(ended) == beam and early_stop:
+            break
+        if len(ended) == beam and alive:
+            possible = max(sum(c[1]) for c in alive) / MAX**penalty
+            if min(map(score, ended)) >= possible:
+                break
+    return sorted(ended, key=score, reverse=True)
+
+
+def run(seed, *, beam, sentences=(0, 1), **options):
+    source = np.array(sentences, np.int32)[:, None]
+    options = {"max_length": MAX, **options}
+    return decoding.beam_search(Table(), jnp.asarray(tables(seed)), source, beam=beam, **options)
+
+
+def compare(found, row, expected, penalty):
+    assert np.isfinite(found.scores[row]).sum() == len(expected)
+    for i, (tokens, scores) in enumerate(expected):
+        n = len(tokens)
+        assert found.lengths[row, i] == n
+        assert found.tokens[row, i, :n].tolist() == list(tokens)
+        assert set(found.tokens[row, i, n:].tolist()) <= {PAD}
+        np.testing.assert_allclose(found.token_scores[row, i, :n], scores, atol=1e-5)
+        assert not found.token_scores[row, i, n:].any()
+        np.testing.assert_allclose(found.scores[row, i], sum(scores) / n**penalty, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------- beam search
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 10_000), penalty=st.sampled_from([0.0, 0.6, 1.0, 2.0]))
+def test_a_beam_as_wide_as_the_language_finds_everything_in_order(seed, penalty):
+    everything_there_is = 3 + 9 + 27 + 81
+    found = run(seed, beam=everything_there_is, length_penalty=penalty)
+    for sentence in (0, 1):
+        expected = everything(seed, sentence)
+        by_score = sorted(expected, key=lambda e: -sum(e[1]) / len(e[0]) ** penalty)
+        compare(found, sentence, by_score, penalty)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 10_000),
+    beam=st.sampled_from([1, 2, 4]),
+    penalty=st.sampled_from([0.0, 1.0]),
+    early_stop=st.booleans(),
+    min_length=st.sampled_from([0, 3]),
+)
+def test_every_beam_is_that_of_the_same_search_with_lists(
+    seed, beam, penalty, early_stop, min_length
+):
+    options = {"early_stop": early_stop, "min_length": min_length}
+    found = run(seed, beam=beam, length_penalty=penalty, **options)
+    for sentence in (0, 1):
+        expected = python_beam_search(seed, sentence, beam=beam, penalty=penalty, **options)
+        compare(found, sentence, expected, penalty)
+
+
+def test_a_sentence_does_not_depend_on_the_others_and_every_run_is_the_same():
+    together, again = run(3, beam=3), run(3, beam=3)
+    jax.tree.map(np.testing.assert_array_equal, together, again)
+    for row in (0, 1):
+        alone = run(3, beam=3, sentences=(row,))
+        for ours, theirs in zip(together, alone, strict=True):
+            np.testing.assert_array_equal(ours[row], theirs[0])
+
+
+def test_one_compilation_for_all_batches_of_a_shape():
+    from localglobal_jax.inference.decoding import beam
+
+    run(0, beam=2)
+    before = beam._beam_search._cache_size()
+    for seed in range(3):
+        run(seed, beam=2, length_penalty=0.1 * seed)
+    assert beam._beam_search._cache_size() == before
+
+
+# ---------------------------------------------------------------------------- greedy, sampling
+
+
+def draw(seed, key, samples, **options):
+    return decoding.sample(
+        Table(), jnp.asarray(tables(seed)), jnp.array([[0], [1]]), jax.random.key(key),
+        samples=samples, max_length=MAX, **options,
+    )  # fmt: skip
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 10_000))
+def test_greedy_is_a_beam_of_one(seed):
+    found = decoding.greedy(
+        Table(), jnp.asarray(tables(seed)), jnp.array([[0], [1]]), max_length=MAX
+    )
+    beam = run(seed, beam=1)
+    np.testing.assert_array_equal(found.tokens, beam.tokens)
+    np.testing.assert_array_equal(found.lengths, beam.lengths)
+    np.testing.assert_allclose(found.scores, beam.scores, atol=1e-5)
+    np.testing.assert_allclose(found.token_scores, beam.token_scores, atol=1e-5)
+
+
+def test_samples_have_the_frequencies_of_the_model():
+    seed, samples = 1, 4000
+    found = draw(seed, 0, samples, length_penalty=0.0)
+    assert (np.diff(found.scores, axis=1) <= 0).all()
+    for sentence in (0, 1):
+        expected = {tokens: scores for tokens, scores in everything(seed, sentence)}
+        first = np.exp(log_p(tables(seed), sentence, ()))
+        first[[PAD, END]] = 0  # not as the first token
+        first /= first.sum()
+        drawn = np.bincount(found.tokens[sentence, :, 0], minlength=VOCABULARY) / samples
+        np.testing.assert_allclose(drawn, first, atol=5 * math.sqrt(0.25 / samples))
+        for i in range(20):
+            n = found.lengths[sentence, i]
+            scores = expected[tuple(found.tokens[sentence, i, :n].tolist())]
+            np.testing.assert_allclose(found.token_scores[sentence, i, :n], scores, atol=1e-5)
+            np.testing.assert_allclose(found.scores[sentence, i], sum(scores), atol=1e-5)
+
+
+def test_top_k_top_p_and_temperature_narrow_to_greedy():
+    best = run(5, beam=1)
+    for options in ({"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}):
+        found = draw(5, 0, 3, **options)
+        for i in range(3):
+            np.testing.assert_array_equal(found.tokens[:, i], best.tokens[:, 0])
+
+
+@pytest.mark.parametrize("options", [{"top_k": 2}, {"top_p": 0.6}])
+def test_only_what_is_inside_the_cut_is_drawn(options):
+    found = draw(2, 0, 500, **options)
+    for sentence in (0, 1):
+        p = np.exp(log_p(tables(2), sentence, ()))
+        p[[PAD, END]] = 0
+        order = np.argsort(-p)
+        mass = np.cumsum(p[order]) / p.sum()
+        inside = options.get("top_k") or int((mass < options["top_p"]).sum()) + 1
+        assert set(found.tokens[sentence, :, 0].tolist()) == set(order[:inside].tolist())
+
+
+def test_draws_are_a_function_of_the_key():
+    jax.tree.map(np.testing.assert_array_equal, draw(4, 7, 5), draw(4, 7, 5))
+    assert (draw(4, 7, 50).tokens != draw(4, 8, 50).tokens).any()
+
+
+def test_draws_of_a_sentence_go_with_its_number():
+    """Wherever it stands, and whatever stands beside it."""
+    together = draw(4, 7, 5)
+    alone = decoding.sample(
+        Table(), jnp.asarray(tables(4)), jnp.array([[1]]), jax.random.key(7),
+        numbers=np.array([1]), samples=5, max_length=MAX,
+    )  # fmt: skip
+    for ours, theirs in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(ours[1], theirs[0])
+
+
+def test_wrong_arguments():
+    with pytest.raises(ValueError, match="at least one hypothesis"):
+        run(0, beam=0)
+    with pytest.raises(ValueError, match="min_length <= max_length"):
+        run(0, beam=1, min_length=MAX + 1)
+    with pytest.raises(ValueError, match="for 0 use greedy"):
+        draw(0, 0, 1, temperature=0.0)
+    with pytest.raises(ValueError, match=r"in \(0, 1\]"):
+        draw(0, 0, 1, top_p=1.5)
+    for wrong in (float("nan"), float("inf"), -1.0):
+        with pytest.raises(ValueError, match="temperature"):
+            draw(0, 0, 1, temperature=wrong)
+        with pytest.raises(ValueError, match=f"length_penalty={wrong}"):
+            run(0, beam=1, length_penalty=wrong)
+    none = np.ones((0, 2), np.int32)
+    with pytest.raises(ValueError, match=r"give integers \[sentences, length\]"):
+        decoding.greedy(Table(), jnp.asarray(tables(0)), none, max_length=MAX)

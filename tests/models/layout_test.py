@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+
+from localglobal_jax.models import layout
+
+
+def test_letters_repeat_patterns_repeat_and_strings_stand():
+    stages = layout.parse(("C", "CT", "CTT"), (2, 4, 3), (8, 16, 32), (2, 2, 1))
+    assert [s.letters for s in stages] == ["CC", "CTCT", "CTT"]
+    assert [s.stride for s in stages] == [2, 2, 1]
+
+
+def test_mismatch_is_said_in_the_words_of_the_design():
+    with pytest.raises(ValueError) as error:
+        layout.parse("CCTT", (2, 3), (8, 8, 8, 8))
+    assert str(error.value) == 'layout "CCTT" names 4 stages, but depths=(2, 3) has 2'
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("CX", (1, 1), (8, 8)), 'unknown block in layout "CX": "X"'),
+        (("CT", (1, 1), (8,)), r"widths=\(8,\) has 1"),
+        (("CT", (1, 0), (8, 8)), "every stage needs at least 1"),
+        ((("C", "CT"), (1, 3), (8, 8)), 'stage "CT" of 2 blocks cannot fill depth 3'),
+    ],
+)
+def test_wrong_layouts(args, message):
+    with pytest.raises(ValueError, match=message):
+        layout.parse(*args)
+
+
+def test_drop_path_grows_linearly_over_all_blocks():
+    stages = layout.parse("CT", (2, 3), (8, 8))
+    assert layout.drop_path_rates(stages, 0.4) == [(0.0, 0.1), (0.2, pytest.approx(0.3), 0.4)]
+
+
+def test_options_of_no_block():
+    with pytest.raises(ValueError, match='option of block T: "head_with"; did you mean'):
+        layout.check_options({"T": {"head_with": 1}})
+    with pytest.raises(ValueError, match="block letter"):
+        layout.check_options({"Q": {}})

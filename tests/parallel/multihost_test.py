@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real processes that train one run: the same losses, one fate, names of who is missing."""
+
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from localglobal_jax.checkpoints import workdir
+from localglobal_jax.parallel import multihost
+
+CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "coatnet_digits.py"
+COMMAND = [
+    *(sys.executable, "-m", "localglobal_jax", "train", f"--config={CONFIG}:size=tiny"),
+    "--config.data.mock=true",
+    *("--config.steps=5000", "--config.log.every=1", "--config.log.tensorboard=false"),
+    *("--config.eval.every=0", "--config.checkpoint.every=0", "--config.checkpoint.best=None"),
+]
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+@contextlib.contextmanager
+def training(workdir, processes, devices, *options):
+    """The processes of one run, each with so many fake devices; none of them survives."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    coordinator = f"--coordinator=localhost:{free_port()}"
+    started = []
+    for host in range(processes):
+        many = [coordinator, f"--hosts={processes}", f"--host={host}"] if processes > 1 else []
+        log = workdir.with_name(f"{workdir.name}-{host}-of-{processes}.log")
+        command = [*COMMAND, f"--workdir={workdir}", *many, *options]
+        with log.open("w") as stderr:
+            environment = {**os.environ, "XLA_FLAGS": flags}
+            started.append(subprocess.Popen(command, env=environment, stderr=stderr))
+        started[-1].log = log
+    try:
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+def lines(workdir):
+    """The training lines so far: step -> loss."""
+    file = workdir / "metrics.jsonl"
+    text = file.read_text() if file.exists() else ""
+    found = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return {line["step"]: line["loss"] for line in found if line["split"] == "train"}
+
+
+def wait_for(workdir, step, processes):
+    while max(lines(workdir), default=0) < step:
+        for process in processes:
+            assert process.poll() is None, process.log.read_text()
+        time.sleep(0.05)
+
+
+def end(processes):
+    return [process.wait(timeout=180) for process in processes]
+
+
+def stopped_after(workdir, step, processes):
+    """SIGTERM to the last host once `step` is reported; the step at which all of them saved."""
+    wait_for(workdir, step, processes)
+    processes[-1].send_signal(signal.SIGTERM)
+    assert end(processes) == [42] * len(processes), [p.log.read_text() for p in processes]
+    return max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+
+
+def test_two_hosts_train_as_one_stop_together_and_go_on_as_another_number(tmp_path):
+    """Parameters are split over two of the four devices; then one device has all of them."""
+    split = ("--config.parallel.strategy=fsdp", "--config.parallel.mesh={'data': 2, 'fsdp': 2}")
+    with training(tmp_path / "run", 2, 2, *split) as two:
+        saved = stopped_after(tmp_path / "run", 3, two)
+        for host, process in enumerate(two):
+            text = process.log.read_text()
+            assert f"stopped at step {saved} of 5000; the state is saved" in text
+            assert f"{host} of 2: all are here" in text and "2 of 4 devices" in text
+    assert max(lines(tmp_path / "run")) == saved
+    with training(tmp_path / "run", 1, 1) as one:
+        stopped_after(tmp_path / "run", saved + 3, one)
+    with training(tmp_path / "whole", 1, 4) as one:
+        stopped_after(tmp_path / "whole", saved + 3, one)
+    parts, whole = lines(tmp_path / "run"), lines(tmp_path / "whole")
+    steps = range(1, saved + 4)
+    np.testing.assert_allclose(
+        [parts[i] for i in steps], [whole[i] for i in steps], rtol=2e-3, err_msg=f"saved {saved}"
+    )
+
+
+def test_a_host_that_is_killed_ends_the_others(tmp_path):
+    with training(tmp_path / "run", 2, 1) as two:
+        wait_for(tmp_path / "run", 2, two)
+        two[1].kill()
+        code = two[0].wait(timeout=180)
+        text = two[0].log.read_text()
+    assert code in (42, -signal.SIGABRT), text  # ours, or that of jax where it was quicker
+    assert "lost another host" in text or "another task died" in text
+
+
+def test_what_is_wrong_ends_all_hosts_and_writes_nothing(tmp_path):
+    with training(tmp_path / "run", 2, 1, "--config.batch_size=7") as two:
+        assert end(two) == [2, 2]
+        assert all("batch_size=7 is not divisible by the 2" in p.log.read_text() for p in two)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_only_the_first_host_can_see_ends_all_hosts(tmp_path):
+    with workdir.Lock() as lock:
+        lock.take(tmp_path / "run" / ".lock")
+        with training(tmp_path / "run", 2, 1) as two:
+            assert end(two) == [1, 1]
+            assert all(f"locked by pid {os.getpid()}" in p.log.read_text() for p in two)
+
+
+# ------------------------------------------------------------------------------------- roll call
+
+
+def call(cluster, timeout, results):
+    try:
+        results[cluster.rank] = multihost.roll_call(cluster, timeout)
+    except multihost.Lost as error:
+        results[cluster.rank] = str(error)
+
+
+def calls(size, present, timeout=2.0):
+    results, address = {}, f"localhost:{free_port()}"
+    threads = [
+        threading.Thread(
+            target=call, args=(multihost.Cluster(address, size, rank), timeout, results)
+        )
+        for rank in present
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_roll_call_gives_all_names():
+    found = calls(3, (2, 1, 0), timeout=30)
+    assert found == dict.fromkeys(range(3), [socket.gethostname()] * 3)
+
+
+def test_strangers_do_not_disturb_the_roll_call():
+    results, address = {}, f"localhost:{free_port()}"
+    threads = [
+        threading.Thread(target=call, args=(multihost.Cluster(address, 2, rank), 60, results))
+        for rank in (0, 1)
+    ]
+    threads[0].start()
+    place = ("localhost", int(address.rpartition(":")[2]))
+    with _connected(place), _connected(place) as talking:  # one says nothing, one not our words
+        talking.sendall(b"EHLO me\n")
+        threads[1].start()
+        for thread in threads:
+            thread.join()
+    assert results == dict.fromkeys(range(2), [socket.gethostname()] * 2)
+
+
+def _connected(place):
+    for _ in range(200):
+        try:
+            return socket.create_connection(place)
+        except OSError:
+            time.sleep(0.05)
+    raise AssertionError("host 0 does not listen")
+
+
+def test_roll_call_names_who_is_missing_on_every_host():
+    found = calls(4, (0, 2))
+    assert found == dict.fromkeys(
+        (0, 2), "host 1, 3 of 4 did not turn up; start the command on every host"
+    )
+
+
+def test_roll_call_without_its_first_host():
+    assert "host 0 did not answer at localhost:" in calls(2, (1,))[1]
+
+
+def test_two_hosts_with_one_number():
+    results, address = {}, f"localhost:{free_port()}"
+    zero = threading.Thread(target=call, args=(multihost.Cluster(address, 3, 0), 30, results))
+    zero.start()
+    for _ in range(2):
+        threading.Thread(target=call, args=(multihost.Cluster(address, 3, 1), 30, {})).start()
+    zero.join()
+    assert "says that it is host 1, which is another one's number" in results[0]
+
+
+@pytest.mark.parametrize(
+    ("address", "rank"), [("nowhere", 0), ("localhost:1", 2), ("localhost:99999", 0)]
+)
+def test_a_cluster_that_cannot_be(address, rank):
+    with pytest.raises(ValueError, match="want HOST:PORT, and 0 <= host < hosts"):
+        multihost.start(multihost.Cluster(address, 2, rank))
+
+
+BARRIER = """
+import sys, time
+from localglobal_jax import hosts
+hosts.start(hosts.Cluster(sys.argv[1], 2, int(sys.argv[2])), 30)
+if hosts.rank() == 0:
+    try:
+        hosts.barrier("restored", 0.5)
+    except hosts.Lost as error:
+        print(error)
+hosts.barrier("end")
+"""
+
+
+def test_a_barrier_names_who_is_late():
+    address = f"localhost:{free_port()}"
+    two = [
+        subprocess.Popen(
+            [sys.executable, "-c", BARRIER, address, str(host)], stdout=subprocess.PIPE, text=True
+        )
+        for host in range(2)
+    ]
+    (text, _), _ = [process.communicate(timeout=120) for process in two]
+    assert 'host 0 waited 0 s at "restored" for host 1: look at its log' in text
+    assert end(two) == [0, 0]

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Texts of programs: really compiled here for two CPU devices, or by libtpu, stored."""
+
+import gzip
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from localglobal_jax.profiling import collectives, hlo
+
+WHOLE, ROWS = PartitionSpec(), PartitionSpec("data")
+GOLDEN = pathlib.Path(__file__).parent.parent / "golden/plan_v5e.txt.gz"
+
+
+def compiled(function, *shapes, out=WHOLE):
+    """The program of a function of arrays split over two devices by rows."""
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+    where = NamedSharding(mesh, ROWS)
+    args = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where) for shape in shapes]
+    jitted = jax.jit(function, out_shardings=NamedSharding(mesh, out))
+    return hlo.Program(jitted.lower(*args).compile().as_text())
+
+
+@pytest.fixture(scope="module")
+def stored():
+    """Two matrices, one in a scan of 5, data parallel on v5e:2x2, the second matrix split."""
+    return hlo.Program(gzip.decompress(GOLDEN.read_bytes()).decode())
+
+
+def test_sum_over_devices_is_one_all_reduce():
+    program = compiled(lambda x: x.sum(0), (8, 1000))
+    (found,) = collectives.collectives(program)
+    assert (found.op, found.dtype, found.shape, found.group) == ("all-reduce", "f32", (1000,), 2)
+    assert (found.payload, found.wire, found.count) == (4000, 4000, 1)
+
+
+def test_gather_sends_what_is_missing():
+    program = compiled(lambda x: x + 1, (8, 1000))
+    (found,) = collectives.collectives(program)
+    assert (found.op, found.payload, found.wire) == ("all-gather", 32_000, 16_000)
+
+
+@pytest.mark.parametrize("length", [3, 11])
+def test_loops_count_as_often_as_they_run(length):
+    def function(x):
+        return jax.lax.fori_loop(0, length, lambda i, h: jnp.tanh(h + x.sum(0) * h.sum()), x[0])
+
+    def body_sends(x):
+        def body(h, _):
+            return h + jnp.roll(h, 1, 0), None
+
+        return jax.lax.scan(body, x, None, length=length)[0]
+
+    assert set(compiled(function, (8, 64)).trips.values()) == {length}
+    program = compiled(body_sends, (8, 64), out=ROWS)
+    assert {c.op for c in collectives.collectives(program)} == {"collective-permute"}
+    assert {c.count for c in collectives.collectives(program)} == {length}
+
+
+def test_a_loop_that_says_not_how_long_is_counted_once():
+    def function(x):
+        return jax.lax.while_loop(lambda h: h.sum() > 1, lambda h: h / 2, x)
+
+    program = compiled(function, (8, 64))
+    assert list(program.trips.values()) == [None]
+    assert set(program.scheduled.values()) == {1}
+
+
+def test_traffic_is_what_goes_in_and_out():
+    program = compiled(lambda x: jnp.tanh(x) * 2, (8, 1000), out=ROWS)
+    assert sum(size * n for _, size, n in program.traffic()) == 2 * 4 * 1000 * 4
+
+    # in a loop that takes a row at a time, a row is read and a row is written
+    def rows(x):
+        return jax.lax.map(jnp.tanh, x)
+
+    program = compiled(rows, (2, 1000), out=WHOLE)
+    loop = {name for name, n in program.scheduled.items() if n == 2}
+    moved = sum(
+        size for i, size, n in program.traffic() if n == 2 and i in program.instructions[min(loop)]
+    )
+    assert moved < 4 * 4 * 1000
+
+
+def test_what_libtpu_wrote(stored):
+    assert stored.devices == 4
+    assert set(stored.trips.values()) == {5}
+    found = {(c.op, c.dtype, c.shape): c for c in collectives.collectives(stored)}
+    assert found.keys() == {
+        ("all-reduce", "f32", (256, 256)),  # gradient of the matrix that all have
+        ("reduce-scatter", "f32", (64, 128)),  # of the one that is split: a fusion of libtpu
+        ("all-gather", "bf16", (256, 128)),  # the split one itself
+    }
+    scatter = found["reduce-scatter", "f32", (64, 128)]
+    assert scatter.payload == 64 * 128 * 4 and scatter.wire == 3 * scatter.payload
+    assert "transpose(jvp(head))" in scatter.op_name
+    assert {c.group for c in found.values()} == {4}
+
+
+def test_libtpu_cycles_and_memory(stored):
+    rows = list(stored.traffic())
+    assert sum(i.cycles * n for i, _, n in rows) > sum(i.cycles for i, *_ in rows) > 0
+    # arguments and results at least; what stays in the chip's own memory is no traffic
+    kept = 256 * 256 * 4 + 64 * 128 * 4
+    assert 2 * kept <= sum(size * n for _, size, n in rows) < 20 * kept
+
+
+@pytest.mark.parametrize(
+    ("attributes", "group"),
+    [
+        ("replica_groups={{0,1,2},{3,4,5}}", 3),
+        ("replica_groups=[4,8]<=[32]", 8),
+        ("replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp'}", 4),
+        ("replica_groups=mesh['data'=2,'fsdp'=4] {'data','fsdp'}", 8),
+        ("replica_groups=mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'a'}, x={}", 4),
+        ("source_target_pairs={{0,1},{1,0}}", 2),
+        ("replica_groups={}", 32),
+    ],
+)
+def test_groups_in_all_notations(attributes, group):
+    i = hlo.Instruction("x", "all-reduce", (), (), "", attributes)
+    assert collectives.group_size(i, devices=32) == group
+
+
+def test_no_program():
+    with pytest.raises(ValueError, match="no ENTRY"):
+        hlo.Program("HloModule nothing\n")

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A record that poisons every batch it is in: found, named, replayed, or skipped."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from localglobal_jax.checkpoints import reader
+from localglobal_jax.config import loading
+from localglobal_jax.training import divergence, setup
+from localglobal_jax.training.loop import train
+from localglobal_jax.training.replay import replay
+from localglobal_jax.training.tasks import create_task
+
+CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "coatnet_digits.py"
+FIRST, STEPS = 5, 12
+
+
+def make_run(**overrides):
+    given = {"steps": STEPS, "checkpoint.every": 2, "log.every": 3, "log.tensorboard": False}
+    given |= {"eval.every": 0, "checkpoint.best": None, "batch_size": 16, "eval.batch_size": 64}
+    texts = {name: str(value) for name, value in (given | overrides).items()}
+    return loading.check(loading.load(f"{CONFIG}:size=tiny,data=mock", texts))
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """The record that batch number `FIRST` is the first to hold, now with a loss that is NaN."""
+    batches = [set(b["index"].tolist()) for b in create_task(make_run()).train_batches(0, STEPS)]
+    record = min(batches[FIRST].difference(*batches[:FIRST]))
+
+    def create(run, **options):
+        task = create_task(run, **options)
+
+        def loss(variables, batch, key):
+            found = task.loss(variables, batch, key)
+            factor = jnp.where((batch["index"] == record).any(), jnp.nan, 1.0)
+            return found._replace(total=found.total * factor)
+
+        return dataclasses.replace(task, loss=loss)
+
+    monkeypatch.setattr(setup, "create_task", create)
+    return record, sum(record in batch for batch in batches)
+
+
+def files(directory):
+    return {p: p.stat().st_mtime_ns for p in directory.rglob("*")}
+
+
+def test_the_step_the_batch_and_the_record_are_named(poison, tmp_path):
+    record, _ = poison
+    with pytest.raises(
+        divergence.Diverged, match=f"at step {FIRST}, 1 after the checkpoint of step 4"
+    ):
+        train(make_run(), tmp_path)
+    found = json.loads((tmp_path / divergence.FILE).read_text())
+    assert found["step"] == FIRST and found["last_checkpoint"] == 4 and found["loss"]
+    assert len(found["records"]) == 16 and record in found["records"]
+    step, state, _ = reader.read(tmp_path)
+    assert step == 4
+    assert found["parameters"] == [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree_util.tree_leaves_with_path(state["variables"]["params"])
+    ]
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+
+    before = files(tmp_path)
+    again = replay(make_run(), tmp_path, FIRST)
+    assert again["from"] == 4 and not again["finite"] and again["alone"] == [record]
+    for name in ("records", "parameters"):
+        assert again[name] == found[name]
+    assert f"records that do it in a batch of nothing else: {record}" in divergence.describe(again)
+    fine = replay(make_run(), tmp_path, 1)  # from step 0: no checkpoint is that old any more
+    assert fine["finite"] and fine["alone"] is None and fine["from"] == 0
+    assert files(tmp_path) == before
+
+
+def test_what_cannot_be_replayed(tmp_path):
+    with pytest.raises(ValueError, match="the run has the steps 0 to 11"):
+        replay(make_run(), tmp_path, STEPS)
+    with pytest.raises(ValueError, match="holds no run"):
+        replay(make_run(), tmp_path / "nothing", 3)
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_skipping_goes_on_and_counts(poison, tmp_path):
+    _, times = poison
+    assert times == 1
+    results = train(make_run(**{"optim.skip_nonfinite": 1}), tmp_path)
+    assert results["train"]["skipped"] == 1 and np.isfinite(results["train"]["loss"])
+    _, state, metadata = reader.read(tmp_path)
+    assert state["step"] == STEPS and metadata["skipped"] == 1
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))

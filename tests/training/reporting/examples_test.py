@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The examples that a run shows beside its curves are those of its evaluation."""
+
+import pathlib
+
+import numpy as np
+import pytest
+
+from localglobal_jax.config import loading, schema
+from localglobal_jax.training import optim
+from localglobal_jax.training.reporting import examples
+from localglobal_jax.training.step import init_state
+from localglobal_jax.training.tasks import create_task
+
+CONFIGS = pathlib.Path(__file__).parents[3] / "configs"
+
+
+def shown(config, tmp_path, count):
+    overrides = {"log.samples": str(count), "log.tensorboard": "true"}
+    run = loading.check(loading.load(f"{CONFIGS / config}:size=tiny,data=mock", overrides))
+    task = create_task(run, workdir=tmp_path)
+    task.save(tmp_path)
+    state = init_state(task, optim.make_optimizer(run.optim, run.steps), run)
+    return task, examples.Samples(run, tmp_path)(task, state.variables)
+
+
+@pytest.mark.parametrize("config", ["coatnet_digits.py", "focal_imagenet.py"])
+def test_pictures_and_where_the_model_looked(config, tmp_path):
+    task, found = shown(config, tmp_path, 3)
+    split, evaluator = next(iter(task.evaluators.items()))
+    height, width = next(evaluator.batches())["image"].shape[1:3]
+    picture = found.pop(f"{split}/looked_at")
+    assert not found
+    assert picture.dtype == np.uint8 and picture.shape[2] == 3
+    assert picture.shape[1] / picture.shape[0] == pytest.approx(3 * width / height)
+
+
+def test_sentences_and_what_became_of_them(tmp_path):
+    task, found = shown("muse_lohelp.py", tmp_path, 4)
+    split = next(iter(task.evaluators))
+    rows = found[f"{split}/translations"].splitlines()
+    assert len(rows) == 2 + 4 and all(row.count(" | ") == 2 for row in rows)
+    picture = found.get(f"{split}/cross_attention")
+    assert picture is None or (picture.ndim, picture.dtype) == (3, np.uint8)
+
+
+def test_none_unless_asked_for(tmp_path):
+    assert shown("coatnet_digits.py", tmp_path, 0)[1] == {}
+
+
+def test_evenly_spread():
+    assert examples.spread(101, 3).tolist() == [0, 50, 100]
+    assert examples.spread(2, 3).tolist() == [0, 1]
+
+
+def test_examples_that_cannot_be_made_end_no_run(tmp_path, monkeypatch, caplog):
+    def broken(*args, **kwargs):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(examples, "spread", broken)
+    assert shown("coatnet_digits.py", tmp_path, 3)[1] == {}
+    assert "log.samples: OSError: the disk is gone" in caplog.text
+
+
+def test_damaged_pictures_are_no_examples():
+    options = schema.Images(name="digits")
+    assert examples._pictures(options, np.zeros((0, 8, 8, 1), np.uint8), None, {}) == {}

@@ -1,0 +1,460 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page of runs: what is on it, that it asks nothing of a network, that text stays text."""
+
+import dataclasses
+import html.parser
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+
+import cv2
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from localglobal_jax import models
+from localglobal_jax.cli.main import main
+from localglobal_jax.training.reporting import tensorboard
+from localglobal_jax.training.reporting.html import attempts, curves, examples, gather
+from localglobal_jax.training.reporting.html.facts import (
+    Confusion,
+    Picture,
+    Run,
+    Sample,
+    number,
+    shown,
+    size,
+)
+from localglobal_jax.training.reporting.html.page import page
+from localglobal_jax.training.tasks import task
+
+CONFIGS = pathlib.Path(__file__).parents[3] / "configs"
+PNG = cv2.imencode(".png", np.zeros((2, 2), np.uint8))[1].tobytes()
+NASTY = [
+    "<script>document.title='owned'</script>",
+    "\"><img src=x onerror=document.title='owned'>",
+    "' onmouseover='x",
+    "</style></svg><h1>",
+    "{{ 7 * 7 }}{% for %}",
+    "&lt;b&gt; \u202e \x00 \ud7ff",
+    "]]>--><!--",
+    "javascript:alert(1)",
+]
+VOID = {"meta", "img"}
+ANYTHING = st.floats() | st.integers() | st.just(10**400) | st.text() | st.lists(st.none())
+
+
+class Read(html.parser.HTMLParser):
+    """Elements, attributes and text; complains of tags that do not fit."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.text, self._open = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self._open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, *pair) for pair in attrs]
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        self._open.pop()
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def check(text):
+    """It is whole, and nothing in it is fetched or executed."""
+    read = Read(text)
+    assert not {"script", "link", "iframe", "object", "form", "base", "foreignobject"} & {
+        *read.tags
+    }
+    for tag, name, value in read.attributes:
+        assert not name.startswith("on") and name != "style", (tag, name, value)
+        if name in ("src", "href", "action", "srcset", "data", "xlink:href"):
+            assert value.startswith("data:image/png;base64," if tag == "img" else "#"), value
+        if name == "href":
+            assert ("h2", "id", value[1:]) in read.attributes
+    assert read.tags.count("h1") == 1
+    assert all(dict_alt for tag, name, dict_alt in read.attributes if name in ("alt", "aria-label"))
+    policies = [v for t, n, v in read.attributes if n == "content" and "default-src 'none'" in v]
+    assert len(policies) == 1 and "unsafe" not in policies[0] and "http" not in policies[0]
+    style = text[text.index("<style>") + 7 : text.index("</style>")]
+    assert "url(" not in style and "@import" not in style
+    return read
+
+
+def run_of(words, **changes):
+    """A run whose every text is one of `words`, in turn."""
+    word = iter(words * 40)
+    lines = [{"step": s, "split": next(word), "loss": 1.0 / (s + 1), words[0]: s} for s in range(3)]
+    known = Run(
+        name=next(word),
+        workdir=next(word),
+        state=next(word),
+        config={
+            "model": {"name": next(word)},
+            "data": {"name": next(word)},
+            next(word): next(word),
+        },
+        step=2,
+        notes=[next(word)],
+        metrics=[*lines, {"step": 3, "split": "train", "loss": next(word)}],
+        leaves={
+            f"variables/params/{words[0]}/x": {"shape": [2, 3], "dtype": "float32"},
+            "optimizer/x": {"shape": [2], "dtype": "bfloat16"},
+        },
+        confusion=Confusion(
+            next(word), "6 images", [next(word), next(word)], np.arange(4).reshape(2, 2)
+        ),
+        looks=[Picture(PNG, next(word), "photo")],
+        samples=[Sample(next(word), next(word), next(word), Picture(PNG, next(word)))],
+        environment={next(word): next(word)},
+        attempts=[
+            {"began": next(word), "start": "0", "last": "3", "lasted": "0:01", "ended": next(word)}
+        ],
+    )
+    return dataclasses.replace(known, **changes)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("nasty", NASTY)
+def test_text_stays_text(nasty, count):
+    plain = check(page([run_of(["a"], name=f"a{i}") for i in range(count)], "now"))
+    read = check(page([run_of([nasty], name=f"{nasty}{i}") for i in range(count)], "now"))
+    assert read.tags == plain.tags  # no element more, none less
+    assert "".join(read.text).count(nasty.replace("\x00", "")) >= 8 or "\x00" in nasty
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=1, max_size=4)
+)
+def test_any_text_stays_text(words):
+    check(page([run_of(words)], "now"))
+
+
+def test_a_run_of_which_nothing_is_known():
+    read = check(page([Run("a", "a", "step 0 of 3", {})], "now"))
+    said = "".join(read.text)
+    for missing in ("No metrics yet", "Nothing was measured", "No checkpoint yet", "Not recorded"):
+        assert missing in said
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {"step": st.integers(0, 2**62), "split": st.sampled_from("ab")},
+            optional=dict.fromkeys(("loss", "images_per_second", "bleu_1-15"), ANYTHING),
+        ),
+        max_size=6,
+    )
+)
+def test_any_numbers_make_a_page(lines):
+    run = Run("a", "a", "", {}, metrics=lines)
+    check(page([run, dataclasses.replace(run, name="b")], "now"))
+    for chart in curves.charts([run]):
+        for curve in chart.curves:
+            places = [float(p) for p in re.findall(r"-?[\d.]+", curve.path)]
+            assert all(0 <= x <= curves.BOX["width"] for x in places[::2]), curve.path
+            assert all(0 <= y <= curves.BOX["height"] for y in places[1::2]), curve.path
+
+
+def test_a_curve_is_where_its_numbers_are():
+    lines = [{"step": s, "split": "train", "loss": float(s == 10)} for s in (0, 10, 20)]
+    (chart,) = curves.charts([Run("a", "a", "", {}, metrics=lines)])
+    (curve,) = chart.curves
+    left, right, top, bottom = (curves.BOX[k] for k in ("left", "right", "top", "bottom"))
+    assert curve.path == f"M{left}.0,{bottom}.0L{(left + right) / 2},{top}.0L{right}.0,{bottom}.0"
+    assert [text for _, _, text in curve.dots][1] == "a, train: 1 at step 10"
+    assert (chart.x[0][1], chart.x[-1][1]) == ("0", "20")
+
+
+def test_spikes_survive_thinning():
+    points = [(i, float(i == 12_345)) for i in range(50_000)]
+    kept = curves.thinned(points)
+    assert len(kept) <= curves.MOST_POINTS and (12_345, 1.0) in kept and kept == sorted(kept)
+    assert curves.thinned(points[:500]) == points[:500]
+
+
+def test_numbers_for_people():
+    assert [shown(x) for x in (None, 3, 10**16, 0.12345, 12345.6, True, "nan", float("inf"))] == [
+        *("", "3", "10,000,000,000,000,000", "0.1235", "12,346", "True", "nan", "inf")
+    ]
+    assert [size(n) for n in (0, 1023, 1024, 3 * 2**30, 2**50)] == [
+        *("0 B", "1,023 B", "1.0 KiB", "3.0 GiB", "1,024.0 TiB")
+    ]
+    assert [number(x) for x in (1, "1", "nan", None, float("nan"), 1e31, 10**400, [])] == [1.0] + [
+        None
+    ] * 7
+
+
+def test_mistakes_and_parameters():
+    counts = np.array([[5, 0, 2], [1, 9, 0], [3, 0, 0]])
+    found = Confusion("test", "", ["a", "b", "c"], counts)
+    assert found.mistakes() == [("c", "a", 3), ("a", "c", 2), ("b", "a", 1)]
+    assert [found.shade(0, j) for j in range(3)] == [8, 0, 3] and found.shade(2, 0) == 10
+    leaves = {
+        f"variables/params/{k}": {"shape": [2], "dtype": d}
+        for k, d in {"a/b/kernel": "bfloat16", "a/b/c/bias": "float32", "top": "bool"}.items()
+    } | {"step": {"shape": [], "dtype": "int32"}, "average/x": {"shape": [4], "dtype": "float32"}}
+    assert Run("", "", "", {}, leaves=leaves).parameters() == {
+        "a/b": (4, 12),
+        "top": (2, 2),
+        "all parameters": (6, 14),
+        "beside them: average": (4, 16),
+    }
+
+
+def test_names_tell_runs_apart(tmp_path):
+    assert gather.names(["x/a", "x/b/"]) == ["a", "b"]
+    assert gather.names(["x/a", "y/a", "gs://bucket/z"]) == ["x/a", "y/a", "bucket/z"]
+    assert gather.names([os.fsdecode(b"x/\xff")]) == ["?"]
+
+
+def test_where_attention_looks():
+    """It is a distribution over the grid, and the one of the weights that `attend` uses."""
+    options = {"layout": "CT", "depths": (1, 1), "widths": (8, 32), "stem": (4, 8), "classes": 3}
+    module = models.create_model("coatnet", strides=(1, 2), **options)
+    pixels = np.random.default_rng(0).normal(size=(2, 32, 48, 3)).astype(np.float32)
+    variables = jax.jit(module.init)(jax.random.key(0), pixels)
+    maps = examples.look(module, variables, pixels)
+    assert maps.shape == (2, 8, 12) and (maps > 0).all()
+    np.testing.assert_allclose(maps.sum((1, 2)), 1, rtol=1e-5)
+    attention = variables["params"]["stage2"]["block1"]["attention"]
+    kernel = np.zeros_like(attention["qkv"]["kernel"])
+    table = np.full_like(attention["relative_bias"]["table"], -50)
+    table[7, 11] = 0  # no displacement: every place looks at itself, and is looked at by itself
+    attention |= {"qkv": {**attention["qkv"], "kernel": kernel}, "relative_bias": {"table": table}}
+    np.testing.assert_allclose(examples.look(module, variables, pixels), 1 / 96, rtol=1e-3)
+    local = models.create_model("coatnet", strides=(1, 2), **{**options, "layout": "CC"})
+    variables = jax.jit(local.init)(jax.random.key(0), pixels)
+    assert examples.look(local, variables, pixels) is None
+
+
+# ---------------------------------------------------------------------------- real runs
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, data_dir):
+    """A tiny run of digits."""
+    directory = tmp_path_factory.mktemp("runs") / "digits"
+    command = ["train", f"--config={CONFIGS / 'coatnet_digits.py'}:size=tiny"]
+    command += [f"--workdir={directory}", f"--config.data.dir={data_dir}", "--config.steps=8"]
+    command += ["--config.eval.every=4", "--config.log.every=2", "--config.checkpoint.every=4"]
+    assert main(command) == 0
+    return directory
+
+
+@pytest.fixture(scope="module")
+def text_workdir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("runs") / "text"
+    command = ["train", f"--config={CONFIGS / 'muse_lohelp.py'}:size=tiny,data=mock"]
+    command += [f"--workdir={directory}", "--config.steps=6", "--config.task.beam=1"]
+    command += ["--config.data.buckets=1", "--config.eval.every=0"]
+    assert main(command) == 0
+    return directory
+
+
+def report(out, *workdirs, code=0):
+    assert main(["report", *map(str, workdirs), f"--out={out}"]) == code
+    return check(out.read_text())
+
+
+def test_data_of_other_classes_is_a_note_and_no_matrix(workdir, tmp_path, monkeypatch, capsys):
+    """As `evaluate` refuses them: the numbers of the classes would mean others."""
+
+    def as_trained_on_others(labels, metadata):
+        return task.check_labels(("ant", "cat"), {"labels": ["cat", "dog"]})
+
+    monkeypatch.setattr(gather, "check_labels", as_trained_on_others)
+    assert main(["report", str(workdir), f"--out={tmp_path / 'page.html'}", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["runs"]
+    assert found["confusion"] is None
+    assert any("the data has the classes ant, cat" in note for note in found["notes"])
+
+
+def test_a_finished_run(workdir, tmp_path, capsys):
+    out = tmp_path / "page.html"
+    assert main(["report", str(workdir), f"--out={out}", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["runs"]
+    assert found["state"] == "done" and found["step"] == 8 and found["notes"] == []
+    counts = np.array(found["confusion"]["counts"])
+    assert counts.sum() == 360 and found["confusion"]["classes"] == [str(i) for i in range(10)]
+    # the matrix is of the very model that was evaluated
+    assert np.trace(counts) / 360 == pytest.approx(found["results"]["test/accuracy"])
+    assert found["parameters"]["all parameters"]["numbers"] > 10_000
+    assert {"images_per_second", "input_wait"} <= found["speed"].keys()
+    assert {"jax", "python", "devices"} <= found["environment"].keys()
+    (attempt,) = found["attempts"]
+    assert (attempt["start"], attempt["last"], attempt["ended"]) == ("0", "8", "at the last step")
+    read = check(out.read_text())
+    assert read.tags.count("img") == 3 and {"loss", "accuracy", "learning_rate"} <= {*read.text}
+
+
+def test_of_many_images_some_are_taken(workdir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(examples, "MOST", 50)
+    said = "".join(report(tmp_path / "page.html", workdir).text)
+    assert "50 images of 360, evenly spread, of test" in said
+
+
+def test_several_runs_of_several_kinds(workdir, text_workdir, tmp_path):
+    read = report(tmp_path / "page.html", workdir, text_workdir)
+    said = " ".join(read.text)
+    assert "2 runs compared" in said and "0.002" in said
+    assert read.tags.count("mark") > 10 and read.tags.count("img") == 3 + 2
+    assert "cross-attention, mean of 1 layer and 2 heads" in said and "1-15 words" in said
+
+
+def test_a_step_can_be_chosen(workdir, tmp_path, capsys):
+    out = tmp_path / "page.html"
+    for step, wanted in (("4", 4), ("best", None)):
+        assert main(["report", str(workdir), f"--out={out}", f"--step={step}", "--json"]) == 0
+        (found,) = json.loads(capsys.readouterr().out)["runs"]
+        assert found["step"] in ((4, 8) if wanted is None else (wanted,))
+        assert found["state"] == "done"
+    assert main(["report", str(workdir), "--step=5"]) == 2
+    assert "no checkpoint of step 5" in capsys.readouterr().err
+
+
+@pytest.fixture
+def inside(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def copied(workdir, tmp_path):
+    return pathlib.Path(shutil.copytree(workdir, tmp_path / "<b>run\n'\""))
+
+
+def test_before_the_first_checkpoint(copied, tmp_path):
+    shutil.rmtree(copied / "checkpoints")
+    said = "".join(report(tmp_path / "page.html", copied).text)
+    assert "step 8 of 8" in said and "No checkpoint yet" in said and "no checkpoint in" in said
+    for name in ("metrics.jsonl", "model_card.md"):
+        (copied / name).unlink()
+    shutil.rmtree(copied / "tensorboard")
+    said = "".join(report(tmp_path / "page.html", copied).text)
+    assert "step 0 of 8" in said and "No metrics yet" in said
+
+
+def test_damage_is_named(copied, tmp_path):
+    lines = (copied / "metrics.jsonl").read_text().splitlines()
+    (copied / "metrics.jsonl").write_text(
+        "\n".join([*lines[:2], '{"step": 3, "spl', "[]", *lines[2:], '{"step": -1, "split": "a"}'])
+    )
+    (copied / "diverged.json").write_text('{"step": 7}')
+    for file in (copied / "checkpoints").glob("8/state/d/*"):
+        file.write_bytes(b"x")
+    for file in (copied / "tensorboard").iterdir():
+        file.write_bytes(file.read_bytes()[:-3])
+    said = "".join(report(tmp_path / "page.html", copied).text)
+    assert f"damaged or half-written: line 3, 4, {len(lines) + 3}" in said
+    assert "diverged at step 7 of 8" in said and "step 4" in said
+
+
+def test_data_that_is_not_here(copied, tmp_path):
+    config = json.loads((copied / "config.json").read_text())
+    config["data"]["dir"] = str(tmp_path / "empty")
+    (copied / "config.json").write_text(json.dumps(config))
+    (tmp_path / "empty").write_text("a file")
+    said = "".join(report(tmp_path / "page.html", copied).text)
+    assert "Examples of digits/test:" in said and "all parameters" in said
+
+
+def test_attempts_are_read_from_tensorboard(tmp_path):
+    for start, steps in ((0, (2, 4, 6)), (4, (6, 8))):
+        file = tensorboard.EventFile(tmp_path / "tensorboard", forget=start + 1)
+        for step in steps:
+            file.add(step, {"train/loss": 1.0})
+        file.close()
+    (tmp_path / "tensorboard" / "events.out.tfevents.9.torn").write_bytes(b"torn")
+    rows = attempts.attempts(tmp_path, 8)
+    assert [(row["start"], row["last"], row["ended"]) for row in rows] == [
+        ("0", "6", "not recorded"),
+        ("4", "8", "at the last step"),
+    ]
+
+
+def test_what_a_sweep_knows_of_attempts(tmp_path):
+    (tmp_path / "attempts.jsonl").write_text(
+        '{"event": "start", "time": 0}\n{"event": "end", "code": -9, "time": 90.4}\n'
+        'torn\n{"event": "start", "time": 1e300}\n{"event": "end", "time": "x"}\n[]\n'
+    )
+    first, second = attempts.attempts(tmp_path, 10)
+    assert first["lasted"] == "0:01:30" and first["ended"] == "exit code -9"
+    assert second["lasted"] == "" and second["ended"] == "not recorded"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["RUN/checkpoints"], "is not a workdir"),
+        (["RUN", "RUN/"], "give every workdir once"),
+        (["RUN", "--out=nowhere/page.html"], "a directory that can be written"),
+        (["RUN", "--out=/dev/null"], "give a file"),
+        (["RUN", "--out=."], "give a file"),
+        (["RUN", "--step=last"], 'give a number, or "best"'),
+        (["gs://bucket"], "gs://BUCKET/PATH"),
+        (["RUN", "--config.steps=3"], "report takes no --config.steps"),
+    ],
+)
+def test_refused(workdir, options, message, capsys, inside):
+    assert main(["report", *(option.replace("RUN", str(workdir)) for option in options)]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(inside.iterdir())
+
+
+# ---------------------------------------------------------------------------- a browser
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", [0, 1], ids=["dark", "light"])
+def test_in_a_browser(workdir, text_workdir, tmp_path, scheme):
+    """It draws something, breaks its own policy nowhere, and runs nothing of what people wrote."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if not browser:
+        pytest.skip(f"none of {', '.join(BROWSERS)} is on PATH")
+    out, picture = tmp_path / "page.html", tmp_path / "page.png"
+    report(out, workdir, text_workdir)
+    nasty = tmp_path / "nasty.html"
+    nasty.write_text(page([run_of(NASTY)], "now"), encoding="utf-8")
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    command += [
+        f"--user-data-dir={tmp_path}/profile",
+        f"--blink-settings=preferredColorScheme={scheme}",
+    ]
+
+    def browse(file, *options):
+        done = subprocess.run(
+            [*command, *options, file.as_uri()], capture_output=True, timeout=120, check=True
+        )
+        assert b":CONSOLE" not in done.stderr, done.stderr  # where breaches of the policy are told
+        return done.stdout.decode()
+
+    browse(out, f"--screenshot={picture}", "--window-size=1280,4000")
+    pixels = cv2.imread(str(picture))
+    back = pixels[2, 2].astype(int)
+    assert pixels.shape == (4000, 1280, 3) and (
+        back.max() < 60 if scheme == 0 else back.min() > 250
+    )
+    drawn = np.abs(pixels.astype(int) - back).max(-1) > 40
+    assert 0.03 < drawn.mean() < 0.6
+    assert "<title>owned" not in browse(nasty, "--dump-dom")

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run goes on only where it would see what it would have seen."""
+
+import pytest
+
+from localglobal_jax.checkpoints.manager import Restored
+from localglobal_jax.config import loading
+from localglobal_jax.training.setup import open_session
+
+TEXTS = {"muse_lohelp.py": "pairs of lengths", "coatnet_digits.py": "images"}
+
+
+class Saved:
+    """Checkpoints of which the newest was made with other data, or says nothing of it."""
+
+    def __init__(self, **metadata):
+        self.metadata = metadata
+
+    def restore(self, template, step):
+        return Restored(step or 7, template, self.metadata)
+
+
+@pytest.mark.parametrize("config", TEXTS)
+def test_other_data_is_refused(config, tmp_path):
+    run = loading.check(loading.load(f"configs/{config}:size=tiny,data=mock"))
+    session = open_session(run, tmp_path / "run")
+    order = session.task.order
+    assert TEXTS[config] in order
+    assert session.restore(Saved(order=order)).step == 7
+    assert session.restore(Saved()).step == 7  # saved before this was kept
+    with pytest.raises(ValueError, match=f"at step 5: 3 images then, {order} now"):
+        session.restore(Saved(order="3 images"), 5)
+    assert not (tmp_path / "run").exists()

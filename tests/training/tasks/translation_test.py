@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The translation task: its loss, its evaluators, and whole little runs on a made-up language."""
+
+import math
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from localglobal_jax import load
+from localglobal_jax.config import loading
+from localglobal_jax.data.text import tokenizers
+from localglobal_jax.parallel import placement
+from localglobal_jax.training import evaluation, loop
+from localglobal_jax.training.step import accumulated_gradient
+from localglobal_jax.training.tasks import create_task
+
+QUIET = {"model.dropout": "0"}
+CONFIG = pathlib.Path(__file__).parents[3] / "configs" / "muse_lohelp.py"
+
+
+def make_run(**overrides):
+    base = {"steps": "4", "optim.warmup_steps": "1", "eval.every": "0", "batch_size": "512"}
+    return loading.check(loading.load(f"{CONFIG}:size=tiny,data=mock", {**base, **overrides}))
+
+
+def started(run):
+    """The task, its variables at step 0, and its first batch."""
+    task = create_task(run)
+    inputs = [jnp.zeros(x.shape, x.dtype) for x in task.inputs]
+    variables = task.model.init(jax.random.key(0), *inputs, train=False)
+    return task, variables, jax.tree.map(jnp.asarray, next(task.train_batches(0, 1)))
+
+
+def test_the_loss_is_label_smoothing_per_token_as_fairseq_has_it():
+    """(1 - e - e / v) nll + (e / v) sum over all others, in the sum over tokens."""
+    task, variables, batch = started(make_run(**QUIET))
+    loss = task.loss(variables, batch, jax.random.key(0))
+    logits, _ = task.model.apply(variables, batch["source"], batch["target_input"], train=False)
+    log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
+    mask = np.asarray(batch["mask"], bool)
+    gold = np.take_along_axis(log_p, batch["target"][..., None], -1)[..., 0]
+    smooth = -(0.9 * gold + 0.1 * log_p.mean(-1))
+    assert loss.weight == mask.sum() == np.sum(batch["target"] != tokenizers.PAD)
+    assert float(loss.total) == pytest.approx(smooth[mask].sum(), rel=1e-5)
+    assert float(loss.metrics["nll"][0]) == pytest.approx(-gold[mask].sum(), rel=1e-5)
+
+
+def test_without_dropout_the_loss_is_exact():
+    task, variables, batch = started(make_run(**QUIET))
+    loss = task.loss(variables, batch, jax.random.key(0))
+    means = task.evaluators["validation"].metrics(variables, batch)
+    for name in ("loss", "nll"):
+        np.testing.assert_allclose(loss.metrics[name][0], means[name][0], rtol=1e-6)
+
+
+def test_micro_batches_with_other_numbers_of_tokens_give_the_gradient_of_the_whole():
+    task, variables, batch = started(make_run(**QUIET))
+    whole, _ = accumulated_gradient(task.loss, variables, batch, jax.random.key(0), 1)
+    parts, loss = accumulated_gradient(task.loss, variables, batch, jax.random.key(0), 4)
+    assert loss.weight == batch["mask"].sum()
+    shares = np.asarray(batch["mask"]).sum(1).reshape(-1, 4).sum(0)
+    assert len(set(shares)) > 1  # else this would not tell tokens from sentences
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), whole, parts)
+
+
+def test_every_sentence_is_scored_once_against_its_own_reference():
+    task = create_task(make_run())
+    evaluator = task.evaluators["validation"]
+    batches = list(evaluator.batches())
+    rows = sum(int(batch["mask"].any(1).sum()) for batch in batches)
+    assert rows == 256 < sum(len(batch["index"]) for batch in batches)  # the last are filled up
+    oracle = [
+        {"index": np.where(b["mask"].any(1), b["index"], -1), "tokens": b["target"]}
+        for b in reversed(batches)
+    ]
+    found = evaluator.finish({"nll": 0.5}, oracle)
+    assert found["bleu"] == pytest.approx(100)
+    assert found["chrf"] == pytest.approx(100)
+    assert found["perplexity"] == pytest.approx(math.exp(0.5))
+    assert {"bleu_1-15", "bleu_16-30"} < found.keys()
+    shifted = [{**batch, "tokens": np.roll(batch["tokens"], 1, axis=0)} for batch in oracle]
+    assert evaluator.finish({"nll": 0.5}, shifted)["bleu"] < 50
+
+
+def test_dictionaries_are_scored_as_tokenised_text_without_marks_of_subwords(tmp_path):
+    """BLEU as the papers have it, and an unknown word of the reference stays one."""
+    words = [f"w{i}" for i in range(30)]
+    (tmp_path / "dict.txt").write_text("".join(f"{w} 1\n" for w in [*words, "lä@@", "uft"]))
+    lines = "".join(f"w{i} lä@@ uft w{i + 1} .\tw{i} lä@@ uft w{i} w2 !\n" for i in range(29))
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.tsv").write_text(lines)
+    overrides = {
+        "data.mock": "False",
+        "data.files": f"('{tmp_path}/{{split}}.tsv',)",
+        "data.tokenizer": "dict",
+        "data.dicts": f"('{tmp_path}/dict.txt',)",
+    }
+    evaluator = create_task(make_run(**overrides)).evaluators["validation"]
+    oracle = [
+        {"index": np.where(b["mask"].any(1), b["index"], -1), "tokens": b["target"]}
+        for b in evaluator.batches()
+    ]
+    found = evaluator.finish({"nll": 0.5}, oracle)
+    # of six words one is unknown, "!": n-gram precisions 4/5, 3/4, 2/3, 1/2
+    assert found["bleu"] == pytest.approx(100 * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25, rel=1e-3)
+
+
+def test_two_vocabularies_do_not_share_embeddings(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text("".join(f"{name}{i} 1\n" for i in range(9)))
+        (tmp_path / f"train.{name}").write_text(f"{name}1 {name}2\n" * 99)
+    overrides = {
+        "data.mock": "False",
+        "data.files": f"('{tmp_path}/{{split}}.a', '{tmp_path}/{{split}}.b')",
+        "data.tokenizer": "dict",
+        "data.dicts": f"('{tmp_path}/a.txt', '{tmp_path}/b.txt')",
+        "data.eval_splits": "train",
+    }
+    with pytest.raises(ValueError, match=r"vocabularies of their own: set model\.embeddings"):
+        create_task(make_run(**overrides))
+    create_task(make_run(**overrides, **{"model.embeddings": "separate"}))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("translation") / "run"
+    run = make_run(**{"checkpoint.every": "1", "checkpoint.keep": "4"})
+    loop.train(run, workdir)
+    return workdir
+
+
+def test_the_workdir_keeps_the_vocabulary(trained):
+    found = tokenizers.load(trained / "tokenizer")
+    module, _ = load(trained)
+    assert (module.source_vocab, module.target_vocab) == (found.source.size, found.target.size)
+
+
+def test_without_its_vocabulary_a_run_is_not_evaluated(trained, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    shutil.rmtree(copy / "tokenizer")
+    with pytest.raises(ValueError, match="has checkpoints but no tokenizer: restore it"):
+        evaluation.evaluate(copy)
+
+
+def test_checkpoints_are_averaged(trained):
+    leaves = [jax.tree.leaves(load(trained, step)[1]) for step in (2, 3, 4)]
+    _, mean = load(trained, average=3)
+    for *three, found in zip(*leaves, jax.tree.leaves(mean), strict=True):
+        np.testing.assert_allclose(found, np.mean(three, 0), rtol=1e-6, atol=1e-8)
+    _, earlier = load(trained, 3, average=2)
+    for _, *two, found in zip(leaves[2], *leaves[:2], jax.tree.leaves(earlier), strict=True):
+        np.testing.assert_allclose(found, np.mean(two, 0), rtol=1e-6, atol=1e-8)
+    with pytest.raises(ValueError, match=r"cannot average 5 checkpoints: .* has 4 up to step 4"):
+        load(trained, average=5)
+
+
+def test_another_vocabulary_than_it_began_with_is_refused(trained, tmp_path):
+    """It is read, not made anew; and with other words, batches would hold other ids."""
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    run = make_run(**{"checkpoint.every": "1", "checkpoint.keep": "4"})
+    before = (copy / "tokenizer" / "joint.txt").read_bytes()
+    words = tokenizers.Dictionary([f"other{i}" for i in range(396)])
+    tokenizers.save(tokenizers.Tokenizers(words, words), copy / "tokenizer")
+    with pytest.raises(ValueError, match="the training data is not what it was at step 4"):
+        loop.train(run, copy)
+    assert (copy / "tokenizer" / "joint.txt").read_bytes() == words.dump() != before
+
+
+def test_fine_tuning_takes_weights_and_vocabulary(trained, tmp_path, monkeypatch):
+    run = make_run(**{"steps": "4", "optim.learning_rate": "1e-9", "init": str(trained)})
+    compiled = []
+    real = placement.Placement.compile_step
+
+    def remember(*args):
+        compiled.append(real(*args))
+        return compiled[0]
+
+    monkeypatch.setattr(placement.Placement, "compile_step", remember)
+    loop.train(run, tmp_path / "run")
+    shapes = {batch["source"].shape for batch in create_task(run).train_batches(0, 4)}
+    assert compiled[0]._cache_size() == len(shapes)  # each shape is compiled once
+    (_, old), (_, new) = load(trained), load(tmp_path / "run")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), old, new)
+    step = make_run(init=str(trained / "checkpoints" / "4"))
+    with pytest.raises(ValueError, match=r"init=.* has no tokenizer: give the workdir"):
+        loop.train(step, tmp_path / "step")
+    wider = make_run(**{"model.hidden": "(48, 48)", "init": str(trained)})
+    with pytest.raises(ValueError, match=r"has shape .* and would need"):
+        loop.train(wider, tmp_path / "wider")
+    assert not (tmp_path / "wider").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"model.source_vocab": "300"}, "model.source_vocab follows from the run"),
+        ({"data.rows_multiple": "6", "optim.accumulate": "4"}, "data.rows_multiple=6 is not div"),
+        ({"data.files": "('a.tsv',)"}, "mock=True makes its text up"),
+        ({"model.dropout": "2.0"}, "dropout"),
+        ({"model.blocks.M.windows": "(3, 3)"}, "must differ"),
+        ({"batch_size": "64"}, "batch_size=64 tokens cannot hold data.rows_multiple=8"),
+        ({"checkpoint.best": "validation/blue"}, "did you mean.*validation/bleu"),
+    ],
+)
+def test_refused_before_anything_is_written(overrides, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        loop.train(make_run(**overrides), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_same_evaluation_in_other_batches(trained):
+    """Two devices (see conftest), and rows of other sentences beside each."""
+    assert placement.make_mesh({"data": -1}).size == 2
+    _, few = evaluation.evaluate(trained, overrides={"eval.batch_size": "512"})
+    _, many = evaluation.evaluate(trained, overrides={"eval.batch_size": "4096"})
+    for name in ("bleu", "accuracy", "count"):
+        assert few["validation"][name] == many["validation"][name]
+    assert few["validation"]["loss"] == pytest.approx(many["validation"]["loss"], rel=1e-5)
+
+
+def test_checkpoints_without_their_words_get_no_new_ones(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match=r"has checkpoints but no tokenizer: restore it"):
+        create_task(make_run(), workdir=tmp_path)
