@@ -15,7 +15,8 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from localglobal_jax.config.loading import parse_arg, tuples
+from localglobal_jax.config.loading import parse_arg
+from localglobal_jax.config.values import tuples
 
 
 def get_config(arg=None):

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from localglobal_jax.data.text import pipeline
+from localglobal_jax.inference import load
 from localglobal_jax.inference import translator as translate
 from localglobal_jax.launch import status
-from localglobal_jax.training import evaluation, losses
+from localglobal_jax.training import losses
 
 NAMES = {"SS": "Transformer", "DD": "DynamicConv", "TT": "relative", "AA": "A", "EE": "E"}
 MODELS = ("Transformer", "MUSE-simple", "MUSE", "DynamicConv")
@@ -55,7 +56,7 @@ class Trained:
 def finished(root: str | pathlib.Path) -> Iterator[Trained]:
     """Those below `root`, in the order of their names."""
     for file in sorted(pathlib.Path(root).glob("*/config.json")):
-        run = evaluation.read_run(file.parent)
+        run = load.read_run(file.parent)
         if status.latest_step(file.parent) == run.steps:
             windows = run.model.get("blocks", {}).get("M", {}).get("windows", (3, 15))
             name = model_name(run.model["layout"], windows)

@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from localglobal_jax.inference import classifier as classify
     from localglobal_jax.inference import decoding, grad_cam
     from localglobal_jax.inference import translator as translate
-    from localglobal_jax.models import create_model, layout, list_models
+    from localglobal_jax.inference.load import load
     from localglobal_jax.models import flops as accounting
+    from localglobal_jax.models import layout
+    from localglobal_jax.models.registry import create_model, list_models
     from localglobal_jax.parallel import context as step_context
-    from localglobal_jax.training.evaluation import load
 
 __all__ = [
     "accounting",

@@ -12,6 +12,7 @@ import pytest
 
 import localglobal_jax
 from localglobal_jax import models
+from localglobal_jax.models import registry
 
 ROOT = pathlib.Path(localglobal_jax.__file__).parent
 # A package imports only from those to its left.
@@ -116,9 +117,9 @@ def test_light_imports_stay_light(statement, absent):
 def test_every_submodule_has_a_name():
     """Automatic names (Dense_0) would make the parameter tree a matter of statement order."""
     seen = set()  # widths name nothing: of models that differ in nothing else, one will do
-    for name in models.list_models():
-        module = models.create_model(name)
-        inputs = models.example(name)
+    for name in registry.list_models():
+        module = registry.create_model(name)
+        inputs = registry.example(name)
         sizes = ("depths", "widths", "heads", "hidden", "stem", "classes", "drop_path", "name")
         fields = {k: v for k, v in vars(module).items() if k not in sizes and k[0] != "_"}
         kind = f"{type(module)} {fields} {np.shape(getattr(module, 'stem', 0))}"

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from localglobal_jax.cli.main import main
-from localglobal_jax.config import loading
+from localglobal_jax.config import loading, validation
 from localglobal_jax.parallel import placement
 from localglobal_jax.training import optim
 from localglobal_jax.training.step import check_batches
@@ -30,16 +30,16 @@ MARKED = [
 def test_is_right(file, size):
     """The real run, whose data set is not here, and the shrunken one: all that needs no data."""
     argument = ":size=tiny" if size == "tiny" else ""
-    run = loading.check(loading.load(f"{file}{argument}"))
+    run = validation.check(loading.load(f"{file}{argument}"))
     optim.make_optimizer(run.optim, run.steps)
-    check_batches(run, placement.Placement(run.parallel))
+    check_batches(run, placement.Partitioner(run.parallel))
 
 
 @pytest.mark.parametrize("file", MARKED)
 def test_tiny_run_on_mock_data(file, tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "nothing"))
     spec = f"{file}:size=tiny,data=mock"
-    tokens = loading.check(loading.load(spec)).task.name == "translation"
+    tokens = validation.check(loading.load(spec)).task.name == "translation"
     command = [
         *("train", f"--config={spec}", f"--workdir={tmp_path / 'run'}"),
         *("--config.steps=2", "--config.optim.warmup_steps=1"),

@@ -12,7 +12,7 @@ from experiments import study
 from experiments.attention_dispersion import measure as dispersion
 from experiments.bleu_by_length import measure as joined
 from localglobal_jax.launch import expand
-from localglobal_jax.models import create_model
+from localglobal_jax.models.registry import create_model
 
 FOLDER = pathlib.Path(study.__file__).parent
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from localglobal_jax.checkpoints import reader
-from localglobal_jax.cli import verification
+from localglobal_jax.cli import inspect
 from localglobal_jax.training import evaluation
 
 FAULTS = pathlib.Path(__file__).parents[1] / "experiments" / "faults"
@@ -116,7 +116,7 @@ def test_files_beside_the_checkpoints(harness, tmp_path):
     reference, data_dir = harness.reference("images")
     folder = shutil.copytree(reference, tmp_path / "run")
     steps = reader.inspect(folder)["steps"]
-    assert verification.files(folder, steps) == [
+    assert inspect.files(folder, steps) == [
         {"file": "config.json", "error": None},
         {"file": "metrics.jsonl", "error": None},
     ]

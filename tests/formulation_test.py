@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from localglobal_jax.blocks.convolution import MBConv
+from localglobal_jax.blocks.convolution import MBConvBlock
 from localglobal_jax.models.stems import ConvPatchStem, ConvStem
 from localglobal_jax.operators.activations import ACTIVATIONS
 from localglobal_jax.operators.attention import attend
@@ -17,12 +17,12 @@ from localglobal_jax.parallel import context
 from localglobal_jax.training import losses
 
 MODULES = {
-    "MBConv": MBConv(features=24),
-    "MBConv, stride 2": MBConv(features=24, stride=2),
-    "MBConv, stride in the expansion": MBConv(features=24, stride=2, stride_at="expand"),
-    "MBConv, early squeeze": MBConv(features=24, squeeze_early=True, activation="silu"),
-    "MBConv, no squeeze": MBConv(features=16, squeeze_ratio=0.0, activation="relu"),
-    "MBConv, LayerNorm": MBConv(features=16, norm="layer"),
+    "MBConv": MBConvBlock(features=24),
+    "MBConv, stride 2": MBConvBlock(features=24, stride=2),
+    "MBConv, stride in the expansion": MBConvBlock(features=24, stride=2, stride_at="expand"),
+    "MBConv, early squeeze": MBConvBlock(features=24, squeeze_early=True, activation="silu"),
+    "MBConv, no squeeze": MBConvBlock(features=16, squeeze_ratio=0.0, activation="relu"),
+    "MBConv, LayerNorm": MBConvBlock(features=16, norm="layer"),
     "ConvStem": ConvStem((8, 12)),
     "ConvPatchStem": ConvPatchStem(8, 12, patch=4),
 }

@@ -11,10 +11,10 @@ from typing import Any
 
 import pydantic
 
-from localglobal_jax import models
 from localglobal_jax.cli import main
-from localglobal_jax.config import loading, schema
-from localglobal_jax.training import loop
+from localglobal_jax.config import loading, schema, values
+from localglobal_jax.models import registry
+from localglobal_jax.training import setup
 
 Trial = tuple[str, Callable[[], str]]
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
@@ -80,10 +80,10 @@ def fields(section: type[pydantic.BaseModel], prefix: str = "") -> Iterator[str]
 def model_fields(kind: str, base: str) -> Iterator[str]:
     """Of the module, and of the blocks that its config sets."""
     name = {"classification": "coatnet", "translation": "muse"}[kind]
-    for about in dataclasses.fields(models.MODELS[name][0]):
+    for about in dataclasses.fields(registry.MODELS[name][0]):
         if about.name not in ("parent", "name"):
             yield f"model.{about.name}"
-    for field in loading.flatten(loading.load(base).model.to_dict()):
+    for field in values.flatten(loading.load(base).model.to_dict()):
         if "." in field:
             yield f"model.{field}"
 
@@ -99,7 +99,7 @@ def attempt(workdir: pathlib.Path, base: str, field: str, value: str) -> str:
     def accept(*args: Any) -> None:
         raise Accepted
 
-    loop.claim = accept
+    setup.reserve = accept
     command = ["train", f"--config={base}", f"--workdir={workdir}", f"--config.{field}={value}"]
     with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(err):
         try:

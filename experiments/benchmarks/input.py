@@ -79,7 +79,7 @@ def small():
         began = time.process_time()
         for start in range(0, 60_000, 128):
             index = np.arange(start, min(start + 128, 60_000))
-            source.batch(index, loader.Draws(part, start))
+            source.batch(index, loader.PositionRng(part, start))
         found.append(1e3 * (time.process_time() - began) / 60_000)
     return {
         "name": "28 x 28 in memory, pad-crop and flip",

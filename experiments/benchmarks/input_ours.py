@@ -50,7 +50,7 @@ def main(layers, count, *paths):
     def go():
         for start in range(0, int(count), 64):
             index = np.arange(start, start + 64)
-            source.batch(index, loader.Draws(0, start))
+            source.batch(index, loader.PositionRng(0, start))
 
     go()
     print("ready ours", flush=True)

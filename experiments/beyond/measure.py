@@ -19,9 +19,8 @@ import numpy as np
 import localglobal_jax as lg
 from experiments import study
 from localglobal_jax.data import loader
-from localglobal_jax.data.images import pipeline
+from localglobal_jax.data.images import device_ops, pipeline
 from localglobal_jax.launch import expand, status
-from localglobal_jax.training.tasks import classification
 
 HERE = pathlib.Path(__file__).parent
 SHIFTS = range(5)  # pixels
@@ -47,7 +46,7 @@ def measure(run: expand.Description) -> list[dict[str, object]]:
 
     @jax.jit
     def predict(variables, image):
-        logits, _ = module.apply(variables, classification.normalize(image, options), train=False)
+        logits, _ = module.apply(variables, device_ops.normalize(image, options), train=False)
         return jnp.argmax(logits, -1)
 
     source = pipeline.open_split(options, options.eval_splits[0], train=False)

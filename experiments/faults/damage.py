@@ -8,8 +8,8 @@ import numpy as np
 import runs
 
 from localglobal_jax.checkpoints import digests, manager, reader, workdir
-from localglobal_jax.cli import verification
-from localglobal_jax.config import loading, schema
+from localglobal_jax.cli import inspect as verification
+from localglobal_jax.config import loading, schema, values
 from localglobal_jax.data.text import tokenizers
 from localglobal_jax.training import setup
 from localglobal_jax.training.reporting import metrics_log
@@ -87,7 +87,7 @@ class Checkpointed:
     def __init__(self, kind, folder):
         self.kind, self.folder = kind, folder
         run = loading.read_json(folder / "config.json")
-        self.template = setup.open_session(run, folder).template
+        self.template = setup.prepare_setup(run, folder).template
         self.run, self.hear = run, Listening()
         self.steps = [entry["step"] for entry in reader.inspect(folder)["steps"]]
         self.newest = folder / "checkpoints" / str(self.steps[-1])
@@ -189,7 +189,7 @@ class Checkpointed:
             if name == "config.json":
                 workdir.refuse_other(self.run, self.folder)
                 now = loading.read_json(self.folder / "config.json").model_dump()
-                changed = set(loading.difference(config, now))
+                changed = set(values.difference(config, now))
                 free = {f for f in changed if f.startswith(schema.MAY_CHANGE)}
                 return None, changed == free
             if name == "metrics.jsonl":

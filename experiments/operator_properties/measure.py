@@ -18,16 +18,17 @@ import numpy as np
 
 from localglobal_jax.blocks import BLOCKS
 from localglobal_jax.models import flops
-from localglobal_jax.operators.adaptive import AdaptiveConv, EquivariantAttention
-from localglobal_jax.operators.adaptive_sequence import AdaptiveSequence, EquivariantSequence
-from localglobal_jax.operators.attention import RelativeAttention
-from localglobal_jax.operators.cache import SelfAttention
-from localglobal_jax.operators.convolution import DepthwiseConv
-from localglobal_jax.operators.dynamic_sequence import DynamicConv
+from localglobal_jax.operators.adaptive import (
+    AdaptiveConv,
+    AdaptiveSequence,
+    EquivariantAttention,
+    EquivariantSequence,
+)
+from localglobal_jax.operators.attention import RelativeAttention, SelfAttention
+from localglobal_jax.operators.convolution import DepthwiseConv, DynamicConv
 from localglobal_jax.operators.focal import FocalAttention
 from localglobal_jax.operators.focal_nearest import NearestFocalAttention
-from localglobal_jax.operators.muse import Muse
-from localglobal_jax.operators.muse_sequence import MuseSequence
+from localglobal_jax.operators.muse import Muse, MuseSequence
 from localglobal_jax.operators.outlook import Outlook
 from localglobal_jax.parallel import context
 

@@ -22,7 +22,8 @@ if hasattr(os, "sched_setaffinity"):  # before jax counts the cores
 import jax
 
 from localglobal_jax.launch import expand
-from localglobal_jax.models import create_model, flops
+from localglobal_jax.models import flops
+from localglobal_jax.models.registry import create_model
 from localglobal_jax.profiling import bench, compile, topologies
 
 HERE = pathlib.Path(__file__).parent
@@ -69,7 +70,7 @@ def main(size: str = "laptop", steps: int = 20, out: pathlib.Path = HERE / "spee
 
 def multiply_adds(run) -> int:
     image = jax.ShapeDtypeStruct((1, *run.data.image_size, 1), "float32")
-    return flops.account(create_model(classes=10, **run.model), image).multiply_adds
+    return flops.model_cost(create_model(classes=10, **run.model), image).multiply_adds
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ ImageNet-1k at about 25 M, all with CoAtNet's recipe; ``:size=tiny``: digits, on
 import csv
 import pathlib
 
-from localglobal_jax.config import loading
+from localglobal_jax.config import loading, values
 from localglobal_jax.config.sweeps import product
 
 HERE = pathlib.Path(__file__)
@@ -65,7 +65,7 @@ def fields(size):
     """What overrides the config's model, one by one."""
     if size == "paper":
         return [{f"model.{key}": v for key, v in found.items()} for found in PAPER.values()]
-    flat = [loading.flatten(found) for found in models(size).values()]
+    flat = [values.flatten(found) for found in models(size).values()]
     return [{f"model.{key}": v for key, v in found.items()} for found in flat]
 
 

@@ -7,39 +7,38 @@ Every block is a module with the fields `features` (output width), `stride` (1 o
 
 import flax.linen as nn
 
-from localglobal_jax.blocks.convnext import ConvNeXt
-from localglobal_jax.blocks.convolution import MBConv
-from localglobal_jax.blocks.muse import MuseBlock
-from localglobal_jax.blocks.outlooker import Outlooker
+from localglobal_jax.blocks.convolution import ConvNeXtBlock, MBConvBlock
 from localglobal_jax.blocks.transformer import (
-    AdaptiveTransformer,
-    EquivariantTransformer,
-    FocalTransformerBlock,
-    PlainTransformer,
-    Transformer,
+    AdaptiveConvBlock,
+    AttentionBlock,
+    EquivariantAttentionBlock,
+    FocalAttentionBlock,
+    MuseBlock,
+    OutlookerBlock,
+    RelativeAttentionBlock,
 )
 
 BLOCKS: dict[str, type[nn.Module]] = {
-    "A": AdaptiveTransformer,
-    "C": MBConv,
-    "E": EquivariantTransformer,
-    "F": FocalTransformerBlock,
+    "A": AdaptiveConvBlock,
+    "C": MBConvBlock,
+    "E": EquivariantAttentionBlock,
+    "F": FocalAttentionBlock,
     "M": MuseBlock,
-    "N": ConvNeXt,
-    "O": Outlooker,
-    "S": PlainTransformer,
-    "T": Transformer,
+    "N": ConvNeXtBlock,
+    "O": OutlookerBlock,
+    "S": AttentionBlock,
+    "T": RelativeAttentionBlock,
 }
 
 __all__ = [
     "BLOCKS",
-    "AdaptiveTransformer",
-    "ConvNeXt",
-    "EquivariantTransformer",
-    "FocalTransformerBlock",
-    "MBConv",
+    "AdaptiveConvBlock",
+    "AttentionBlock",
+    "ConvNeXtBlock",
+    "EquivariantAttentionBlock",
+    "FocalAttentionBlock",
+    "MBConvBlock",
     "MuseBlock",
-    "Outlooker",
-    "PlainTransformer",
-    "Transformer",
+    "OutlookerBlock",
+    "RelativeAttentionBlock",
 ]

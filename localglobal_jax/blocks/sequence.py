@@ -15,13 +15,12 @@ from pydantic import PositiveInt
 
 from localglobal_jax.config.schema import Fraction
 from localglobal_jax.operators.activations import ACTIVATIONS, Activation
-from localglobal_jax.operators.adaptive_sequence import AdaptiveSequence, EquivariantSequence
-from localglobal_jax.operators.cache import Cache, Index, Memory, SelfAttention
-from localglobal_jax.operators.cross_attention import CrossAttention
-from localglobal_jax.operators.dynamic_sequence import DynamicConv
-from localglobal_jax.operators.muse import Kind
-from localglobal_jax.operators.muse_sequence import MuseSequence, Pointwise, Source
-from localglobal_jax.operators.projection import Projection, project
+from localglobal_jax.operators.adaptive import AdaptiveSequence, EquivariantSequence
+from localglobal_jax.operators.attention import CrossAttention, SelfAttention
+from localglobal_jax.operators.cache import Cache, CrossKV, Index
+from localglobal_jax.operators.convolution import DynamicConv, Kind
+from localglobal_jax.operators.dense import Projection, project
+from localglobal_jax.operators.muse import MuseSequence, Pointwise, Source
 
 Sequence = Float[Array, "b l d"]
 Mask = Bool[Array, "b l"]
@@ -66,16 +65,16 @@ class MuseLayer(nn.Module):
         x: Sequence,
         *,
         mask: Mask | None = None,
-        memory: Memory | None = None,
+        memory: CrossKV | None = None,
         train: bool = False,
     ) -> Sequence:
         y = self.norm(x) if self.pre_norm else x
         y = x + self.muse(y, mask=mask, memory=memory, train=train)
         return y if self.pre_norm else self.norm(y)
 
-    def remember(self, encoded: Sequence, mask: Mask) -> Memory:
+    def precompute_kv(self, encoded: Sequence, mask: Mask) -> CrossKV:
         """What the cross-attention keeps of the encoder's output."""
-        return self.muse.remember(encoded, mask)
+        return self.muse.precompute_kv(encoded, mask)
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """Empty, for `length` positions."""
@@ -88,7 +87,7 @@ class MuseLayer(nn.Module):
         index: Index,
         *,
         valid: Mask | None = None,
-        memory: Memory | None = None,
+        memory: CrossKV | None = None,
     ) -> tuple[Sequence, Cache]:
         """One position."""
         y = self.norm(x) if self.pre_norm else x
@@ -157,15 +156,15 @@ class TransformerLayer(nn.Module):
         x: Sequence,
         *,
         mask: Mask | None = None,
-        memory: Memory | None = None,
+        memory: CrossKV | None = None,
         train: bool = False,
     ) -> Sequence:
         x = self._residual(x, self.norm, lambda y: self.mix(y, mask=mask, train=train), train)
         return self._rest(x, memory, train)
 
-    def remember(self, encoded: Sequence, mask: Mask) -> Memory:
+    def precompute_kv(self, encoded: Sequence, mask: Mask) -> CrossKV:
         """What the cross-attention keeps of the encoder's output."""
-        return self.cross.remember(encoded, mask)
+        return self.cross.precompute_kv(encoded, mask)
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """Empty, for `length` positions."""
@@ -178,7 +177,7 @@ class TransformerLayer(nn.Module):
         index: Index,
         *,
         valid: Mask | None = None,
-        memory: Memory | None = None,
+        memory: CrossKV | None = None,
     ) -> tuple[Sequence, Cache]:
         """One position."""
         y = self.norm(x) if self.pre_norm else x
@@ -186,7 +185,7 @@ class TransformerLayer(nn.Module):
         x = x + y if self.pre_norm else self.norm(x + y)
         return self._rest(x, memory, False), cache
 
-    def _rest(self, x: Sequence, memory: Memory | None, train: bool) -> Sequence:
+    def _rest(self, x: Sequence, memory: CrossKV | None, train: bool) -> Sequence:
         if self.memory_features is not None:
             x = self._residual(
                 x, self.cross_norm, lambda y: self.cross(y, memory, train=train), train

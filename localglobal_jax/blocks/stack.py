@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks one after the other: the same function in three forms, which `parallel.Placement` picks.
+"""Blocks one after the other: the same function in three forms, which `parallel.Partitioner` picks.
 
 Unrolled; with `remat` (a block's activations are computed again in the backward pass, so that only
 what goes in is kept, arXiv 1604.06174); with `scan` (equal blocks in a row are compiled once). The
@@ -23,7 +23,7 @@ Call = Callable[[nn.Module, Array, Any], Array]
 OWN = ("parent", "name", "drop_path")  # may differ between equal blocks
 
 
-def in_sequence(
+def apply_blocks(
     parent: nn.Module, blocks: Sequence[nn.Module], x: Array, call: Call, given: Sequence[Any]
 ) -> list[Array]:
     """What every block gives: ``call(block, x, own)``, `x` from the block before, `own` of `given`.
@@ -31,7 +31,7 @@ def in_sequence(
     `blocks` are submodules of `parent`.
     """
     outputs: list[Array] = []
-    forms = context.block_forms()
+    forms = context.stack_options()
     if not forms.scan or parent.is_initializing():
         runs = [[i] for i in range(len(blocks))]
     else:
@@ -85,7 +85,7 @@ def _scan(
     call: Call,
     given: Sequence[Any],
     *,
-    forms: context.BlockForms,
+    forms: context.StackOptions,
 ) -> list[Array]:
     """Equal blocks as one loop over their stacked variables."""
 

@@ -23,9 +23,10 @@ from localglobal_jax.blocks.layers import (
 )
 from localglobal_jax.operators.adaptive import AdaptiveConv, EquivariantAttention
 from localglobal_jax.operators.attention import RelativeAttention
-from localglobal_jax.operators.focal import FocalAttention, PoolMethod
+from localglobal_jax.operators.focal import FocalAttention, PoolMethod, fit_window
 from localglobal_jax.operators.focal_nearest import NearestFocalAttention
-from localglobal_jax.operators.focal_windows import fit_window
+from localglobal_jax.operators.muse import Muse
+from localglobal_jax.operators.outlook import Outlook
 
 
 class TransformerBlock(nn.Module):
@@ -101,7 +102,7 @@ class TransformerBlock(nn.Module):
         return x + branch(y, "mlp")
 
 
-class Transformer(TransformerBlock):
+class RelativeAttentionBlock(TransformerBlock):
     """T: attention with a bias per displacement (CoAtNet, A.1).
 
     `bias` and `bias_hidden` are those of `RelativeAttention`.
@@ -120,13 +121,13 @@ class Transformer(TransformerBlock):
         )
 
 
-class PlainTransformer(Transformer):
+class AttentionBlock(RelativeAttentionBlock):
     """S: the same without a bias: attention that does not know where things are."""
 
     bias: Literal["table", "mlp", "none"] = "none"
 
 
-class AdaptiveTransformer(TransformerBlock):
+class AdaptiveConvBlock(TransformerBlock):
     """A: content-adaptive convolution, with a window of `window` positions a side."""
 
     window: PositiveInt = 7
@@ -135,14 +136,14 @@ class AdaptiveTransformer(TransformerBlock):
         return AdaptiveConv(window=self.window, use_bias=self.qkv_bias, **options)
 
 
-class EquivariantTransformer(TransformerBlock):
+class EquivariantAttentionBlock(TransformerBlock):
     """E: translation-equivariant attention; its table belongs to one grid size."""
 
     def operator(self, grid: tuple[int, int], **options: Any) -> nn.Module:
         return EquivariantAttention(use_bias=self.qkv_bias, **options)
 
 
-class FocalTransformerBlock(TransformerBlock):
+class FocalAttentionBlock(TransformerBlock):
     """F: focal attention (arXiv 2107.00641, section 3.2).
 
     Attributes:
@@ -176,3 +177,103 @@ class FocalTransformerBlock(TransformerBlock):
         if self.nearest:
             return NearestFocalAttention(count=self.nearest, grid=self.grid, **options)
         return FocalAttention(expand=expand, shift=shift, focal_window=self.focal_window, **options)
+
+
+class OutlookerBlock(nn.Module):
+    """O: ``x + Outlook(Norm(x))``, then ``x + MLP(Norm(x))`` (VOLO, equations 1 and 2).
+
+    With stride 2, which VOLO itself never asks of it, the block is halved as a T block is:
+    ``Proj(Pool(x)) + Outlook(Pool(Norm(x)))``.
+
+    Attributes:
+      head_width: width of one head; the number of heads follows from it.
+      window, spacing: side of a window and distance of two windows, see `Outlook`.
+      qkv_bias: of the value projection (outlook attention has neither query nor key).
+    """
+
+    features: int
+    stride: int = 1
+    head_width: PositiveInt = 32
+    expansion: PositiveFloat = 3.0
+    window: PositiveInt = 3
+    spacing: PositiveInt = 2
+    pool: Pool = "avg2"
+    norm_eps: float = 1e-5
+    activation: Activation = "gelu"
+    qkv_bias: bool = False
+    drop_path: float = 0.0
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Grid, *, train: bool = False) -> Grid:
+        norm = partial(make_norm, "layer", eps=self.norm_eps, train=train, dtype=self.dtype)
+        shortcut = Shortcut(
+            self.features, self.stride, self.pool, dtype=self.dtype, name="shortcut"
+        )(x)
+        y = norm(name="norm")(x)
+        if self.stride == 2:
+            y = pool(y, self.pool)
+        y = Outlook(
+            self.features,
+            heads=self.features // self.head_width,
+            window=self.window,
+            stride=self.spacing,
+            value_bias=self.qkv_bias,
+            dtype=self.dtype,
+            name="outlook",
+        )(y, train=train)
+        x = shortcut + DropPath(self.drop_path, name="outlook_drop_path")(y, train=train)
+        hidden = int(self.expansion * self.features)
+        y = MLP(hidden, self.activation, self.dtype, name="mlp")(norm(name="mlp_norm")(x))
+        return x + DropPath(self.drop_path, name="mlp_drop_path")(y, train=train)
+
+
+class MuseBlock(nn.Module):
+    """M: ``x + Attention(Norm(x)) + Conv(Norm(x)) + FFN(Norm(x))`` (arXiv 1911.09483, pre-norm).
+
+    One norm and one residual for all three branches. Stride 2 as in the other blocks:
+    ``Proj(Pool(x)) + Muse(Pool(Norm(x)))``.
+
+    Attributes:
+      head_width: width of one head; the number of heads follows from it.
+      expansion: hidden width of the pointwise net over the output width.
+      windows, dynamic: of the convolution, see `operators.muse.SharedValueConv`.
+      layer_scale: initial value of LayerScale on the sum; None: no LayerScale.
+    """
+
+    features: int
+    stride: int = 1
+    head_width: PositiveInt = 32
+    expansion: PositiveFloat = 4.0
+    windows: tuple[int, ...] = (3, 7)
+    dynamic: bool = True
+    pool: Pool = "avg2"
+    norm_eps: float = 1e-6
+    shortcut_bias: bool = True
+    qkv_bias: bool = True
+    layer_scale: float | None = None
+    drop_path: float = 0.0
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Grid, *, train: bool = False) -> Grid:
+        shortcut = Shortcut(
+            self.features, self.stride, self.pool, self.shortcut_bias, self.dtype, name="shortcut"
+        )(x)
+        norm = make_norm("layer", eps=self.norm_eps, train=train, dtype=self.dtype, name="norm")
+        y = norm(x)
+        if self.stride == 2:
+            y = pool(y, self.pool)
+        y = Muse(
+            self.features,
+            max(1, self.features // self.head_width),
+            windows=self.windows,
+            dynamic=self.dynamic,
+            hidden=int(self.expansion * self.features),
+            use_bias=self.qkv_bias,
+            dtype=self.dtype,
+            name="muse",
+        )(y, train=train)
+        if self.layer_scale is not None:
+            y = LayerScale(self.layer_scale, name="muse_scale")(y)
+        return shortcut + DropPath(self.drop_path, name="muse_drop_path")(y, train=train)

@@ -21,13 +21,13 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from localglobal_jax.checkpoints.stores import is_remote
+from localglobal_jax.checkpoints.workdir import is_remote
 
 WANDB = "wandb"  # what its process writes, and sends by itself
 LEFT_OUT = ("profile", WANDB)  # of what is fetched
 
 
-class Copy:
+class LocalMirror:
     """A workdir: `local` holds its small files, `checkpoints` says where the steps are.
 
     Of a local directory it is the directory itself. `lock` is the file to lock, always a local one.

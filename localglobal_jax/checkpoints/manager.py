@@ -42,7 +42,7 @@ absl.logging.get_absl_logger().addFilter(
     )
 )
 
-orbax_patches.mend()
+orbax_patches.apply_patches()
 
 PyTree = Any
 FORMAT = 1
@@ -171,15 +171,17 @@ class Checkpoints:
         wanted, tree = reader.flatten(template)
 
         def load(step: int) -> Restored:
-            document = reader.together(lambda: reader.document_of(self.directory, step, check=True))
+            document = reader.all_hosts_agree(
+                lambda: reader.document_of(self.directory, step, check=True)
+            )
             reader.check_template(wanted, document["leaves"], self.directory / str(step))
-            flat = reader.together(lambda: reader.read_arrays(self.directory, step, wanted))
+            flat = reader.all_hosts_agree(lambda: reader.read_arrays(self.directory, step, wanted))
             flat = {k: x if isinstance(x, jax.Array) else jnp.array(x) for k, x in flat.items()}
             reader.check_same(document["leaves"], reader.describe(flat))
             return Restored(step, tree.unflatten(list(flat.values())), document["metadata"])
 
         self.wait()
-        restored, damaged = reader.first_good(self.directory, step, load)
+        restored, damaged = reader.newest_valid(self.directory, step, load)
         self._damaged |= damaged
         return restored
 
@@ -188,7 +190,7 @@ class Checkpoints:
         if self._manager:
             with self._or_abandon():
                 self._manager.wait_until_finished()
-            host_memory.give_back()
+            host_memory.trim_heap()
             if multihost.rank() == 0 and (self.directory / TRASH).exists():
                 (self.directory / TRASH).rmtree()
 

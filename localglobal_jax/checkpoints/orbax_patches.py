@@ -53,7 +53,7 @@ class _TensorStore:
         return getattr(tensorstore, name)
 
 
-def mend() -> None:
+def apply_patches() -> None:
     """Once, before the first save."""
     for room in (future, signaling_client):
         room.time = types.SimpleNamespace(time=time.monotonic)

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -19,10 +19,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
+from jaxtyping import PyTree
 
 from localglobal_jax.checkpoints import digests as digest
 
-PyTree = Any
 T = TypeVar("T")
 SMALL = 2**18  # bytes
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def read(path: str | os.PathLike, step: int | None = None) -> tuple[int, dict, d
       CorruptCheckpoint: there is none that is undamaged.
     """
     directory, own = _locate(path)
-    found, _ = first_good(directory, own if step is None else step, lambda s: _load(directory, s))
+    found, _ = newest_valid(directory, own if step is None else step, lambda s: _load(directory, s))
     if found is None:
         raise ValueError(f"no checkpoint in {directory}: train first, or give another directory")
     return found
@@ -196,7 +196,7 @@ def read_arrays(directory: epath.Path, step: int, wanted: dict[str, Any]) -> dic
     return {path: flat[path] for path in wanted}
 
 
-def together(what: Callable[[], T]) -> T:
+def all_hosts_agree(what: Callable[[], T]) -> T:
     """Does it on every host; if it fails on one, all of them take the step for damaged."""
     result, error = None, None
     try:
@@ -208,7 +208,7 @@ def together(what: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def first_good(
+def newest_valid(
     directory: epath.Path, step: int | None, load: Callable[[int], T]
 ) -> tuple[T | None, set[int]]:
     """`load` of the given step, or of the newest it does not raise Damaged for; and those it did.
@@ -271,3 +271,18 @@ def _dtype(leaf: dict) -> np.dtype:
 
 def _first_line(error: BaseException) -> str:
     return f"{error}".strip().split("\n")[0] or type(error).__name__
+
+
+def check_labels(labels: Sequence[str], metadata: Mapping[str, Any]) -> None:
+    """Raises ValueError if a checkpoint was trained on other classes, or in another order."""
+    then = metadata.get("labels")  # older checkpoints do not say
+    if then and labels and list(then) != list(labels):
+        raise ValueError(
+            f"the data has the classes {_shown(labels)}; the checkpoint was trained on "
+            f"{_shown(then)}, so its numbers mean others. Have the same classes (a folder for "
+            "each, if need be an empty one), or begin another run"
+        )
+
+
+def _shown(labels: Sequence[str]) -> str:
+    return ", ".join(labels[:20]) + f" and {len(labels) - 20} more" * (len(labels) > 20)

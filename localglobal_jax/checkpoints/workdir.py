@@ -11,12 +11,13 @@ import json
 import logging
 import os
 import pathlib
+import re
 import socket
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from localglobal_jax.config import loading, schema
+from localglobal_jax.config import loading, schema, validation, values
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def check_config(workdir: pathlib.Path, step: int, metadata: Mapping[str, Any]) 
     file, saved = workdir / "config.json", metadata.get("config")
     if not saved:
         return
-    then, now = (x.model_dump() for x in (loading.check(saved), loading.read_json(file)))
+    then, now = (x.model_dump() for x in (validation.check(saved), loading.read_json(file)))
     if changed := _changed(then, now, f"in step {step}", "in the file"):
         raise ValueError(
             f"{file} is not the config of the checkpoints beside it:\n{changed}\n"
@@ -70,12 +71,12 @@ def _changed(old: Mapping[str, Any], new: Mapping[str, Any], old_name: str, new_
     """A line for every field that differs and may not; empty if there is none."""
     return "\n".join(
         f"  {field}: {was!r} {old_name}, {now!r} {new_name}"
-        for field, (was, now) in loading.difference(old, new).items()
+        for field, (was, now) in values.difference(old, new).items()
         if not any(field == free or field.startswith(f"{free}.") for free in schema.MAY_CHANGE)
     )
 
 
-def claim(run: schema.Run, workdir: pathlib.Path) -> None:
+def reserve(run: schema.Run, workdir: pathlib.Path) -> None:
     """Writes `config.json`, atomically."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -195,3 +196,12 @@ def named_in_errors(workdir: str | os.PathLike[str]) -> Iterator[None]:
         if type(error) is not OSError or error.errno is None or error.filename:
             raise
         raise OSError(error.errno, error.strerror, os.fspath(workdir)) from error
+
+
+def is_remote(directory: str | os.PathLike[str]) -> bool:
+    """``gs://bucket/run`` is, ``runs/gs`` is not; ValueError for stores that nobody knows."""
+    if not re.match(r"\w+:/", os.fspath(directory)):
+        return False
+    if not re.match(r"gs://[^/]+/.", os.fspath(directory)):
+        raise ValueError(f"{directory}: want a local directory, or gs://BUCKET/PATH")
+    return True

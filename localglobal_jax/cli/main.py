@@ -4,7 +4,6 @@
 
 import argparse
 import faulthandler
-import json
 import logging
 import os
 import sys
@@ -24,6 +23,9 @@ from localglobal_jax.cli import (
     train,
     translate,
 )
+from localglobal_jax.cli.evaluate import evaluate
+from localglobal_jax.cli.prepare import prepare
+from localglobal_jax.cli.score import score
 
 OWN_FILES = (  # of commands: their options and what they print
     ("convert", convert, "other people's weights to a checkpoint of ours",
@@ -224,51 +226,3 @@ def complete(top: argparse.ArgumentParser, subs: Iterable[argparse.ArgumentParse
             kind = shtab.FILE if action.metavar in FILES else shtab.DIR
             if action.metavar in (*FILES, *DIRECTORIES):
                 action.complete = kind  # type: ignore[attr-defined] # shtab reads it
-
-
-# ---------------------------------------------------------------------------- commands
-
-
-def evaluate(args: argparse.Namespace) -> None:
-    from localglobal_jax.training import evaluation
-
-    step, results = evaluation.evaluate(args.workdir, args.step, args.overrides, args.average)
-    if args.json:
-        print(json.dumps({"step": step, **results}))
-        return
-    for split, metrics in results.items():
-        shown = "  ".join(f"{k} {v:.{5 if v % 1 else 99}g}" for k, v in metrics.items())
-        print(f"step {step}  {split}  {shown}")
-
-
-def prepare(args: argparse.Namespace) -> None:
-    from localglobal_jax.config import loading, schema
-
-    name, directory, options = args.name, args.dir, None
-    if args.config:
-        options = loading.check(loading.load(args.config, args.overrides)).data
-        name, directory = options.name, directory or options.dir
-    from localglobal_jax.data.images import folder
-    from localglobal_jax.data.text import pairs
-    from localglobal_jax.data.tfds import prepare as data
-
-    if name == folder.NAME:
-        counts = folder.count(directory)
-    elif isinstance(options, schema.Text) and (options.files or options.mock):
-        counts = pairs.count(options)
-    elif args.from_tfrecord:
-        counts = data.from_tfrecord(args.from_tfrecord, directory)
-    elif name:
-        counts = data.prepare(name, directory, source=args.source)
-    else:
-        raise ValueError("name a data set: --config FILE, a TFDS NAME, or --from_tfrecord DIR")
-    print(json.dumps(counts) if args.json else "\n".join(f"{k}: {v}" for k, v in counts.items()))
-
-
-def score(args: argparse.Namespace) -> None:
-    from localglobal_jax.data.text.files import read_lines
-    from localglobal_jax.inference import bleu
-
-    files = [args.hypotheses, args.references, *([args.source] if args.source else [])]
-    result = bleu.score(*map(read_lines, files), tokenized=args.tokenized)
-    print(json.dumps(result) if args.json else bleu.report(result))

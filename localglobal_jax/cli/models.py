@@ -13,18 +13,17 @@ def add_options(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints a table, or a list as JSON."""
-    from localglobal_jax import models as library
-    from localglobal_jax.config import loading
-    from localglobal_jax.models import flops
+    from localglobal_jax.config import validation
+    from localglobal_jax.models import flops, registry
 
     rows: list[dict[str, Any]] = []
-    for name in args.names or library.named_models():
-        if name not in library.MODELS:
-            raise loading.unknown("model", name, library.MODELS)
-        parameters, multiply_adds, _ = library.FIGURES.get(name, (None, None, None))
-        inputs = library.example(name)
+    for name in args.names or registry.named_models():
+        if name not in registry.MODELS:
+            raise validation.unknown("model", name, registry.MODELS)
+        parameters, multiply_adds, _ = registry.FIGURES.get(name, (None, None, None))
+        inputs = registry.example(name)
         sizes, tokens = [x.shape[1] for x in inputs], inputs[0].ndim == 2
-        counted = flops.account(library.create_model(name), *inputs)
+        counted = flops.model_cost(registry.create_model(name), *inputs)
         rows.append(
             {
                 "name": name,

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from localglobal_jax.config import loading, schema
-from localglobal_jax.profiling import compiler_process, roofline, search, table, topologies
+from localglobal_jax.profiling import compiler_process, roofline, table, topologies
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
@@ -80,7 +80,7 @@ def searched(
         print(f"batch_size={batch_size}: {table.verdict(tried)}", file=sys.stderr, flush=True)
         return bool(tried["fits"])
 
-    best = search.largest(fits, run.batch_size, unit(run, topology.devices))
+    best = compiler_process.largest(fits, run.batch_size, unit(run, topology.devices))
     if not best:
         raise ValueError(
             f"not even batch_size={trials[-1]['batch_size']} fits {topology.name}: take more "

@@ -132,7 +132,7 @@ def _preview(
     if "jax" not in sys.modules:
         os.environ["JAX_PLATFORMS"] = "cpu"  # the accelerator is for the runs
     from localglobal_jax.launch import preview
-    from localglobal_jax.launch.target import Target
+    from localglobal_jax.launch.backends import Target
 
     target = backends.target(args)
     if target is None and slots and slots[0].gpus:
@@ -148,6 +148,7 @@ def _dry_run(
     env: Mapping[str, str],
 ) -> int:
     from localglobal_jax.launch import preview
+    from localglobal_jax.training.reporting import provenance
 
     for row in rows:
         row["commands"] = launch.shown[row["name"]]
@@ -155,7 +156,7 @@ def _dry_run(
     about = {
         "backend": args.backend,
         "image": args.image,
-        "git": preview.git(folder),
+        "git": provenance.git(folder),
         "env": dict(env),
         "scripts": sorted(launch.files),
         **preview.totals(rows),
@@ -270,7 +271,7 @@ def _give_back(
 ) -> None:
     """The machines of runs that failed for good; of those that were stopped, says how."""
     for run, outcome in outcomes.items():
-        name = sweeps.elsewhere(run, args.workdir)
+        name = sweeps.cloud_name(run, args.workdir)
         command = tpu_vm.delete(name, zone=args.zone, project=args.project)
         if outcome.state == "failed":
             execute.call(command, environment)

@@ -23,27 +23,27 @@ def add_options(sub: argparse.ArgumentParser) -> None:
 
 def join(args: argparse.Namespace) -> None:
     """Joins the other hosts, if there are any."""
-    from localglobal_jax.parallel import multihost
+    from localglobal_jax.parallel import rendezvous
 
     given = (args.coordinator, args.hosts, args.host)
     if any(x is not None for x in given):
         if args.distributed or any(x is None for x in given):
             raise ValueError("give --coordinator, --hosts and --host together, or --distributed")
-        cluster = multihost.Cluster(*given)
+        cluster = rendezvous.Cluster(*given)
     elif args.distributed:
-        cluster = multihost.detect(args.start_timeout)
+        cluster = rendezvous.detect(args.start_timeout)
     else:
         return
-    multihost.start(cluster, args.start_timeout)
+    rendezvous.start(cluster, args.start_timeout)
 
 
 def run(args: argparse.Namespace) -> int:
     """Trains; the exit codes are those of `cli`."""
-    from localglobal_jax.config import loading
+    from localglobal_jax.config import loading, validation
 
     if not args.workdir.strip():  # a shell variable that is not set
         raise ValueError("--workdir is empty: give the directory where everything is written")
-    run = loading.check(loading.load(args.config, args.overrides))  # before jax takes seconds
+    run = validation.check(loading.load(args.config, args.overrides))  # before jax takes seconds
 
     from localglobal_jax.parallel import multihost
     from localglobal_jax.training import divergence, loop, replay
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         return _say(f"{stop}; start again to resume", 42)
     except divergence.Diverged as stop:
         return _say(str(stop), 3)
-    except multihost.Lost as stop:
+    except multihost.HostLost as stop:
         multihost.leave(_say(str(stop), 42))
     except Exception as error:
         if not multihost.joined():

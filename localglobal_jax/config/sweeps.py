@@ -96,7 +96,7 @@ def name(prefix: str, index: int, overrides: Mapping[str, Any]) -> str:
     return safe(prefix)[: LONGEST - len(end)].rstrip("-") + end
 
 
-def elsewhere(name: str, root: str) -> str:
+def cloud_name(name: str, root: str) -> str:
     """`name` for a cloud, where names of several sweeps meet: with a hash of their root."""
     prefix, index, end = name.rsplit("-", 2)
     end = f"-{index}-{end}-{hashlib.sha256(root.encode()).hexdigest()[:4]}"

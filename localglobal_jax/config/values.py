@@ -5,6 +5,34 @@ import ast
 from collections.abc import Mapping
 from typing import Any
 
+from ml_collections import ConfigDict
+
+
+def to_tree(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+    """A plain nested dict."""
+    return config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}} -> {"a.b": 1}``."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        nested = isinstance(value, Mapping) and value
+        flat.update(flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value})
+    return flat
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """``{field: (old, new)}`` for every field in which two configs differ."""
+    old, new = flatten(tuples(old)), flatten(tuples(new))
+    missing = "(not set)"
+    return {
+        key: (old.get(key, missing), new.get(key, missing))
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, missing) != new.get(key, missing)
+    }
+
+
 LARGEST = 3.4e38  # what float32 holds
 
 

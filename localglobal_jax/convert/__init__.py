@@ -6,6 +6,6 @@ without torch) and returns ``(module, variables)``. It is strict both ways: a na
 or left over, or a shape that does not fit, is a ValueError that lists all of them.
 """
 
-from localglobal_jax.convert import adapt, fairseq, fairseq_file, focal, timm, weights
+from localglobal_jax.convert import adapt, fairseq, focal, timm, weights
 
-__all__ = ["adapt", "fairseq", "fairseq_file", "focal", "timm", "weights"]
+__all__ = ["adapt", "fairseq", "focal", "timm", "weights"]

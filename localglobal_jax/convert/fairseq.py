@@ -6,7 +6,9 @@ Left behind, because it cannot move a result: ``encoder_attn_layer_norm`` (never
 of a single kernel, the kernels under ``attn_dynamic_cat=0``, ``version`` and ``_float_tensor``.
 """
 
+import argparse
 import numbers
+import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,8 +19,7 @@ import numpy as np
 
 from localglobal_jax.convert import weights
 from localglobal_jax.convert.weights import Path, Transform, Variables
-from localglobal_jax.models.encoder_decoder import EncoderDecoder
-from localglobal_jax.models.sequence import layer_options
+from localglobal_jax.models.encoder_decoder import EncoderDecoder, layer_options
 
 PAD, END = 1, 2  # of every fairseq dictionary; the end of a sentence also begins the next
 DEFAULTS: dict[str, Any] = {  # of their architecture "transformer"
@@ -98,9 +99,6 @@ def load(args: Any, state_dict: Mapping[str, Any]) -> tuple[EncoderDecoder, Vari
         if not np.array_equal(source, target):
             raise ValueError("share_all_embeddings, but the two embed_tokens.weight differ")
     return module, variables
-
-
-# ---------------------------------------------------------------------------- arguments
 
 
 def fields(args: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,8 +205,6 @@ def _list(args: Mapping[str, Any], name: str) -> list[int]:
     return list(value)
 
 
-# ---------------------------------------------------------------------------- names
-
 TOP = {
     "embedding": "encoder.embed_tokens.weight",
     "source_embedding": "encoder.embed_tokens.weight",
@@ -286,3 +282,79 @@ def _ignored(module: EncoderDecoder, args: Mapping[str, Any]) -> Callable[[str],
         names.append(r"(en|de)coder\.layers\.\d+\.self_attn\.dynamic_gate_para")
     pattern = re.compile("|".join(names))
     return lambda name: pattern.fullmatch(name) is not None
+
+
+METERS = ("AverageMeter", "StopwatchMeter", "TimeMeter")  # of fairseq.meters
+
+
+def read(
+    path: pathlib.Path, arguments: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Arguments and state dict of a checkpoint, for `fairseq.load`.
+
+    `arguments` are added to those in the file, and win. Raises ValueError for a file that is no
+    checkpoint, holds other classes or no arguments, and where torch is missing.
+    """
+    if path.suffix != ".pt":
+        if not arguments:
+            raise ValueError(
+                f"{path} has no training arguments: give them, the checkpoint's args as a JSON "
+                "object, with --args"
+            )
+        return dict(arguments), weights.read_safetensors(path)
+    args, model = _load(path)
+    if args is None and not arguments:
+        raise ValueError(f"{path} holds no training arguments (args): give them with --args")
+    state_dict = {name: _array(tensor) for name, tensor in model.items()}
+    return {**vars(args or argparse.Namespace()), **arguments}, state_dict
+
+
+def _load(path: pathlib.Path) -> tuple[argparse.Namespace | None, Mapping[str, Any]]:
+    torch = _torch()
+    meters = [type(name, (), {"__module__": "fairseq.meters"}) for name in METERS]
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace, *meters]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged file makes torch do
+        other = re.search(r"GLOBAL (\S+)", str(error))
+        if other is None:
+            reason = str(error).split("\n")[0].split(". ")[0]
+            raise ValueError(f"{path} is damaged, or no file of torch's: {reason}") from error
+        raise ValueError(
+            f"{path} holds a {other[1]}, which is not loaded: only tensors, plain containers and "
+            "the training arguments are. Where you trust it, save its weights as .safetensors and "
+            "give its arguments with --args"
+        ) from error
+    parts = checkpoint if isinstance(checkpoint, dict) else {}
+    args, model = parts.get("args"), parts.get("model")
+    if (
+        not isinstance(args, argparse.Namespace | None)
+        or not isinstance(model, Mapping)
+        or not all(isinstance(x, torch.Tensor) for x in model.values())
+    ):
+        raise ValueError(
+            f'{path} is no checkpoint of fairseq 0.6: it should be a dict with "args" (a '
+            f'namespace) and "model" (tensors by name), but has {sorted(map(str, parts)) or "none"}'
+        )
+    return args, model
+
+
+def _torch() -> Any:
+    try:
+        import torch  # noqa: PLC0415  (an extra)
+    except ImportError:
+        torch = None
+    # until 2.5, a file could run code in spite of weights_only (CVE-2025-32434)
+    if torch is None or tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < (2, 6):
+        found = f"this is {torch.__version__}" if torch else "it is not installed"
+        raise ValueError(
+            f"reading a .pt file needs torch 2.6 or newer, and {found}: "
+            "run `pip install 'localglobal_jax[torch]'`"
+        )
+    return torch
+
+
+def _array(tensor: Any) -> np.ndarray:
+    """Half precision (NumPy has no bfloat16) becomes float32."""
+    tensor = tensor.detach()
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()

@@ -10,12 +10,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from localglobal_jax import convert, models
+from localglobal_jax import convert
 from localglobal_jax.checkpoints import manager
 from localglobal_jax.config import schema
 from localglobal_jax.data.text import tokenizers
-from localglobal_jax.training import evaluation
-from localglobal_jax.training.tasks import Variables
+from localglobal_jax.models import registry
+from localglobal_jax.models.registry import Variables
 
 log = logging.getLogger(__name__)
 FILES = (".safetensors", ".pt", ".pth", ".bin", ".npz", ".ckpt")
@@ -27,7 +27,7 @@ SOURCES: dict[str, Load] = {
         name, convert.weights.read_safetensors(file), **arguments
     ),
     "fairseq": lambda file, name, arguments: convert.fairseq.load(
-        *convert.fairseq_file.read(file, arguments)
+        *convert.fairseq.read(file, arguments)
     ),
     "focal": lambda file, name, arguments: convert.focal.load(
         arguments, convert.weights.read_safetensors(file)
@@ -74,7 +74,7 @@ def convert_file(
     elif source == "fairseq":
         log.warning("no --dict, no words: the model loads, but `localglobal translate` needs it")
     saved = manager.Checkpoints(folder / "checkpoints", schema.Checkpoints())
-    metadata = {"model": models.describe(module), "converted": {"source": source, "name": name}}
+    metadata = {"model": registry.describe(module), "converted": {"source": source, "name": name}}
     saved.save(0, {"variables": variables}, metadata=metadata)
     saved.close()
     count = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
@@ -138,25 +138,3 @@ def find_weights(weights: str) -> pathlib.Path:
         ) from None
     # of whatever revision, only numbers are read, by a reader that trusts nothing
     return pathlib.Path(hf_hub_download(weights, "model.safetensors"))  # nosec B615
-
-
-def pretrained(path: str, module: nn.Module, inputs: tuple[jax.ShapeDtypeStruct, ...]) -> Variables:
-    """The variables of the checkpoint `path`, made to fit `module` on `inputs`.
-
-    Position tables are resized, and a classifier for another number of classes starts at zero.
-    Raises ValueError where anything else differs.
-    """
-    try:
-        old, variables = evaluation.load(path)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"init={path}: {error}") from error
-    if type(old) is not type(module):
-        raise ValueError(
-            f"init={path} is a {type(old).__name__}, but this run trains a {type(module).__name__}"
-        )
-    classes, replaced = getattr(module, "classes", None), ""
-    if classes is not None and old.classes != classes:
-        old, variables = convert.adapt.reclassify(old, variables, classes)
-        replaced = f"; its classifier is replaced by one for {classes} classes"
-    log.info("weights  of %s%s", path, replaced)
-    return convert.adapt.fit(module, variables, *inputs)

@@ -2,8 +2,9 @@
 """Weights of the authors' Focal Transformers (PyTorch names) -> our module and variables."""
 
 import dataclasses
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 import flax.linen as nn
@@ -13,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from localglobal_jax.config import loading
-from localglobal_jax.convert import focal_buffers
-from localglobal_jax.convert.focal_names import convert, reference
+from localglobal_jax.config import validation
 from localglobal_jax.models.focal import FocalTransformer
+from localglobal_jax.operators import focal
 from localglobal_jax.operators.focal import PoolMethod
+from localglobal_jax.operators.focal_nearest import nearest
 
 DEFAULTS: dict[str, Any] = {  # of the reference's constructor
     "img_size": 224,
@@ -64,7 +65,7 @@ def fields(kwargs: Mapping[str, Any], *, nearest: bool = False) -> dict[str, Any
     """
     for name in kwargs:
         if name not in {*DEFAULTS, *FIXED, *IGNORED}:
-            raise loading.unknown("argument of FocalTransformer", name, {*DEFAULTS, *FIXED})
+            raise validation.unknown("argument of FocalTransformer", name, {*DEFAULTS, *FIXED})
     for name, value in FIXED.items():
         if kwargs.get(name, value) != value:
             raise ValueError(f"{name}={kwargs[name]}: dropout is not built; use {name}={value}")
@@ -136,7 +137,7 @@ def load(
     known = {field.name for field in dataclasses.fields(source)} - {"parent", "name"}
     for name in overrides:
         if name not in known:
-            raise loading.unknown("override", name, known)
+            raise validation.unknown("override", name, known)
     chosen = source.image_size if image_size is None else image_size
     module = source.clone(image_size=chosen, **overrides)
     leaves = fit(params, parameter_shapes(module, channels), module.classes != source.classes)
@@ -163,7 +164,7 @@ def read(
             raise ValueError(f"{name} has shape {value.shape}; the configuration implies {theirs}")
         params[path] = convert(path, value, shape)
     rest = {name: np.asarray(state_dict[name]) for name in state_dict if name not in used}
-    left_over, choices = focal_buffers.check(module, rest)
+    left_over, choices = check(module, rest)
     if missing or left_over:
         raise ValueError(
             f"the state dict does not fit the configuration: missing {sorted(missing) or 'none'}, "
@@ -222,3 +223,189 @@ def resize(path: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     if path.endswith("kernel"):
         resized = resized * (value.shape[0] / shape[0]) ** 2
     return resized
+
+
+RENAMED: tuple[
+    tuple[str, Any], ...
+] = (  # ours -> the reference's; stages and blocks count from 0 there
+    (r"^stem/conv/", "patch_embed.proj/"),
+    (r"^stem/norm/", "patch_embed.norm/"),
+    (r"^position$", "absolute_pos_embed"),
+    (r"^stage(\d+)/downsample/conv/", lambda m: f"layers.{int(m[1]) - 2}.downsample.proj/"),
+    (r"^stage(\d+)/downsample/", lambda m: f"layers.{int(m[1]) - 2}.downsample."),
+    (r"^stage(\d+)/block(\d+)/", lambda m: f"layers.{int(m[1]) - 1}.blocks.{int(m[2]) - 1}."),
+    (r"^head/norm/", "norm/"),
+    (r"^head/classifier/", "head/"),
+    (r"(\.blocks\.\d+)\.norm/", r"\1.norm1/"),
+    (r"\.mlp_norm/", ".norm2/"),
+    (r"\.mlp/hidden/", ".mlp.fc1/"),
+    (r"\.mlp/output/", ".mlp.fc2/"),
+    (r"\.attention_scale/scale$", ".gamma_1"),
+    (r"\.mlp_scale/scale$", ".gamma_2"),
+    (r"\.attention/pool(\d+)/", lambda m: f".pool_layers.{int(m[1]) - 1}/"),
+    (r"\.attention/output/", ".attn.proj/"),
+    (r"\.attention/qkv/", ".attn.qkv/"),
+    (r"\.attention/window_bias$", ".attn.relative_position_bias_table"),
+    (r"\.attention/neighbour_bias$", ".attn.relative_position_bias_table_to_neighbors"),
+    (
+        r"\.attention/pooled(\d+)_bias$",
+        lambda m: f".attn.relative_position_bias_table_to_windows.{int(m[1]) - 1}",
+    ),
+    (r"\.attention/window_bias_hidden/", ".attn.coord2rpb_all.0.0/"),
+    (r"\.attention/window_bias_output/", ".attn.coord2rpb_all.0.2/"),
+    (r"\.attention/pooled1_bias_hidden/", ".attn.coord2rpb_all.1.0/"),
+    (r"\.attention/pooled1_bias_output/", ".attn.coord2rpb_all.1.2/"),
+    (r"/(kernel|scale)$", ".weight"),
+    (r"/bias$", ".bias"),
+)
+PER_CHANNEL = r"/pool\d+/kernel$"  # of the "conv" pool: a depthwise convolution there
+HEADS_FIRST = r"/pooled\d+_bias$"  # every other table there has its heads last, as ours
+
+
+def reference(path: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    """The reference's name and shape of our parameter."""
+    name = path
+    for pattern, replacement in RENAMED:
+        name = re.sub(pattern, replacement, name)
+    count = math.prod(shape)
+    if path.endswith("/conv/kernel"):
+        return name, (shape[3], shape[2], *shape[:2])
+    if re.search(PER_CHANNEL, path) and len(shape) == 3:
+        return name, (shape[2], 1, *shape[:2])
+    if re.search(r"/pool\d+/kernel$", path):
+        return name, (1, count)
+    if re.search(HEADS_FIRST, path):
+        return name, (shape[-1], count // shape[-1])
+    if path.endswith("/window_bias"):
+        return name, (count // shape[-1], shape[-1])
+    if path.endswith("/neighbour_bias"):
+        return name, (1, *shape)
+    if path == "position":
+        return name, (1, count // shape[-1], shape[-1])
+    if path.endswith("/kernel"):
+        return name, (count // shape[0], shape[0])
+    return name, (count,)
+
+
+def convert(path: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The reference's value of our parameter, in our layout."""
+    if path.endswith("/conv/kernel") or (re.search(PER_CHANNEL, path) and value.ndim == 4):
+        return value.transpose(2, 3, 1, 0).reshape(shape)
+    if re.search(HEADS_FIRST, path) or (path.endswith("/kernel") and "/pool" not in path):
+        return value.T.reshape(shape)
+    return value.reshape(shape)
+
+
+NAME = re.compile(r"^layers\.(\d+)\.blocks\.(\d+)\.(?:attn\.)?([a-z_]+?)(?:_(\d+))?$")
+
+
+def check(
+    module: FocalTransformer, entries: Mapping[str, np.ndarray]
+) -> tuple[list[str], dict[str, Array]]:
+    """Names that are no buffer of `module`, and the choices among equally near keys.
+
+    Raises ValueError for a buffer whose values are not those the configuration implies.
+    """
+    unknown, choices = [], {}
+    for name, value in entries.items():
+        match = NAME.match(name)
+        found = match and int(match[1]) < len(module.depths)
+        if not match or not found or int(match[2]) >= module.depths[int(match[1])]:
+            unknown.append(name)
+            continue
+        stage, block = int(match[1]), int(match[2])
+        options = module.block_options(stage, block)["F"]
+        kind, level = match[3], None if match[4] is None else int(match[4])
+        if module.nearest:
+            expected = dict(_nearest_buffers(options, level))
+        else:
+            expected = dict(_window_buffers(options, level))
+        if kind not in expected:
+            unknown.append(name)
+            continue
+        if kind == "topk_cloest_indice" and _as_near(options, level, value):
+            leaf = f"{'window' if level == 0 else 'pooled1'}_index"
+            path = f"stage{stage + 1}/block{block + 1}/attention/{leaf}"
+            choices[path] = jnp.asarray(value, jnp.int32)
+        elif kind == "topk_cloest_coords" and value.shape == expected[kind].shape:
+            continue  # follows from the indices
+        elif value.shape != expected[kind].shape or not np.array_equal(value, expected[kind]):
+            raise ValueError(
+                f"{name} {value.shape} is not what the configuration implies "
+                f"({expected[kind].shape}): the weights were trained with other windows; "
+                "check img_size, window_size, expand_sizes and focal_windows"
+            )
+    return unknown, choices
+
+
+def _fitted(options: Mapping) -> tuple[int, int, int]:
+    return focal.fit_window(options["grid"], options["window"], options["expand"], options["shift"])
+
+
+def _window_buffers(options: Mapping, level: int | None) -> Iterator[tuple[str, np.ndarray]]:
+    window, expand, shift = _fitted(options)
+    if level is None:
+        yield "relative_position_index", _displacement_index(window, window)
+        if expand:
+            yield "valid_ind_rolled", _neighbour_index(window, expand)
+        if shift:
+            grid = tuple(-(-n // window) * window for n in options["grid"])
+            mask = focal.shift_mask((grid[0], grid[1]), window, shift)
+            yield "attn_mask", mask.reshape(-1, *mask.shape[3:])
+    elif level < options["levels"] - 1:  # the reference counts pooled levels from 0
+        size = options["focal_window"] + (1 << level) - 1
+        yield "relative_position_index", _displacement_index(window, size)
+        if level:
+            new = np.zeros((size + (1 << level) - 1,) * 2, bool)
+            new[-size:, -size:] = True
+            yield "valid_ind_unfold", np.flatnonzero(new)
+
+
+def _displacement_index(queries: int, keys: int) -> np.ndarray:
+    """[l, m] into a flat table of queries + keys - 1 a side."""
+    away = np.arange(queries)[:, None] - np.arange(keys)[None] + keys - 1
+    index = away[:, None, :, None] * (queries + keys - 1) + away[None, :, None, :]
+    return index.reshape(queries**2, keys**2)
+
+
+def _neighbour_index(window: int, expand: int) -> np.ndarray:
+    """Of the four rolled windows one after the other, the positions that are kept."""
+    near, far = np.arange(window) >= window - expand, np.arange(window) < expand
+    groups = [rows[:, None] | columns for rows in (near, far) for columns in (near, far)]
+    return np.flatnonzero(np.stack(groups))
+
+
+def _geometry(options: Mapping, level: int) -> tuple[tuple[int, int], tuple[int, int], int]:
+    window, _, _ = _fitted(options)
+    height, width = options["grid"]
+    tiles = (-(-height // window), -(-width // window))
+    return (tiles, (height, width), window) if level == 0 else (tiles, tiles, 1)
+
+
+def _nearest_buffers(options: Mapping, level: int | None) -> Iterator[tuple[str, np.ndarray]]:
+    window, _, shift = _fitted(options)
+    inside = np.stack(np.meshgrid(*(np.arange(window) - window // 2,) * 2, indexing="ij"), -1)
+    if level is None:
+        yield "window_coords", inside
+        if shift:  # the reference makes this mask and never uses it
+            mask = focal.shift_mask(options["grid"], window, shift)
+            yield "attn_mask", mask.reshape(-1, *mask.shape[3:])
+    elif level < options["levels"]:
+        tiles, cells, factor = _geometry(options, level)
+        index, away = nearest(tiles, cells, factor, options["nearest"])
+        yield "topk_cloest_indice", index
+        scaled = away if level == 0 else away * window
+        yield "topk_cloest_coords", scaled[:, None] + inside.reshape(1, -1, 1, 2)
+
+
+def _as_near(options: Mapping, level: int | None, index: np.ndarray) -> bool:
+    """Whether other keys were chosen, no nearer and no farther than ours."""
+    tiles, cells, factor = _geometry(options, level or 0)
+    ours, away = nearest(tiles, cells, factor, options["nearest"])
+    if index.shape != ours.shape or np.array_equal(index, ours):
+        return False
+    own = np.take_along_axis(away, np.zeros((1, 1, 1), int), 1)  # any key fixes the centre
+    centre = own[:, 0] + np.stack(np.divmod(ours[:, 0], cells[1]), -1)
+    theirs = centre[:, None] - np.stack(np.divmod(index, cells[1]), -1)
+    distance = np.sort((theirs**2).sum(-1), 1)
+    return np.array_equal(distance, np.sort((away**2).sum(-1), 1))

@@ -19,7 +19,7 @@ Batch = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
-class Draws:
+class PositionRng:
     """The random numbers of consecutive positions ``first, first + 1, ...`` of a training stream.
 
     Philox is a function of (key, counter): the key is the seed and a stream, the counter the
@@ -53,7 +53,7 @@ class Source(Protocol):
     def __len__(self) -> int:
         """Records of the split."""
 
-    def batch(self, index: np.ndarray, draws: Draws | None) -> Batch:
+    def batch(self, index: np.ndarray, draws: PositionRng | None) -> Batch:
         """The examples ``index [b]`` as arrays ``[b, ...]``, among them a float32 ``mask``.
 
         ``draws``: randomness of these positions in training, None in evaluation. A record that
@@ -84,7 +84,7 @@ def train_batches(
     def make(step: int) -> Batch:
         first = step * batch_size + host * local
         index = np.array([order[p] for p in range(first, first + local)], np.int32)
-        return {**source.batch(index, Draws(seed, first)), "index": index}
+        return {**source.batch(index, PositionRng(seed, first)), "index": index}
 
     return prefetch(make, start, stop, threads)
 

@@ -22,12 +22,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from localglobal_jax import convert
-from localglobal_jax.config import loading, schema
-from localglobal_jax.data.images import files, pipeline
+from localglobal_jax.config import loading, schema, validation, values
+from localglobal_jax.data.images import device_ops, files, pipeline
 from localglobal_jax.inference import grad_cam
-from localglobal_jax.models import EncoderDecoder, create_model
-from localglobal_jax.training import evaluation
-from localglobal_jax.training.tasks import Variables, classification
+from localglobal_jax.inference import load as inference_load
+from localglobal_jax.models import EncoderDecoder
+from localglobal_jax.models.registry import Variables, create_model
 
 NEEDED = ("data.image_size", "data.mean", "data.std")  # to prepare pictures, if no run says how
 PREPARING = (*NEEDED, "data.crop", "data.threads")
@@ -102,7 +102,7 @@ class Classifier:
         self, variables: Variables, image: jax.Array, *, overlay: bool, stage: int | None
     ) -> tuple[jax.Array, jax.Array | None]:
         """Probabilities, and where the likeliest class was seen."""
-        x, maps = classification.normalize(image, self.options), None
+        x, maps = device_ops.normalize(image, self.options), None
         if overlay:
             logits, maps = grad_cam.grad_cam(self.module, variables, x, stage)
         else:
@@ -218,13 +218,13 @@ def load(
     ``{"data.image_size": "(384, 384)"}``; of converted weights nobody knows it, and `NEEDED` must
     be given. Raises ValueError where there is no such checkpoint, or it does not classify images.
     """
-    _, variables, metadata = evaluation.read_variables(path, step, average)
-    module = create_model(**loading.tuples(metadata["model"]))
+    _, variables, metadata = inference_load.read_variables(path, step, average)
+    module = create_model(**values.tuples(metadata["model"]))
     check_classifier(module)
     overrides = overrides or {}
     for field in overrides:
         if field not in PREPARING:
-            raise loading.unknown("field of how pictures are prepared:", field, PREPARING)
+            raise validation.unknown("field of how pictures are prepared:", field, PREPARING)
     missing = [f"--config.{field}" for field in NEEDED if field not in overrides]
     if missing and "config" not in metadata:
         raise ValueError(
@@ -233,9 +233,9 @@ def load(
             "--config.data.image_size='(224, 224)' --config.data.mean='(0.485, 0.456, 0.406)' "
             "--config.data.std='(0.229, 0.224, 0.225)' --config.data.crop=resized"
         )
-    config = ConfigDict(loading.tuples(metadata.get("config") or {"model": metadata["model"]}))
+    config = ConfigDict(values.tuples(metadata.get("config") or {"model": metadata["model"]}))
     for field, text in overrides.items():
         loading.override(config, field, text)
-    options = loading.check(config).data
+    options = validation.check(config).data
     assert isinstance(options, schema.Images), "a run whose model classifies images has images"
     return Classifier(module, jax.device_put(variables), options, metadata.get("labels") or ())

@@ -23,9 +23,9 @@ import numpy as np
 from localglobal_jax.checkpoints import gcs
 from localglobal_jax.data.text import tokenizers as tokenizer
 from localglobal_jax.inference import decoding, heat_map
+from localglobal_jax.inference import load as inference_load
 from localglobal_jax.models import EncoderDecoder
-from localglobal_jax.training import evaluation
-from localglobal_jax.training.tasks import Variables
+from localglobal_jax.models.registry import Variables
 
 SHORTEST = 16  # tokens of the first length bucket; each next one is twice as long
 BATCH = 2048  # tokens
@@ -261,8 +261,8 @@ def load(path: str | pathlib.Path, step: int | str | None = None, average: int =
     `step` and `average`: see `evaluate.load`. Raises ValueError where there is no such
     checkpoint, or no vocabulary beside it.
     """
-    module, variables = evaluation.load(path, step, average)
-    tokenizers = tokenizer.load(gcs.Copy(path).local / tokenizer.DIRECTORY)
+    module, variables = inference_load.load(path, step, average)
+    tokenizers = tokenizer.load(gcs.LocalMirror(path).local / tokenizer.DIRECTORY)
     if tokenizers is None:
         raise ValueError(
             f"{path} has no words (no tokenizer/tokenizer.json). Give the workdir of a translation "
@@ -273,8 +273,8 @@ def load(path: str | pathlib.Path, step: int | str | None = None, average: int =
 
 def defaults(path: str | pathlib.Path) -> Mapping[str, Any]:
     """Beam and length penalty of the run in `path`; where there is none, 4 and 1."""
-    workdir = gcs.Copy(path).local
-    task = evaluation.read_run(workdir).task if (workdir / "config.json").is_file() else None
+    workdir = gcs.LocalMirror(path).local
+    task = inference_load.read_run(workdir).task if (workdir / "config.json").is_file() else None
     return {
         "beam": getattr(task, "beam", 0) or 4,  # 0 there: evaluation only measures the loss
         "length_penalty": getattr(task, "length_penalty", 1.0),

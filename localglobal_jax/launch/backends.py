@@ -9,12 +9,13 @@ import pathlib
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-from localglobal_jax.checkpoints.stores import is_remote
-from localglobal_jax.config.sweeps import elsewhere
+from localglobal_jax.checkpoints.workdir import is_remote
+from localglobal_jax.config.sweeps import cloud_name
 from localglobal_jax.launch import shell, slurm, tpu_vm, xpk
 from localglobal_jax.launch.expand import Description, Sweep
-from localglobal_jax.launch.target import Target, of_tpu
+from localglobal_jax.profiling import topologies
 
 # option -> the back ends it is for, and its help
 OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -87,6 +88,25 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"--backend {args.backend} needs --{option}")
 
 
+SINGLE = {"v5e", "v6e"}  # of these, up to 8 chips are one machine; else a machine has 4
+
+
+class Target(NamedTuple):
+    """Devices as JAX counts them, over all hosts of one run, and these hosts (processes)."""
+
+    devices: int
+    hosts: int = 1
+
+
+def of_tpu(name: str, slices: int = 1) -> Target:
+    """So many slices of ``v5litepod-256`` or ``v5p-128``, as the cloud names them."""
+    if not re.fullmatch(r"v\w+-\d+", name):
+        raise ValueError(f"--tpu_type {name}: want a name of the cloud, v5litepod-256 or v5p-128")
+    found = topologies.parse(name)
+    single = found.name.partition(":")[0] in SINGLE and found.chips <= 8
+    return Target(found.devices * slices, (1 if single else max(1, found.chips // 4)) * slices)
+
+
 def target(args: argparse.Namespace) -> Target | None:
     """Devices and hosts of a run; None: those that JAX finds here."""
     if args.devices:
@@ -117,7 +137,7 @@ def launch(
         commands = {
             run.name: tuple(
                 xpk.arguments(
-                    elsewhere(run.name, args.workdir),
+                    cloud_name(run.name, args.workdir),
                     there[run.name],
                     cluster=args.cluster,
                     tpu_type=args.tpu_type,
@@ -141,7 +161,7 @@ def launch(
     pairs: dict[str, tuple[str, ...]] = {}
     for run in runs:
         options = {"accelerator": args.tpu_type, "version": args.runtime, "spot": args.spot}
-        name = elsewhere(run.name, args.workdir)
+        name = cloud_name(run.name, args.workdir)
         files[f"{run.name}.sh"] = tpu_vm.script(
             name, there[run.name], setup=args.setup, env=env, **place, **options
         )

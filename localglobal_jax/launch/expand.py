@@ -8,8 +8,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from localglobal_jax.checkpoints.stores import is_remote
-from localglobal_jax.config import loading, schema, sweeps
+from localglobal_jax.checkpoints.workdir import is_remote
+from localglobal_jax.config import loading, schema, sweeps, validation, values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +44,9 @@ def expand(
     function = sweep if sweep.startswith("sweep") else f"sweep_{sweep}"
     known = {name for name in vars(module) if name == "sweep" or name.startswith("sweep_")}
     if function not in known:
-        raise loading.unknown(f"sweep of {spec}:", sweep, known)
+        raise validation.unknown(f"sweep of {spec}:", sweep, known)
     given = given or {}
-    base = loading.check(loading.load(spec, given))
+    base = validation.check(loading.load(spec, given))
     prefix = prefix_of(spec, function)
     root = root.rstrip("/") if is_remote(root) else str(pathlib.Path(root).absolute())
 
@@ -103,11 +103,11 @@ def apply(
         raise ValueError(f"--config.{sorted(twice)[0]} is a field that the sweep sets")
     config = loading.load(spec, given)
     applied = {k: loading.override_value(config, k, v) for k, v in overrides.items()}
-    run = loading.check(config)
+    run = validation.check(config)
     texts = {field: text_of(value) for field, value in applied.items()}
     # A run is started as a command, whose words must mean the same.
-    there = loading.check(loading.load(spec, {**given, **texts}))
-    for field, (here, read) in loading.difference(run.model_dump(), there.model_dump()).items():
+    there = validation.check(loading.load(spec, {**given, **texts}))
+    for field, (here, read) in values.difference(run.model_dump(), there.model_dump()).items():
         raise ValueError(
             f"config.{field}={here!r} cannot be said on a command line, where it would be read as "
             f"{read!r}: give get_config a value of the same type"

@@ -2,11 +2,9 @@
 """This machine as slots, each with cores or GPUs of its own; and what an exit code asks for."""
 
 import dataclasses
-import signal
 from collections.abc import Mapping, Sequence
 
 DONE, WRONG, DIVERGED, PREEMPTED = 0, 2, 3, 42
-REASONS = {WRONG: "wrong config or input", DIVERGED: "diverged", PREEMPTED: "stopped and saved"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,22 +59,3 @@ def visible_gpus(environment: Mapping[str, str], device_files: Sequence[str]) ->
         return [gpu for gpu in environment["CUDA_VISIBLE_DEVICES"].split(",") if gpu.strip()]
     numbers = sorted(int(f[len("nvidia") :]) for f in device_files if f[len("nvidia") :].isdigit())
     return [str(number) for number in numbers]
-
-
-def what_next(code: int, crashes: int, retries: int) -> str:
-    """What follows when a process ended: done, restart (it saved), retry (it crashed) or failed.
-
-    `code`: negative for a signal, as in `subprocess`; `crashes`: how often, this one included.
-    """
-    if code == DONE:
-        return "done"
-    if code == PREEMPTED:
-        return "restart"
-    return "retry" if code not in (WRONG, DIVERGED) and crashes <= retries else "failed"
-
-
-def explained(code: int) -> str:
-    """For people."""
-    if code < 0:
-        return f"killed by {signal.Signals(-code).name}"
-    return f"exit code {code}" + (f" ({REASONS[code]})" if code in REASONS else "")

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
-from localglobal_jax.launch import local
+from localglobal_jax.launch import exit_codes, local
 
 LOG, ATTEMPTS = "log.txt", "attempts.jsonl"
 PAUSE = 0.1  # seconds between two looks at the children
@@ -128,7 +128,7 @@ class Pool:
         child.log.close()
         outcome.code = code
         outcome.crashes += code not in (local.DONE, local.PREEMPTED)
-        following = local.what_next(code, outcome.crashes, self._retries)
+        following = exit_codes.what_next(code, outcome.crashes, self._retries)
         lasted = time.monotonic() - child.since
         seconds = f"after {lasted:.0f} s"
         if following == "restart":  # the second one at once, then later and later
@@ -137,11 +137,11 @@ class Pool:
             outcome.ready = time.monotonic() + pause
         if self._stops and code not in (local.DONE, local.WRONG, local.DIVERGED):
             outcome.state = "stopped"
-            self._say(f"stopped  {job.name}  {seconds}: {local.explained(code)}")
+            self._say(f"stopped  {job.name}  {seconds}: {exit_codes.explained(code)}")
             return False
         if following in ("restart", "retry"):
             left = f"{outcome.crashes} of {self._retries} retries" if following == "retry" else ""
-            said = local.explained(code) + (f", {left}" if left else "")
+            said = exit_codes.explained(code) + (f", {left}" if left else "")
             self._say(f"{following:<8} {job.name}  {seconds}: {said}")
             return True
         outcome.state = following
@@ -154,7 +154,9 @@ class Pool:
             return ""
         lines = (job.directory / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
         last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-        return f": {local.explained(code)}; see {job.directory / LOG}\n         {last}".rstrip()
+        return (
+            f": {exit_codes.explained(code)}; see {job.directory / LOG}\n         {last}".rstrip()
+        )
 
     @contextlib.contextmanager
     def _signals(self, children: "list[_Child]") -> Iterator[None]:

@@ -5,17 +5,16 @@ writes nothing, needs no data: made-up images and words of the right shapes stan
 
 import json
 import pathlib
-import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
 from localglobal_jax.checkpoints import workdir
-from localglobal_jax.checkpoints.stores import is_remote
-from localglobal_jax.config import loading, schema
+from localglobal_jax.checkpoints.workdir import is_remote
+from localglobal_jax.config import schema, validation, values
 from localglobal_jax.launch import expand, status
-from localglobal_jax.launch.target import Target
+from localglobal_jax.launch.backends import Target
 from localglobal_jax.parallel import placement as parallel
 from localglobal_jax.training import optim, step, tasks
 
@@ -26,7 +25,7 @@ class Preview:
     def __init__(self, base: schema.Run, target: Target | None = None):
         """`target`: where the runs will be; None: one process with the devices of this one."""
         self._base, self._hosts = base, target.hosts if target else 1
-        self._devices = parallel.pretend(target.devices if target else None)
+        self._devices = parallel.placeholder_devices(target.devices if target else None)
         self._known: dict[str, tuple[int, list[str]]] = {}
 
     def row(self, run: expand.Description) -> dict[str, Any]:
@@ -38,18 +37,18 @@ class Preview:
 
     def _row(self, described: expand.Description) -> dict[str, Any]:
         run = described.run
-        placement = parallel.Placement(run.parallel, self._devices)
+        placement = parallel.Partitioner(run.parallel, self._devices)
         step.check_batches(run, placement)
         optim.make_optimizer(run.optim, run.steps)
         parameters, metrics = self._model(run)
         best = (run.checkpoint.best or "").removeprefix("-")
         if best and best not in metrics:
-            raise loading.unknown("metric in checkpoint.best:", best, metrics)
+            raise validation.unknown("metric in checkpoint.best:", best, metrics)
         remote = is_remote(described.workdir)
         if not remote:
             workdir.refuse_other(run, pathlib.Path(described.workdir))
         found = None if remote else status.latest_step(pathlib.Path(described.workdir))
-        difference = loading.difference(self._base.model_dump(), run.model_dump())
+        difference = values.difference(self._base.model_dump(), run.model_dump())
         return {
             "index": described.index,
             "name": described.name,
@@ -88,24 +87,6 @@ class Preview:
             names = [f"{s}/{m}" for s, e in task.evaluators.items() for m in e.metric_names]
             self._known[key] = (sum(leaf.size for leaf in jax.tree.leaves(params)), names)
         return self._known[key]
-
-
-def git(folder: pathlib.Path) -> dict[str, Any]:
-    """The commit that `folder` is at, and whether files differ from it; {} outside of git."""
-
-    def ask(*words: str) -> str | None:
-        # without locks: else `status` would write the index
-        command = ["git", "--no-optional-locks", "-C", str(folder), *words]
-        try:
-            done = subprocess.run(  # nosec B603 # an argument list, no shell
-                command, capture_output=True, text=True, check=False
-            )
-        except FileNotFoundError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = ask("rev-parse", "HEAD")
-    return {"commit": commit, "dirty": bool(ask("status", "--porcelain"))} if commit else {}
 
 
 def text(row: Mapping[str, Any], commands: Sequence[str]) -> str:

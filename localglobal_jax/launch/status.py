@@ -13,8 +13,8 @@ from typing import Any
 from etils import epath
 
 from localglobal_jax.checkpoints import digests, workdir
-from localglobal_jax.checkpoints.stores import is_remote
-from localglobal_jax.launch import local, pool
+from localglobal_jax.checkpoints.workdir import is_remote
+from localglobal_jax.launch import exit_codes, local, pool
 from localglobal_jax.launch.expand import Description
 from localglobal_jax.training.reporting import metrics_log
 
@@ -95,8 +95,8 @@ def _state(
     if last.get("event") == "end":
         code = int(last.get("code", 1))
         if code == local.PREEMPTED:
-            return "preempted", local.explained(code)
-        return "failed", f"{local.explained(code)}; see {run.workdir}/{pool.LOG}"
+            return "preempted", exit_codes.explained(code)
+        return "failed", f"{exit_codes.explained(code)}; see {run.workdir}/{pool.LOG}"
     if age is not None and age < SILENT:
         return "running", since
     return "preempted", f"silent: {since}" if since else "silent"

@@ -20,7 +20,8 @@ from pydantic import PositiveInt
 from localglobal_jax.blocks.layers import Activation, Norm
 from localglobal_jax.models import layout as layouts
 from localglobal_jax.models.coatnet_variants import VARIANTS
-from localglobal_jax.models.stems import ConvStem, PatchStem, PoolingHead
+from localglobal_jax.models.heads import PoolingHead
+from localglobal_jax.models.stems import ConvStem, PatchStem
 
 __all__ = ["VARIANTS", "CoAtNet"]
 

@@ -20,7 +20,7 @@ from localglobal_jax.parallel import context
 
 
 @dataclasses.dataclass(frozen=True)
-class Account:
+class ModelCost:
     """`shapes`: the variables of the module, as `jax.ShapeDtypeStruct`s."""
 
     parameters: int
@@ -28,7 +28,7 @@ class Account:
     shapes: Any
 
 
-def account(module: nn.Module, *inputs: Any) -> Account:
+def model_cost(module: nn.Module, *inputs: Any) -> ModelCost:
     """Traces ``module.init`` on `inputs` (arrays or `jax.ShapeDtypeStruct`s).
 
     The multiply-adds are those of the whole batch in `inputs`: give a batch of one.
@@ -40,7 +40,7 @@ def account(module: nn.Module, *inputs: Any) -> Account:
     with _plain():
         jaxpr, shapes = jax.make_jaxpr(init, return_shape=True)(*inputs)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
-    return Account(parameters, _count(jaxpr.jaxpr), shapes)
+    return ModelCost(parameters, _count(jaxpr.jaxpr), shapes)
 
 
 def multiply_adds(function: Callable[..., Any], *args: Any) -> int:

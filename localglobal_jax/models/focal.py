@@ -20,7 +20,8 @@ from pydantic import PositiveFloat, PositiveInt
 
 from localglobal_jax.blocks import BLOCKS
 from localglobal_jax.models import layout as layouts
-from localglobal_jax.models.stems import PatchEmbed, PoolingHead
+from localglobal_jax.models.heads import PoolingHead
+from localglobal_jax.models.stems import PatchEmbed
 from localglobal_jax.operators.focal import PoolMethod
 
 _SIZES: dict[str, dict[str, Any]] = {  # table 1 of the paper

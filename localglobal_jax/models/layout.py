@@ -15,8 +15,8 @@ from jaxtyping import Array, Float
 
 from localglobal_jax.blocks import BLOCKS
 from localglobal_jax.blocks.layers import Rounding
-from localglobal_jax.blocks.stack import in_sequence
-from localglobal_jax.config import loading
+from localglobal_jax.blocks.stack import apply_blocks
+from localglobal_jax.config import validation
 
 Options = Mapping[str, Mapping[str, Any]]
 
@@ -52,7 +52,7 @@ def parse(
         raise ValueError(f"strides={tuple(strides)}: the stride of a stage is 1 or 2")
     for letter in "".join(layout):
         if letter not in blocks:
-            raise loading.unknown(f'block in layout "{_show(layout)}":', letter, blocks)
+            raise validation.unknown(f'block in layout "{_show(layout)}":', letter, blocks)
     stages = zip(layout, depths, widths, strides, strict=True)
     return tuple(Stage(_repeat(p, depth), width, stride) for p, depth, width, stride in stages)
 
@@ -107,7 +107,7 @@ class BlockStage(nn.Module):
             del own
             return block(x, train=train)
 
-        return in_sequence(self, blocks, x, call, [None] * len(blocks))[-1]
+        return apply_blocks(self, blocks, x, call, [None] * len(blocks))[-1]
 
 
 def odd_grids(letter: str, options: Options) -> Rounding:
@@ -127,8 +127,8 @@ def check_options(
     """
     for letter, fields in options.items():
         if letter not in blocks:
-            raise loading.unknown("block letter in blocks:", letter, blocks)
+            raise validation.unknown("block letter in blocks:", letter, blocks)
         for field in given:
             if field in fields:
                 raise ValueError(f"blocks: {field} of block {letter} is the model's to give")
-        loading.check_fields(blocks[letter], fields, f"block {letter}")
+        validation.check_fields(blocks[letter], fields, f"block {letter}")

@@ -5,7 +5,6 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from localglobal_jax.blocks.layers import Activation, Norm, make_norm, norm_activation
-from localglobal_jax.operators.dense import Dense
 
 
 class ConvStem(nn.Module):
@@ -63,36 +62,6 @@ class PatchStem(nn.Module):
         size = (self.patch, self.patch)
         conv = nn.Conv(self.width, size, size, padding="VALID", dtype=self.dtype, name="project")
         return conv(x)
-
-
-class PoolingHead(nn.Module):
-    """Average over the grid and a linear classifier.
-
-    Attributes:
-      classes: number of logits; 0: no classifier, the pooled features are returned.
-      norm: "layer" or "batch"; `norm_first`: before the pooling (over the map) or after it.
-      hidden: width of a tanh layer before the classifier (after the norm); 0: none.
-    """
-
-    classes: int
-    norm: Norm = "layer"
-    norm_first: bool = False
-    norm_eps: float = 1e-6
-    hidden: int = 0
-    dtype: str = "float32"
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "b h w d"], *, train: bool = False
-    ) -> tuple[Float[Array, "b k"], Float[Array, "b e"]]:
-        """Returns the logits and the features they are made from."""
-        norm = make_norm(self.norm, eps=self.norm_eps, train=train, dtype=self.dtype, name="norm")
-        x = norm(x).mean((1, 2)) if self.norm_first else norm(x.mean((1, 2)))
-        if self.hidden:
-            x = nn.tanh(Dense(self.hidden, dtype=self.dtype, name="hidden")(x))
-        if not self.classes:
-            return x, x
-        return Dense(self.classes, dtype=self.dtype, name="classifier")(x), x
 
 
 class ConvPatchStem(nn.Module):

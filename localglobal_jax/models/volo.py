@@ -21,7 +21,7 @@ from pydantic import PositiveInt
 
 from localglobal_jax.blocks import BLOCKS
 from localglobal_jax.models import layout as layouts
-from localglobal_jax.models.class_attention import ClassAttentionHead
+from localglobal_jax.models.heads import ClassAttentionHead
 from localglobal_jax.models.mix_token import NO_BOX, sample_box, swap
 from localglobal_jax.models.stems import ConvPatchStem, patch_grid
 

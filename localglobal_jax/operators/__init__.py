@@ -13,16 +13,16 @@
 | focal attention                 | focal.py         | F      | BOTH   | from the content |
 | focal attention, nearest keys   | focal_nearest.py | F      | BOTH   | from the content |
 
-Over sequences, with masks, causal or not, and one step at a time with a cache (`sequence.py`):
+Over sequences, with masks, causal or not, and one step at a time with a cache (`cache.py`):
 
-| operator                        | file                 | letter | reach  |
-|---------------------------------|----------------------|--------|--------|
-| attention + convolution + FFN   | muse_sequence.py     | M      | GLOBAL |
-| attention, relative bias or not | sequence.py          | T, S   | GLOBAL |
-| attention to another sequence   | cross_attention.py   |        | GLOBAL |
-| gated dynamic convolution       | dynamic_sequence.py  | D      | LOCAL  |
-| content-adaptive convolution    | adaptive_sequence.py | A      | LOCAL  |
-| translation-equivariant         | adaptive_sequence.py | E      | GLOBAL |
+| operator                        | file           | letter | reach  |
+|---------------------------------|----------------|--------|--------|
+| attention + convolution + FFN   | muse.py        | M      | GLOBAL |
+| attention, relative bias or not | attention.py   | T, S   | GLOBAL |
+| attention to another sequence   | attention.py   |        | GLOBAL |
+| gated dynamic convolution       | convolution.py | D      | LOCAL  |
+| content-adaptive convolution    | adaptive.py    | A      | LOCAL  |
+| translation-equivariant         | adaptive.py    | E      | GLOBAL |
 
 Each file has pure functions first (the mathematics), then modules (the parameters).
 """
@@ -30,35 +30,29 @@ Each file has pure functions first (the mathematics), then modules (the paramete
 from localglobal_jax.operators import (
     activations,
     adaptive,
-    adaptive_sequence,
     attention,
     cache,
     convolution,
-    cross_attention,
-    dynamic_sequence,
+    dense,
     focal,
     focal_nearest,
-    focal_windows,
+    grids,
     muse,
-    muse_sequence,
     outlook,
-    projection,
+    reach,
 )
 
 __all__ = [
     "activations",
     "adaptive",
-    "adaptive_sequence",
     "attention",
+    "cache",
     "convolution",
-    "cross_attention",
-    "dynamic_sequence",
+    "dense",
     "focal",
     "focal_nearest",
-    "focal_windows",
+    "grids",
     "muse",
-    "muse_sequence",
     "outlook",
-    "projection",
-    "cache",
+    "reach",
 ]

@@ -4,21 +4,32 @@
 Legend: b batch, l m lengths, h w grid, d width, n heads, c width of a head.
 """
 
-from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from localglobal_jax.operators import grids
-from localglobal_jax.operators.dense import Dense, DenseGeneral
+from localglobal_jax.operators.cache import (
+    Cache,
+    CrossKV,
+    Index,
+    append,
+    attention_mask,
+    attention_mask_at,
+    head_width,
+    key_value_cache,
+    split_heads,
+    to_cache_layout,
+)
+from localglobal_jax.operators.dense import Dense, DenseGeneral, Projection, project
+from localglobal_jax.operators.kernels.attention import attend_fused, logits_of
 from localglobal_jax.operators.reach import GLOBAL, Reach
-from localglobal_jax.parallel import context, host_memory, placement
-
-# ---------------------------------------------------------------------------- functions
+from localglobal_jax.parallel import context, host_memory
 
 
 def attend(
@@ -37,7 +48,7 @@ def attend(
     in float32 at least. `kept`: the weights that a `dropout` of that rate left.
     """
     if context.formulation() == "tuned":
-        return _attend(1 - dropout, query, key, value, bias, mask, kept)
+        return attend_fused(1 - dropout, query, key, value, bias, mask, kept)
     weights = attention_weights(query, key, bias=bias, mask=mask)
     if kept is not None:
         weights = jnp.where(kept, weights / (1 - dropout), 0)
@@ -52,109 +63,13 @@ def attention_weights(
     mask: Bool[Array, "... #n #l m"] | None = None,
 ) -> Float[Array, "*b n l m"]:
     """The weights that `attend` gives to the values; each row sums to one, in float32 at least."""
-    return jax.nn.softmax(_logits("...lnc,...mnc->...nlm", query, key, bias, mask), axis=-1)
+    return jax.nn.softmax(logits_of("...lnc,...mnc->...nlm", query, key, bias, mask), axis=-1)
 
 
 def show(module: nn.Module, query: Array, key: Array, bias: Array | None) -> None:
     """Sows the weights of `module`, if somebody looks (``mutable=["intermediates"]``)."""
     if module.is_mutable_collection("intermediates"):
         module.sow("intermediates", "attention", attention_weights(query, key, bias=bias))
-
-
-def _by_heads(*arrays: Array) -> list[Array]:
-    """[..., l, n, c] -> [..., n, l, c], and back."""
-    return [jnp.swapaxes(x, -3, -2) for x in arrays]
-
-
-def _logits(
-    product: str, query: Array, key: Array, bias: Array | None, mask: Array | None
-) -> Array:
-    logits = jnp.einsum(
-        product,
-        query * query.shape[-1] ** -0.5,
-        key,
-        preferred_element_type=jnp.promote_types(query.dtype, jnp.float32),
-    )
-    if bias is not None:
-        ones = (1,) * (logits.ndim - bias.ndim)
-        logits = logits + bias.astype(logits.dtype).reshape(*ones, *bias.shape)
-    if mask is not None:
-        logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
-    return logits
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(keep: float, *inputs: Any) -> Array:
-    """`attend`, writing one array [b, n, l, m] in each direction, in the dtype of the values.
-
-    Forward, that is the numerator of the softmax, which the backward pass reads again. Backward, it
-    is the gradient of the logits: what the softmax subtracts from it, ``sum_m g_lm w_lm``, is
-    ``g_l . y_l`` (arXiv 2205.14135, B.4). Products have the heads in front, ``[b, n, l, c]``: XLA
-    on CPU took 2.5 times as long for the others.
-    Of CoAtNet's 196 positions, 0.52 of the cycles and 0.36 of the bytes (v5e).
-    """
-    return _attend_forward(keep, *inputs)[0]
-
-
-def _attend_forward(keep: float, *inputs: Any) -> tuple[Array, Any]:
-    query, key, value, bias, mask, kept = inputs
-    query, key, value = _by_heads(query, key, value)
-    numerator, total = placement.by_platform(
-        query, key, bias, mask, tpu=partial(_numerator, twice=True), default=_numerator
-    )
-    numerator = numerator.astype(value.dtype)
-    left = _where(kept, numerator)
-    y = jnp.einsum("...nlm,...nmv->...nlv", left, value, preferred_element_type=total.dtype)
-    (y,) = _by_heads((y / (total * keep)).astype(value.dtype))
-    return y, (*inputs, numerator, total, y)
-
-
-def _numerator(
-    query: Array, key: Array, bias: Array | None, mask: Array | None, *, twice: bool = False
-) -> tuple[Array, Array]:
-    """``(exp(logits - their maximum), its sum [..., n, l, 1])``.
-
-    `twice`: the logits are made anew from a barrier on, else float32 ones are stored and read three
-    times. That is cheaper on TPU, which joins ``exp`` to the product; not on CPU (1.25 times the
-    time), nor where products are a library's calls, as on GPU.
-    """
-    by_heads = "...nlc,...nmc->...nlm"
-    logits = _logits(by_heads, query, key, bias, mask)
-    highest = logits.max(-1, keepdims=True, initial=-jnp.inf)
-    if twice:
-        *again, highest = jax.lax.optimization_barrier((query, key, bias, mask, highest))
-        logits = _logits(by_heads, *again)
-    numerator = jnp.exp(logits - highest)
-    return numerator, numerator.sum(-1, keepdims=True)
-
-
-def _attend_backward(keep: float, saved: Any, g: Array) -> tuple[Array | None, ...]:
-    query, key, value, bias, mask, kept, numerator, total, y = saved
-    wide, scale = total.dtype, query.shape[-1] ** -0.5
-    subtracted = jnp.sum(g.astype(wide) * y.astype(wide), -1)[..., None].swapaxes(-3, -2)
-    share = (g / (total * keep).swapaxes(-3, -2)).astype(g.dtype)
-    key, value, gradient = _by_heads(key, value, g)
-    d_weights = jnp.einsum("...nlv,...nmv->...nlm", gradient, value, preferred_element_type=wide)
-    d_weights = _where(kept, d_weights / keep)
-    d_logits = (numerator * ((d_weights - subtracted) / total)).astype(query.dtype)
-    d_logits = _where(mask, d_logits)
-    # over queries, XLA on CPU is quicker (by a third) with the heads where they were
-    d_value = jnp.einsum("...nlm,...lnv->...mnv", _where(kept, numerator), share)
-    d_key = jnp.einsum("...nlm,...lnc->...mnc", d_logits, query) * scale
-    (d_query,) = _by_heads(jnp.einsum("...nlm,...nmc->...nlc", d_logits, key) * scale)
-    d_bias = None
-    if bias is not None:
-        whole = partial(jnp.broadcast_to, shape=d_logits.shape)
-        (d_bias,) = jax.vjp(whole, bias.astype(wide))[1](d_logits.astype(wide))
-        d_bias = d_bias.astype(bias.dtype)
-    return d_query, d_key, d_value, d_bias, None, None
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
-
-
-def _where(mask: Array | None, x: Array) -> Array:
-    return x if mask is None else jnp.where(mask, x, 0)
 
 
 def relative_positions(height: int, width: int) -> Int[np.ndarray, "l l 2"]:
@@ -173,9 +88,6 @@ def relative_bias(table: Float[Array, "dy dx n"], height: int, width: int) -> Fl
     """Looks up ``w_{i-j}`` (CoAtNet, equation 3) for all pairs of a height x width grid."""
     dy, dx = np.moveaxis(relative_positions(height, width), -1, 0)
     return jnp.moveaxis(table[dy + height - 1, dx + width - 1], -1, 0)
-
-
-# ---------------------------------------------------------------------------- modules
 
 
 def project_heads(
@@ -292,3 +204,213 @@ class RelativeAttention(nn.Module):
         show(self, query, key, bias)
         y = join_heads(attend(query, key, value, bias=bias), features, True, self.dtype)
         return grids.sequence_to_grid(y, (h, w))
+
+
+FEW = 16  # queries, of all rows together (measured on CPU with 5 and 40)
+
+
+class Attend(nn.Module):
+    """Softmax attention with dropout of its weights; the weights are sown as "attention"."""
+
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(
+        self,
+        query: Float[Array, "b l n c"],
+        key: Float[Array, "b m n c"],
+        value: Float[Array, "b m n c"],
+        *,
+        bias: Float[Array, "#b n l m"] | Float[Array, "n l m"] | None = None,
+        mask: Bool[Array, "#b 1 #l m"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "b l d"]:
+        drop = nn.Dropout(self.dropout, deterministic=not train, name="dropout")
+        seen = self.is_mutable_collection("intermediates")
+        # For a few queries, as in decoding one sentence, the weights themselves are quicker on CPU:
+        # 0.89 of the time for the beams of one, 1.12 for those of eight.
+        many = query.shape[0] * query.shape[1] > FEW
+        if (train or many) and not seen and context.formulation() == "tuned":
+            kept = None
+            if train and self.dropout:
+                # the numbers that the weights themselves would be dropped by
+                shape = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
+                kept = drop(jnp.ones(shape, jnp.promote_types(query.dtype, jnp.float32))) != 0
+                # Drawn once. Left to itself XLA draws anew in all that reads it: 0.48 of the
+                # cycles of this attention with its backward pass (MUSE on WMT, v5e).
+                kept = lax.optimization_barrier(kept)
+            dropout = self.dropout if train else 0.0
+            y = attend(query, key, value, bias=bias, mask=mask, kept=kept, dropout=dropout)
+            return y.reshape(*y.shape[:2], -1)
+        weights = attention_weights(query, key, bias=bias, mask=mask)
+        self.sow("intermediates", "attention", weights)
+        y = jnp.einsum("bnlm,bmnc->blnc", drop(weights).astype(value.dtype), value)
+        return y.reshape(*y.shape[:2], -1)
+
+
+class DistanceBias(nn.Module):
+    """A free bias per displacement, clipped at `furthest`, and head: ``table [2 furthest + 1, n]``.
+
+    Displacements are query minus key, as in `RelativeBiasTable`; sequences have no largest size.
+    May be different ones for every row b.
+    """
+
+    heads: int
+    furthest: int = 128
+
+    @nn.compact
+    def __call__(self, displacement: Int[Array, "*b l m"]) -> Float[Array, "*b n l m"]:
+        shape = (2 * self.furthest + 1, self.heads)
+        table = self.param("table", nn.initializers.normal(0.02), shape)
+        displacement = jnp.clip(displacement, -self.furthest, self.furthest)
+        return jnp.moveaxis(table[displacement + self.furthest], -1, -3)
+
+
+class SelfAttention(nn.Module):
+    """Self-attention; with `furthest`, it knows the displacement (CoAtNet, equation 3, in 1-D).
+
+    Attributes:
+      features: width of input and output. `heads`: their number.
+      causal: no position sees a later one.
+      furthest: a bias per displacement up to this one; None: no bias.
+      dropout: of the attention weights.
+      dtype: of the computation; parameters are float32.
+    """
+
+    features: int
+    heads: int
+    causal: bool = False
+    furthest: int | None = None
+    dropout: float = 0.0
+    dtype: str = "float32"
+
+    @property
+    def reach(self) -> Reach:
+        return GLOBAL
+
+    def setup(self) -> None:
+        xavier = nn.initializers.xavier_uniform()
+        shape = (3, self.heads, head_width(self.features, self.heads))
+        self.qkv = Projection(self.features, shape, kernel_init=xavier, name="qkv")
+        self.output = Projection(self.features, (self.features,), kernel_init=xavier, name="output")
+        self.attend = Attend(self.dropout, name="attend")
+        if self.furthest is not None:
+            self.bias = DistanceBias(self.heads, self.furthest, name="relative_bias")
+
+    def __call__(
+        self,
+        x: Float[Array, "b l d"],
+        *,
+        mask: Bool[Array, "b l"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "b l d"]:
+        query, key, value = self._project(x)
+        bias = None
+        if self.furthest is not None:
+            bias = self.bias(self.displacements(x.shape[1], mask))
+        mask = attention_mask(mask, x.shape[1], causal=self.causal)
+        y = self.attend(query, key, value, bias=bias, mask=mask, train=train)
+        return project(y, [self.output()], dtype=self.dtype)[0]
+
+    def init_cache(self, batch: int, length: int) -> Cache:
+        """Room for the keys and values of `length` positions."""
+        return key_value_cache(batch, length, self.features, self.heads, self.dtype)
+
+    def step(
+        self,
+        x: Float[Array, "b 1 d"],
+        cache: Cache,
+        index: Index,
+        *,
+        valid: Bool[Array, "b m"] | None = None,
+    ) -> tuple[Float[Array, "b 1 d"], Cache]:
+        """The output at position `index`; `valid` says which positions up to it are real."""
+        query, key, value = self._project(x)
+        cache = {
+            "key": append(cache["key"], key, index),
+            "value": append(cache["value"], value, index),
+        }
+        length = cache["key"].shape[2]
+        bias = None
+        if self.furthest is not None:
+            bias = self.bias((index - jnp.arange(length))[None])
+        mask = attention_mask_at(index, valid, length)
+        y = self.attend(
+            query,
+            to_cache_layout(cache["key"]),
+            to_cache_layout(cache["value"]),
+            bias=bias,
+            mask=mask,
+        )
+        return project(y, [self.output()], dtype=self.dtype)[0], cache
+
+    def displacements(self, length: int, mask: Bool[Array, "b l"] | None) -> Int[Array, "*b l l"]:
+        """Query minus key, of all pairs of positions."""
+        position = jnp.arange(length)
+        return position[:, None] - position[None, :]
+
+    def _project(self, x: Array) -> tuple[Array, ...]:
+        (qkv,) = project(x, [self.qkv()], dtype=self.dtype)
+        return split_heads(qkv, 3, self.heads)
+
+
+class CrossAttention(nn.Module):
+    """Attention to another sequence, whose keys and values are made once, by `precompute_kv`.
+
+    Attributes:
+      features: width of input and output. `heads`: their number.
+      memory_features: width of the other sequence.
+      input_init, output_init: of the matrices.
+      dropout: of the attention weights.
+      dtype: of the computation; parameters are float32.
+    """
+
+    features: int
+    heads: int
+    memory_features: int
+    dropout: float = 0.0
+    input_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
+    output_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
+    dtype: str = "float32"
+
+    def setup(self) -> None:
+        width = head_width(self.features, self.heads)
+        init = self.input_init
+        self.query = Projection(self.features, (self.heads, width), kernel_init=init, name="query")
+        self.key_value = Projection(
+            self.memory_features, (2, self.heads, width), kernel_init=init, name="key_value"
+        )
+        self.output = Projection(
+            self.features, (self.features,), kernel_init=self.output_init, name="output"
+        )
+        self.attend = Attend(self.dropout, name="attend")
+
+    def precompute_kv(self, encoded: Float[Array, "b m e"], mask: Bool[Array, "b m"]) -> CrossKV:
+        """Keys and values of the other sequence, and where it is real."""
+        (key_value,) = project(encoded, [self.key_value()], dtype=self.dtype)
+        key, value = split_heads(key_value, 2, self.heads)
+        return {"key": to_cache_layout(key), "value": to_cache_layout(value), "mask": mask}
+
+    def read(
+        self, query: Float[Array, "rows l d"], memory: CrossKV | None, *, train: bool = False
+    ) -> Float[Array, "rows l d"]:
+        """What projected queries find in the memory, before the output matrix.
+
+        Several rows may share one row of the memory, e.g. the beams of a sentence: they become
+        positions of one query, so that the memory is neither repeated nor read more than once.
+        """
+        if memory is None:
+            raise ValueError("a layer with memory_features needs a memory: see `precompute_kv`")
+        rows, shape = memory["key"].shape[0], query.shape
+        query = query.reshape(rows, -1, self.heads, shape[-1] // self.heads)
+        mask = memory["mask"][:, None, None, :]
+        key, value = to_cache_layout(memory["key"]), to_cache_layout(memory["value"])
+        y = self.attend(query, key, value, mask=mask, train=train)
+        return y.reshape(shape)
+
+    def __call__(
+        self, x: Float[Array, "rows l d"], memory: CrossKV | None, *, train: bool = False
+    ) -> Float[Array, "rows l d"]:
+        (query,) = project(x, [self.query()], dtype=self.dtype)
+        y = self.read(query, memory, train=train)
+        return project(y, [self.output()], dtype=self.dtype)[0]

@@ -5,24 +5,28 @@ A convolution that mixes channels is `flax.linen.Conv` with explicit padding, a 
 `flax.linen.Dense`. What is left, and written here, is the depthwise one: each channel by itself.
 """
 
-import functools
 import math
-import operator
-from collections.abc import Iterator, Sequence
-from itertools import product
+from collections.abc import Sequence
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from localglobal_jax.operators import grids
+from localglobal_jax.operators.cache import Cache, Index, valid_at, zero_padding
+from localglobal_jax.operators.dense import TORCH_UNIFORM, DenseGeneral, Projection, project
+from localglobal_jax.operators.kernels.convolution import (
+    Padding,
+    depthwise_grouped,
+    depthwise_shifted,
+    dynamic_banded,
+    dynamic_shifted,
+)
 from localglobal_jax.operators.reach import Reach, local
-from localglobal_jax.parallel import context, placement
+from localglobal_jax.parallel import placement
 
-Padding = Sequence[tuple[int, int]]
-BLOCK = 32  # positions whose dynamic kernels make one matrix
 WIDE = 8  # windows from here on do
 
 
@@ -53,96 +57,14 @@ def depthwise(
     padding = same_padding(kernel.shape[:-1]) if padding is None else padding
 
     def shifted(x: Array, kernel: Array) -> Array:
-        return _depthwise_shifted(x, kernel, stride, padding)
+        return depthwise_shifted(x, kernel, stride, padding)
 
     def grouped(x: Array, kernel: Array) -> Array:
-        return _depthwise_grouped(x, kernel, stride, padding)
+        return depthwise_grouped(x, kernel, stride, padding)
 
     # XLA's grouped convolution on CPU is several times slower than shifted multiplies, forward and
     # backward; on TPU and GPU the shifts' backward pass needs 6 to 9 times the temporary memory.
     return placement.by_platform(x, kernel, cpu=shifted, default=grouped)
-
-
-def _depthwise_shifted(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-    window, space = kernel.shape[:-1], x.shape[1:-1]
-    sizes = tuple(zip(space, window, padding, strict=True))
-    out = [(n + before + after - k) // stride + 1 for n, k, (before, after) in sizes]
-    # Every stride-th row and column, from each beginning, as arrays of their own, [s.., b, ..., d]:
-    # then all offsets of the window are plain slices. XLA computes what strided ones read anew.
-    whole = [(before, -(n + before + after) % stride + after) for n, _, (before, after) in sizes]
-    padded = jnp.pad(x, ((0, 0), *whole, (0, 0)))
-    cut = [part for n in padded.shape[1:-1] for part in (n // stride, stride)]
-    parts = padded.reshape(x.shape[0], *cut, x.shape[-1])
-    rank = len(space)
-    parts = jnp.moveaxis(parts, [2 * i + 2 for i in range(rank)], range(rank))
-    tuned = context.formulation() == "tuned"
-    return (_tuned_sum_of_shifts if tuned else _sum_of_shifts)(parts, kernel, tuple(out))
-
-
-def _sum_of_shifts(parts: Array, kernel: Array, out: tuple[int, ...]) -> Array:
-    """``sum_o parts[o % s, :, o // s : o // s + out] kernel[o]`` over all offsets of the window."""
-    terms = (
-        _slice(parts[which], first, out) * grids.per_channel(kernel[offset], parts[which])
-        for offset, which, first in _offsets(kernel, parts.shape[0])
-    )
-    return functools.reduce(operator.add, terms)
-
-
-def _sum_of_shifts_backward(
-    out: tuple[int, ...], saved: tuple[Array, Array], g: Array
-) -> tuple[Array, Array]:
-    """Made of slices. Autodiff adds up padded arrays, of which every element asks for every offset
-    whether it is there: 1.7 times the time with a stride of 2, 1.1 without.
-    """
-    parts, kernel = saved
-    rank, stride = len(out), parts.shape[0]
-    most = [-(-k // stride) - 1 for k in kernel.shape[:-1]]
-    size = parts.shape[rank + 1 : -1]
-    around = [(m, n - o) for m, n, o in zip(most, size, out, strict=True)]
-    padded = jnp.pad(g, ((0, 0), *around, (0, 0)))
-    sums: dict[tuple[int, ...], Array] = {}
-    of_kernel = []
-    for offset, which, first in _offsets(kernel, stride):
-        back = tuple(m - f for m, f in zip(most, first, strict=True))
-        term = _slice(padded, back, size) * grids.per_channel(kernel[offset], g)
-        sums[which] = sums[which] + term if which in sums else term
-        of_kernel.append((_slice(parts[which], first, out) * g).sum(tuple(range(g.ndim - 1))))
-    every = product(range(stride), repeat=rank)
-    of_parts = jnp.stack(
-        [sums.get(which, jnp.zeros(parts.shape[rank:], g.dtype)) for which in every]
-    )
-    return of_parts.reshape(parts.shape), jnp.stack(of_kernel).reshape(kernel.shape)
-
-
-_tuned_sum_of_shifts = jax.custom_vjp(_sum_of_shifts, nondiff_argnums=(2,))
-_tuned_sum_of_shifts.defvjp(
-    lambda parts, kernel, out: (_sum_of_shifts(parts, kernel, out), (parts, kernel)),
-    _sum_of_shifts_backward,
-)
-
-
-def _offsets(kernel: Array, stride: int) -> Iterator[tuple[tuple[int, ...], ...]]:
-    """Every offset of a window, which part it is of, and its place there."""
-    for offset in product(*map(range, kernel.shape[:-1])):
-        first, which = zip(*(divmod(o, stride) for o in offset), strict=True)
-        yield offset, which, first
-
-
-def _slice(x: Array, first: Sequence[int], size: Sequence[int]) -> Array:
-    steps = (slice(f, f + n) for f, n in zip(first, size, strict=True))
-    return x[(slice(None), *steps)]
-
-
-def _depthwise_grouped(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-    letters = "DHW"[3 - (x.ndim - 2) :]
-    return lax.conv_general_dilated(
-        x,
-        kernel[..., None, :],
-        (stride,) * len(letters),
-        padding,
-        dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
-        feature_group_count=x.shape[-1],
-    )
 
 
 def dynamic(
@@ -165,46 +87,15 @@ def dynamic(
     padding = same_padding(window) if padding is None else padding
 
     def shifted(x: Array, kernel: Array) -> Array:
-        return _dynamic_shifted(x, kernel, window, padding)
+        return dynamic_shifted(x, kernel, window, padding)
 
     def banded(x: Array, kernel: Array) -> Array:
-        return _dynamic_banded(x, kernel, padding[0][0])
+        return dynamic_banded(x, kernel, padding[0][0])
 
     if len(window) > 1 or window[0] < WIDE:
         return shifted(x, kernel)
     # Of 256 positions and 15 of a window, forward and backward, a fifth of the time on CPU.
     return placement.by_platform(x, kernel, cpu=banded, default=shifted)
-
-
-def _dynamic_shifted(x: Array, kernel: Array, window: Sequence[int], padding: Padding) -> Array:
-    heads = x.reshape(*x.shape[:-1], kernel.shape[-2], -1)
-    total = jnp.zeros_like(heads)
-    for j, moved in enumerate(grids.shifted(heads, window, padding)):
-        total = total + kernel[..., j, None] * moved
-    return total.reshape(x.shape)
-
-
-def _dynamic_banded(x: Array, kernel: Array, before: int) -> Array:
-    """Of a sequence: blocks of positions times the matrices whose bands are their kernels.
-
-    A block of l positions sees l + k - 1 of x. Kernels [l, k] with l zeros behind each, read on as
-    rows of l + k - 1, move by one from row to row: that is the band. Its zeros do not stop a NaN.
-    """
-    (b, length, d), (n, k) = x.shape, kernel.shape[-2:]
-    block = min(BLOCK, length)
-    wide, rest = block + k - 1, -length % block
-    blocks, more = (length + rest) // block, -(-(k - 1) // block)
-    padded = jnp.pad(x, ((0, 0), (before, more * block - before + rest), (0, 0)))
-    cut = padded.reshape(b, blocks + more, block, n, d // n)
-    seen = jnp.concatenate([cut[:, i : i + blocks] for i in range(more + 1)], 2)
-    band = jnp.pad(kernel, ((0, 0), (0, rest), (0, 0), (0, block)))
-    band = band.reshape(b, blocks, block, n, k + block).swapaxes(2, 3).reshape(b, blocks, n, -1)
-    band = band[..., : block * wide].reshape(b, blocks, n, block, wide)
-    y = jnp.einsum("binlm,bimnc->bilnc", band, seen[:, :, :wide])
-    return y.reshape(b, -1, d)[:, :length]
-
-
-# ---------------------------------------------------------------------------- modules
 
 
 class DepthwiseConv(nn.Module):
@@ -244,3 +135,169 @@ class DepthwiseConv(nn.Module):
             bias = self.param("bias", nn.initializers.zeros, shape[-1:])
             y = y + grids.per_channel(bias.astype(self.dtype), y)
         return y
+
+
+Kind = Literal["dynamic", "depthwise", "standard"]
+
+
+def mix(
+    parts: Sequence[Float[Array, "b *space d"]], gate: Float[Array, " parts"]
+) -> Float[Array, "b *space d"]:
+    """The parts weighed by the softmax of one learned number each (section 3.3)."""
+    weights = jax.nn.softmax(gate)
+    total = jnp.zeros_like(parts[0])
+    for i, part in enumerate(parts):
+        total = total + part * weights[i].astype(part.dtype)
+    return total
+
+
+class SharedValueConv(nn.Module):
+    """Convolutions of attention's value projection, one per window, mixed by a gate (section 3.3).
+
+    Attributes:
+      heads: heads share a kernel when it is dynamic.
+      windows: side of every kernel.
+      kind: "dynamic": kernels are the softmax over the window of a linear function of the value at
+        the position (arXiv 1901.10430); "depthwise": learned, static; "standard": mixes channels.
+      gate: mixes several windows; without it they stand side by side and widen the output.
+      causal: windows end at the position itself (sequences); else they are centred.
+      dropout: of the weights of dynamic kernels.
+      dtype: of the computation; parameters are float32.
+    """
+
+    heads: int
+    windows: tuple[int, ...] = (3, 7)
+    kind: Kind = "dynamic"
+    gate: bool = True
+    causal: bool = False
+    dropout: float = 0.0
+    dtype: str = "float32"
+
+    @property
+    def reach(self) -> Reach:
+        widest = max(self.windows)
+        return local(widest - 1 if self.causal else widest // 2)
+
+    @nn.compact
+    def __call__(
+        self, value: Float[Array, "b *space d"], *, last: bool = False, train: bool = False
+    ) -> Float[Array, "b *out e"]:
+        """`last`: of a causal sequence, only the output at its last position, [b, 1, e].
+
+        Then `value` need hold no more than the widest window, with zeros before the beginning.
+        """
+        if not self.causal and any(side % 2 == 0 for side in self.windows):
+            raise ValueError(f"muse: windows {self.windows} must be odd to be centred")
+        if len(set(self.windows)) < len(self.windows):
+            raise ValueError(f"muse: windows {self.windows} must differ")
+        parts = [self._convolve(value, side, last, train) for side in self.windows]
+        if len(parts) == 1 or not self.gate:
+            return jnp.concatenate(parts, -1)
+        equal = nn.initializers.constant(1 / len(parts))
+        return mix(parts, self.param("gate", equal, (len(parts),)))
+
+    def _convolve(self, value: Array, side: int, last: bool, train: bool) -> Array:
+        rank, width = value.ndim - 2, value.shape[-1]
+        window, name = (side,) * rank, f"kernel{side}"
+        padding = ((side - 1, 0),) if self.causal else same_padding(window)
+        here = value
+        if last:
+            here, value, padding = value[:, -1:], value[:, -side:], ((0, 0),)
+        if self.kind == "standard":
+            convolution = nn.Conv(
+                width, window, padding=padding, use_bias=False, dtype=self.dtype, name=name
+            )
+            return convolution(value)
+        if self.kind == "depthwise":
+            normal = nn.initializers.normal(side ** (-0.5 * rank))
+            kernel = self.param(name, normal, (*window, width)).astype(self.dtype)
+            return depthwise(value, kernel, padding=padding)
+        logits = DenseGeneral(
+            (self.heads, side**rank),
+            use_bias=False,
+            dtype=self.dtype,
+            kernel_init=TORCH_UNIFORM,
+            name=name,
+        )(here)
+        # Over the whole window: what falls outside keeps its share, as in the published code.
+        kernel = jax.nn.softmax(logits.astype(jnp.promote_types(self.dtype, jnp.float32)), -1)
+        kernel = nn.Dropout(self.dropout, deterministic=not train, name=f"dropout{side}")(kernel)
+        kernel = kernel.astype(value.dtype)
+        if not last:
+            return dynamic(value, kernel, window=window, padding=padding)
+        heads = value.reshape(*value.shape[:-1], self.heads, -1)
+        # A sum, no product of matrices: for that XLA on CPU transposes what the window sees.
+        return (kernel.swapaxes(1, 3) * heads).sum(1).reshape(here.shape)
+
+
+class DynamicConv(nn.Module):
+    """Gated linear unit, then a convolution whose kernel is predicted (arXiv 1901.10430).
+
+    Attributes:
+      features: width of input and output. `heads`: channels of a head share a kernel.
+      window: of the kernel. `causal`: it ends at the position itself.
+      kind: of the convolution, see `SharedValueConv`.
+      zero_padding: padding enters the convolution as zeros, see `MuseSequence`.
+      dropout: of the kernel's weights.
+      dtype: of the computation; parameters are float32.
+    """
+
+    features: int
+    heads: int
+    window: int = 7
+    causal: bool = False
+    kind: Kind = "dynamic"
+    zero_padding: bool = True
+    dropout: float = 0.1
+    dtype: str = "float32"
+
+    @property
+    def reach(self) -> Reach:
+        return local(self.window - 1 if self.causal else self.window // 2)
+
+    def setup(self) -> None:
+        xavier, d = nn.initializers.xavier_uniform(), self.features
+        self.input = Projection(d, (2, d), kernel_init=xavier, name="input")
+        self.output = Projection(d, (d,), kernel_init=xavier, name="output")
+        self.convolution = SharedValueConv(
+            self.heads,
+            (self.window,),
+            self.kind,
+            causal=self.causal,
+            dropout=self.dropout,
+            dtype=self.dtype,
+            name="convolution",
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "b l d"],
+        *,
+        mask: Bool[Array, "b l"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "b l d"]:
+        y = zero_padding(self._gate(x), mask if self.zero_padding else None)
+        y = self.convolution(y, train=train)
+        return project(y, [self.output()], dtype=self.dtype)[0]
+
+    def init_cache(self, batch: int, length: int) -> Cache:
+        """What the window still sees of the past; `length` does not matter."""
+        return {"window": jnp.zeros((batch, self.window - 1, self.features), self.dtype)}
+
+    def step(
+        self,
+        x: Float[Array, "b 1 d"],
+        cache: Cache,
+        index: Index,
+        *,
+        valid: Bool[Array, "b m"] | None = None,
+    ) -> tuple[Float[Array, "b 1 d"], Cache]:
+        """The output at the next position."""
+        here = valid_at(valid, index) if self.zero_padding and valid is not None else None
+        window = jnp.concatenate([cache["window"], zero_padding(self._gate(x), here)], 1)
+        y = self.convolution(window, last=True)
+        return project(y, [self.output()], dtype=self.dtype)[0], {"window": window[:, 1:]}
+
+    def _gate(self, x: Array) -> Array:
+        value, gate = jnp.split(project(x, [self.input()], dtype=self.dtype)[0], 2, -1)
+        return value * nn.sigmoid(gate)

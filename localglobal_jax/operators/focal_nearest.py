@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from localglobal_jax.operators import focal_windows as windows
-from localglobal_jax.operators import grids
+from localglobal_jax.operators import focal, grids
 from localglobal_jax.operators.dense import Dense, DenseGeneral
 from localglobal_jax.operators.focal import PoolMethod, WindowPool, attend_windows
 from localglobal_jax.operators.reach import Reach
@@ -75,7 +74,7 @@ class NearestFocalAttention(nn.Module):
     def __call__(
         self, x: Float[Array, "b h w d"], *, train: bool = False
     ) -> Float[Array, "b h w e"]:
-        windows.check(self.window, 0, self.levels, 1, 0)
+        focal.check(self.window, 0, self.levels, 1, 0)
         if self.levels > 2:
             raise ValueError(
                 f"focal, nearest keys: levels {self.levels}; only 1 and 2 are defined "
@@ -100,7 +99,7 @@ class NearestFocalAttention(nn.Module):
         keys = [(fine[:, : space[0], : space[1], width:], self.window, 1)]
         if self.levels > 1:
             pool = WindowPool(self.pool, self.dtype, name="pool1")
-            cells = qkv(pool(windows.coarse_windows(padded, self.window, 1)))
+            cells = qkv(pool(focal.coarse_windows(padded, self.window, 1)))
             cells = cells.reshape(*cells.shape[:3], 3 * width)[..., width:]
             keys.append((cells, 1, self.window))
 

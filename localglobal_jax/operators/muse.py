@@ -7,119 +7,41 @@ the convolution reads attention's value projection, and both leave through one o
 Legend: b batch, d width, n heads, c width of a head, k positions of a kernel's window.
 """
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from localglobal_jax.operators import grids
-from localglobal_jax.operators.activations import ACTIVATIONS
-from localglobal_jax.operators.attention import RelativeBiasTable, attend, project_heads, show
-from localglobal_jax.operators.convolution import depthwise, dynamic, same_padding
-from localglobal_jax.operators.dense import Dense, DenseGeneral
-from localglobal_jax.operators.projection import TORCH_UNIFORM
-from localglobal_jax.operators.reach import GLOBAL, Reach, local
-
-Kind = Literal["dynamic", "depthwise", "standard"]
-
-# ---------------------------------------------------------------------------- functions
-
-
-def mix(
-    parts: Sequence[Float[Array, "b *space d"]], gate: Float[Array, " parts"]
-) -> Float[Array, "b *space d"]:
-    """The parts weighed by the softmax of one learned number each (section 3.3)."""
-    weights = jax.nn.softmax(gate)
-    total = jnp.zeros_like(parts[0])
-    for i, part in enumerate(parts):
-        total = total + part * weights[i].astype(part.dtype)
-    return total
-
-
-# ---------------------------------------------------------------------------- modules
-
-
-class SharedValueConv(nn.Module):
-    """Convolutions of attention's value projection, one per window, mixed by a gate (section 3.3).
-
-    Attributes:
-      heads: heads share a kernel when it is dynamic.
-      windows: side of every kernel.
-      kind: "dynamic": kernels are the softmax over the window of a linear function of the value at
-        the position (arXiv 1901.10430); "depthwise": learned, static; "standard": mixes channels.
-      gate: mixes several windows; without it they stand side by side and widen the output.
-      causal: windows end at the position itself (sequences); else they are centred.
-      dropout: of the weights of dynamic kernels.
-      dtype: of the computation; parameters are float32.
-    """
-
-    heads: int
-    windows: tuple[int, ...] = (3, 7)
-    kind: Kind = "dynamic"
-    gate: bool = True
-    causal: bool = False
-    dropout: float = 0.0
-    dtype: str = "float32"
-
-    @property
-    def reach(self) -> Reach:
-        widest = max(self.windows)
-        return local(widest - 1 if self.causal else widest // 2)
-
-    @nn.compact
-    def __call__(
-        self, value: Float[Array, "b *space d"], *, last: bool = False, train: bool = False
-    ) -> Float[Array, "b *out e"]:
-        """`last`: of a causal sequence, only the output at its last position, [b, 1, e].
-
-        Then `value` need hold no more than the widest window, with zeros before the beginning.
-        """
-        if not self.causal and any(side % 2 == 0 for side in self.windows):
-            raise ValueError(f"muse: windows {self.windows} must be odd to be centred")
-        if len(set(self.windows)) < len(self.windows):
-            raise ValueError(f"muse: windows {self.windows} must differ")
-        parts = [self._convolve(value, side, last, train) for side in self.windows]
-        if len(parts) == 1 or not self.gate:
-            return jnp.concatenate(parts, -1)
-        equal = nn.initializers.constant(1 / len(parts))
-        return mix(parts, self.param("gate", equal, (len(parts),)))
-
-    def _convolve(self, value: Array, side: int, last: bool, train: bool) -> Array:
-        rank, width = value.ndim - 2, value.shape[-1]
-        window, name = (side,) * rank, f"kernel{side}"
-        padding = ((side - 1, 0),) if self.causal else same_padding(window)
-        here = value
-        if last:
-            here, value, padding = value[:, -1:], value[:, -side:], ((0, 0),)
-        if self.kind == "standard":
-            convolution = nn.Conv(
-                width, window, padding=padding, use_bias=False, dtype=self.dtype, name=name
-            )
-            return convolution(value)
-        if self.kind == "depthwise":
-            normal = nn.initializers.normal(side ** (-0.5 * rank))
-            kernel = self.param(name, normal, (*window, width)).astype(self.dtype)
-            return depthwise(value, kernel, padding=padding)
-        logits = DenseGeneral(
-            (self.heads, side**rank),
-            use_bias=False,
-            dtype=self.dtype,
-            kernel_init=TORCH_UNIFORM,
-            name=name,
-        )(here)
-        # Over the whole window: what falls outside keeps its share, as in the published code.
-        kernel = jax.nn.softmax(logits.astype(jnp.promote_types(self.dtype, jnp.float32)), -1)
-        kernel = nn.Dropout(self.dropout, deterministic=not train, name=f"dropout{side}")(kernel)
-        kernel = kernel.astype(value.dtype)
-        if not last:
-            return dynamic(value, kernel, window=window, padding=padding)
-        heads = value.reshape(*value.shape[:-1], self.heads, -1)
-        # A sum, no product of matrices: for that XLA on CPU transposes what the window sees.
-        return (kernel.swapaxes(1, 3) * heads).sum(1).reshape(here.shape)
+from localglobal_jax.operators.activations import ACTIVATIONS, Activation
+from localglobal_jax.operators.attention import (
+    Attend,
+    CrossAttention,
+    RelativeBiasTable,
+    attend,
+    project_heads,
+    show,
+)
+from localglobal_jax.operators.cache import (
+    Cache,
+    CrossKV,
+    Index,
+    append,
+    attention_mask,
+    attention_mask_at,
+    head_width,
+    key_value_cache,
+    last_positions,
+    split_heads,
+    to_cache_layout,
+    valid_at,
+    zero_padding,
+)
+from localglobal_jax.operators.convolution import Kind, SharedValueConv
+from localglobal_jax.operators.dense import WIDE_UNIFORM, Dense, Projection, project, project_to_one
+from localglobal_jax.operators.reach import GLOBAL, Reach
 
 
 class Muse(nn.Module):
@@ -171,3 +93,205 @@ class Muse(nn.Module):
             pointwise = ACTIVATIONS["gelu"](dense(self.hidden, name="hidden")(x))
             y = y + dense(features, name="pointwise")(pointwise)
         return y
+
+
+Source = Literal["shared", "separate"]
+Pointwise = Literal["own", "shared", "off"]
+
+
+class MuseSequence(nn.Module):
+    """All of a layer's branches, summed. The convolution's window is the tail of the value cache.
+
+    Attributes:
+      features: width of input and output. `heads`: of both attentions and of the kernels.
+      windows, kind, gate: of the convolutions, see `SharedValueConv`; no windows: MUSE-simple.
+      projection: what the convolution reads: attention's value projection ("shared"), or a
+        projection of its own ("separate"; table 6 of the paper).
+      ffn: "own": a pointwise net of width `hidden`; "shared": its input matrix is the one that the
+        convolution reads from (table 7); "off": none.
+      causal: no position sees a later one, and windows end at the position.
+      memory_features: width of the sequence that the cross-attention reads; None: no such branch.
+      zero_padding: values at padding are zeroed before the convolution, so that no result depends
+        on how much padding there is. The published code lets them leak in.
+      fused: all input matrices as one, all output matrices as one. The same numbers; where dropout
+        has to come between them (training), the products stay apart.
+      dropout: of every branch. `attention_dropout`: of attention weights. `kernel_dropout`: of
+        dynamic kernels. `input_dropout`: of what self-attention and convolution read.
+        `activation_dropout`: inside the pointwise net.
+      dtype: of the computation; parameters are float32.
+    """
+
+    features: int
+    heads: int
+    hidden: int = 0
+    windows: tuple[int, ...] = (3, 15)
+    kind: Kind = "dynamic"
+    gate: bool = True
+    projection: Source = "shared"
+    ffn: Pointwise = "own"
+    activation: Activation = "relu"
+    causal: bool = False
+    memory_features: int | None = None
+    zero_padding: bool = True
+    fused: bool = False
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    kernel_dropout: float = 0.1
+    input_dropout: float = 0.0
+    activation_dropout: float = 0.0
+    dtype: str = "float32"
+
+    @property
+    def reach(self) -> Reach:
+        return GLOBAL
+
+    def setup(self) -> None:
+        d = self.features
+        shape = (3, self.heads, head_width(d, self.heads))
+        self.qkv = Projection(d, shape, name="qkv")
+        self.attend = Attend(self.attention_dropout, name="attend")
+        width = d
+        if self.windows:
+            if self.projection == "separate":
+                self.source = Projection(d, (d,), name="source")
+            self.convolution = SharedValueConv(
+                self.heads,
+                self.windows,
+                self.kind,
+                gate=self.gate,
+                causal=self.causal,
+                dropout=self.kernel_dropout,
+                dtype=self.dtype,
+                name="convolution",
+            )
+            width += d * (1 if self.gate else len(self.windows))
+        self.output = Projection(width, (d,), kernel_init=WIDE_UNIFORM, name="output")
+        if self.ffn == "own":
+            if self.hidden < 1:
+                raise ValueError(f'muse: hidden={self.hidden}: give a width, or ffn="off"')
+            self.hidden_layer = Projection(d, (self.hidden,), name="hidden")
+        if self.ffn != "off":
+            inner = self.hidden if self.ffn == "own" else d
+            self.pointwise = Projection(inner, (d,), name="pointwise")
+        if self.memory_features is not None:
+            self.cross = CrossAttention(
+                d,
+                self.heads,
+                self.memory_features,
+                self.attention_dropout,
+                input_init=self.qkv.kernel_init,
+                output_init=WIDE_UNIFORM,
+                dtype=self.dtype,
+                name="cross",
+            )
+        self.drop = nn.Dropout(self.dropout)
+        self.drop_input = nn.Dropout(self.input_dropout)
+        self.drop_activation = nn.Dropout(self.activation_dropout)
+
+    def __call__(
+        self,
+        x: Float[Array, "b l d"],
+        *,
+        mask: Bool[Array, "b l"] | None = None,
+        memory: CrossKV | None = None,
+        train: bool = False,
+    ) -> Float[Array, "b l d"]:
+        query, key, value, source, rest = self._project(x, train)
+        if self.zero_padding:
+            value, source = zero_padding(value, mask), zero_padding(source, mask)
+        seen = attention_mask(mask, x.shape[1], causal=self.causal)
+        attention = self.attend(query, key, value, mask=seen, train=train)
+        convolution = self.convolution(source, train=train) if self.windows else None
+        return self._sum(attention, convolution, source, rest, memory, train)
+
+    def precompute_kv(self, encoded: Float[Array, "b m e"], mask: Bool[Array, "b m"]) -> CrossKV:
+        """What the cross-attention keeps of the other sequence."""
+        return self.cross.precompute_kv(encoded, mask)
+
+    def init_cache(self, batch: int, length: int) -> Cache:
+        """Room for `length` positions. A separate projection also keeps what its window sees."""
+        cache = key_value_cache(batch, length, self.features, self.heads, self.dtype)
+        if self.windows and self.projection == "separate":
+            shape = (batch, max(self.windows) - 1, self.features)
+            cache["window"] = jnp.zeros(shape, self.dtype)
+        return cache
+
+    def step(
+        self,
+        x: Float[Array, "b 1 d"],
+        cache: Cache,
+        index: Index,
+        *,
+        valid: Bool[Array, "b m"] | None = None,
+        memory: CrossKV | None = None,
+    ) -> tuple[Float[Array, "b 1 d"], Cache]:
+        """The output at position `index`; `valid` says which positions up to it are real."""
+        query, key, value, source, rest = self._project(x, False)
+        if self.zero_padding and valid is not None:
+            here = valid_at(valid, index)
+            value, source = zero_padding(value, here), zero_padding(source, here)
+        cache = {
+            **cache,
+            "key": append(cache["key"], key, index),
+            "value": append(cache["value"], value, index),
+        }
+        seen = attention_mask_at(index, valid, cache["key"].shape[2])
+        attention = self.attend(
+            query, to_cache_layout(cache["key"]), to_cache_layout(cache["value"]), mask=seen
+        )
+        convolution = None
+        if "window" in cache:
+            window = jnp.concatenate([cache["window"], source], 1)
+            cache["window"] = window[:, 1:]
+            convolution = self.convolution(window, last=True)
+        elif self.windows:
+            window = to_cache_layout(
+                last_positions(cache["value"], index, max(self.windows), axis=2)
+            )
+            convolution = self.convolution(window.reshape(*window.shape[:2], -1), last=True)
+        return self._sum(attention, convolution, source, rest, memory, False), cache
+
+    def _project(self, x: Array, train: bool) -> tuple[Array, Array, Array, Array, list[Array]]:
+        """Query, key and value by heads; what the convolution reads; what is left for `_sum`."""
+        own, others = [self.qkv()], []
+        separate = self.windows and self.projection == "separate"
+        if separate:
+            own.append(self.source())
+        if self.ffn == "own":
+            others.append(self.hidden_layer())
+        if self.memory_features is not None:
+            others.append(self.cross.query())
+        if self.fused and not (train and self.input_dropout):
+            qkv, *rest = project(x, own + others, fused=True, dtype=self.dtype)
+        else:
+            noisy = self.drop_input(x, deterministic=not train)
+            qkv, *rest = project(noisy, own, dtype=self.dtype)
+            rest += project(x, others, dtype=self.dtype)
+        query, key, value = split_heads(qkv, 3, self.heads)
+        source = rest.pop(0) if separate else value.reshape(x.shape)
+        return query, key, value, source, rest
+
+    def _sum(  # noqa: PLR0917
+        self,
+        attention: Array,
+        convolution: Array | None,
+        source: Array,
+        rest: list[Array],
+        memory: CrossKV | None,
+        train: bool,
+    ) -> Array:
+        """All branches through their output matrices."""
+        if convolution is not None:
+            attention = jnp.concatenate([attention, convolution], -1)
+        xs, weights = [attention], [self.output()]
+        if self.ffn != "off":
+            y = rest.pop(0) if self.ffn == "own" else source
+            y = ACTIVATIONS[self.activation](y)
+            xs.append(self.drop_activation(y, deterministic=not train))
+            weights.append(self.pointwise())
+        if self.memory_features is not None:
+            xs.append(self.cross.read(rest.pop(0), memory, train=train))
+            weights.append(self.cross.output())
+        fused = self.fused and not (train and self.dropout)
+        terms = project_to_one(xs, weights, fused=fused, dtype=self.dtype)
+        return sum(self.drop(term, deterministic=not train) for term in terms)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a step says to the code inside it while it is traced: models know nothing of devices.
 
-Nothing is set outside of a step of `parallel.Placement`: every function here is then the identity,
+Nothing is set outside of a step of `parallel.Partitioner`: every function here is then the identity,
 or says "no" (`formulation` says "tuned").
 """
 
@@ -16,7 +16,7 @@ from jaxtyping import Array, PyTree
 Formulation = Literal["tuned", "plain"]
 
 
-class BlockForms(NamedTuple):
+class StackOptions(NamedTuple):
     """How blocks in sequence are computed, see `in_sequence.py`."""
 
     remat: bool = False
@@ -29,13 +29,13 @@ class BlockForms(NamedTuple):
 _edge: ContextVar[Callable[[Array], Array]] = ContextVar("edge", default=lambda x: x)
 _axis: ContextVar[str | None] = ContextVar("axis", default=None)
 _norm_axis: ContextVar[str | None] = ContextVar("norm_axis", default=None)
-_forms: ContextVar[BlockForms | None] = ContextVar("forms", default=None)
+_stack_options: ContextVar[StackOptions | None] = ContextVar("forms", default=None)
 _formulation: ContextVar[Formulation] = ContextVar("formulation", default="tuned")
 
 
-def block_forms() -> BlockForms:
+def stack_options() -> StackOptions:
     """How the step that is being traced wants its blocks."""
-    return _forms.get() or BlockForms()
+    return _stack_options.get() or StackOptions()
 
 
 def constrain(x: Array) -> Array:
@@ -81,12 +81,12 @@ def tracing(
     edge: Callable[[Array], Array] = lambda x: x,
     axis: str | None = None,
     norm_axis: str | None = None,
-    forms: BlockForms | None = None,
+    forms: StackOptions | None = None,
     formulation: Formulation = "tuned",
 ) -> Iterator[None]:
     """Sets what the functions above do, while a function is traced."""
     chosen: list[tuple[ContextVar[Any], Any]]
-    chosen = [(_edge, edge), (_axis, axis), (_norm_axis, norm_axis), (_forms, forms)]
+    chosen = [(_edge, edge), (_axis, axis), (_norm_axis, norm_axis), (_stack_options, forms)]
     chosen.append((_formulation, formulation))
     tokens = [(variable, variable.set(value)) for variable, value in chosen]
     try:

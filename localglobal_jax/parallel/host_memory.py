@@ -31,7 +31,7 @@ def check(what: str, size: int, remedy: str) -> None:
         )
 
 
-def give_back() -> None:
+def trim_heap() -> None:
     """Returns freed memory to the system, where the C library is glibc; elsewhere nothing happens.
 
     A save frees what it filled in the arenas of a dozen threads, and there it stays. (Two arenas

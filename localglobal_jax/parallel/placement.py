@@ -75,12 +75,12 @@ def use_compilation_cache(directory: str | None) -> None:
     jax.config.update("jax_compilation_cache_dir", directory)
 
 
-def pretend(count: int | None = None) -> list[jax.Device]:
+def placeholder_devices(count: int | None = None) -> list[jax.Device]:
     """So many devices that need not be here (None: as many as are), to check what needs no more."""
     return [jax.devices()[0]] * (jax.device_count() if count is None else count)
 
 
-class Placement:
+class Partitioner:
     """Where everything of a run lives: a mesh, a strategy, and how its steps are compiled.
 
     Raises ValueError where mesh, strategy and compilation do not fit each other.
@@ -94,7 +94,7 @@ class Placement:
         options = options or schema.Parallel()
         self.mesh = make_mesh(options.mesh, devices)
         self.strategy, self.compile = options.strategy, options.compile
-        self._forms = context.BlockForms(
+        self._forms = context.StackOptions(
             remat=options.remat == "blocks",
             scan=options.scan,
             gather=self._whole if "fsdp" in options.strategy else None,

@@ -51,7 +51,7 @@ def batch(run: schema.Run, task: Task, *, train: bool) -> tuple[Shapes, str]:
         }
         return shapes, f"{rows} images of {'x'.join(map(str, size))}"
     tokens = run.batch_size if train else run.eval.batch_size or run.batch_size
-    edge = int(bucketing.granules(np.array([options.max_length]))[0])
+    edge = int(bucketing.round_up(np.array([options.max_length]))[0])
     if train:
         bucketing.check_budget((edge,), tokens, options.rows_multiple)
     (rows,) = bucketing.rows_of((edge,), tokens, options.rows_multiple)

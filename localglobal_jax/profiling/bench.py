@@ -18,14 +18,14 @@ from localglobal_jax.models import flops
 from localglobal_jax.parallel import chips, placement
 from localglobal_jax.profiling.compile import evaluated
 from localglobal_jax.training import optim
-from localglobal_jax.training.reporting.run import versions
+from localglobal_jax.training.reporting.provenance import versions
 from localglobal_jax.training.step import check_batches, init_state, make_update
 from localglobal_jax.training.tasks import HostBatch, Task, create_task
 
 WARM_UP = 2  # steps: allocators, caches, threads
 
 
-class Subject:
+class BenchmarkedStep:
     """A run made ready: its state on the devices, its step compiled for every shape of a batch.
 
     `step`: "train", "eval" (the first evaluator's metrics) or "decode" (its predictions).
@@ -35,7 +35,7 @@ class Subject:
         if run.parallel.compile == "pmap":
             raise ValueError("bench compiles with jit: set parallel.compile=jit (the same losses)")
         self.run, self.train = run, step == "train"
-        self.placement = placement.Placement(run.parallel)
+        self.placement = placement.Partitioner(run.parallel)
         check_batches(run, self.placement)
         self.task: Task = create_task(run, shard=self.placement.shard)
         optimizer = optim.make_optimizer(run.optim, run.steps)
@@ -101,7 +101,7 @@ def measure(
             raise ValueError(
                 f"--steps {steps}: the config has no more than steps={run.steps}. Ask for fewer"
             )
-    subjects = [Subject(run, step) for run in runs]
+    subjects = [BenchmarkedStep(run, step) for run in runs]
     batches = [next(subject.batches()) for subject in subjects]
     for subject, batch in zip(subjects, batches, strict=True):
         subject.prepare(batch)
@@ -124,7 +124,7 @@ def measure(
     return reports
 
 
-def described(subject: Subject, batch: HostBatch, seconds: np.ndarray) -> dict[str, Any]:
+def described(subject: BenchmarkedStep, batch: HostBatch, seconds: np.ndarray) -> dict[str, Any]:
     """What is known of a subject whose steps on `batch` took `seconds`."""
     items, median = int(batch["mask"].sum()), float(np.median(seconds))
     device = subject.placement.mesh.devices.flat[0].device_kind
@@ -145,7 +145,7 @@ def described(subject: Subject, batch: HostBatch, seconds: np.ndarray) -> dict[s
     }
 
 
-def with_input(subject: Subject, steps: int) -> dict[str, Any]:
+def with_input(subject: BenchmarkedStep, steps: int) -> dict[str, Any]:
     """The same steps on new batches, and which share of the time was spent waiting for them."""
     waited = total = items = 0.0
     batches = subject.batches()

@@ -21,7 +21,7 @@ import jax
 from jax.experimental import topologies as descriptions
 from jaxtyping import PyTree
 
-from localglobal_jax.config import loading, schema
+from localglobal_jax.config import schema, validation
 from localglobal_jax.inference import decoding
 from localglobal_jax.models import flops
 from localglobal_jax.parallel import placement as parallel
@@ -41,7 +41,7 @@ def main(request: str, directory: str) -> None:
     """Writes ``facts.json``; an error of the user's is a fact too."""
     given = json.loads(pathlib.Path(request).read_text(encoding="utf-8"))
     folder = pathlib.Path(directory)
-    run, topology = loading.check(given["run"]), topologies.parse(given["topology"])
+    run, topology = validation.check(given["run"]), topologies.parse(given["topology"])
     try:
         found = compile_step(run, topology, given["step"], folder)
     except ValueError as error:
@@ -61,7 +61,7 @@ def compile_step(
             "plan compiles with jit: set parallel.compile=jit (pmap keeps everything on every "
             "device, which is strategy=replicate)"
         )
-    placement = parallel.Placement(run.parallel, devices_of(topology))
+    placement = parallel.Partitioner(run.parallel, devices_of(topology))
     check_batches(run, placement)
     task = abstract_task.create(run)
     optimizer = optim.make_optimizer(run.optim, run.steps)
@@ -142,7 +142,7 @@ def evaluated(run: schema.Run, task: Task, step: str) -> Callable[..., Any]:
 
 
 def arguments(
-    state: State, batch: abstract_task.Shapes, placement: parallel.Placement, *, train: bool
+    state: State, batch: abstract_task.Shapes, placement: parallel.Partitioner, *, train: bool
 ) -> dict[str, int]:
     """Bytes of one device's share of everything the step is given, without the chip's padding."""
     others = {k: v for k, v in state.variables.items() if k != "params"}

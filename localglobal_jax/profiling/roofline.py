@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from localglobal_jax.profiling import collectives, hlo, lints
+from localglobal_jax.profiling import collectives, hlo
 from localglobal_jax.profiling.collectives import Collective
 from localglobal_jax.profiling.topologies import Topology
 
@@ -49,7 +49,7 @@ def build(facts: Mapping[str, Any], text: str, topology: Topology) -> dict[str, 
     report["loops_of_unknown_length"] = sum(n is None for n in program.trips.values())
     report["collectives"] = grouped(sent, facts["parts"])
     report["layers"] = layers(traffic, facts["parts"])
-    report["lints"] = lints.find(facts, sent)
+    report["lints"] = collectives.find(facts, sent)
     report["arrays"] = arrays(program, facts["parts"])
     return report | (bounds(report, topology) if "memory" in facts else {})
 

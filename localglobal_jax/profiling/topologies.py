@@ -10,7 +10,7 @@ import dataclasses
 import math
 import re
 
-from localglobal_jax.config.loading import unknown
+from localglobal_jax.config.validation import unknown
 from localglobal_jax.parallel.chips import CHIPS, Chip
 
 

@@ -76,7 +76,7 @@ def in_words(loss: bool, leaves: list[str]) -> str:
     return " and ".join(part for part in ("the loss" if loss else "", gradients) if part)
 
 
-class Watch:
+class DivergenceMonitor:
     """Looks at the outcome of every step; all hosts see the same and so do the same.
 
     Args:
@@ -97,7 +97,7 @@ class Watch:
         self.skipped = skipped
         self._allowed = run.optim.skip_nonfinite
         self._params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-        self._directory, self._saved, self._spikes = directory, start, Spikes()
+        self._directory, self._saved, self._spikes = directory, start, LossSpikeDetector()
         self._pending: tuple[int, Outcome, np.ndarray] | None = None
 
     def add(self, step: int, outcome: Outcome, records: np.ndarray) -> None:
@@ -155,7 +155,7 @@ class Watch:
                 *(step, self.skipped, self._allowed, what),
             )
             return
-        batch = sorted({int(i) for i in multihost.gathered(records)})
+        batch = sorted({int(i) for i in multihost.all_gather(records)})
         found = {
             "step": step,
             "last_checkpoint": self._saved,
@@ -183,7 +183,7 @@ class Watch:
             log.warning(text, *values)
 
 
-class Spikes:
+class LossSpikeDetector:
     """Notices a loss far above the typical ones: a moving mean and mean deviation, no state kept.
 
     A spike is more than `far` deviations above the mean; it counts for the averages as that much,

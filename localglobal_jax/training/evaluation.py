@@ -5,15 +5,13 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
-from localglobal_jax.checkpoints import gcs, manager, reader
+from localglobal_jax.checkpoints import gcs
 from localglobal_jax.checkpoints.workdir import check_config
-from localglobal_jax.config import loading, schema
-from localglobal_jax.models import create_model
+from localglobal_jax.config import loading, validation, values
+from localglobal_jax.inference.load import read_run, read_variables
 from localglobal_jax.parallel import placement as parallel
 from localglobal_jax.training import metrics
 from localglobal_jax.training.tasks import Evaluator, Task, Variables, create_task
@@ -22,7 +20,7 @@ from localglobal_jax.training.tasks import Evaluator, Task, Variables, create_ta
 class Evaluation:
     """Runs every evaluator of a task; each is compiled once, however often it runs."""
 
-    def __init__(self, task: Task, placement: parallel.Placement):
+    def __init__(self, task: Task, placement: parallel.Partitioner):
         self._placement = placement
         self._evaluators: dict[str, tuple[Evaluator, Any, Any]] = {}
         for name, evaluator in task.evaluators.items():
@@ -37,7 +35,7 @@ class Evaluation:
         """Raises ValueError unless `best` ("test/accuracy", "-test/loss") will be measured."""
         known = [f"{s}/{m}" for s, (e, *_) in self._evaluators.items() for m in e.metric_names]
         if best and best.removeprefix("-") not in known:
-            raise loading.unknown("metric in checkpoint.best:", best.removeprefix("-"), known)
+            raise validation.unknown("metric in checkpoint.best:", best.removeprefix("-"), known)
 
     def __call__(self, variables: Variables) -> dict[str, dict[str, float]]:
         """``{split: {metric: value}}``."""
@@ -76,16 +74,16 @@ def evaluate(
     `step` and `average`: see `load`. `overrides`: of the config it was trained with, e.g.
     ``{"data.dir": "/data"}`` on another machine.
     """
-    files = gcs.Copy(workdir).local
-    config = ConfigDict(loading.tuples(read_run(files).model_dump()))
+    files = gcs.LocalMirror(workdir).local
+    config = ConfigDict(values.tuples(read_run(files).model_dump()))
     for field, text in (overrides or {}).items():
         if field.split(".")[0] == "model":
             raise ValueError(
                 f"config.{field}: the model is that of the checkpoint, it cannot change"
             )
         loading.override(config, field, text)
-    run = loading.check(config)
-    placement = parallel.Placement(run.parallel)
+    run = validation.check(config)
+    placement = parallel.Partitioner(run.parallel)
     if not run.data.eval_splits:
         raise ValueError("data.eval_splits=() names nothing to evaluate: give a split")
     field, rows = run.eval_rows
@@ -95,70 +93,3 @@ def evaluate(
     check_config(files, found, metadata)
     task.check_labels(metadata)
     return found, Evaluation(task, placement)(placement.put(variables))
-
-
-def find_step(path: str | pathlib.Path, step: int | str | None) -> int | None:
-    """The number of a step given as a number, as "best" (of a workdir), or as None: the newest."""
-    if step is None or str(step).isdigit():
-        return None if step is None else int(step)
-    if step != "best":
-        raise ValueError(f'step "{step}": give a number, or "best"')
-    copy = gcs.Copy(path)
-    best = manager.Checkpoints(copy.checkpoints, read_run(copy.local).checkpoint).best()
-    if best is None:
-        raise ValueError(f"no step of {path} has the metric that its checkpoint.best names")
-    return best
-
-
-def read_run(workdir: pathlib.Path) -> schema.Run:
-    """The config that `workdir` was trained with."""
-    file = workdir / "config.json"
-    if not file.is_file():
-        raise ValueError(
-            f"{workdir} is not a workdir: it has no config.json. "
-            "Give the directory that `localglobal train --workdir` wrote to"
-        )
-    return loading.read_json(file)
-
-
-def load(
-    path: str | pathlib.Path, step: int | str | None = None, average: int = 1
-) -> tuple[nn.Module, Variables]:
-    """A trained model from our checkpoints: ``(module, variables)``, ready for ``module.apply``.
-
-    Args:
-      path: a workdir, its checkpoints folder, or one step's folder.
-      step: a number, "best" (of a workdir), or None: the newest.
-      average: the mean over so many checkpoints, this one and those before it.
-
-    If the run kept a moving average of its variables, that is what is given. Needs neither the
-    data set nor the config.
-    """
-    _, variables, metadata = read_variables(path, step, average)
-    spec: dict[str, Any] = loading.tuples(metadata["model"])
-    return create_model(**spec), jax.device_put(variables)
-
-
-def read_variables(
-    path: str | pathlib.Path, step: int | str | None = None, average: int = 1
-) -> tuple[int, Variables, dict[str, Any]]:
-    """``(step, variables, metadata)`` as NumPy arrays, see `load`.
-
-    Checkpoint averaging as in arXiv 1706.03762, section 6.1. Raises ValueError if fewer than
-    `average` checkpoints are kept.
-    """
-    last, state, metadata = reader.read(path, find_step(path, step))
-    kept = [n for n in reader.steps(path) if n <= last][-average:]
-    if average < 1 or len(kept) < average:
-        raise ValueError(
-            f"cannot average {average} checkpoints: {path} has {len(kept)} up to step {last}. "
-            "Give a number from 1 to that, or keep more (checkpoint.keep)"
-        )
-    variables = state.get("average") or state["variables"]
-    if average > 1:
-        total = jax.tree.map(np.float64, variables)
-        for earlier in kept[:-1]:
-            _, state, _ = reader.read(path, earlier)
-            total = jax.tree.map(np.add, total, state.get("average") or state["variables"])
-        variables = jax.tree.map(lambda t, v: (t / average).astype(v.dtype), total, variables)
-    return last, variables, metadata

@@ -15,24 +15,18 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
-from localglobal_jax.checkpoints import gcs, workdir
+from localglobal_jax.checkpoints import workdir
 from localglobal_jax.config import schema
 from localglobal_jax.parallel import multihost
 from localglobal_jax.parallel import placement as parallel
 from localglobal_jax.training import divergence
 from localglobal_jax.training import evaluation as evaluate
-from localglobal_jax.training.reporting.examples import Samples
-from localglobal_jax.training.reporting.run import (
-    Output,
-    Window,
-    announce,
-    environment,
-    finish,
-    versions,
-)
-from localglobal_jax.training.setup import open_session
+from localglobal_jax.training.reporting.examples import ExampleLogger
+from localglobal_jax.training.reporting.provenance import environment, versions
+from localglobal_jax.training.reporting.run import MetricLogger, finish, log_run_header
+from localglobal_jax.training.setup import prepare_setup, reserve
 from localglobal_jax.training.step import make_update
-from localglobal_jax.training.tasks import Task
+from localglobal_jax.training.throughput import ThroughputMeter
 
 log = logging.getLogger(__name__)
 
@@ -56,22 +50,22 @@ def _train(
     run: schema.Run, directory: str | pathlib.Path, lock: workdir.Lock
 ) -> dict[str, dict[str, float]]:
     # ---- set up: all that can refuse comes first
-    session = open_session(run, directory)
+    session = prepare_setup(run, directory)
     copy, placement, task = session.copy, session.placement, session.task
     name, directory = pathlib.PurePath(directory).name, copy.local
     trace = Trace(run, directory)
     evaluation = evaluate.Evaluation(task, placement)
-    samples = Samples(run, directory)
+    samples = ExampleLogger(run, directory)
     evaluation.check_metric(run.checkpoint.best)
 
     parallel.use_compilation_cache(run.parallel.compilation_cache)
 
     # ---- state: restored, or made
-    claim(run, task, copy, lock)
+    reserve(run, task, copy, lock)
     checkpoints = session.checkpoints(run)
     start, state, before = session.restore(checkpoints) or session.begin()
     params = session.template.variables["params"]
-    announce(run, task, params, start)
+    log_run_header(run, task, params, start)
 
     update = make_update(task, session.optimizer, run)
     step_fn = placement.compile_step(update, session.template)
@@ -80,8 +74,8 @@ def _train(
     about["labels"] = task.labels
 
     # ---- loop: evaluate, save, next batch, step, report (do not change the order)
-    window = Window(run, task, start, before.get("window"), session.work_of(update))
-    watch = divergence.Watch(run, params, directory, start, before.get("skipped", 0))
+    window = ThroughputMeter(run, task, start, before.get("window"), session.work_of(update))
+    watch = divergence.DivergenceMonitor(run, params, directory, start, before.get("skipped", 0))
     batches = task.train_batches(start, run.steps)
     with (
         copy.kept(multihost.rank() == 0),
@@ -89,7 +83,7 @@ def _train(
         closing(checkpoints),
         closing(trace),
         closing(
-            Output(run, task, directory, start, before.get("metrics_crc32"), name=name)
+            MetricLogger(run, task, directory, start, before.get("metrics_crc32"), name=name)
         ) as output,
     ):
         for step in range(start, run.steps + 1):
@@ -129,26 +123,6 @@ def _train(
     if multihost.rank() == 0:
         copy.push()
     return results
-
-
-def claim(run: schema.Run, task: Task, copy: gcs.Copy, lock: workdir.Lock) -> None:
-    """Makes the workdir this run's, once every host has found nothing wrong."""
-    multihost.barrier("checked")
-    if multihost.rank() == 0:
-        try:
-            lock.take(copy.lock)
-            workdir.refuse_other(run, copy.local)  # again: another one may have come first
-            workdir.claim(run, copy.local)
-            task.save(copy.local)
-            copy.push()
-        except (ValueError, OSError) as error:
-            multihost.told("claimed", f"{isinstance(error, ValueError):d}{error}")
-            raise
-    if refused := multihost.told("claimed", ""):  # every host ends for the same reason
-        raise (ValueError if refused[0] == "1" else OSError)(refused[1:])
-    if multihost.rank():
-        copy.pull()
-    workdir.check_shared(copy.local)
 
 
 def due(step: int, every: int) -> bool:

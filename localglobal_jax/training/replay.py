@@ -15,7 +15,7 @@ import numpy as np
 from localglobal_jax.config import schema
 from localglobal_jax.parallel import multihost
 from localglobal_jax.training import divergence
-from localglobal_jax.training.setup import open_session
+from localglobal_jax.training.setup import prepare_setup
 from localglobal_jax.training.step import make_update
 from localglobal_jax.training.tasks import HostBatch
 
@@ -38,7 +38,7 @@ def replay(run: schema.Run, directory: str | pathlib.Path, step: int) -> dict[st
             "--replay computes with parallel.compile=jit: give that too. Dropout then draws other "
             "numbers than the devices of a pmap did"
         )
-    session = open_session(run, directory)
+    session = prepare_setup(run, directory)
     if not (session.copy.local / "config.json").exists():
         raise ValueError(f"--replay {step}: {directory} holds no run (it has no config.json)")
     placement, task = session.placement, session.task
@@ -79,7 +79,7 @@ def replay(run: schema.Run, directory: str | pathlib.Path, step: int) -> dict[st
         "loss": float(loss[0] / loss[1]),
         "gradient_norm": float(norm[0]),
         "parameters": parameters,
-        "records": sorted({int(i) for i in multihost.gathered(batch["index"])}),
+        "records": sorted({int(i) for i in multihost.all_gather(batch["index"])}),
         "inputs": [name for name, x in batch.items() if not np.isfinite(x).all()],
         "alone": alone,
     }

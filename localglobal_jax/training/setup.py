@@ -12,7 +12,7 @@ import optax
 from localglobal_jax.checkpoints import gcs, workdir
 from localglobal_jax.checkpoints.manager import Checkpoints, Restored
 from localglobal_jax.config import schema
-from localglobal_jax.convert import files
+from localglobal_jax.inference import load
 from localglobal_jax.models import flops
 from localglobal_jax.parallel import host_memory, multihost
 from localglobal_jax.parallel import placement as parallel
@@ -22,11 +22,11 @@ from localglobal_jax.training.step import State, check_batches, init_state, star
 from localglobal_jax.training.tasks import HostBatch, Task, Variables, create_task
 
 
-class Session(NamedTuple):
+class TrainSetup(NamedTuple):
     """What a run is made of."""
 
-    copy: gcs.Copy  # of the workdir
-    placement: parallel.Placement
+    copy: gcs.LocalMirror  # of the workdir
+    placement: parallel.Partitioner
     task: Task
     optimizer: optax.GradientTransformation
     init: Callable[[], State]  # compiled
@@ -75,11 +75,11 @@ class Session(NamedTuple):
         return work
 
 
-def open_session(run: schema.Run, directory: str | pathlib.Path) -> Session:
+def prepare_setup(run: schema.Run, directory: str | pathlib.Path) -> TrainSetup:
     """Raises ValueError, before anything on disk is touched, if the run cannot be right."""
     wandb.check(run.log.wandb)
-    copy = gcs.Copy(directory)
-    placement = parallel.Placement(run.parallel)
+    copy = gcs.LocalMirror(directory)
+    placement = parallel.Partitioner(run.parallel)
     check_batches(run, placement)
     parts = placement.shard[1]
     host_memory.check(
@@ -94,8 +94,8 @@ def open_session(run: schema.Run, directory: str | pathlib.Path) -> Session:
         what = "the parameters of config.model and the optimizer's state"
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(template))
         host_memory.check(what, size // multihost.count(), "Take a smaller model.")
-    pretrained = files.pretrained(run.init, task.model, task.inputs) if run.init else None
-    return Session(copy, placement, task, optimizer, init, template, pretrained)
+    pretrained = load.pretrained(run.init, task.model, task.inputs) if run.init else None
+    return TrainSetup(copy, placement, task, optimizer, init, template, pretrained)
 
 
 def batch_bytes(run: schema.Run) -> int:
@@ -104,3 +104,23 @@ def batch_bytes(run: schema.Run) -> int:
     if isinstance(run.data, schema.Text):
         return 16 * largest  # source, what the decoder reads, target, mask
     return largest * math.prod(run.data.image_size)
+
+
+def reserve(run: schema.Run, task: Task, copy: gcs.LocalMirror, lock: workdir.Lock) -> None:
+    """Makes the workdir this run's, once every host has found nothing wrong."""
+    multihost.barrier("checked")
+    if multihost.rank() == 0:
+        try:
+            lock.take(copy.lock)
+            workdir.refuse_other(run, copy.local)  # again: another one may have come first
+            workdir.reserve(run, copy.local)
+            task.save(copy.local)
+            copy.push()
+        except (ValueError, OSError) as error:
+            multihost.broadcast_text("claimed", f"{isinstance(error, ValueError):d}{error}")
+            raise
+    if refused := multihost.broadcast_text("claimed", ""):  # every host ends for the same reason
+        raise (ValueError if refused[0] == "1" else OSError)(refused[1:])
+    if multihost.rank():
+        copy.pull()
+    workdir.check_shared(copy.local)

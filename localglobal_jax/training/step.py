@@ -45,7 +45,7 @@ def start_from(state: State, variables: Variables) -> State:
     return state.replace(variables=variables, average=average)
 
 
-def check_batches(run: schema.Run, placement: parallel.Placement) -> None:
+def check_batches(run: schema.Run, placement: parallel.Partitioner) -> None:
     """Raises ValueError unless every batch divides over devices, hosts and micro-batches."""
     (field, rows), parts = run.train_rows, run.optim.accumulate
     if rows % parts:

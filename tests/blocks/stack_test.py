@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from localglobal_jax.config import loading, schema
+from localglobal_jax.config import loading, schema, validation
 from localglobal_jax.parallel import placement as parallel
 from localglobal_jax.training import optim
 from localglobal_jax.training.step import init_state, make_update
@@ -47,10 +47,10 @@ def step_of(model, form, drop=False):
     config, overrides = RUNS[model]
     rate = {"coatnet": "model.drop_path", "muse": "model.dropout"}[model]
     overrides = {**overrides, "optim.accumulate": "1", **({rate: "0.3"} if drop else {})}
-    run = loading.check(loading.load(str(CONFIGS / config), overrides))
+    run = validation.check(loading.load(str(CONFIGS / config), overrides))
     task = create_task(run)
     optimizer = optim.make_optimizer(run.optim, run.steps)
-    placement = parallel.Placement(schema.Parallel(**FORMS[form]))
+    placement = parallel.Partitioner(schema.Parallel(**FORMS[form]))
     state = jax.jit(lambda: init_state(task, optimizer, run))()
     batch = placement.train_batch(next(task.train_batches(0, 1)))
     step = placement.compile_step(make_update(task, optimizer, run), jax.eval_shape(lambda: state))

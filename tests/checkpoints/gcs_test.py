@@ -7,21 +7,21 @@ import json
 import pytest
 from etils import epath
 
-from localglobal_jax.checkpoints import gcs, stores
+from localglobal_jax.checkpoints import gcs, workdir
 from localglobal_jax.cli.main import main
-from localglobal_jax.config import loading
+from localglobal_jax.config import loading, validation
 from localglobal_jax.training import evaluation, loop
 
 
 def test_small_files_go_there_and_come_back(bucket):
-    one = gcs.Copy(bucket)
+    one = gcs.LocalMirror(bucket)
     (one.local / "metrics.jsonl").write_text("1\n")
     (one.local / "tokenizer").mkdir()
     (one.local / "tokenizer" / "joint.model").write_bytes(b"\x00")
     one.push()
     (one.local / "metrics.jsonl").write_text("1\n2\n")
     one.push()
-    other = gcs.Copy(bucket)
+    other = gcs.LocalMirror(bucket)
     assert other.local != one.local
     assert (other.local / "metrics.jsonl").read_text() == "1\n2\n"
     assert (other.local / "tokenizer" / "joint.model").read_bytes() == b"\x00"
@@ -30,19 +30,19 @@ def test_small_files_go_there_and_come_back(bucket):
 
 def test_a_run_stops_resumes_and_is_evaluated_there(bucket, tmp_path, data_dir, monkeypatch):
     """Checkpoints are orbax's affair, which has no store in memory: they are local here."""
-    real = gcs.Copy.__init__
+    real = gcs.LocalMirror.__init__
 
     def with_local_checkpoints(self, directory):
         real(self, directory)
         self.checkpoints = epath.Path(tmp_path / "checkpoints")
 
-    monkeypatch.setattr(gcs.Copy, "__init__", with_local_checkpoints)
+    monkeypatch.setattr(gcs.LocalMirror, "__init__", with_local_checkpoints)
     options = {"data.dir": data_dir, "steps": "6", "log.tensorboard": "false"}
     config = loading.load("configs/coatnet_digits.py:size=tiny", options)
-    results = loop.train(loading.check(config), bucket)
+    results = loop.train(validation.check(config), bucket)
     there = epath.Path(bucket)
     assert {"config.json", "metrics.jsonl", "model_card.md"} <= {p.name for p in there.iterdir()}
-    again = loop.train(loading.check(config), bucket)  # nothing is left to do
+    again = loop.train(validation.check(config), bucket)  # nothing is left to do
     assert again["test"] == results["test"]
     monkeypatch.setattr(
         evaluation.stored, "_locate", lambda path: (epath.Path(tmp_path / "checkpoints"), None)
@@ -51,13 +51,13 @@ def test_a_run_stops_resumes_and_is_evaluated_there(bucket, tmp_path, data_dir, 
     assert step == 6 and found["test"]["loss"] == pytest.approx(results["test"]["loss"], rel=1e-6)
     other = loading.load("configs/coatnet_digits.py:size=tiny", {**options, "seed": "7"})
     with pytest.raises(ValueError, match="belongs to a run with another config"):
-        loop.train(loading.check(other), bucket)
+        loop.train(validation.check(other), bucket)
 
 
 @pytest.mark.parametrize("path", ["gs:/bucket/x", "s3://a/b", "gs://bucket"])
 def test_stores_that_nobody_knows(path):
     with pytest.raises(ValueError, match="want a local directory, or gs://BUCKET/PATH"):
-        stores.is_remote(path)
+        workdir.is_remote(path)
 
 
 def test_status_and_collect_look_there(bucket, tmp_path, capsys):

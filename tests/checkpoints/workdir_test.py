@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from localglobal_jax.checkpoints import workdir
-from localglobal_jax.config import loading
+from localglobal_jax.config import validation
 
 HOLD = """
 import pathlib, sys, time
@@ -97,8 +97,8 @@ def test_where_there_are_no_locks_it_warns(tmp_path, monkeypatch, caplog):
 
 
 def test_a_checkpoint_from_before_an_option_existed_is_no_other_config(tmp_path):
-    run = loading.check({"model": {"name": "coatnet_0"}})
-    workdir.claim(run, tmp_path)
+    run = validation.check({"model": {"name": "coatnet_0"}})
+    workdir.reserve(run, tmp_path)
     saved = run.model_dump(mode="json")
     del saved["optim"]["skip_nonfinite"], saved["log"]
     workdir.check_config(tmp_path, 3, {"config": saved})

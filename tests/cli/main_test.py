@@ -258,7 +258,7 @@ def test_completion_into_a_pipe_that_closes():
 
 
 def test_a_crash_in_native_code_names_its_line():
-    code = "import ctypes; from localglobal_jax import cli; "
+    code = "import ctypes; from localglobal_jax.cli import main as cli; "
     code += "cli.main = lambda: ctypes.string_at(0); cli.console()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGSEGV

@@ -108,9 +108,9 @@ def test_a_compiler_that_aborts(monkeypatch, tmp_path):
     fake.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(fake))
     monkeypatch.setattr(compiler_process, "CACHE", tmp_path)
-    from localglobal_jax.config import loading
+    from localglobal_jax.config import loading, validation
 
-    run = loading.check(loading.load(DIGITS))
+    run = validation.check(loading.load(DIGITS))
     with pytest.raises(compiler_process.CompilerFailed, match=r"SIGABRT(.|\n)*chip_bounds"):
         compiler_process.measure(run, topologies.parse("cpu:2"), "train", timeout=60)
     assert not list(tmp_path.glob("*-*"))  # nothing is kept of it

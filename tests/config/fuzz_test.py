@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localglobal_jax.cli.main import main
-from localglobal_jax.config import loading, schema
+from localglobal_jax.config import loading, schema, validation
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 BASES = {
@@ -37,7 +37,7 @@ def fields(section, prefix=""):
 def run(kind, field, text):
     """The checked run, or None and what was said."""
     try:
-        return loading.check(loading.load(BASES[kind], {field: text})), ""
+        return validation.check(loading.load(BASES[kind], {field: text})), ""
     except ValueError as error:
         return None, str(error)
 
@@ -67,7 +67,7 @@ def test_any_text_is_a_value_or_an_error_that_names_the_field(which, value):
     if found is None:
         assert field.rpartition(".")[2] in said
     else:  # what is taken comes back from config.json as it is
-        again = loading.check(json.loads(loading.to_json(found)))
+        again = validation.check(json.loads(loading.to_json(found)))
         assert again == found
 
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from localglobal_jax.config import loading, schema
+from localglobal_jax.config import loading, schema, validation
+from localglobal_jax.config import values as config_values
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[2] / "configs").glob("*.py"))
 BASE = {"model": {"name": "coatnet"}}
@@ -30,8 +31,8 @@ def test_parse_arg_gives_the_types_of_the_defaults():
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda p: p.stem)
 def test_every_config_is_right_small_and_has_a_tiny_size(file):
-    loading.check(loading.load(str(file)))
-    tiny = loading.check(loading.load(f"{file}:size=tiny"))
+    validation.check(loading.load(str(file)))
+    tiny = validation.check(loading.load(f"{file}:size=tiny"))
     assert tiny.steps <= 100
     assert len(file.read_text().splitlines()) <= 90
 
@@ -40,13 +41,13 @@ TRANSLATION = {"model": {"name": "muse"}, "task": {"name": "translation"}}
 
 
 def test_the_task_decides_what_the_data_are():
-    run = loading.check({**TRANSLATION, "data": {"vocab": 500}})
+    run = validation.check({**TRANSLATION, "data": {"vocab": 500}})
     assert isinstance(run, schema.TranslationRun) and isinstance(run.data, schema.Text)
-    assert isinstance(loading.check(BASE), schema.ClassificationRun)
-    assert loading.check(json.loads(loading.to_json(run))) == run
-    files = loading.check({**TRANSLATION, "data": {"files": ["a.de", "a.en"]}})
+    assert isinstance(validation.check(BASE), schema.ClassificationRun)
+    assert validation.check(json.loads(loading.to_json(run))) == run
+    files = validation.check({**TRANSLATION, "data": {"files": ["a.de", "a.en"]}})
     assert files.data.files == ("a.de", "a.en") and files.data.name == "text_pairs"
-    assert loading.check(json.loads(loading.to_json(files))) == files
+    assert validation.check(json.loads(loading.to_json(files))) == files
 
 
 @pytest.mark.parametrize(
@@ -75,14 +76,14 @@ def test_the_task_decides_what_the_data_are():
 )
 def test_errors_inside_the_chosen_task(section, values, message):
     with pytest.raises(ValueError, match=message):
-        loading.check({**TRANSLATION, section: values})
+        validation.check({**TRANSLATION, section: values})
 
 
 def test_overrides_know_the_task():
     config = ConfigDict(TRANSLATION)
     loading.override(config, "data.files", "a.de,a.en")
     loading.override(config, "data.max_length", "1e2")
-    run = loading.check(config)
+    run = validation.check(config)
     assert run.data.files == ("a.de", "a.en") and run.data.max_length == 100
     with pytest.raises(ValueError, match=r'"max_lenght"; did you mean "max_length"'):
         loading.override(config, "data.max_lenght", "1")
@@ -110,7 +111,7 @@ def test_overrides_know_the_task():
 def test_override(field, text, value):
     config = ConfigDict(BASE)
     loading.override(config, field, text)
-    run = loading.check(config)
+    run = validation.check(config)
     for name in field.split("."):
         run = getattr(run, name)
     assert run == value
@@ -121,7 +122,7 @@ def test_override_reaches_into_the_model():
     config = ConfigDict({"model": {"name": "coatnet", "depths": (2, 2), "blocks": {"T": {}}}})
     loading.override(config, "model.depths", "(3, 4)")
     loading.override(config, "model.blocks.T.head_width", "16")
-    model = loading.check(config).model
+    model = validation.check(config).model
     assert model["depths"] == (3, 4)
     assert model["blocks"]["T"]["head_width"] == 16
 
@@ -141,7 +142,7 @@ def test_override_refuses(field, text, message):
     config = ConfigDict({**BASE, "steps": 10})
     with pytest.raises(ValueError, match=message):
         loading.override(config, field, text)
-        loading.check(config)
+        validation.check(config)
 
 
 @pytest.mark.parametrize(
@@ -160,12 +161,12 @@ def test_override_refuses(field, text, message):
 )
 def test_check_names_the_field(tree, message):
     with pytest.raises(ValueError, match=message):
-        loading.check({**BASE, **tree})
+        validation.check({**BASE, **tree})
 
 
 def test_check_lists_every_problem_at_once():
     with pytest.raises(ValueError, match=r"config.steps(.|\n)*config.data.pad"):
-        loading.check({**BASE, "steps": 0, "data": {"pad": -1}})
+        validation.check({**BASE, "steps": 0, "data": {"pad": -1}})
 
 
 JUNK = st.one_of(
@@ -180,7 +181,7 @@ JUNK = st.one_of(
 FIELDS = [
     (base, field)
     for base in (BASE, TRANSLATION)
-    for field in loading.flatten(loading.check(base).model_dump())
+    for field in config_values.flatten(validation.check(base).model_dump())
     if not field.startswith("model")
 ]
 
@@ -188,14 +189,14 @@ FIELDS = [
 @given(base_field=st.sampled_from(FIELDS), value=JUNK)
 def test_junk_in_any_field_is_a_value_error_that_names_it(base_field, value):
     base, field = base_field
-    tree = json.loads(loading.to_json(loading.check(base)))
+    tree = json.loads(loading.to_json(validation.check(base)))
     *parents, leaf = field.split(".")
     section = tree
     for name in parents:
         section = section[name]
     section[leaf] = value
     try:
-        loading.check(tree)
+        validation.check(tree)
     except ValueError as error:
         two = "config.data: tokenizer=" in str(error) and field == "data.dicts"
         assert two or f"config.{field}" in str(error)
@@ -203,7 +204,7 @@ def test_junk_in_any_field_is_a_value_error_that_names_it(base_field, value):
 
 @pytest.mark.parametrize("name", [f.name for f in CONFIGS])
 def test_json_roundtrip(name, tmp_path_factory):
-    run = loading.check(loading.load(str(CONFIGS[0].with_name(name))))
+    run = validation.check(loading.load(str(CONFIGS[0].with_name(name))))
     file = tmp_path_factory.mktemp("config") / "config.json"
     file.write_text(loading.to_json(run))
     assert loading.read_json(file) == run
@@ -214,7 +215,7 @@ def test_json_roundtrip(name, tmp_path_factory):
 
 def test_difference():
     a, b = {"x": {"y": 1, "z": [1, 2]}}, {"x": {"y": 2, "z": (1, 2)}, "w": 0}
-    assert loading.difference(a, b) == {"w": ("(not set)", 0), "x.y": (1, 2)}
+    assert config_values.difference(a, b) == {"w": ("(not set)", 0), "x.y": (1, 2)}
 
 
 def test_missing_config_file_suggests_one():
@@ -224,14 +225,14 @@ def test_missing_config_file_suggests_one():
 
 def test_configs_load_without_jax():
     code = (
-        "import sys; from localglobal_jax import configlib; "
-        f"configlib.check(configlib.load({str(CONFIGS[0])!r})); "
+        "import sys; from localglobal_jax.config import loading, validation; "
+        f"validation.check(loading.load({str(CONFIGS[0])!r})); "
         "assert not {'jax', 'tensorflow'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_may_change_names_real_fields():
-    flat = loading.flatten(loading.check(BASE).model_dump())
+    flat = config_values.flatten(validation.check(BASE).model_dump())
     for free in schema.MAY_CHANGE:
         assert any(f == free or f.startswith(f"{free}.") for f in flat)

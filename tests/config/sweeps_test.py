@@ -89,6 +89,6 @@ def test_names_never_change():
 @given(prefix=st.text(min_size=1, max_size=60), index=st.integers(0, 999))
 def test_names_elsewhere_tell_two_sweeps_apart(prefix, index):
     here = sweeps.name(prefix, index, {"seed": 1})
-    one, other = (sweeps.elsewhere(here, root) for root in ("gs://a/x", "gs://b/x"))
+    one, other = (sweeps.cloud_name(here, root) for root in ("gs://a/x", "gs://b/x"))
     assert one != other and one[:-4] == other[:-4]
     assert len(one) <= sweeps.LONGEST and re.fullmatch(r"[a-z][a-z0-9-]*", one)

@@ -10,7 +10,7 @@ import pytest
 from flax import traverse_util
 
 from localglobal_jax.convert import adapt
-from localglobal_jax.models import create_model
+from localglobal_jax.models.registry import create_model
 
 TINY = {
     "classes": 3,

@@ -13,7 +13,7 @@ import types
 import numpy as np
 import pytest
 
-from localglobal_jax.convert import fairseq, fairseq_file, weights
+from localglobal_jax.convert import fairseq, weights
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 ARGS = json.loads((GOLDEN / "muse_post.json").read_text())["args"]
@@ -55,7 +55,7 @@ def test_a_checkpoint_as_fairseq_writes_it(torch, monkeypatch, tmp_path, new_for
     torch.save(checkpoint(torch, monkeypatch), file, _use_new_zipfile_serialization=new_format)
     for name in ("fairseq", "fairseq.meters"):
         monkeypatch.delitem(sys.modules, name)
-    args, state = fairseq_file.read(file, {"dynamic_padding": 1})
+    args, state = fairseq.read(file, {"dynamic_padding": 1})
     assert args == {**ARGS, "dynamic_padding": 1}
     assert state.keys() == STATE.keys()
     for name, array in state.items():
@@ -68,7 +68,7 @@ def test_half_precision_becomes_float32(torch, monkeypatch, tmp_path, dtype):
     whole = checkpoint(torch, monkeypatch)
     half = {k: v.to(getattr(torch, dtype)) for k, v in whole["model"].items()}
     torch.save({"args": whole["args"], "model": half}, tmp_path / "half.pt")
-    _, state = fairseq_file.read(tmp_path / "half.pt", {})
+    _, state = fairseq.read(tmp_path / "half.pt", {})
     for name, array in state.items():
         assert array.dtype == np.float32
         np.testing.assert_array_equal(array, half[name].float())
@@ -86,7 +86,7 @@ def test_nothing_else_is_unpickled(torch, monkeypatch, tmp_path):
     whole = checkpoint(torch, monkeypatch, evil=Evil(tmp_path / "harm"))
     torch.save(whole, tmp_path / "evil.pt")
     with pytest.raises(ValueError, match=r"evil\.pt holds a \w+\.mkdir, which is not loaded"):
-        fairseq_file.read(tmp_path / "evil.pt", {})
+        fairseq.read(tmp_path / "evil.pt", {})
     assert not (tmp_path / "harm").exists()
 
 
@@ -101,22 +101,22 @@ def test_files_that_are_no_checkpoints(torch, monkeypatch, tmp_path):
     ):
         torch.save(content, file)
         with pytest.raises(ValueError, match="no checkpoint of fairseq"):
-            fairseq_file.read(file, {})
+            fairseq.read(file, {})
     torch.save({"model": whole["model"], "args": None}, file)
     with pytest.raises(ValueError, match="holds no training arguments"):
-        fairseq_file.read(file, {})
-    assert fairseq_file.read(file, ARGS)[0] == ARGS
+        fairseq.read(file, {})
+    assert fairseq.read(file, ARGS)[0] == ARGS
     for damage in (b"", b"\x80\x02garbage", file.read_bytes()[:999]):
         file.write_bytes(damage)
         with pytest.raises(ValueError, match="damaged"):
-            fairseq_file.read(file, ARGS)
+            fairseq.read(file, ARGS)
 
 
 def test_safetensors_need_arguments_and_no_torch():
-    args, state = fairseq_file.read(GOLDEN / "muse_post.safetensors", ARGS)
+    args, state = fairseq.read(GOLDEN / "muse_post.safetensors", ARGS)
     assert args == ARGS and state.keys() == STATE.keys()
     with pytest.raises(ValueError, match="give them"):
-        fairseq_file.read(GOLDEN / "muse_post.safetensors", {})
+        fairseq.read(GOLDEN / "muse_post.safetensors", {})
 
 
 @pytest.mark.parametrize("version", [None, "2.5.1", "1.13.0+cpu"])
@@ -132,4 +132,4 @@ def test_a_missing_or_unsafe_torch_is_named(monkeypatch, version):
 
     monkeypatch.setattr(builtins, "__import__", instead)
     with pytest.raises(ValueError, match=r"pip install 'localglobal_jax\[torch\]'"):
-        fairseq_file.read(pathlib.Path("checkpoint_best.pt"), {})
+        fairseq.read(pathlib.Path("checkpoint_best.pt"), {})

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from localglobal_jax.convert import focal, focal_names
-from localglobal_jax.models import create_model
+from localglobal_jax.convert import focal
 from localglobal_jax.models.focal import FocalTransformer
+from localglobal_jax.models.registry import create_model
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 FIXTURES = ("focal_tiny", "focal_w4", "focal_useconv_pad")
@@ -30,7 +30,7 @@ def weights(kwargs, *, nearest=False):
     """A made-up state dict with the reference's names and shapes, without its buffers."""
     module = FocalTransformer(**focal.fields(kwargs, nearest=nearest))
     rng = np.random.default_rng(0)
-    named = [focal_names.reference(*item) for item in focal.parameter_shapes(module, 3).items()]
+    named = [focal.reference(*item) for item in focal.parameter_shapes(module, 3).items()]
     return {name: 0.2 * rng.normal(size=shape).astype(np.float32) for name, shape in named}
 
 
@@ -70,7 +70,7 @@ def test_names_and_shapes_of_the_published_models(name):
     shapes = focal.parameter_shapes(ours, 3)
     assert sum(int(np.prod(shape)) for shape in shapes.values()) == spec["n_params"]
     expected = {name: tuple(shape) for name, shape in spec["params"]}
-    assert dict(focal_names.reference(*item) for item in shapes.items()) == expected
+    assert dict(focal.reference(*item) for item in shapes.items()) == expected
     from_kwargs = FocalTransformer(**focal.fields(spec["kwargs"]))
     assert from_kwargs == ours.clone(drop_path=from_kwargs.drop_path)
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localglobal_jax.data.loader import Draws, eval_batches, train_batches
+from localglobal_jax.data.loader import PositionRng, eval_batches, train_batches
 
 SOME = settings(deadline=None, max_examples=25)
 
@@ -126,17 +126,17 @@ def test_bad_records_keep_their_slot():
 @SOME
 @given(first=st.integers(0, 2**40), count=st.integers(1, 20), width=st.integers(1, 9))
 def test_draws_hang_on_the_position_alone(first, count, width):
-    together = Draws(3, first).uniforms(count, width)
-    alone = [Draws(3, first + i).uniforms(1, width)[0] for i in range(count)]
+    together = PositionRng(3, first).uniforms(count, width)
+    alone = [PositionRng(3, first + i).uniforms(1, width)[0] for i in range(count)]
     np.testing.assert_array_equal(together, alone)
     assert together.min() >= 0 and together.max() < 1
-    shifted = Draws(3, first).generator(count).integers(2**60)
-    assert shifted == Draws(3, first + count).generator(0).integers(2**60)
-    assert shifted != Draws(3, first).generator(count, stream=1).integers(2**60)
+    shifted = PositionRng(3, first).generator(count).integers(2**60)
+    assert shifted == PositionRng(3, first + count).generator(0).integers(2**60)
+    assert shifted != PositionRng(3, first).generator(count, stream=1).integers(2**60)
 
 
 def test_draws_are_uniform():
-    values = Draws(0, 0).uniforms(20_000, 4)
+    values = PositionRng(0, 0).uniforms(20_000, 4)
     assert abs(values.mean() - 0.5) < 0.01
     assert abs(np.corrcoef(values.T) - np.eye(4)).max() < 0.03
 

@@ -15,13 +15,13 @@ import pytest
 from PIL import Image
 
 import localglobal_jax as lg
-from localglobal_jax import models
 from localglobal_jax.checkpoints import manager
 from localglobal_jax.cli.main import main
 from localglobal_jax.config import schema
 from localglobal_jax.convert import files, weights
 from localglobal_jax.data.images import folder
 from localglobal_jax.inference import classifier as classify
+from localglobal_jax.models import registry
 from localglobal_jax.training import evaluation
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -163,7 +163,7 @@ def test_converted_weights_say_what_is_missing(tmp_path):
     state = weights.read_safetensors(GOLDEN / "coatnet_0_rw.safetensors")
     module, variables = lg.convert.timm.load(golden["cfg"], state, **golden["model_kwargs"])
     saved = manager.Checkpoints(tmp_path / "checkpoints", schema.Checkpoints())
-    saved.save(0, {"variables": variables}, metadata={"model": models.describe(module)})
+    saved.save(0, {"variables": variables}, metadata={"model": registry.describe(module)})
     saved.close()
     with pytest.raises(ValueError, match=r"give --config.data.image_size, .*.mean, .*.std as"):
         classify.load(tmp_path)

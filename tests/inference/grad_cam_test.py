@@ -9,7 +9,7 @@ import pytest
 
 import localglobal_jax as lg
 from localglobal_jax.inference import grad_cam
-from localglobal_jax.models import class_attention, stems
+from localglobal_jax.models import heads
 
 
 class ByHand(nn.Module):
@@ -68,11 +68,11 @@ def head(name, variables, x):
     """The logits from the last stage's output, by the head alone."""
     own = {"params": variables["params"]["head"]}
     if name == "volo":
-        module = class_attention.ClassAttentionHead(3, 1, 2)
+        module = heads.ClassAttentionHead(3, 1, 2)
         logits, tokens, _ = module.apply(own, x)
         return logits + 0.5 * tokens.max((1, 2))
     given = {"hidden": 8} if name == "coatnet" else {"norm_first": True, "norm_eps": 1e-5}
-    return stems.PoolingHead(3, **given).apply(own, x)[0]
+    return heads.PoolingHead(3, **given).apply(own, x)[0]
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from localglobal_jax.cli.main import main, parser
-from localglobal_jax.launch import backends, expand, shell, slurm, target, tpu_vm, xpk
+from localglobal_jax.launch import backends, expand, shell, slurm, tpu_vm, xpk
 
 LAYOUTS = str(pathlib.Path(__file__).parents[2] / "experiments/coatnet_layouts/sweep.py")
 COMMAND = ("localglobal", "train", "--config.model.depths=(1, 1)", "--workdir", "gs://b/it's")
@@ -65,13 +65,13 @@ def test_queued_resources():
     ],
 )
 def test_tpu_names(name, slices, devices, hosts):
-    assert target.of_tpu(name, slices) == (devices, hosts)
+    assert backends.of_tpu(name, slices) == (devices, hosts)
 
 
 @pytest.mark.parametrize("name", ["v5e", "v8-4", "v5e:4x4", "cpu:8", "h100-8", "v4-1"])
 def test_wrong_tpu_names(name):
     with pytest.raises(ValueError, match=r"topology|--tpu_type"):
-        target.of_tpu(name)
+        backends.of_tpu(name)
 
 
 def test_environments():

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from localglobal_jax.cli.main import main, take_overrides
-from localglobal_jax.config import loading, sweeps
+from localglobal_jax.config import loading, sweeps, validation
 from localglobal_jax.launch import expand
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -49,7 +49,7 @@ def test_what_a_command_says_is_what_the_sweep_means(overrides):
     assert applied == overrides
     argv = [f"--config.{field}={text}" for field, text in texts.items()]
     _, read = take_overrides(argv)
-    assert loading.check(loading.load(DIGITS, read)) == run
+    assert validation.check(loading.load(DIGITS, read)) == run
 
 
 def test_values_become_what_their_fields_are():

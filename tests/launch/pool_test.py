@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from localglobal_jax.launch import local, pool
+from localglobal_jax.launch import exit_codes, local, pool
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 9))
@@ -59,7 +59,7 @@ def test_visible_gpus():
     ],
 )
 def test_what_next(code, crashes, expected):
-    assert local.what_next(code, crashes, retries=2) == expected
+    assert exit_codes.what_next(code, crashes, retries=2) == expected
 
 
 COUNT = "n = 1 + len(list(pathlib.Path().glob('start*'))); pathlib.Path(f'start{n}').touch()"

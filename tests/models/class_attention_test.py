@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from localglobal_jax.models.class_attention import ClassAttention, ClassAttentionHead
+from localglobal_jax.models.heads import ClassAttention, ClassAttentionHead
 
 TOKENS = jax.random.normal(jax.random.key(0), (2, 3, 4, 8))
 

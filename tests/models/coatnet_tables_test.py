@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import pytest
 from flax.core import FrozenDict, freeze
 
-from localglobal_jax.models import create_model, flops
+from localglobal_jax.models import flops
 from localglobal_jax.models.coatnet_variants import FIGURES, LAYOUTS, VARIANTS
+from localglobal_jax.models.registry import create_model
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 TIMM = json.loads(gzip.decompress((GOLDEN / "coatnet_models.json.gz").read_bytes()))
@@ -40,7 +41,7 @@ TINY = {  # every letter, every optional parameter
 @cache
 def counted(name, size=(224, 224), **fields):
     image = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
-    return flops.account(create_model(name, **fields), image)
+    return flops.model_cost(create_model(name, **fields), image)
 
 
 # ---------------------------------------------------------------------------- counts
@@ -99,7 +100,7 @@ def digest(lines):
 def tiny_tree():
     module = create_model("coatnet", **TINY)
     image = jax.ShapeDtypeStruct((1, 64, 32, 3), jnp.float32)
-    return tree(flops.account(module, image).shapes)
+    return tree(flops.model_cost(module, image).shapes)
 
 
 def test_the_tree_of_a_small_model_is_as_published():

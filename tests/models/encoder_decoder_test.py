@@ -14,8 +14,7 @@ from flax import nnx
 from localglobal_jax import create_model
 from localglobal_jax.blocks.sequence import SEQUENCE_BLOCKS
 from localglobal_jax.inference import decoding
-from localglobal_jax.models.encoder_decoder import VARIANTS
-from localglobal_jax.models.sequence import sinusoids
+from localglobal_jax.models.encoder_decoder import VARIANTS, sinusoids
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 OFFICIAL = json.loads((GOLDEN / "muse_models.json").read_text())

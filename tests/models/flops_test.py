@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from localglobal_jax.models import create_model, flops
+from localglobal_jax.models import flops
+from localglobal_jax.models.registry import create_model
 from localglobal_jax.operators import attention
 from localglobal_jax.operators.convolution import depthwise
 
@@ -28,7 +29,7 @@ def test_matrix_products():
 def test_convolutions():
     def conv(groups, stride):
         module = nn.Conv(8, (3, 3), stride, padding=1, feature_group_count=groups)
-        return flops.account(module_of(module), X).multiply_adds
+        return flops.model_cost(module_of(module), X).multiply_adds
 
     assert conv(1, 1) == 2 * 8 * 6 * 8 * 9 * 4
     assert conv(1, 2) == 2 * 4 * 3 * 8 * 9 * 4
@@ -71,7 +72,7 @@ def test_loops_count_their_trips():
 def test_a_batch_counts_every_image():
     module = create_model("coatnet_0", depths=(1, 1, 1, 1))
     one, two = (
-        flops.account(module, jax.ShapeDtypeStruct((n, 64, 32, 3), "float32")) for n in (1, 2)
+        flops.model_cost(module, jax.ShapeDtypeStruct((n, 64, 32, 3), "float32")) for n in (1, 2)
     )
     assert two.multiply_adds == 2 * one.multiply_adds
     assert two.parameters == one.parameters

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from localglobal_jax.models import create_model
 from localglobal_jax.models.focal import FocalTransformer
+from localglobal_jax.models.registry import create_model
 from localglobal_jax.models.stems import PatchEmbed
 
 SMALL = dict(

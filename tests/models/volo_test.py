@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from localglobal_jax.convert import adapt
-from localglobal_jax.models import VOLO, create_model
+from localglobal_jax.models import VOLO
 from localglobal_jax.models.mix_token import swap
+from localglobal_jax.models.registry import create_model
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 REFERENCE = json.loads((GOLDEN / "volo_models.json").read_text())["models"]

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localglobal_jax.operators import convolution
+from localglobal_jax.operators.kernels import convolution as kernels
 
 
 @settings(deadline=None, max_examples=12)
@@ -28,10 +29,10 @@ def test_both_formulations_agree_forward_and_backward(space, k, stride, causal):
             x, kernel
         )
 
-    ours = convolution._depthwise_shifted(x, kernel, stride, padding)
-    theirs = convolution._depthwise_grouped(x, kernel, stride, padding)
+    ours = kernels.depthwise_shifted(x, kernel, stride, padding)
+    theirs = kernels.depthwise_grouped(x, kernel, stride, padding)
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
-    a, b = run(convolution._depthwise_shifted), run(convolution._depthwise_grouped)
+    a, b = run(kernels.depthwise_shifted), run(kernels.depthwise_grouped)
     jax.tree.map(lambda u, v: np.testing.assert_allclose(u, v, atol=2e-4), a, b)
 
 
@@ -90,10 +91,8 @@ def test_dynamic_kernels_as_bands_of_matrices(length, k, heads, data):
     def run(f):
         return jax.value_and_grad(lambda x, w: jnp.sin(f(x, w)).sum(), (0, 1))(x, kernel)
 
-    shifted = run(
-        lambda x, w: convolution._dynamic_shifted(x, w, (k,), ((before, k - 1 - before),))
-    )
-    banded = run(lambda x, w: convolution._dynamic_banded(x, w, before))
+    shifted = run(lambda x, w: kernels.dynamic_shifted(x, w, (k,), ((before, k - 1 - before),)))
+    banded = run(lambda x, w: kernels.dynamic_banded(x, w, before))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), shifted, banded
     )

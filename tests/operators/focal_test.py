@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from localglobal_jax.operators import focal_windows as windows
+from localglobal_jax.operators import focal
 from localglobal_jax.operators.focal import FocalAttention
 from localglobal_jax.operators.focal_nearest import NearestFocalAttention, nearest
 
@@ -135,7 +135,7 @@ def test_equals_the_definition_key_by_key(name, size):
 
 def test_neighbours_of_the_paper_are_132_keys_at_120_places():
     x = jnp.arange(28 * 28.0).reshape(1, 28, 28, 1)
-    keys = np.asarray(windows.neighbours(x, 7, 3))[0, 1, 1, :, 0]
+    keys = np.asarray(focal.neighbours(x, 7, 3))[0, 1, 1, :, 0]
     assert len(keys) == 132 and len(set(keys)) == 120
     rows, columns = keys // 28 - 7, keys % 28 - 7
     assert rows.min() == columns.min() == -3 and rows.max() == columns.max() == 9
@@ -149,7 +149,7 @@ def test_duplicates_count_twice():
     params = randomised(module, x)
     before = run(module, params, x)
     x_at = jnp.arange(36.0).reshape(1, 6, 6, 1)
-    places = np.asarray(windows.neighbours(x_at, 3, 1))[0, 0, 0, :, 0]
+    places = np.asarray(focal.neighbours(x_at, 3, 1))[0, 0, 0, :, 0]
     first, second = next(np.flatnonzero(places == p)[:2] for p in places if (places == p).sum() > 1)
     for index in (first, second):  # silencing one of the pair changes the output
         params["neighbour_bias"] = params["neighbour_bias"].at[..., index].set(-1e9)

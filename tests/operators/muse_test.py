@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from localglobal_jax.operators.convolution import depthwise, dynamic
-from localglobal_jax.operators.muse import Muse, SharedValueConv
+from localglobal_jax.operators.convolution import SharedValueConv, depthwise, dynamic
+from localglobal_jax.operators.muse import Muse
 
 RNG = np.random.default_rng(0)
 

@@ -16,16 +16,17 @@ import numpy as np
 import pytest
 
 from localglobal_jax import operators
-from localglobal_jax.operators.adaptive import AdaptiveConv, EquivariantAttention
-from localglobal_jax.operators.adaptive_sequence import AdaptiveSequence, EquivariantSequence
-from localglobal_jax.operators.attention import RelativeAttention
-from localglobal_jax.operators.cache import SelfAttention
-from localglobal_jax.operators.convolution import DepthwiseConv
-from localglobal_jax.operators.dynamic_sequence import DynamicConv
+from localglobal_jax.operators.adaptive import (
+    AdaptiveConv,
+    AdaptiveSequence,
+    EquivariantAttention,
+    EquivariantSequence,
+)
+from localglobal_jax.operators.attention import RelativeAttention, SelfAttention
+from localglobal_jax.operators.convolution import DepthwiseConv, DynamicConv, SharedValueConv
 from localglobal_jax.operators.focal import FocalAttention
 from localglobal_jax.operators.focal_nearest import NearestFocalAttention
-from localglobal_jax.operators.muse import Muse, SharedValueConv
-from localglobal_jax.operators.muse_sequence import MuseSequence
+from localglobal_jax.operators.muse import Muse, MuseSequence
 from localglobal_jax.operators.outlook import Outlook
 
 FOCAL = FocalAttention(4, heads=2, window=2, expand=1, levels=3, focal_window=3)

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 
 from localglobal_jax.models import flops
-from localglobal_jax.operators.adaptive_sequence import AdaptiveSequence, EquivariantSequence
-from localglobal_jax.operators.cache import SelfAttention
-from localglobal_jax.operators.cross_attention import CrossAttention
-from localglobal_jax.operators.dynamic_sequence import DynamicConv
-from localglobal_jax.operators.muse_sequence import MuseSequence
+from localglobal_jax.operators.adaptive import AdaptiveSequence, EquivariantSequence
+from localglobal_jax.operators.attention import CrossAttention, SelfAttention
+from localglobal_jax.operators.convolution import DynamicConv
+from localglobal_jax.operators.muse import MuseSequence
 
 D, HEADS, LENGTH = 8, 2, 7
 MUSE = partial(MuseSequence, D, HEADS, 6)
@@ -118,7 +117,7 @@ FUSED = list(itertools.product(["shared", "separate"], ["own", "shared", "off"],
 def run_muse(module, encoded, x):
     """Reads `encoded` if it can."""
     mask = jnp.ones(encoded.shape[:2], bool)
-    memory = None if module.memory_features is None else module.remember(encoded, mask)
+    memory = None if module.memory_features is None else module.precompute_kv(encoded, mask)
     return module(x, memory=memory)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from localglobal_jax.checkpoints import workdir
-from localglobal_jax.parallel import multihost
+from localglobal_jax.parallel import multihost, rendezvous
 
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "coatnet_digits.py"
 COMMAND = [
@@ -133,8 +133,8 @@ def test_what_only_the_first_host_can_see_ends_all_hosts(tmp_path):
 
 def call(cluster, timeout, results):
     try:
-        results[cluster.rank] = multihost.roll_call(cluster, timeout)
-    except multihost.Lost as error:
+        results[cluster.rank] = rendezvous.rendezvous(cluster, timeout)
+    except multihost.HostLost as error:
         results[cluster.rank] = str(error)
 
 
@@ -142,7 +142,7 @@ def calls(size, present, timeout=2.0):
     results, address = {}, f"localhost:{free_port()}"
     threads = [
         threading.Thread(
-            target=call, args=(multihost.Cluster(address, size, rank), timeout, results)
+            target=call, args=(rendezvous.Cluster(address, size, rank), timeout, results)
         )
         for rank in present
     ]
@@ -161,7 +161,7 @@ def test_roll_call_gives_all_names():
 def test_strangers_do_not_disturb_the_roll_call():
     results, address = {}, f"localhost:{free_port()}"
     threads = [
-        threading.Thread(target=call, args=(multihost.Cluster(address, 2, rank), 60, results))
+        threading.Thread(target=call, args=(rendezvous.Cluster(address, 2, rank), 60, results))
         for rank in (0, 1)
     ]
     threads[0].start()
@@ -196,10 +196,10 @@ def test_roll_call_without_its_first_host():
 
 def test_two_hosts_with_one_number():
     results, address = {}, f"localhost:{free_port()}"
-    zero = threading.Thread(target=call, args=(multihost.Cluster(address, 3, 0), 30, results))
+    zero = threading.Thread(target=call, args=(rendezvous.Cluster(address, 3, 0), 30, results))
     zero.start()
     for _ in range(2):
-        threading.Thread(target=call, args=(multihost.Cluster(address, 3, 1), 30, {})).start()
+        threading.Thread(target=call, args=(rendezvous.Cluster(address, 3, 1), 30, {})).start()
     zero.join()
     assert "says that it is host 1, which is another one's number" in results[0]
 
@@ -209,19 +209,19 @@ def test_two_hosts_with_one_number():
 )
 def test_a_cluster_that_cannot_be(address, rank):
     with pytest.raises(ValueError, match="want HOST:PORT, and 0 <= host < hosts"):
-        multihost.start(multihost.Cluster(address, 2, rank))
+        rendezvous.start(rendezvous.Cluster(address, 2, rank))
 
 
 BARRIER = """
 import sys, time
-from localglobal_jax import hosts
-hosts.start(hosts.Cluster(sys.argv[1], 2, int(sys.argv[2])), 30)
-if hosts.rank() == 0:
+from localglobal_jax.parallel import multihost, rendezvous
+rendezvous.start(rendezvous.Cluster(sys.argv[1], 2, int(sys.argv[2])), 30)
+if multihost.rank() == 0:
     try:
-        hosts.barrier("restored", 0.5)
-    except hosts.Lost as error:
+        multihost.barrier("restored", 0.5)
+    except multihost.HostLost as error:
         print(error)
-hosts.barrier("end")
+multihost.barrier("end")
 """
 
 

@@ -25,7 +25,7 @@ def test_mesh_that_does_not_fit_is_refused(shape):
 
 def test_fsdp_splits_what_is_large_but_no_depthwise_kernel():
     options = schema.Parallel(strategy="fsdp", mesh={"data": 1, "fsdp": 2})
-    placement = parallel.Placement(options)
+    placement = parallel.Partitioner(options)
 
     def spec(path, shape):
         return tuple(placement.spec(path, shape))
@@ -38,7 +38,7 @@ def test_fsdp_splits_what_is_large_but_no_depthwise_kernel():
 
 
 def test_batch_must_divide():
-    placement = parallel.Placement()
+    placement = parallel.Partitioner()
     placement.check_batch(4)
     with pytest.raises(ValueError, match=r"batch_size=5 is not divisible by the 2 .* use 4 or 6"):
         placement.check_batch(5)
@@ -48,7 +48,7 @@ def test_batch_must_divide():
 
 def test_global_batch_is_split_over_devices():
     batch = {"x": np.arange(8).reshape(4, 2)}
-    x = parallel.Placement().global_batch(batch)["x"]
+    x = parallel.Partitioner().global_batch(batch)["x"]
     np.testing.assert_array_equal(x, batch["x"])
     assert {s.data.shape for s in x.addressable_shards} == {(2, 2)}
 
@@ -71,7 +71,7 @@ def test_hosts_that_share_rows_read_the_same_ones():
             self.process_index = number // 2
 
     def shards(sizes, axes):
-        placement = parallel.Placement()
+        placement = parallel.Partitioner()
         devices = np.array([Device(i) for i in range(np.prod(sizes))]).reshape(sizes)
         placement.mesh = SimpleNamespace(devices=devices, shape=dict(zip(axes, sizes, strict=True)))
         placement._batch = tuple(axis for axis in axes if axis != "model")

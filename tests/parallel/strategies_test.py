@@ -57,7 +57,7 @@ start = jax.device_get(jax.jit(lambda: init_state(task, optimizer, run))())
 found = {}
 for name, options in strategies.items():
     devices = jax.devices()[: 1 if name == "one device" else 8]
-    placement = parallel.Placement(schema.Parallel(**options), devices)
+    placement = parallel.Partitioner(schema.Parallel(**options), devices)
     shapes = jax.eval_shape(lambda: start)
     step = placement.compile_step(make_update(task, optimizer, run), shapes)
     state = placement.put(start)

@@ -2,7 +2,7 @@
 import jax
 import pytest
 
-from localglobal_jax.config import loading
+from localglobal_jax.config import loading, validation
 from localglobal_jax.data.text import tokenizers
 from localglobal_jax.profiling import abstract_task, compiler_process, topologies
 from localglobal_jax.training import tasks
@@ -13,7 +13,7 @@ from localglobal_jax.training import tasks
 )
 def test_batches_are_those_of_training(spec):
     """All but the length of the longest sentences, which only the data knows."""
-    run = loading.check(loading.load(spec, {"data.mock": "true"}))
+    run = validation.check(loading.load(spec, {"data.mock": "true"}))
     batch, described = abstract_task.batch(run, abstract_task.create(run), train=True)
     real = next(tasks.create_task(run).train_batches(0, 1))
     assert batch.keys() == real.keys()
@@ -27,20 +27,20 @@ def test_batches_are_those_of_training(spec):
 
 
 def test_real_classes_without_data():
-    run = loading.check(loading.load("configs/coatnet_imagenet.py:variant=0"))
+    run = validation.check(loading.load("configs/coatnet_imagenet.py:variant=0"))
     assert abstract_task.create(run).model.classes == 1000
 
 
 def test_vocabulary_of_the_config_and_of_dictionaries(tmp_path):
     spec = "configs/muse_wmt14.py:pair=en-de,size=tiny"
-    run = loading.check(loading.load(spec))
+    run = validation.check(loading.load(spec))
     assert abstract_task.create(run).model.target_vocab == run.data.vocab == 300
     files = []
     for name, words in (("a", 50), ("b", 70)):
         (tmp_path / name).write_text("".join(f"word{i} 1\n" for i in range(words)))
         files.append(str(tmp_path / name))
     given = {"data.tokenizer": "dict", "data.dicts": str(tuple(files)), "data.joint": "false"}
-    run = loading.check(loading.load(spec, given | {"model.embeddings": "separate"}))
+    run = validation.check(loading.load(spec, given | {"model.embeddings": "separate"}))
     task = abstract_task.create(run)
     known = tokenizers.of_dictionaries(files)
     assert task.model.source_vocab == known.source.size != known.target.size

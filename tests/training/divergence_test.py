@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localglobal_jax.config import loading
+from localglobal_jax.config import validation
 from localglobal_jax.training import divergence
 
 PARAMS = {"a": np.zeros(2), "b": {"kernel": np.zeros((2, 2)), "bias": np.zeros(2)}}
@@ -23,8 +23,8 @@ def outcome(loss=1.0, bad=()):
 
 
 def watch(directory=None, **optim):
-    run = loading.check({"model": {"name": "x"}, "optim": optim})
-    return divergence.Watch(run, PARAMS, directory, start=10)
+    run = validation.check({"model": {"name": "x"}, "optim": optim})
+    return divergence.DivergenceMonitor(run, PARAMS, directory, start=10)
 
 
 @settings(deadline=None)
@@ -98,7 +98,7 @@ def test_skipped_steps_are_counted_up_to_the_limit(caplog):
 
 def test_the_first_of_the_losses_far_above_the_typical_ones_is_a_spike():
     rng = np.random.default_rng(0)
-    spikes = divergence.Spikes()
+    spikes = divergence.LossSpikeDetector()
     calm = [spikes.add(3 * 0.99**i + 0.1 * rng.normal()) for i in range(300)]
     assert not any(calm)
     assert "typical are" in spikes.add(9.0)
@@ -110,5 +110,5 @@ def test_the_first_of_the_losses_far_above_the_typical_ones_is_a_spike():
 @settings(deadline=None)
 @given(st.lists(st.floats(0, 1e30), min_size=60, max_size=80))
 def test_spikes_take_any_loss(losses):
-    spikes = divergence.Spikes()
+    spikes = divergence.LossSpikeDetector()
     assert all(isinstance(spikes.add(loss), str) for loss in losses)

@@ -15,7 +15,7 @@ import pytest
 
 from localglobal_jax import load
 from localglobal_jax.checkpoints import reader
-from localglobal_jax.config import loading
+from localglobal_jax.config import loading, validation
 from localglobal_jax.parallel import chips
 from localglobal_jax.profiling import bench
 from localglobal_jax.training import loop
@@ -95,11 +95,11 @@ def test_what_a_run_says_of_the_machine(reference, data_dir, tmp_path, monkeypat
     monkeypatch.setitem(chips.KINDS, jax.devices()[0].device_kind, "v5e")
     overrides = {"data.dir": data_dir, "steps": "4", "log.every": "2"}
     overrides |= {"optim.warmup_steps": "0", "log.tensorboard": "false"}
-    run = loading.check(loading.load(f"{CONFIG}:size=tiny", overrides))
+    run = validation.check(loading.load(f"{CONFIG}:size=tiny", overrides))
     loop.train(run, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     work = [x["mfu"] / x["steps_per_second"] for x in lines if x["split"] == "train"]
-    subject = bench.Subject(run)
+    subject = bench.BenchmarkedStep(run)
     counted = 2 * subject.multiply_adds(next(subject.batches()))
     assert work == pytest.approx([counted / 197e12 / jax.device_count()] * 2)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from localglobal_jax.checkpoints import reader
-from localglobal_jax.config import loading
+from localglobal_jax.config import loading, validation
 from localglobal_jax.training import divergence, setup
 from localglobal_jax.training.loop import train
 from localglobal_jax.training.replay import replay
@@ -25,7 +25,7 @@ def make_run(**overrides):
     given = {"steps": STEPS, "checkpoint.every": 2, "log.every": 3, "log.tensorboard": False}
     given |= {"eval.every": 0, "checkpoint.best": None, "batch_size": 16, "eval.batch_size": 64}
     texts = {name: str(value) for name, value in (given | overrides).items()}
-    return loading.check(loading.load(f"{CONFIG}:size=tiny,data=mock", texts))
+    return validation.check(loading.load(f"{CONFIG}:size=tiny,data=mock", texts))
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@
 import pytest
 
 from localglobal_jax.checkpoints.manager import Restored
-from localglobal_jax.config import loading
-from localglobal_jax.training.setup import open_session
+from localglobal_jax.config import loading, validation
+from localglobal_jax.training.setup import prepare_setup
 
 TEXTS = {"muse_lohelp.py": "pairs of lengths", "coatnet_digits.py": "images"}
 
@@ -22,8 +22,8 @@ class Saved:
 
 @pytest.mark.parametrize("config", TEXTS)
 def test_other_data_is_refused(config, tmp_path):
-    run = loading.check(loading.load(f"configs/{config}:size=tiny,data=mock"))
-    session = open_session(run, tmp_path / "run")
+    run = validation.check(loading.load(f"configs/{config}:size=tiny,data=mock"))
+    session = prepare_setup(run, tmp_path / "run")
     order = session.task.order
     assert TEXTS[config] in order
     assert session.restore(Saved(order=order)).step == 7

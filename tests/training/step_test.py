@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from localglobal_jax.config import loading, schema
+from localglobal_jax.config import schema, validation
 from localglobal_jax.training import divergence
 from localglobal_jax.training.step import init_state, train_step
 from localglobal_jax.training.tasks import Loss, Task
@@ -45,7 +45,7 @@ TASK = Task(
     summary="",
     use="",
 )
-RUN = loading.check({"model": {"name": "line"}, "optim": {"ema": 0.5}})
+RUN = validation.check({"model": {"name": "line"}, "optim": {"ema": 0.5}})
 
 
 def batch(n=8):
@@ -109,7 +109,7 @@ def test_average_follows_all_variables():
 
 
 def test_no_average_unless_asked_for():
-    run = loading.check({"model": {"name": "line"}})
+    run = validation.check({"model": {"name": "line"}})
     assert init_state(TASK, optax.sgd(0.1), run).average == {}
 
 

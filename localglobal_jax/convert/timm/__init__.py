@@ -9,7 +9,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from localglobal_jax.config import loading
+from localglobal_jax.config import validation
 from localglobal_jax.convert.timm import coatnet, volo
 from localglobal_jax.convert.weights import Variables
 
@@ -40,5 +40,5 @@ def load(
     name = name_or_cfg.removeprefix("hf-hub:").removeprefix("timm/").split(".")[0]
     family = name.split("_")[0]
     if family not in FAMILIES:
-        raise loading.unknown("timm model family", family, FAMILIES)
+        raise validation.unknown("timm model family", family, FAMILIES)
     return FAMILIES[family](name, state_dict, **model_kwargs)

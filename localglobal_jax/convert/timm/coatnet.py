@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from localglobal_jax.config import loading
+from localglobal_jax.config import validation
 from localglobal_jax.convert import weights
 from localglobal_jax.convert.timm.coatnet_config import Section, fields
 from localglobal_jax.convert.weights import Path, Transform, Variables
@@ -161,7 +161,7 @@ def _named(name: str) -> tuple[str, dict[str, Any], int]:
     base, size = (match[1], int(match[2])) if match else (name, 224)
     known = [known for known in VARIANTS if known in TIMM or re.fullmatch(r"coatnet_[0-5]", known)]
     if base not in known:
-        raise loading.unknown("timm model", name, known)
+        raise validation.unknown("timm model", name, known)
     spec = dict(VARIANTS[base])
     if base == "coatnet_5":
         spec["blocks"] = {}  # timm's heads are 32 wide; the paper's, and ours of that name, 64

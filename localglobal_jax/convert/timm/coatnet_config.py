@@ -8,7 +8,7 @@ A value that our module cannot express is a ValueError that names it. What only 
 from collections.abc import Mapping
 from typing import Any
 
-from localglobal_jax.config import loading
+from localglobal_jax.config import validation
 
 CFG = {
     "embed_dim": (96, 192, 384, 768),
@@ -86,7 +86,7 @@ class Section:
     def __init__(self, name: str, given: Mapping[str, Any], defaults: Mapping[str, Any]):
         for field in given:
             if field not in defaults:
-                raise loading.unknown(f"field of timm's {name}:", field, defaults)
+                raise validation.unknown(f"field of timm's {name}:", field, defaults)
         self.name = name
         self.values = {**defaults, **given}
 

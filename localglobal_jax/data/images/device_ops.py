@@ -7,6 +7,17 @@ part: MixUp takes a share of every pixel, CutMix every pixel of a rectangle.
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt8
+
+from localglobal_jax.config import schema
+from localglobal_jax.operators import grids
+
+
+def normalize(image: UInt8[Array, "b h w c"], options: schema.Images) -> Float[Array, "b h w c"]:
+    """Bytes to float32: ``(x / 255 - mean) / std`` per channel."""
+    pixels = image.astype(jnp.float32) / 255
+    mean, std = (grids.per_channel(jnp.array(v), pixels) for v in (options.mean, options.std))
+    return (pixels - mean) / std
 
 
 def mix(

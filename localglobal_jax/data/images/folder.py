@@ -17,7 +17,7 @@ from typing import NamedTuple, Self
 import cv2
 import numpy as np
 
-from localglobal_jax.config.loading import unknown
+from localglobal_jax.config.validation import unknown
 from localglobal_jax.data.images import readers
 from localglobal_jax.data.tfds import records
 

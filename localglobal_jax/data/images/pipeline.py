@@ -22,7 +22,7 @@ from localglobal_jax.data.images.readers import (
     facts,
     label_and_image,
 )
-from localglobal_jax.data.loader import Batch, Draws
+from localglobal_jax.data.loader import Batch, PositionRng
 from localglobal_jax.data.tfds import prepare, records
 from localglobal_jax.data.tfds.builders import EMBEDDED
 
@@ -106,7 +106,7 @@ class ImageSource:
     def __init__(self, reader: Reader, options: schema.Images, *, train: bool):
         self.classes, self.channels = reader.classes, reader.channels
         self._reader, self._options, self._train = reader, options, train
-        self._tolerance = records.Tolerance(options.max_bad_records)
+        self._tolerance = records.BadRecordBudget(options.max_bad_records)
         self._pool = concurrent.futures.ThreadPoolExecutor(options.threads, "images")
         self._memory = self._load() if self._fits() else None
 
@@ -118,7 +118,7 @@ class ImageSource:
         """Bad records met so far and tolerated."""
         return len(self._tolerance.seen)
 
-    def batch(self, index: np.ndarray, draws: Draws | None) -> Batch:
+    def batch(self, index: np.ndarray, draws: PositionRng | None) -> Batch:
         """See `loader.Source`. A split opened for training has no evaluation batches."""
         if (draws is not None) != self._train:
             raise ValueError(f"this split was opened with train={self._train}")
@@ -190,7 +190,7 @@ class ImageSource:
 
     # ------------------------------------------------------------- another one every time
 
-    def _augment(self, images: Any, draws: Draws) -> Any:
+    def _augment(self, images: Any, draws: PositionRng) -> Any:
         options, size = self._options, self._options.image_size
         uniforms = draws.uniforms(len(images), 3)
         if options.crop == "resized":

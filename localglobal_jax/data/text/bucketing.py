@@ -18,7 +18,7 @@ import numpy as np
 GRANULE = 8  # lengths are multiples of it, as accelerators like them
 
 
-def granules(lengths: np.ndarray) -> np.ndarray:
+def round_up(lengths: np.ndarray) -> np.ndarray:
     """Each length rounded up to a multiple of `GRANULE`."""
     return -(-lengths // GRANULE) * GRANULE
 
@@ -30,7 +30,7 @@ def make_edges(lengths: np.ndarray, count: int) -> tuple[int, ...]:
     over the distinct rounded lengths g_0 < g_1 < ...: the cheapest way to cover the first j of
     them with k edges puts the last edge at g_j and begins its bucket after some i < j.
     """
-    sizes, numbers = np.unique(granules(lengths), return_counts=True)
+    sizes, numbers = np.unique(round_up(lengths), return_counts=True)
     below = np.concatenate([[0], np.cumsum(numbers)])  # sentences up to the i-th length
     cost = np.where(np.arange(len(sizes) + 1) == 0, 0.0, np.inf)  # with no edge at all
     choices = []

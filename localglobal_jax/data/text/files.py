@@ -9,7 +9,7 @@ import hashlib
 import pathlib
 from collections.abc import Sequence
 
-from localglobal_jax.config.loading import unknown
+from localglobal_jax.config.validation import unknown
 
 SPLITS = ("train", "validation", "test")
 EVERY = 20  # one pair in so many is for testing, one for validation

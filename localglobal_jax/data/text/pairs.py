@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from localglobal_jax.config import schema
-from localglobal_jax.config.loading import unknown
+from localglobal_jax.config.validation import unknown
 from localglobal_jax.data.text import files
 from localglobal_jax.data.tfds import records
 
@@ -87,7 +87,7 @@ def _from_records(options: schema.Text, split: str) -> Pairs:
     builder = records.find_builder(options.name, records.data_root(options.dir))
     keys = languages(builder.info, options.source, options.target)
     source = records.Records(builder, split)
-    tolerance = records.Tolerance(options.max_bad_records)
+    tolerance = records.BadRecordBudget(options.max_bad_records)
     texts: tuple[list[str], list[str]] = ([], [])
     for start in range(0, len(source), BLOCK):
         numbers = range(start, min(start + BLOCK, len(source)))

@@ -106,7 +106,7 @@ class TextSource:
             told = ", ".join(f"{name}: {count}" for name, count in self.counts.items())
             raise ValueError(f"no pair of sentences is left to use ({told})")
         self.edges = edges or bucketing.make_edges(self.lengths, count)
-        if (longest := int(bucketing.granules(self.lengths).max())) > self.edges[-1]:
+        if (longest := int(bucketing.round_up(self.lengths).max())) > self.edges[-1]:
             self.edges = (*self.edges, longest)
 
     def __len__(self) -> int:

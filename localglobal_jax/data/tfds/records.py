@@ -219,7 +219,7 @@ def _why_not(builder: tfds.core.DatasetBuilder, split: str, error: Exception) ->
     return f"{what}: {error}. It has {splits}.{hint}"
 
 
-class Tolerance:
+class BadRecordBudget:
     """Counts bad records, each once, and raises at the first beyond ``limit``. Thread-safe."""
 
     def __init__(self, limit: int):

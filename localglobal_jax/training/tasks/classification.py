@@ -8,13 +8,13 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8
 
 from localglobal_jax.config import schema
 from localglobal_jax.data import loader
 from localglobal_jax.data.images import device_ops, pipeline
-from localglobal_jax.models import create_model, mix_token
-from localglobal_jax.operators import grids
+from localglobal_jax.data.images.device_ops import normalize
+from localglobal_jax.models import mix_token
+from localglobal_jax.models.registry import create_model
 from localglobal_jax.training import losses, metrics
 from localglobal_jax.training.tasks.task import Batch, Evaluator, HostBatch, Loss, Task, Variables
 
@@ -101,13 +101,6 @@ def create_evaluator(
     one = jax.ShapeDtypeStruct((1,), jnp.int32)
     names = (*jax.eval_shape(metrics.classification, row, one, one), "count")
     return Evaluator(batches, measure, names, size=lambda: len(source) - source.skipped)
-
-
-def normalize(image: UInt8[Array, "b h w c"], options: schema.Images) -> Float[Array, "b h w c"]:
-    """Bytes to float32: ``(x / 255 - mean) / std`` per channel."""
-    pixels = image.astype(jnp.float32) / 255
-    mean, std = (grids.per_channel(jnp.array(v), pixels) for v in (options.mean, options.std))
-    return (pixels - mean) / std
 
 
 def loss(

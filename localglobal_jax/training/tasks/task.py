@@ -3,7 +3,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -11,9 +11,11 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from localglobal_jax.checkpoints.reader import check_labels
+from localglobal_jax.models.registry import Variables
+
 HostBatch = Mapping[str, np.ndarray]
 Batch = Mapping[str, Array]
-Variables = Mapping[str, PyTree]
 Sums = Mapping[str, tuple[Array, Array]]  # name -> (sum, count), mergeable over batches and hosts
 
 
@@ -64,18 +66,3 @@ class Task:
     def check_labels(self, metadata: Mapping[str, Any]) -> None:
         """See the function."""
         check_labels(self.labels, metadata)
-
-
-def check_labels(labels: Sequence[str], metadata: Mapping[str, Any]) -> None:
-    """Raises ValueError if a checkpoint was trained on other classes, or in another order."""
-    then = metadata.get("labels")  # older checkpoints do not say
-    if then and labels and list(then) != list(labels):
-        raise ValueError(
-            f"the data has the classes {_shown(labels)}; the checkpoint was trained on "
-            f"{_shown(then)}, so its numbers mean others. Have the same classes (a folder for "
-            "each, if need be an empty one), or begin another run"
-        )
-
-
-def _shown(labels: Sequence[str]) -> str:
-    return ", ".join(labels[:20]) + f" and {len(labels) - 20} more" * (len(labels) > 20)

@@ -16,7 +16,7 @@ from localglobal_jax.config import schema
 from localglobal_jax.data.text import pipeline
 from localglobal_jax.data.text import tokenizers as tokenizer
 from localglobal_jax.inference import bleu, decoding
-from localglobal_jax.models import create_model
+from localglobal_jax.models.registry import create_model
 from localglobal_jax.training import losses, metrics
 from localglobal_jax.training.tasks.task import Batch, Evaluator, HostBatch, Loss, Task, Variables
 

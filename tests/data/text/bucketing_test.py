@@ -10,8 +10,8 @@ from localglobal_jax.data.text.bucketing import (
     GRANULE,
     Schedule,
     check_budget,
-    granules,
     make_edges,
+    round_up,
     rows_of,
     shuffled,
 )
@@ -30,8 +30,8 @@ def test_no_other_edges_pad_less(lengths, count):
     edges = make_edges(lengths, count)
     assert len(edges) <= count
     assert list(edges) == sorted(set(edges)) and all(edge % GRANULE == 0 for edge in edges)
-    assert edges[-1] == granules(lengths).max()
-    sizes = sorted({int(g) for g in granules(lengths)})
+    assert edges[-1] == round_up(lengths).max()
+    sizes = sorted({int(g) for g in round_up(lengths)})
     others = [
         (*some, sizes[-1]) for n in range(count) for some in itertools.combinations(sizes[:-1], n)
     ]

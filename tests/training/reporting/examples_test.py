@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from localglobal_jax.config import loading, schema
+from localglobal_jax.config import loading, schema, validation
 from localglobal_jax.training import optim
 from localglobal_jax.training.reporting import examples
 from localglobal_jax.training.step import init_state
@@ -17,11 +17,11 @@ CONFIGS = pathlib.Path(__file__).parents[3] / "configs"
 
 def shown(config, tmp_path, count):
     overrides = {"log.samples": str(count), "log.tensorboard": "true"}
-    run = loading.check(loading.load(f"{CONFIGS / config}:size=tiny,data=mock", overrides))
+    run = validation.check(loading.load(f"{CONFIGS / config}:size=tiny,data=mock", overrides))
     task = create_task(run, workdir=tmp_path)
     task.save(tmp_path)
     state = init_state(task, optim.make_optimizer(run.optim, run.steps), run)
-    return task, examples.Samples(run, tmp_path)(task, state.variables)
+    return task, examples.ExampleLogger(run, tmp_path)(task, state.variables)
 
 
 @pytest.mark.parametrize("config", ["coatnet_digits.py", "focal_imagenet.py"])

@@ -17,10 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localglobal_jax import models
+from localglobal_jax.checkpoints import reader
 from localglobal_jax.cli.main import main
-from localglobal_jax.training.reporting import tensorboard
-from localglobal_jax.training.reporting.html import attempts, curves, examples, gather
+from localglobal_jax.models import registry
+from localglobal_jax.training.reporting import examples, tensorboard
+from localglobal_jax.training.reporting.html import attempts, curves, gather
 from localglobal_jax.training.reporting.html.facts import (
     Confusion,
     Picture,
@@ -31,7 +32,6 @@ from localglobal_jax.training.reporting.html.facts import (
     size,
 )
 from localglobal_jax.training.reporting.html.page import page
-from localglobal_jax.training.tasks import task
 
 CONFIGS = pathlib.Path(__file__).parents[3] / "configs"
 PNG = cv2.imencode(".png", np.zeros((2, 2), np.uint8))[1].tobytes()
@@ -229,7 +229,7 @@ def test_names_tell_runs_apart(tmp_path):
 def test_where_attention_looks():
     """It is a distribution over the grid, and the one of the weights that `attend` uses."""
     options = {"layout": "CT", "depths": (1, 1), "widths": (8, 32), "stem": (4, 8), "classes": 3}
-    module = models.create_model("coatnet", strides=(1, 2), **options)
+    module = registry.create_model("coatnet", strides=(1, 2), **options)
     pixels = np.random.default_rng(0).normal(size=(2, 32, 48, 3)).astype(np.float32)
     variables = jax.jit(module.init)(jax.random.key(0), pixels)
     maps = examples.look(module, variables, pixels)
@@ -241,7 +241,7 @@ def test_where_attention_looks():
     table[7, 11] = 0  # no displacement: every place looks at itself, and is looked at by itself
     attention |= {"qkv": {**attention["qkv"], "kernel": kernel}, "relative_bias": {"table": table}}
     np.testing.assert_allclose(examples.look(module, variables, pixels), 1 / 96, rtol=1e-3)
-    local = models.create_model("coatnet", strides=(1, 2), **{**options, "layout": "CC"})
+    local = registry.create_model("coatnet", strides=(1, 2), **{**options, "layout": "CC"})
     variables = jax.jit(local.init)(jax.random.key(0), pixels)
     assert examples.look(local, variables, pixels) is None
 
@@ -279,7 +279,7 @@ def test_data_of_other_classes_is_a_note_and_no_matrix(workdir, tmp_path, monkey
     """As `evaluate` refuses them: the numbers of the classes would mean others."""
 
     def as_trained_on_others(labels, metadata):
-        return task.check_labels(("ant", "cat"), {"labels": ["cat", "dog"]})
+        return reader.check_labels(("ant", "cat"), {"labels": ["cat", "dog"]})
 
     monkeypatch.setattr(gather, "check_labels", as_trained_on_others)
     assert main(["report", str(workdir), f"--out={tmp_path / 'page.html'}", "--json"]) == 0

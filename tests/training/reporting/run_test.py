@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localglobal_jax.training.reporting import metrics_log, wandb
+from localglobal_jax.training.reporting import metrics_log, plots, wandb
+from localglobal_jax.training.reporting import progress as reporting_progress
 
 SPLITS = ("train", "test")
 
@@ -282,7 +283,7 @@ def test_wandb_that_is_not_there_is_refused(monkeypatch):
 )
 def test_progress_line(given_, line):
     given_ = dict(given_)
-    assert metrics_log.progress_line(given_.pop("step"), 1000, **given_) == line
+    assert reporting_progress.progress_line(given_.pop("step"), 1000, **given_) == line
 
 
 class Terminal(io.StringIO):
@@ -292,7 +293,7 @@ class Terminal(io.StringIO):
 
 def test_a_pipe_gets_plain_lines():
     pipe = io.StringIO()
-    progress = metrics_log.Progress(pipe)
+    progress = reporting_progress.Progress(pipe)
     progress.show("step 1")
     progress.print("test: 1.0")
     progress.show("step 2")
@@ -303,7 +304,7 @@ def test_a_pipe_gets_plain_lines():
 def test_a_terminal_gets_one_line_redrawn(monkeypatch):
     monkeypatch.setenv("COLUMNS", "30")
     terminal = Terminal()
-    progress = metrics_log.Progress(terminal)
+    progress = reporting_progress.Progress(terminal)
     progress.show("step 1/9 and so on, for longer than the terminal is wide")
     progress.show("step 2/9")
     assert "\n" not in terminal.getvalue()
@@ -320,7 +321,7 @@ def test_a_terminal_gets_one_line_redrawn(monkeypatch):
 
 def test_parameter_table_adds_up():
     params = {"stem": {"kernel": np.zeros((3, 3, 1, 16))}, "head": {"bias": np.zeros(1000)}}
-    table = metrics_log.parameter_table(params).splitlines()
+    table = reporting_progress.parameter_table(params).splitlines()
     assert table[0].split() == ["head/bias", "(1000,)", "1,000"]
     assert table[1].split() == ["stem/kernel", "(3,", "3,", "1,", "16)", "144"]
     assert table[-1].split() == ["total", "2", "arrays", "1,144"]
@@ -330,7 +331,7 @@ def test_parameter_table_adds_up():
 def test_a_large_table_is_grouped():
     block = {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)}
     params = {f"stage{s}": {f"block{b}": block for b in range(10)} for s in range(3)}
-    table = metrics_log.parameter_table(params).splitlines()
+    table = reporting_progress.parameter_table(params).splitlines()
     assert len(table) == 32
     assert table[0].split() == ["stage0/block0", "2", "arrays", "9"]
     assert table[-1].split() == ["total", "60", "arrays", "270"]
@@ -343,7 +344,7 @@ def test_learning_curve_draws_what_was_written(tmp_path):
         writer.write(step, "train", {"loss": loss})
     writer.write(4, "test", {"loss": 0.3, "accuracy": 0.9})
     writer.close()
-    path = metrics_log.learning_curve(tmp_path)
+    path = plots.learning_curve(tmp_path)
     assert path == tmp_path / "learning_curve.png"
     raw = path.read_bytes()
     assert raw.startswith(b"\x89PNG")
@@ -353,12 +354,12 @@ def test_learning_curve_draws_what_was_written(tmp_path):
 
 def test_no_metrics_no_curve(tmp_path):
     with pytest.raises(ValueError, match="no learning curve"):
-        metrics_log.learning_curve(tmp_path)
+        plots.learning_curve(tmp_path)
 
 
 def test_drawing_libraries_are_loaded_only_when_used():
     code = (
-        "import sys; from localglobal_jax import model_card, reporting;"
+        "import sys; from localglobal_jax.training.reporting import metrics_log, model_card, plots;"
         "assert not {'matplotlib', 'tensorboardX', 'tensorflow'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

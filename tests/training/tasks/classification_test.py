@@ -9,17 +9,19 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from localglobal_jax.config import loading
+from localglobal_jax.config import loading, validation
+from localglobal_jax.data.images import device_ops
+from localglobal_jax.inference import load
 from localglobal_jax.parallel import placement
-from localglobal_jax.training import evaluation, loop
-from localglobal_jax.training.tasks import classification, create_task
+from localglobal_jax.training import loop
+from localglobal_jax.training.tasks import create_task
 
 CONFIG = pathlib.Path(__file__).parents[3] / "configs" / "coatnet_digits.py"
 
 
 def make_run(data_dir, **overrides):
     base = {"steps": "2", "optim.warmup_steps": "1", "data.dir": str(data_dir), "eval.every": "0"}
-    return loading.check(loading.load(f"{CONFIG}:size=tiny", {**base, **overrides}))
+    return validation.check(loading.load(f"{CONFIG}:size=tiny", {**base, **overrides}))
 
 
 EVERYTHING = {
@@ -39,7 +41,7 @@ EVERYTHING = {
 def test_everything_on(data_dir, tmp_path):
     """That it is the same twice, faults_test.py shows."""
     loop.train(make_run(data_dir, **EVERYTHING), tmp_path)
-    _, variables = evaluation.load(tmp_path)
+    _, variables = load.load(tmp_path)
     assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(variables))
 
@@ -75,7 +77,7 @@ def test_standard_names_train_on_tfds_mock_data(name, size, classes, tmp_path):
     with tfds.testing.mock_data(num_examples=6, policy=tfds.testing.MockPolicy.USE_CODE):
         result = loop.train(run, tmp_path / "run")
     assert result[split]["count"] == 6
-    assert evaluation.load(tmp_path / "run")[0].classes == classes
+    assert load.load(tmp_path / "run")[0].classes == classes
 
 
 def test_mock_images_need_no_data(tmp_path):
@@ -93,7 +95,7 @@ def test_two_devices_give_the_loss_and_gradient_of_one(data_dir):
         loss = task.loss({**variables, "params": params}, batch, jax.random.key(0))
         return loss.total / loss.weight
 
-    both = placement.Placement().global_batch(batch)
+    both = placement.Partitioner().global_batch(batch)
     assert len(both["image"].addressable_shards) == 2
     step = jax.jit(jax.value_and_grad(gradient))
     one, two = step(variables["params"], batch), step(variables["params"], both)
@@ -101,16 +103,16 @@ def test_two_devices_give_the_loss_and_gradient_of_one(data_dir):
 
 
 def test_normalize_is_per_channel():
-    options = loading.check(
+    options = validation.check(
         {"model": {"name": "m"}, "data": {"mean": (0.0, 0.5, 1.0), "std": (1.0, 0.5, 2.0)}}
     ).data
     image = jnp.full((1, 1, 1, 3), 255, jnp.uint8)
-    np.testing.assert_allclose(classification.normalize(image, options)[0, 0, 0], [1, 1, 0])
+    np.testing.assert_allclose(device_ops.normalize(image, options)[0, 0, 0], [1, 1, 0])
 
 
 def test_tokens_are_classified_too_and_mixed_tokens_meet_both_labels(tmp_path):
     fields = {"depths": (1, 1, 1, 1), "widths": (24, 48, 48, 48), "heads": (2, 4, 4, 4), "stem": 8}
-    run = loading.check(
+    run = validation.check(
         {
             "model": {"name": "volo", "mix_token": True, **fields},
             "data": {"name": "cifar10", "mock": True, "image_size": (64, 64)},
@@ -131,7 +133,7 @@ def test_tokens_are_classified_too_and_mixed_tokens_meet_both_labels(tmp_path):
 
     (logits, out), _ = task.model.apply(
         variables,
-        classification.normalize(batch["image"], run.data),
+        device_ops.normalize(batch["image"], run.data),
         train=True,
         rngs={"dropout": jax.random.split(key)[1]},
         mutable=["batch_stats"],
@@ -151,7 +153,7 @@ def test_tokens_are_classified_too_and_mixed_tokens_meet_both_labels(tmp_path):
 def test_a_volo_that_classifies_no_tokens_has_the_plain_loss(mix_token):
     fields = {"depths": (1,), "widths": (24,), "heads": (2,), "strides": (1,), "stem": 8}
     fields |= {"layout": "S", "position": 1, "class_blocks": 0, "aux_head": False}
-    run = loading.check(
+    run = validation.check(
         {
             "model": {"name": "volo", "mix_token": mix_token, **fields},
             "data": {"name": "cifar10", "mock": True, "image_size": (16, 16)},
@@ -166,7 +168,7 @@ def test_a_volo_that_classifies_no_tokens_has_the_plain_loss(mix_token):
     variables = jax.jit(task.model.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
     (logits, _), _ = task.model.apply(
         variables,
-        classification.normalize(batch["image"], run.data),
+        device_ops.normalize(batch["image"], run.data),
         train=True,
         rngs={"dropout": jax.random.key(0)},
         mutable=["batch_stats"],

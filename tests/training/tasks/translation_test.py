@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from localglobal_jax import load
-from localglobal_jax.config import loading
+from localglobal_jax.config import loading, validation
 from localglobal_jax.data.text import tokenizers
 from localglobal_jax.parallel import placement
 from localglobal_jax.training import evaluation, loop
@@ -24,7 +24,7 @@ CONFIG = pathlib.Path(__file__).parents[3] / "configs" / "muse_lohelp.py"
 
 def make_run(**overrides):
     base = {"steps": "4", "optim.warmup_steps": "1", "eval.every": "0", "batch_size": "512"}
-    return loading.check(loading.load(f"{CONFIG}:size=tiny,data=mock", {**base, **overrides}))
+    return validation.check(loading.load(f"{CONFIG}:size=tiny,data=mock", {**base, **overrides}))
 
 
 def started(run):
@@ -175,13 +175,13 @@ def test_another_vocabulary_than_it_began_with_is_refused(trained, tmp_path):
 def test_fine_tuning_takes_weights_and_vocabulary(trained, tmp_path, monkeypatch):
     run = make_run(**{"steps": "4", "optim.learning_rate": "1e-9", "init": str(trained)})
     compiled = []
-    real = placement.Placement.compile_step
+    real = placement.Partitioner.compile_step
 
     def remember(*args):
         compiled.append(real(*args))
         return compiled[0]
 
-    monkeypatch.setattr(placement.Placement, "compile_step", remember)
+    monkeypatch.setattr(placement.Partitioner, "compile_step", remember)
     loop.train(run, tmp_path / "run")
     shapes = {batch["source"].shape for batch in create_task(run).train_batches(0, 4)}
     assert compiled[0]._cache_size() == len(shapes)  # each shape is compiled once

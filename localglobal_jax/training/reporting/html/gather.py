@@ -17,19 +17,20 @@ from typing import Any
 
 import jax
 
-from localglobal_jax import __version__, models
+from localglobal_jax import __version__
 from localglobal_jax.checkpoints import gcs, reader, workdir
-from localglobal_jax.config import loading, schema
+from localglobal_jax.checkpoints.reader import check_labels
+from localglobal_jax.config import schema, values
 from localglobal_jax.data.images import pipeline
 from localglobal_jax.data.text import tokenizers
-from localglobal_jax.inference import translator
-from localglobal_jax.training import divergence, evaluation
+from localglobal_jax.inference import load, translator
+from localglobal_jax.models import registry
+from localglobal_jax.training import divergence
 from localglobal_jax.training.reporting import metrics_log
+from localglobal_jax.training.reporting.examples import classify, translations
 from localglobal_jax.training.reporting.html.attempts import attempts
-from localglobal_jax.training.reporting.html.examples import classify, translations
 from localglobal_jax.training.reporting.html.facts import Run
 from localglobal_jax.training.reporting.html.page import page
-from localglobal_jax.training.tasks.task import check_labels
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +45,8 @@ def write(paths: Sequence[str], out: pathlib.Path, step: int | str | None = None
         raise ValueError(f"--out {out}: give a file in a directory that can be written")
     if len(set(map(_whole, paths))) < len(paths):
         raise ValueError(f"{' '.join(paths)}: give every workdir once")
-    known = [(path, gcs.Copy(path)) for path in paths]
-    configs = [evaluation.read_run(copy.local) for _, copy in known]
+    known = [(path, gcs.LocalMirror(path)) for path in paths]
+    configs = [load.read_run(copy.local) for _, copy in known]
     runs = [
         gather(name, path, copy, config, step)
         for name, (path, copy), config in zip(names(paths), known, configs, strict=True)
@@ -71,7 +72,7 @@ def names(paths: Sequence[str]) -> list[str]:
 
 
 def gather(
-    name: str, path: str, copy: gcs.Copy, config: schema.Run, step: int | str | None = None
+    name: str, path: str, copy: gcs.LocalMirror, config: schema.Run, step: int | str | None = None
 ) -> Run:
     """Everything about the run in the workdir `path`. ValueError for a `step` that is not there."""
     run = Run(
@@ -86,7 +87,7 @@ def gather(
         run.notes.append(f"metrics.jsonl: left out what is damaged or half-written: line {several}")
     found = None
     with _noted(run, "The checkpoint", (RuntimeError, OSError) if step else (Exception,)):
-        found = evaluation.read_variables(path, step)
+        found = load.read_variables(path, step)
     saved = [found[0] if found else 0, *(reader.directories(copy.checkpoints) if step else ())]
     run.state = _state(copy.local, config, run.metrics, max(saved))
     run.attempts = attempts(copy.local, config.steps)
@@ -101,7 +102,7 @@ def gather(
         return run
     with _noted(run, f"Examples of {config.data.name}/{config.data.eval_splits[0]}"):
         workdir.check_config(copy.local, run.step, metadata)
-        module = models.create_model(**loading.tuples(metadata["model"]))
+        module = registry.create_model(**values.tuples(metadata["model"]))
         variables = jax.device_put(variables)
         if isinstance(config, schema.TranslationRun):
             words = tokenizers.load(copy.local / tokenizers.DIRECTORY)

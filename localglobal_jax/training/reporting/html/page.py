@@ -17,7 +17,7 @@ from typing import Any
 
 import jinja2
 
-from localglobal_jax.config import loading
+from localglobal_jax.config import values
 from localglobal_jax.training.reporting.html import curves
 from localglobal_jax.training.reporting.html.facts import BESIDE, TOTAL, Run, shown, size
 
@@ -30,7 +30,7 @@ def page(runs: Sequence[Run], made: str) -> str:
     style = _templates().get_template("page.css").render()
     policy = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     sizes = _table([run.parameters() for run in runs])
-    configs = [loading.flatten(run.config) for run in runs]
+    configs = [values.flatten(run.config) for run in runs]
     fields = sorted({field for config in configs for field in config})
     rows = {field: [_json(config, field) for config in configs] for field in fields}
     return (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A head that asks: a class token attends to the grid and alone is changed (CaiT, VOLO)."""
+"""Classifier heads: pooling, and class attention (arXiv 2103.17239)."""
 
 from functools import partial
 
@@ -7,10 +7,40 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from localglobal_jax.blocks.layers import MLP, make_norm
+from localglobal_jax.blocks.layers import MLP, Norm, make_norm
 from localglobal_jax.operators import grids
 from localglobal_jax.operators.attention import attend
 from localglobal_jax.operators.dense import Dense, DenseGeneral
+
+
+class PoolingHead(nn.Module):
+    """Average over the grid and a linear classifier.
+
+    Attributes:
+      classes: number of logits; 0: no classifier, the pooled features are returned.
+      norm: "layer" or "batch"; `norm_first`: before the pooling (over the map) or after it.
+      hidden: width of a tanh layer before the classifier (after the norm); 0: none.
+    """
+
+    classes: int
+    norm: Norm = "layer"
+    norm_first: bool = False
+    norm_eps: float = 1e-6
+    hidden: int = 0
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w d"], *, train: bool = False
+    ) -> tuple[Float[Array, "b k"], Float[Array, "b e"]]:
+        """Returns the logits and the features they are made from."""
+        norm = make_norm(self.norm, eps=self.norm_eps, train=train, dtype=self.dtype, name="norm")
+        x = norm(x).mean((1, 2)) if self.norm_first else norm(x.mean((1, 2)))
+        if self.hidden:
+            x = nn.tanh(Dense(self.hidden, dtype=self.dtype, name="hidden")(x))
+        if not self.classes:
+            return x, x
+        return Dense(self.classes, dtype=self.dtype, name="classifier")(x), x
 
 
 class ClassAttention(nn.Module):

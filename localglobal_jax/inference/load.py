@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads trained models: from workdirs, checkpoints, and as a start for fine-tuning."""
+
+import pathlib
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from localglobal_jax import convert
+from localglobal_jax.checkpoints import gcs, manager, reader
+from localglobal_jax.config import loading, schema, values
+from localglobal_jax.convert.files import log
+from localglobal_jax.models.registry import Variables, create_model
+
+
+def find_step(path: str | pathlib.Path, step: int | str | None) -> int | None:
+    """The number of a step given as a number, as "best" (of a workdir), or as None: the newest."""
+    if step is None or str(step).isdigit():
+        return None if step is None else int(step)
+    if step != "best":
+        raise ValueError(f'step "{step}": give a number, or "best"')
+    copy = gcs.LocalMirror(path)
+    best = manager.Checkpoints(copy.checkpoints, read_run(copy.local).checkpoint).best()
+    if best is None:
+        raise ValueError(f"no step of {path} has the metric that its checkpoint.best names")
+    return best
+
+
+def read_run(workdir: pathlib.Path) -> schema.Run:
+    """The config that `workdir` was trained with."""
+    file = workdir / "config.json"
+    if not file.is_file():
+        raise ValueError(
+            f"{workdir} is not a workdir: it has no config.json. "
+            "Give the directory that `localglobal train --workdir` wrote to"
+        )
+    return loading.read_json(file)
+
+
+def load(
+    path: str | pathlib.Path, step: int | str | None = None, average: int = 1
+) -> tuple[nn.Module, Variables]:
+    """A trained model from our checkpoints: ``(module, variables)``, ready for ``module.apply``.
+
+    Args:
+      path: a workdir, its checkpoints folder, or one step's folder.
+      step: a number, "best" (of a workdir), or None: the newest.
+      average: the mean over so many checkpoints, this one and those before it.
+
+    If the run kept a moving average of its variables, that is what is given. Needs neither the
+    data set nor the config.
+    """
+    _, variables, metadata = read_variables(path, step, average)
+    spec: dict[str, Any] = values.tuples(metadata["model"])
+    return create_model(**spec), jax.device_put(variables)
+
+
+def read_variables(
+    path: str | pathlib.Path, step: int | str | None = None, average: int = 1
+) -> tuple[int, Variables, dict[str, Any]]:
+    """``(step, variables, metadata)`` as NumPy arrays, see `load`.
+
+    Checkpoint averaging as in arXiv 1706.03762, section 6.1. Raises ValueError if fewer than
+    `average` checkpoints are kept.
+    """
+    last, state, metadata = reader.read(path, find_step(path, step))
+    kept = [n for n in reader.steps(path) if n <= last][-average:]
+    if average < 1 or len(kept) < average:
+        raise ValueError(
+            f"cannot average {average} checkpoints: {path} has {len(kept)} up to step {last}. "
+            "Give a number from 1 to that, or keep more (checkpoint.keep)"
+        )
+    variables = state.get("average") or state["variables"]
+    if average > 1:
+        total = jax.tree.map(np.float64, variables)
+        for earlier in kept[:-1]:
+            _, state, _ = reader.read(path, earlier)
+            total = jax.tree.map(np.add, total, state.get("average") or state["variables"])
+        variables = jax.tree.map(lambda t, v: (t / average).astype(v.dtype), total, variables)
+    return last, variables, metadata
+
+
+def pretrained(path: str, module: nn.Module, inputs: tuple[jax.ShapeDtypeStruct, ...]) -> Variables:
+    """The variables of the checkpoint `path`, made to fit `module` on `inputs`.
+
+    Position tables are resized, and a classifier for another number of classes starts at zero.
+    Raises ValueError where anything else differs.
+    """
+    try:
+        old, variables = load(path)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"init={path}: {error}") from error
+    if type(old) is not type(module):
+        raise ValueError(
+            f"init={path} is a {type(old).__name__}, but this run trains a {type(module).__name__}"
+        )
+    classes, replaced = getattr(module, "classes", None), ""
+    if classes is not None and old.classes != classes:
+        old, variables = convert.adapt.reclassify(old, variables, classes)
+        replaced = f"; its classifier is replaced by one for {classes} classes"
+    log.info("weights  of %s%s", path, replaced)
+    return convert.adapt.fit(module, variables, *inputs)

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multi-host start-up: detects the cluster, connects its hosts, names those that are absent."""
+
+import contextlib
+import re
+import socket
+import time
+from typing import NamedTuple
+
+import jax
+from jax._src.clusters import ClusterEnv  # and no other way to ask without starting
+
+from localglobal_jax.parallel.multihost import HostLost, log
+
+HEARTBEAT = 60  # seconds without a sign of life after which a host is taken for lost
+
+
+class Cluster(NamedTuple):
+    """Who takes part: ``HOST:PORT`` of rank 0, how many, which of them this is."""
+
+    coordinator: str
+    size: int
+    rank: int
+    local_devices: tuple[int, ...] | None = None  # None: all of this machine
+
+
+# ---------------------------------------------------------------------------------------- start
+
+
+def detect(timeout: float) -> Cluster:
+    """What Cloud TPU, Kubernetes, SLURM or Open MPI say; ValueError if none of them does."""
+    found = ClusterEnv.auto_detect_unset_distributed_params(
+        None, None, None, None, None, int(timeout)
+    )
+    coordinator, size, number, devices = found
+    if coordinator is None or size is None or number is None:
+        raise ValueError(
+            "--distributed found no Cloud TPU, Kubernetes, SLURM or Open MPI environment: give "
+            "--coordinator HOST:PORT --hosts N --host I on every host"
+        )
+    return Cluster(coordinator, size, number, None if devices is None else tuple(devices))
+
+
+def start(cluster: Cluster, timeout: float = 300.0) -> None:
+    """Joins the cluster; call it before anything touches a device.
+
+    Raises ValueError for a cluster that cannot be, HostLost, on every host, with the names of those
+    that did not come within `timeout` seconds.
+    """
+    coordinator, size, number, devices = cluster
+    port = int(coordinator.rpartition(":")[2]) if re.fullmatch(r"\S+:\d+", coordinator) else 0
+    if not 0 < port < 2**16 or not 0 <= number < size:
+        raise ValueError(
+            f"--coordinator {coordinator} --hosts {size} --host {number}: want HOST:PORT, and "
+            "0 <= host < hosts"
+        )
+    log.info("host     %d of %d (%s), coordinator %s; waiting for the others, at most %.0f s",
+             number, size, socket.gethostname(), coordinator, timeout)  # fmt: skip
+    names = rendezvous(cluster, timeout)
+    jax.distributed.initialize(
+        coordinator,
+        size,
+        number,
+        list(devices) if devices else None,
+        initialization_timeout=int(timeout) + 60,  # all of them are there: this is quick
+        heartbeat_timeout_seconds=HEARTBEAT,
+    )
+    log.info("host     %d of %d: all are here (%s), %d of %d devices", number, size,
+             ", ".join(names), jax.local_device_count(), jax.device_count())  # fmt: skip
+
+
+def rendezvous(cluster: Cluster, timeout: float) -> list[str]:
+    """The host names by rank, once all have called rank 0; Lost, naming ranks, if they do not.
+
+    On the coordinator's own port, which jax opens only afterwards.
+    """
+    deadline = time.monotonic() + timeout
+    return _call(cluster, deadline) if cluster.rank else _listen(cluster, deadline)
+
+
+def _listen(cluster: Cluster, deadline: float) -> list[str]:
+    port = int(cluster.coordinator.rpartition(":")[2])
+    callers: dict[int, tuple[str, socket.socket]] = {}
+    twice = ""
+    try:
+        server = socket.create_server(("", port), reuse_port=False)
+    except OSError as error:
+        raise ValueError(
+            f"--coordinator {cluster.coordinator}: {error}; take another port"
+        ) from None
+    with server, contextlib.ExitStack() as open_calls:
+        while len(callers) < cluster.size - 1 and not twice:
+            server.settimeout(max(deadline - time.monotonic(), 0.01))
+            try:
+                call = open_calls.enter_context(server.accept()[0])
+            except TimeoutError:
+                break
+            try:
+                call.settimeout(2)
+                text, name = call.makefile().readline(1000).split()
+                number = int(text)
+            except (ValueError, OSError):
+                continue  # not one of ours
+            if number in callers or not 0 < number < cluster.size:
+                twice = f"{name} says that it is host {number}, which is another one's number"
+            else:
+                callers[number] = name, call
+        missing = [i for i in range(1, cluster.size) if i not in callers]
+        names = [socket.gethostname(), *(callers[i][0] for i in sorted(callers))]
+        if twice:
+            answer = f"! {twice}\n"
+        elif missing:
+            answer = f"! {_absent(missing, cluster)}\n"
+        else:
+            answer = " ".join(names) + "\n"
+        for _, call in callers.values():
+            with contextlib.suppress(OSError):
+                call.sendall(answer.encode())
+    if answer.startswith("!"):
+        raise HostLost(answer.removeprefix("!").strip())
+    return names
+
+
+def _call(cluster: Cluster, deadline: float) -> list[str]:
+    host, _, port = cluster.coordinator.rpartition(":")
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            with socket.create_connection((host, int(port)), timeout=max(left, 0.01)) as call:
+                call.sendall(f"{cluster.rank} {socket.gethostname()}\n".encode())
+                # rank 0 answers at its own deadline, which is later if it came later
+                call.settimeout(max(left, 0.01) * 2 + 5)
+                answer = call.makefile().readline().strip()
+        except OSError:
+            answer = ""
+        if answer.startswith("!"):
+            raise HostLost(answer.removeprefix("!").strip())
+        if answer:
+            return answer.split()
+        if time.monotonic() >= deadline:
+            raise HostLost(f"host 0 did not answer at {cluster.coordinator}")
+        time.sleep(0.2)
+
+
+def _absent(missing: list[int], cluster: Cluster) -> str:
+    ranks = ", ".join(map(str, missing))
+    return f"host {ranks} of {cluster.size} did not turn up; start the command on every host"
