@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Short versions of experiments/faults: real runs that are killed, damaged, starved or doubled."""
+"""Short versions of experiments/stress/faults: runs that are killed, damaged, starved, doubled."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ from localglobal_jax.checkpoints import reader
 from localglobal_jax.cli import inspect
 from localglobal_jax.training import evaluation
 
-FAULTS = pathlib.Path(__file__).parents[1] / "experiments" / "faults"
+FAULTS = pathlib.Path(__file__).parents[1] / "experiments" / "stress" / "faults"
 sys.path.insert(0, str(FAULTS))
 
 import compare

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every field of a run set to what it may not be: exit code 2, the field's name, no traceback.
 
-The long version, with models and data, is experiments/bad_input.
+The long version, with models and data, is experiments/stress/bad_input.
 """
 
 import json

@@ -2,7 +2,7 @@
 """Every line of `writings.py` between two good ones on the standard input of `localglobal
 translate`. Unlike the other groups in one process, because a model has to be compiled.
 
-python experiments/bad_input/run_translate.py        writes results/translate.csv
+python experiments/stress/bad_input/run_translate.py        writes results/translate.csv
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import writings
 
 from localglobal_jax.cli import main as cli
 
-MUSE = f"{pathlib.Path(__file__).parents[2] / 'configs' / 'muse_lohelp.py'}:size=tiny"
+MUSE = f"{pathlib.Path(__file__).parents[3] / 'configs' / 'muse_lohelp.py'}:size=tiny"
 GOOD = b"The house number 7 is green."
 RANDOM = 40
 

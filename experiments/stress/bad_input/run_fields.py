@@ -17,7 +17,7 @@ from localglobal_jax.models import registry
 from localglobal_jax.training import setup
 
 Trial = tuple[str, Callable[[], str]]
-CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+CONFIGS = pathlib.Path(__file__).parents[3] / "configs"
 BASES = {
     "classification": f"{CONFIGS}/coatnet_digits.py:size=tiny,data=mock",
     "translation": f"{CONFIGS}/muse_lohelp.py:size=tiny,data=mock",

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Disks that are full, directories that cannot be written, clocks that jump. Real ones; needs root.
 
-    sudo python experiments/faults/disk.py --out experiments/faults/disk.jsonl --work /tmp/disk
+    sudo python experiments/stress/faults/disk.py --out disk.jsonl --work /tmp/disk
 
 A workdir on a file system of its own (tmpfs) of too few kilobytes, from none to almost enough: the
 disk fills while the run writes its config, its words, its metrics, TensorBoard's file, a checkpoint

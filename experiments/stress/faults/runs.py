@@ -11,7 +11,7 @@ import re
 import sys
 
 HERE = pathlib.Path(__file__).parent
-ROOT = HERE.parents[1]
+ROOT = HERE.parents[2]
 OBSERVED = HERE / "observed.py"
 
 TINY_TEXT = {

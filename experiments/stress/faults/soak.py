@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """An hour of real training, watched from outside: memory, open files, threads, time per step.
 
-    python experiments/faults/soak.py images --out experiments/faults/soak_images --hours 1
+    python experiments/stress/faults/soak.py images --out soak_images --hours 1
 
 Reads ``/proc``, so Linux only. The run checkpoints and evaluates hundreds of times, which is what
 leaks. Time per step is the CPU's as well as the clock's: other people's work on the machine

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Wrong configs as processes of their own: how long a person waits for the answer.
 
-python experiments/bad_input/processes.py        writes results/processes.csv
+python experiments/stress/bad_input/processes.py        writes results/processes.csv
 """
 
 import csv
@@ -14,8 +14,8 @@ import tempfile
 import time
 
 HERE = pathlib.Path(__file__).parent
-DIGITS = f"{HERE.parents[1] / 'configs' / 'coatnet_digits.py'}:size=tiny,data=mock"
-MUSE = f"{HERE.parents[1] / 'configs' / 'muse_lohelp.py'}:size=tiny,data=mock"
+DIGITS = f"{HERE.parents[2] / 'configs' / 'coatnet_digits.py'}:size=tiny,data=mock"
+MUSE = f"{HERE.parents[2] / 'configs' / 'muse_lohelp.py'}:size=tiny,data=mock"
 WRONG = (
     (DIGITS, "optim.learning_rate=-1"), (DIGITS, "optim.learning_rate=nan"), (DIGITS, "steps=0"),
     (DIGITS, "batch_size=-8"), (DIGITS, "stepz=1"), (DIGITS, "data.image_size=(0, 8)"),
@@ -51,7 +51,7 @@ def main() -> None:
             assert done.returncode == 2, (override, done.returncode, done.stderr[-2000:])
             assert first.startswith("localglobal train: "), first
             assert not pathlib.Path(root, "x").exists()
-            name, first = (x.replace(f"{HERE.parents[1]}/", "") for x in (config, first))
+            name, first = (x.replace(f"{HERE.parents[2]}/", "") for x in (config, first))
             numbers = f"{wall:.2f}", f"{cpu:.2f}", f"{os.getloadavg()[0]:.1f}"
             rows.writerow((name, override[:40], done.returncode, *numbers, first))
             out.flush()

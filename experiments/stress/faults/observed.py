@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``localglobal``, with a note of every batch the loop is given: its step and its checksum.
 
-    OBSERVED_BATCHES=batches.txt python experiments/faults/observed.py train ...
+    OBSERVED_BATCHES=batches.txt python experiments/stress/faults/observed.py train ...
 
 One line a batch, in one write, so that a kill leaves no half of one.
 """

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kills a real training, again and again, and compares its end with a run nobody disturbed.
 
-    python experiments/faults/kill.py --out experiments/faults/kills.jsonl --work /tmp/kills
+    python experiments/stress/faults/kill.py --out kills.jsonl --work /tmp/kills
 
 A chain is one training: its data set is prepared, it starts, dies, is started again, and after
 its share of kills is left to finish. Moments are drawn with a seed; what each kill hit is told

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Damages every file of real workdirs, in every way, and asks who notices.
 
-    python experiments/faults/corrupt.py --out experiments/faults/corrupt.csv --work /tmp/corrupt
+    python experiments/stress/faults/corrupt.py --out corrupt.csv --work /tmp/corrupt
 
 First it trains a little, images and text. Then, for every file of the newest checkpoint: flipped
 bits (single ones anywhere, the first, the last, several at once), a shorter file, an empty one,
