@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a step says to the code inside it while it is traced: models know nothing of devices.
 
-Nothing is set outside of a step of `parallel.Partitioner`: every function here is then the identity,
-or says "no" (`formulation` says "tuned").
+Nothing is set outside of a step of `placement.Partitioner`: every function here is the identity
+then, or says "no" (`formulation` says "tuned").
 """
 
 import contextlib

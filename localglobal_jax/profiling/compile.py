@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What runs in the subprocess: compiles one step of a run for a topology, writes what is known.
 
-``python -m localglobal_jax.profiling.compile REQUEST.json DIRECTORY``. The request names the run, the
-topology and the step; the directory gets ``facts.json`` and the compiled program's text. A process
-of its own, because libtpu aborts where it should raise, and because XLA reads its environment once.
+``python -m localglobal_jax.profiling.compile REQUEST.json DIRECTORY``. The request names the run,
+the topology and the step; the directory gets ``facts.json`` and the compiled program's text. A
+process of its own, because libtpu aborts where it should raise, and because XLA reads its
+environment once.
 """
 
 import gzip

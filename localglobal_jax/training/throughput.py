@@ -20,9 +20,10 @@ from localglobal_jax.training.tasks import HostBatch, Task
 class ThroughputMeter:
     """Sums the metrics of the steps between two reports, and says where the time went.
 
-    `health.DivergenceMonitor` lets at most one step be in flight beyond the one being waited for, so that the
-    clock tells what the device does. `partial` sums go into every checkpoint: a run that resumes
-    inside a window reports the same means as one that was never stopped.
+    `divergence.DivergenceMonitor` lets at most one step be in flight beyond the one being waited
+    for, so that the clock tells what the device does. `partial` sums go into every
+    checkpoint: a run that resumes inside a window reports the same means as one that was never
+    stopped.
 
     `work` says of a batch how many multiply-adds its step is; without it there is no MFU.
     """
