@@ -1,68 +1,93 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The JAX/Flax home of models that join convolution (local) and self-attention (global).
+"""JAX and Flax models that join convolution (local) and self-attention (global).
+
+Training from Python, here on eight-by-eight images of digits:
 
     import localglobal_jax as lg
+    config = lg.load_config("configs/coatnet_digits.py:size=tiny", data=dict(mock=True))
+    lg.train(config, "runs/digits")
+    step, metrics = lg.evaluate("runs/digits")
+    module, variables = lg.load("runs/digits")                 # a flax.linen module
 
-    module = lg.create_model("coatnet_0", classes=10)          # a flax.linen module
+Models without a run:
+
+    module = lg.create_model("coatnet_0", classes=10)
     variables = module.init(key, images, train=False)          # images: [b, h, w, channels]
     logits, intermediates = module.apply(variables, images, train=False)
-    module, variables = lg.load("runs/digits")                 # from our checkpoints
 
-Everything is imported when it is first used, so that this import costs nothing.
+Every name is imported when it is first used: ``import localglobal_jax`` does not import jax.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from localglobal_jax.config import renamed
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from localglobal_jax import blocks, convert, models, operators
-    from localglobal_jax.inference import classifier as classify
-    from localglobal_jax.inference import decoding, grad_cam
-    from localglobal_jax.inference import translator as translate
+    from localglobal_jax import (
+        blocks,
+        config,
+        convert,
+        data,
+        models,
+        operators,
+        parallel,
+        training,
+    )
+    from localglobal_jax.config.loading import load_config
+    from localglobal_jax.inference import decoding
+    from localglobal_jax.inference.classifier import load as load_classifier
     from localglobal_jax.inference.load import load
-    from localglobal_jax.models import flops as accounting
-    from localglobal_jax.models import layout
+    from localglobal_jax.inference.translator import load as load_translator
     from localglobal_jax.models.registry import create_model, list_models
-    from localglobal_jax.parallel import context as step_context
+    from localglobal_jax.training.evaluation import evaluate
+    from localglobal_jax.training.loop import train
 
 __all__ = [
-    "accounting",
+    "__version__",
     "blocks",
-    "classify",
+    "config",
     "convert",
     "create_model",
+    "data",
     "decoding",
-    "grad_cam",
-    "layout",
+    "evaluate",
     "list_models",
     "load",
+    "load_classifier",
+    "load_config",
+    "load_translator",
     "models",
     "operators",
-    "step_context",
-    "translate",
+    "parallel",
+    "train",
+    "training",
 ]
 
-_ATTRIBUTES = {"create_model": "models", "list_models": "models", "load": "training.evaluation"}
-_MODULES = {
-    "accounting": "models.flops",
-    "classify": "inference.classifier",
-    "decoding": "inference.decoding",
-    "grad_cam": "inference.grad_cam",
-    "layout": "models.layout",
-    "step_context": "parallel.context",
-    "translate": "inference.translator",
+_FUNCTIONS = {
+    "create_model": "models.registry:create_model",
+    "evaluate": "training.evaluation:evaluate",
+    "list_models": "models.registry:list_models",
+    "load": "inference.load:load",
+    "load_classifier": "inference.classifier:load",
+    "load_config": "config.loading:load_config",
+    "load_translator": "inference.translator:load",
+    "train": "training.loop:train",
 }
+
+renamed.install()
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module localglobal_jax has no attribute {name!r}")
-    place = _ATTRIBUTES.get(name) or _MODULES.get(name, name)
-    module = importlib.import_module(f"localglobal_jax.{place}")
-    return getattr(module, name) if name in _ATTRIBUTES else module
+    if name in _FUNCTIONS:
+        module, _, function = _FUNCTIONS[name].partition(":")
+        return getattr(importlib.import_module(f"localglobal_jax.{module}"), function)
+    if name in __all__ or name in renamed.MODULES:
+        return importlib.import_module(f"localglobal_jax.{name}")
+    raise AttributeError(f"module localglobal_jax has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, "__version__"])
+    return sorted(__all__)

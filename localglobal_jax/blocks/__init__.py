@@ -5,6 +5,8 @@ Every block is a module with the fields `features` (output width), `stride` (1 o
 (rate) and `dtype`, and is called as ``block(x, train=...)`` on a grid [b, h, w, d].
 """
 
+from typing import TYPE_CHECKING
+
 import flax.linen as nn
 
 from localglobal_jax.blocks.convolution import ConvNeXtBlock, MBConvBlock
@@ -17,6 +19,7 @@ from localglobal_jax.blocks.transformer import (
     OutlookerBlock,
     RelativeAttentionBlock,
 )
+from localglobal_jax.config import renamed
 
 BLOCKS: dict[str, type[nn.Module]] = {
     "A": AdaptiveConvBlock,
@@ -42,3 +45,7 @@ __all__ = [
     "OutlookerBlock",
     "RelativeAttentionBlock",
 ]
+
+
+if not TYPE_CHECKING:  # names that moved from here
+    __getattr__ = renamed.attributes(__name__)

@@ -2,7 +2,7 @@
 """T, S, A, E and F: an operator and an MLP, each with its norm and residual."""
 
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import flax.linen as nn
 from pydantic import PositiveFloat, PositiveInt
@@ -21,6 +21,7 @@ from localglobal_jax.blocks.layers import (
     pool,
     pool_rounding,
 )
+from localglobal_jax.config import renamed
 from localglobal_jax.operators.adaptive import AdaptiveConv, EquivariantAttention
 from localglobal_jax.operators.attention import RelativeAttention
 from localglobal_jax.operators.focal import FocalAttention, PoolMethod, fit_window
@@ -277,3 +278,7 @@ class MuseBlock(nn.Module):
         if self.layer_scale is not None:
             y = LayerScale(self.layer_scale, name="muse_scale")(y)
         return shortcut + DropPath(self.drop_path, name="muse_drop_path")(y, train=train)
+
+
+if not TYPE_CHECKING:  # names that moved from here
+    __getattr__ = renamed.attributes(__name__)

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from localglobal_jax.config import schema
 from localglobal_jax.config.validation import check, run_class, section_of, unknown
-from localglobal_jax.config.values import LARGEST, fit, parse_value, shown
+from localglobal_jax.config.values import LARGEST, fit, flatten, parse_value, shown
 
 # ---------------------------------------------------------------------------- reading
 
@@ -60,6 +60,20 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
         )
     for field, text in (overrides or {}).items():
         override(config, field, text)
+    return config
+
+
+def load_config(spec: str, **overrides: Any) -> ConfigDict:
+    """Loads ``FILE[:arg]`` and sets the fields of `overrides`, as Python values.
+
+    A field is a dotted name (``**{"optim.learning_rate": 1e-3}``) or a nested mapping
+    (``optim=dict(learning_rate=1e-3)``). The result can be edited; `train` validates it. Raises
+    ValueError for an unknown field, as the command line does.
+    """
+    config = load(spec)
+    plain = {k: v.to_dict() if isinstance(v, ConfigDict) else v for k, v in overrides.items()}
+    for field, value in flatten(plain).items():
+        override_value(config, field, value)
     return config
 
 

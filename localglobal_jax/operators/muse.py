@@ -8,12 +8,13 @@ Legend: b batch, d width, n heads, c width of a head, k positions of a kernel's 
 """
 
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from localglobal_jax.config import renamed
 from localglobal_jax.operators import grids
 from localglobal_jax.operators.activations import ACTIVATIONS, Activation
 from localglobal_jax.operators.attention import (
@@ -295,3 +296,7 @@ class MuseSequence(nn.Module):
         fused = self.fused and not (train and self.dropout)
         terms = project_to_one(xs, weights, fused=fused, dtype=self.dtype)
         return sum(self.drop(term, deterministic=not train) for term in terms)
+
+
+if not TYPE_CHECKING:  # names that moved from here
+    __getattr__ = renamed.attributes(__name__)

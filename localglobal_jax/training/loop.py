@@ -14,9 +14,10 @@ from typing import Any
 
 import jax
 from jaxtyping import PyTree
+from ml_collections import ConfigDict
 
-from localglobal_jax.checkpoints import workdir
-from localglobal_jax.config import schema
+from localglobal_jax.checkpoints.workdir import Lock, named_in_errors
+from localglobal_jax.config import schema, validation
 from localglobal_jax.parallel import multihost
 from localglobal_jax.parallel import placement as parallel
 from localglobal_jax.training import divergence
@@ -35,19 +36,26 @@ class Preempted(Exception):
     """Asked to stop, and the state is saved (exit code 42)."""
 
 
-def train(run: schema.Run, directory: str | pathlib.Path) -> dict[str, dict[str, float]]:
-    """Trains, or resumes, `run` in the workdir `directory`; returns its last metrics by split.
+def train(
+    config: schema.Run | ConfigDict, workdir: str | pathlib.Path
+) -> dict[str, dict[str, float]]:
+    """Trains, or resumes, the run `config` in `workdir`; returns its last metrics by split.
 
-    Raises ValueError, before anything on disk is touched, if the run cannot be right, and Locked if
-    another one is under way there; Preempted after a SIGTERM, once the state is saved; Diverged if
-    a loss, a gradient or the state is not finite.
+    A ConfigDict is validated first, see `config.loading.load_config`.
+
+    Raises:
+      ValueError: the config is wrong, or does not fit the workdir; nothing was written.
+      Locked: another run is under way in this workdir.
+      Preempted: after a SIGTERM, once the state is saved.
+      Diverged: a loss, a gradient or the state is not finite.
     """
-    with workdir.Lock() as lock, workdir.named_in_errors(directory):
-        return _train(run, directory, lock)
+    run = config if isinstance(config, schema.Run) else validation.check(config)
+    with Lock() as lock, named_in_errors(workdir):
+        return _train(run, workdir, lock)
 
 
 def _train(
-    run: schema.Run, directory: str | pathlib.Path, lock: workdir.Lock
+    run: schema.Run, directory: str | pathlib.Path, lock: Lock
 ) -> dict[str, dict[str, float]]:
     # ---- set up: all that can refuse comes first
     session = prepare_setup(run, directory)

@@ -1,2 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image input: readers, folders, decoding, augmentation, batches."""
+
+from typing import TYPE_CHECKING
+
+from localglobal_jax.config import renamed
+
+if not TYPE_CHECKING:  # names that moved from here
+    __getattr__ = renamed.attributes(__name__)
