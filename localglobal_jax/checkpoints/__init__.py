@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Workdirs and checkpoints: saving, reading, digests, locks, object stores."""
+"""Workdirs and checkpoints: saving, reading, digests, locks, Google Cloud Storage."""

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fingerprints of arrays and files, so that a checkpoint with a wrong bit is never believed.
+"""Digests of arrays and a manifest of files, to detect a checkpoint with a wrong bit.
 
 An array's digest is two sums, modulo 2**32, of a hash of every word's bits and position. Addition
-mod 2**32 does not care about order: the digest is the same however the array is sharded, on a
-device or in NumPy. The hash is a bijection of the word at a given position, so one changed word
-always changes the digest; more than one, all but once in about 2**64.
+modulo 2**32 is commutative: the digest does not depend on the sharding, and NumPy gives the same
+one. The hash is a bijection of the word at a given position, so one changed word
+always changes the digest. Several changed words go unnoticed with a probability of about 2**-64.
 """
 
 import json
@@ -25,14 +25,14 @@ SEEDS = (0x9E3779B9, 0x7F4A7C15)
 
 
 def _mix(x: Any) -> Any:
-    """MurmurHash3's 32-bit finalizer, a bijection; for jax and NumPy arrays of uint32 alike."""
+    """MurmurHash3's 32-bit finalizer, a bijection; takes uint32 arrays of JAX or NumPy."""
     x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
 
 def check_dtype(dtype: Any, name: str = "this array") -> None:
-    """ValueError but for real numbers, integers and booleans of 1, 2, 4 or 8 bytes."""
+    """Raises ValueError unless `dtype` is real, integer or boolean, of 1, 2, 4 or 8 bytes."""
     if jnp.issubdtype(dtype, jax.dtypes.extended) or jnp.issubdtype(dtype, np.complexfloating):
         raise ValueError(
             f"no digest for {name} of dtype {dtype}: for a PRNG key store "
@@ -42,7 +42,7 @@ def check_dtype(dtype: Any, name: str = "this array") -> None:
 
 @jax.jit
 def on_device(x: jax.Array) -> jax.Array:
-    """[2] uint32, still on the device; `text` makes it readable. Compiled for every shape."""
+    """Returns the digest, uint32 [2], on the device. Compiled once per shape; `text` formats it."""
     check_dtype(x.dtype)
     x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
     words = jax.lax.bitcast_convert_type(x, WORDS[x.dtype.itemsize]).astype(jnp.uint32)
@@ -58,7 +58,7 @@ def on_device(x: jax.Array) -> jax.Array:
 
 
 def on_host(x: np.ndarray, block: int = 2**20) -> np.ndarray:
-    """What `on_device` gives, in NumPy, a block at a time."""
+    """Returns the same digest as `on_device`, by NumPy, one block at a time."""
     words = np.ascontiguousarray(x).reshape(-1).view(WORDS[x.dtype.itemsize])
     lanes = np.zeros(2, np.uint32)
     for start in range(0, words.size, block):
@@ -71,7 +71,7 @@ def on_host(x: np.ndarray, block: int = 2**20) -> np.ndarray:
 
 
 def text(lanes: Any) -> str:
-    """16 hexadecimal digits."""
+    """Formats a digest as 16 hexadecimal digits."""
     return "".join(f"{int(lane):08x}" for lane in lanes)
 
 
@@ -81,7 +81,7 @@ def _manifest(files: dict[str, list[int | None]]) -> str:
 
 
 def _entry(path: epath.Path) -> list[int | None]:
-    """[bytes, crc32]; files above `WHOLE` are not read."""
+    """Returns [bytes, crc32]; the CRC is None above `WHOLE` bytes, where the file is not read."""
     size = path.stat().length
     return [size, zlib.crc32(path.read_bytes()) if size <= WHOLE else None]
 
@@ -105,7 +105,7 @@ def write_manifest(directory: epath.Path) -> None:
 
 
 def check_manifest(directory: epath.Path) -> None:
-    """Raises ValueError, naming the file, unless all is as `write_manifest` saw it."""
+    """Raises ValueError, naming the file, unless all listed files are unchanged."""
     path = directory / MANIFEST
     if not path.exists():
         raise ValueError(f"{MANIFEST} is missing")

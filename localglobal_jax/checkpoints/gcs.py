@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Workdirs on Google Cloud Storage (``gs://``), and the only place that knows them.
+"""Workdirs on Google Cloud Storage (``gs://``): a local mirror of their small files.
 
-An object cannot be appended to, so the small files of such a workdir (config, metrics, tokenizer,
-model card, TensorBoard) live in a local copy, which is put back with
-every checkpoint and at the end, however that comes about. Checkpoints do
-not pass through here: orbax writes them to the store itself, every host its own part.
+An object cannot be appended to. So the small files of such a workdir (config, metrics, tokenizer,
+model card, TensorBoard) are written locally and uploaded with every checkpoint and at the end of
+the run, also after an error. Checkpoints do not pass through here: orbax writes them to the store,
+every host its own shards.
 
-Tested with fsspec's file system in memory; no real bucket was at hand. It needs the extra
-``gcs``. Orbax knows no other store.
+Tested with fsspec's in-memory file system, not with a real bucket. Needs the extra ``gcs``. Orbax
+supports no other object store.
 """
 
 import atexit
@@ -23,14 +23,17 @@ from etils import epath
 
 from localglobal_jax.checkpoints.workdir import is_remote
 
-WANDB = "wandb"  # what its process writes, and sends by itself
-LEFT_OUT = ("profile", WANDB)  # of what is fetched
+WANDB = "wandb"  # uploaded by wandb's own process
+NOT_FETCHED = ("checkpoints", "profile", WANDB)
 
 
 class LocalMirror:
-    """A workdir: `local` holds its small files, `checkpoints` says where the steps are.
+    """The small files of a workdir in a local directory, kept in step with the store.
 
-    Of a local directory it is the directory itself. `lock` is the file to lock, always a local one.
+    Attributes:
+      local: the directory of the small files; a workdir that is local is its own mirror.
+      checkpoints: the directory of the steps, in the store.
+      lock: the file for `workdir.Lock`, always local.
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
@@ -50,17 +53,17 @@ class LocalMirror:
             self.lock = self.local / ".lock"
 
     def pull(self) -> None:
-        """Fetches what is there, but for checkpoints."""
+        """Downloads the small files. Raises ValueError where the extra ``gcs`` is not installed."""
         if self._store is None:
             return
         try:
-            _fetch(self._store, self.local, leave_out=("checkpoints", *LEFT_OUT))
+            _fetch(self._store, self.local, leave_out=NOT_FETCHED)
         except ImportError as error:
             raise ValueError(f"{self._store}: {error}") from None
 
     @contextlib.contextmanager
     def kept(self, ours: bool) -> Iterator[None]:
-        """Puts back what has changed when the block ends, however it does, if that is `ours`."""
+        """Context manager that uploads changed files at its end, also after an error, if `ours`."""
         try:
             yield
         finally:
@@ -68,12 +71,12 @@ class LocalMirror:
                 self.push()
 
     def push(self) -> None:
-        """Puts back what has changed since the last time."""
+        """Uploads the files that have changed since the last call."""
         if self._store is None:
             return
         for file in sorted(self.local.rglob("*")):
             inside = file.relative_to(self.local)
-            if inside.parts[0] == WANDB or not file.is_file():  # a dangling link is none
+            if inside.parts[0] == WANDB or not file.is_file():  # a dangling link is not a file
                 continue
             changed = file.stat().st_mtime_ns
             if self._pushed.get(file) != changed:

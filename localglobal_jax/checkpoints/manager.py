@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saves and resumes: orbax's `CheckpointManager` behind one class that believes nothing unchecked.
+"""Saves and restores the steps of a run: orbax's `CheckpointManager`, with every step verified.
 
-Why not orbax alone: it restores flipped bits without a word, casts to the template's dtype, counts
-an empty directory as a step, and keeps a failed asynchronous save in its list. Here a step gets
-its name, by one rename, after all its files are written and listed with checksums; reading checks
-files, then tree, then the digest of every leaf (`stored.py`, `digest.py`). A damaged step is
-reported and the next older one is used; nothing ever starts over silently.
+Orbax alone restores flipped bits without an error, casts to the template's dtype, counts an empty
+directory as a step, and keeps a failed asynchronous save in its list. Here a step gets its name,
+by one rename, after all its files are written and listed with checksums. Reading checks the files,
+then the tree, then the digest of every leaf (`reader`, `digests`). A damaged step is logged and the
+next older one is used; if all are damaged, the run ends with an error instead of starting over.
 
-On object stores a rename is not atomic; ``files.json`` then tells a half-renamed step.
+On object stores a rename is not atomic; there a step without ``files.json`` is incomplete.
 """
 
 import contextlib
@@ -26,14 +26,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from localglobal_jax.checkpoints import digests, orbax_patches, reader
-from localglobal_jax.checkpoints.reader import CorruptCheckpoint, inspect, read
 from localglobal_jax.config import schema
 from localglobal_jax.parallel import host_memory, multihost
 
-__all__ = ["Checkpoints", "CorruptCheckpoint", "Restored", "inspect", "read"]
-
-absl.logging.set_verbosity(absl.logging.WARNING)  # orbax tells the life of every save at INFO,
-# and of one that failed five tracebacks, from as many threads; `SaveFailed` says it in a line.
+# Orbax logs every phase of a save at INFO, and a failed save as five tracebacks from five threads;
+# `SaveFailed` reports it in one line.
+absl.logging.set_verbosity(absl.logging.WARNING)
 absl.logging.get_absl_logger().addFilter(
     lambda record: (
         not record.exc_info
@@ -46,16 +44,16 @@ orbax_patches.apply_patches()
 
 PyTree = Any
 FORMAT = 1
-TRASH = "deleted"  # steps on their way out: renamed first, so that a kill leaves no half step
+TRASH = "deleted"  # steps are moved there before deletion, so that a kill leaves no half step
 log = logging.getLogger(__name__)
 
 
 class SaveFailed(OSError):
-    """A step could not be written; those before it are as they were."""
+    """A step could not be written; earlier steps are unchanged."""
 
 
 class Restored(NamedTuple):
-    """What `Checkpoints.restore` found."""
+    """A restored step: its number, its state and its metadata."""
 
     step: int
     state: PyTree
@@ -63,13 +61,13 @@ class Restored(NamedTuple):
 
 
 class _Committed(ocp.path.atomicity.AtomicRenameTemporaryPath):
-    """Orbax's temporary directory; lists its files before it takes the step's name."""
+    """Orbax's temporary directory of a step, with a manifest written before the final rename."""
 
     async def finalize(self) -> None:
         final = self.get_final()
-        if not final.name.isdigit():  # a part of a step
+        if not final.name.isdigit():  # one item of a step
             return await super().finalize()
-        # The name in between still says "temporary", so that orbax clears it away after a kill.
+        # The intermediate name still contains "tmp", so that orbax removes it after a kill.
         self._final_path = final.with_name(self.get().name + "-complete")
         await super().finalize()
         digests.write_manifest(self._final_path)
@@ -78,7 +76,7 @@ class _Committed(ocp.path.atomicity.AtomicRenameTemporaryPath):
 
 
 class Checkpoints:
-    """The checkpoints of one run. Reading touches nothing on disk; the first `save` may."""
+    """The checkpoints of one run. Reading changes nothing on disk; the first save tidies up."""
 
     def __init__(self, directory: str | os.PathLike, options: schema.Checkpoints):
         self.directory = epath.Path(directory).expanduser().absolute()
@@ -89,19 +87,19 @@ class Checkpoints:
         self._damaged: set[int] = set()  # found by `restore`, moved aside before the next save
 
     def steps(self) -> list[int]:
-        """Complete steps, oldest first; a save that is still being written is not one."""
+        """Returns the complete steps, oldest first, without a save that is still being written."""
         found = reader.directories(self.directory)
         return [s for s in found if (self.directory / str(s) / digests.MANIFEST).exists()]
 
     def latest(self) -> int | None:
-        """The newest complete step."""
+        """Returns the newest complete step; None if there is none."""
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
-        """The step with the best metric, ``options.best``; the newest of equals."""
+        """Returns the step with the best ``options.best``, the newest of equals; or None."""
         values = {}
         for step in self.steps():
-            with contextlib.suppress(Exception):  # damage is reported by whoever restores it
+            with contextlib.suppress(Exception):  # damage is reported when the step is restored
                 metrics = reader.document_of(self.directory, step)["metrics"]
                 values[step] = self._sign * metrics[self._best]
         return max(values, key=lambda step: (values[step], step), default=None)
@@ -109,27 +107,27 @@ class Checkpoints:
     def save(
         self, step: int, state: PyTree, *, metadata: dict, metrics: dict | None = None
     ) -> bool:
-        """Starts to write a step and returns once the state may be changed or donated.
+        """Starts writing a step; returns once the state may be changed or donated.
 
         Args:
           state: arrays in any tree; PRNG keys as `jax.random.key_data`.
-          metadata: anything JSON: config, versions, position in the data.
-          metrics: numbers; if there are any, the one named by ``options.best`` must be among them.
+          metadata: JSON: config, versions, position in the data.
+          metrics: numbers; unless empty, they must contain ``options.best``.
 
         Returns:
-          False if this step is there already, complete; it is not written again.
+          False if this step is complete already; it is not written again.
 
         Raises:
-          ValueError, TypeError: what cannot be saved.
-          SaveFailed: this save, or the one before it, which was still under way.
+          ValueError, TypeError: the state or the metadata cannot be saved.
+          SaveFailed: this save failed, or the previous one, which was still being written.
         """
         arrays = _as_arrays(state)
         metrics = {name: float(value) for name, value in (metrics or {}).items()}
         if metrics and self._best and self._best not in metrics:
             raise ValueError(
-                f'checkpoint.best="{self._options.best}" is none of the metrics {sorted(metrics)}'
+                f'checkpoint.best="{self._options.best}": the metrics are {sorted(metrics)}'
             )
-        json.dumps(metadata)  # a TypeError now, not in the background
+        json.dumps(metadata)  # raises TypeError now, not in the background
         self.wait()
         if self._damaged:
             self.close()
@@ -141,13 +139,10 @@ class Checkpoints:
             "metrics": {name: x for name, x in metrics.items() if math.isfinite(x)},
             "leaves": reader.describe(arrays),
         }
-        items = (
-            ocp.args.Composite(  # orbax cannot store what is empty; its shape is in the document
-                state=ocp.args.StandardSave(
-                    reader.nest({k: x for k, x in arrays.items() if x.size})
-                ),
-                metadata=ocp.args.JsonSave(document),
-            )
+        filled = {k: x for k, x in arrays.items() if x.size}  # orbax cannot store empty arrays
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(reader.nest(filled)),
+            metadata=ocp.args.JsonSave(document),
         )
         with self._or_abandon():
             self._manager = self._manager or self._open()
@@ -155,7 +150,7 @@ class Checkpoints:
         return True
 
     def restore(self, template: PyTree, step: int | None = None) -> Restored | None:
-        """The newest good step (or the given one), straight into the template's shardings.
+        """Restores the newest valid step, or the given one, into the template's shardings.
 
         Args:
           template: a tree of `jax.ShapeDtypeStruct`, or arrays. Leaves without a sharding come
@@ -165,7 +160,7 @@ class Checkpoints:
           None if there is no checkpoint at all.
 
         Raises:
-          ValueError: another tree, shape or dtype than the template's, or no such step.
+          ValueError: tree, shape or dtype differ from the template's, or the step does not exist.
           CorruptCheckpoint: the given step, or every step, is damaged.
         """
         wanted, tree = reader.flatten(template)
@@ -186,7 +181,7 @@ class Checkpoints:
         return restored
 
     def wait(self) -> None:
-        """Until the save under way is complete; raises SaveFailed if it is not going to be."""
+        """Blocks until the current save is complete; raises SaveFailed if it fails."""
         if self._manager:
             with self._or_abandon():
                 self._manager.wait_until_finished()
@@ -195,7 +190,7 @@ class Checkpoints:
                 (self.directory / TRASH).rmtree()
 
     def close(self) -> None:
-        """Waits and lets go of orbax's threads; may be used again."""
+        """Waits for the current save and ends orbax's threads; the object stays usable."""
         self.wait()
         if self._manager:
             self._manager.close()
@@ -203,7 +198,10 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _or_abandon(self) -> Any:
-        """After a failure orbax still lists the failed step: the next save opens a new manager."""
+        """Context manager that turns a failed save into SaveFailed.
+
+        Orbax still lists the failed step, so the next save opens a new manager.
+        """
         try:
             yield
         except BaseException as error:
@@ -213,16 +211,16 @@ class Checkpoints:
                     manager.close()
             if not isinstance(error, OSError | ValueError):  # tensorstore's errors are ValueErrors
                 raise
-            kept = "Those before it"
-            with contextlib.suppress(Exception):  # the store may be what is broken
-                kept = f"Those of the steps {self.steps()}"
+            kept = "earlier steps"
+            with contextlib.suppress(Exception):  # the store itself may have failed
+                kept = f"the steps {self.steps()}"
             raise SaveFailed(
-                f"a checkpoint could not be written to {self.directory}: {_reason(error)}. {kept} "
-                "are as they were; once that is mended, the same command goes on from the newest"
+                f"a checkpoint could not be written to {self.directory}: {_reason(error)}; {kept} "
+                "are unchanged. Remove the cause and run the same command again: it resumes there"
             ) from error
 
     def _open(self) -> ocp.CheckpointManager:
-        """Orbax's manager, after what it would mistake for a good step is out of its way."""
+        """Opens orbax's manager, after `_tidy` has removed invalid steps."""
         if multihost.rank() == 0 and self.directory.exists():
             self._tidy()
         multihost.barrier("checkpoints")
@@ -248,7 +246,7 @@ class Checkpoints:
         return self._sign * metrics[self._best] if self._best in metrics else -math.inf
 
     def _tidy(self) -> None:
-        """Removes empty steps and trash; damaged steps are renamed, for someone to look at."""
+        """Removes empty steps and trash; renames damaged steps to ``N.damaged``."""
         for path in list(self.directory.iterdir()):
             if path.name == TRASH:
                 path.rmtree()
@@ -264,7 +262,7 @@ class Checkpoints:
 
 
 def _reason(error: Exception) -> str:
-    """In a few words: tensorstore's errors name ten files and a specification."""
+    """Shortens an error to its cause; tensorstore's own text names ten files and a spec."""
     number = re.search(r"os_error_code='(\d+)'", str(error))
     if number:
         return os.strerror(int(number[1]))
@@ -272,9 +270,10 @@ def _reason(error: Exception) -> str:
 
 
 def _as_arrays(state: PyTree) -> dict[str, Any]:
-    """Flat arrays; ValueError where jax would change a dtype (NumPy's int64 without x64).
+    """Returns the leaves as arrays by path.
 
-    Numbers become NumPy arrays: orbax refuses jax arrays of one process where there are several.
+    Raises ValueError where JAX would change a dtype (NumPy's int64 without x64). Python numbers
+    become NumPy arrays, because with several processes orbax rejects JAX arrays of one process.
     """
     flat, _ = reader.flatten(state)
     arrays = {}
@@ -282,7 +281,7 @@ def _as_arrays(state: PyTree) -> dict[str, Any]:
         x = arrays[path] = leaf if isinstance(leaf, jax.Array) else np.asarray(jnp.asarray(leaf))
         if hasattr(leaf, "dtype") and leaf.dtype != x.dtype:
             raise ValueError(
-                f"{path} is {leaf.dtype}, which jax would turn into {x.dtype}: "
+                f"{path} is {leaf.dtype}, which JAX would turn into {x.dtype}: "
                 f"cast it, or enable jax_enable_x64"
             )
     if not any(x.size for x in arrays.values()):

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint on disk: find it, check it, read it. Nothing here writes, nothing is believed.
+"""Finds, verifies and reads checkpoints on disk; writes nothing.
 
 Layout of ``checkpoints/<step>/``: ``state`` (orbax, plain nested dicts), ``metadata/metadata``
 (JSON: the caller's metadata, metrics, and every leaf's path, shape, dtype and digest) and
-``files.json`` (every file's checksum; without it the directory is no complete step).
+``files.json`` (every file's checksum; a directory without it is an incomplete step).
 """
 
 import json
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -21,10 +21,10 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-from localglobal_jax.checkpoints import digests as digest
+from localglobal_jax.checkpoints import digests
 
 T = TypeVar("T")
-SMALL = 2**18  # bytes
+SMALL = 2**18  # bytes; smaller arrays are fetched to the host for their digest
 log = logging.getLogger(__name__)
 
 
@@ -33,19 +33,22 @@ class CorruptCheckpoint(RuntimeError):
 
 
 class Damaged(Exception):
-    """This step cannot be believed; the message names the file or leaf."""
+    """One step is incomplete or damaged; the message names the file or leaf."""
 
 
 def read(path: str | os.PathLike, step: int | None = None) -> tuple[int, dict, dict]:
-    """(step, nested dict of NumPy arrays, metadata), checked, with no template.
+    """Reads and verifies a checkpoint without a template.
 
     Args:
-      path: a workdir, its ``checkpoints`` directory, or one step in there.
-      step: None: the newest good one.
+      path: a workdir, its ``checkpoints`` directory, or the directory of one step.
+      step: None: the newest valid step.
+
+    Returns:
+      ``(step, nested dict of NumPy arrays, metadata)``.
 
     Raises:
       ValueError: there is no checkpoint, or not this step.
-      CorruptCheckpoint: there is none that is undamaged.
+      CorruptCheckpoint: every checkpoint, or the given one, is damaged.
     """
     directory, own = _locate(path)
     found, _ = newest_valid(directory, own if step is None else step, lambda s: _load(directory, s))
@@ -55,15 +58,15 @@ def read(path: str | os.PathLike, step: int | None = None) -> tuple[int, dict, d
 
 
 def steps(path: str | os.PathLike) -> list[int]:
-    """Of the checkpoints there, oldest first; of one step's folder, those beside it."""
+    """Returns the steps at `path`, oldest first; for the directory of one step, those beside it."""
     return directories(_locate(path)[0])
 
 
 def inspect(path: str | os.PathLike, verify: bool = False) -> dict:
-    """What is in there, as JSON: ``{"directory", "latest", "steps": [{"step", "metadata",
-    "metrics", "leaves", "bytes", "verified", "error"}]}``.
+    """Describes the checkpoints at `path`, as JSON: ``{"directory", "latest", "steps": [{"step",
+    "metadata", "metrics", "leaves", "bytes", "verified", "error"}]}``.
 
-    ``verified`` is None unless asked for; ``latest`` is the newest step without an error.
+    ``verified`` is None unless `verify`; ``latest`` is the newest step without an error.
     """
     directory, own = _locate(path)
     steps = []
@@ -74,8 +77,8 @@ def inspect(path: str | os.PathLike, verify: bool = False) -> dict:
             entry |= {key: document[key] for key in ("metadata", "metrics", "leaves")}
             sizes = (math.prod(v["shape"]) * _dtype(v).itemsize for v in entry["leaves"].values())
             entry["bytes"] = sum(sizes)
-            if not (directory / str(step) / digest.MANIFEST).exists():
-                raise Damaged(f"{digest.MANIFEST} is missing")
+            if not (directory / str(step) / digests.MANIFEST).exists():
+                raise Damaged(f"{digests.MANIFEST} is missing")
             if verify:
                 _load(directory, step)
         except Exception as error:
@@ -86,7 +89,7 @@ def inspect(path: str | os.PathLike, verify: bool = False) -> dict:
 
 
 def directories(directory: epath.Path) -> list[int]:
-    """Everything that looks like a step: a number for a name, and not empty."""
+    """Returns the numbers of all non-empty directories named by a number, in ascending order."""
     if not directory.is_dir():
         return []
     found = (path for path in directory.iterdir() if path.name.isdigit() and path.is_dir())
@@ -94,14 +97,14 @@ def directories(directory: epath.Path) -> list[int]:
 
 
 def document_of(directory: epath.Path, step: int, check: bool = False) -> dict:
-    """Our JSON document of a step; with ``check``, after every file was compared."""
+    """Returns the JSON document of a step; with `check`, its files are verified first."""
     if check:
-        digest.check_manifest(directory / str(step))
+        digests.check_manifest(directory / str(step))
     return json.loads((directory / str(step) / "metadata" / "metadata").read_text())
 
 
 def flatten(tree: PyTree) -> tuple[dict[str, Any], Any]:
-    """{"params/stem/kernel": leaf} and the treedef."""
+    """Returns ``{"params/stem/kernel": leaf}`` and the treedef."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
     flat = {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
     if len(flat) < len(leaves) or "" in flat:
@@ -110,7 +113,7 @@ def flatten(tree: PyTree) -> tuple[dict[str, Any], Any]:
 
 
 def nest(flat: dict[str, Any]) -> dict:
-    """{"params/stem/kernel": leaf} -> {"params": {"stem": {"kernel": leaf}}}."""
+    """Turns ``{"params/stem/kernel": leaf}`` into ``{"params": {"stem": {"kernel": leaf}}}``."""
     nested: dict = {}
     for path, leaf in flat.items():
         *parents, name = path.split("/")
@@ -122,29 +125,29 @@ def nest(flat: dict[str, Any]) -> dict:
 
 
 def describe(arrays: dict[str, Any]) -> dict[str, dict]:
-    """Shape, dtype and digest by path, computed where the array lives.
+    """Returns shape, dtype and digest by path; digests are computed where the array lives.
 
-    Small arrays of this process alone are fetched instead: compiling for each shape takes longer.
+    Small arrays of this process are fetched first: compiling a program per shape takes longer.
     """
     for path, x in arrays.items():
-        digest.check_dtype(x.dtype, path)
+        digests.check_dtype(x.dtype, path)
     there = {
         path
         for path, x in arrays.items()
         if isinstance(x, jax.Array) and (x.nbytes > SMALL or not x.is_fully_addressable)
     }
     fetched = jax.device_get(
-        {path: digest.on_device(x) if path in there else x for path, x in arrays.items()}
+        {path: digests.on_device(x) if path in there else x for path, x in arrays.items()}
     )
-    digests = {k: x if k in there else digest.on_host(x) for k, x in fetched.items()}
+    lanes = {k: x if k in there else digests.on_host(x) for k, x in fetched.items()}
     return {
-        path: {"shape": list(x.shape), "dtype": str(x.dtype), "digest": digest.text(digests[path])}
+        path: {"shape": list(x.shape), "dtype": str(x.dtype), "digest": digests.text(lanes[path])}
         for path, x in arrays.items()
     }
 
 
 def check_same(written: dict[str, dict], found: dict[str, dict]) -> None:
-    """Raises Damaged, naming the leaves, unless what was read is what was written."""
+    """Raises Damaged, naming the leaves, unless the arrays read equal those written."""
     wrong = [path for path in written if written[path] != found[path]]
     if wrong:
         shown = ", ".join(wrong[:10]) + ", ..." * (len(wrong) > 10)
@@ -152,7 +155,7 @@ def check_same(written: dict[str, dict], found: dict[str, dict]) -> None:
 
 
 def check_template(wanted: dict[str, Any], leaves: dict[str, dict], where: Any) -> None:
-    """ValueError with every difference between a flat template and the leaves that were saved."""
+    """Raises ValueError listing every difference between a flat template and the saved leaves."""
     lines = [f"{path}: not in the checkpoint" for path in wanted if path not in leaves]
     lines += [f"{path}: only in the checkpoint" for path in leaves if path not in wanted]
     for path in wanted.keys() & leaves.keys():
@@ -163,7 +166,7 @@ def check_template(wanted: dict[str, Any], leaves: dict[str, dict], where: Any) 
     if lines:
         shown = "\n  ".join(sorted(lines)[:40] + [f"... {len(lines)} in all"] * (len(lines) > 40))
         raise ValueError(
-            f"checkpoint {where} holds another state than the one asked for:\n  {shown}\n"
+            f"checkpoint {where} does not match the state to restore:\n  {shown}\n"
             "Nothing is cast or filled in. Restore with the config it was saved with "
             "(`localglobal inspect` shows it), or train in a new workdir."
         )
@@ -173,7 +176,7 @@ def check_template(wanted: dict[str, Any], leaves: dict[str, dict], where: Any) 
 
 
 def read_arrays(directory: epath.Path, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
-    """Flat arrays, unchecked: jax arrays where a sharding is given, NumPy arrays elsewhere."""
+    """Reads arrays by path, unverified: JAX arrays where a sharding is given, else NumPy arrays."""
 
     def how(leaf: Any) -> ocp.RestoreArgs:
         if getattr(leaf, "sharding", None) is None:
@@ -181,7 +184,7 @@ def read_arrays(directory: epath.Path, step: int, wanted: dict[str, Any]) -> dic
         return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape)
 
     full = {path: leaf for path, leaf in wanted.items() if math.prod(leaf.shape)}
-    # The handler, not a Checkpointer: a barrier in there would hang where one host fails to read.
+    # The handler, not a Checkpointer: its barrier would hang where one host fails to read.
     nested = ocp.PyTreeCheckpointHandler().restore(
         directory / str(step) / "state",
         args=ocp.args.PyTreeRestore(
@@ -189,18 +192,18 @@ def read_arrays(directory: epath.Path, step: int, wanted: dict[str, Any]) -> dic
         ),
     )
     flat, _ = flatten(nested)
-    for path in wanted.keys() - full.keys():  # orbax cannot store what is empty
+    for path in wanted.keys() - full.keys():  # orbax cannot store empty arrays
         empty = np.zeros(wanted[path].shape, wanted[path].dtype)
         sharding = getattr(wanted[path], "sharding", None)
         flat[path] = empty if sharding is None else jax.device_put(empty, sharding)
     return {path: flat[path] for path in wanted}
 
 
-def all_hosts_agree(what: Callable[[], T]) -> T:
-    """Does it on every host; if it fails on one, all of them take the step for damaged."""
+def all_hosts_agree(load: Callable[[], T]) -> T:
+    """Runs `load` on every host; raises Damaged on all of them if it fails on one."""
     result, error = None, None
     try:
-        result = what()
+        result = load()
     except Exception as caught:
         error = caught
     if multihost_utils.process_allgather(np.asarray(error is not None)).any():
@@ -211,9 +214,10 @@ def all_hosts_agree(what: Callable[[], T]) -> T:
 def newest_valid(
     directory: epath.Path, step: int | None, load: Callable[[int], T]
 ) -> tuple[T | None, set[int]]:
-    """`load` of the given step, or of the newest it does not raise Damaged for; and those it did.
+    """Returns `load` of the given step, or of the newest valid one, and the damaged steps.
 
-    None if there is no step at all; CorruptCheckpoint if there are only damaged ones.
+    A step is damaged where `load` raises Damaged. The first value is None if there is no step.
+    Raises CorruptCheckpoint if every step, or the given one, is damaged.
     """
     steps = directories(directory)
     if step is not None and step not in steps:
@@ -232,13 +236,13 @@ def newest_valid(
     if not damaged:
         return None, set()
     raise CorruptCheckpoint(
-        f"no good checkpoint in {directory}; " + "; ".join(damaged.values()) + ". To start over "
-        "knowingly, use another workdir or remove this directory."
+        f"no valid checkpoint in {directory}; " + "; ".join(damaged.values()) + ". To start over, "
+        "use another workdir or remove this directory."
     )
 
 
 def _load(directory: epath.Path, step: int) -> tuple[int, dict, dict]:
-    """`read` of one step; Damaged whatever goes wrong."""
+    """Reads and verifies one step; raises Damaged for every error."""
     try:
         document = document_of(directory, step, check=True)
         leaves = document["leaves"]
@@ -251,9 +255,9 @@ def _load(directory: epath.Path, step: int) -> tuple[int, dict, dict]:
 
 
 def _locate(path: str | os.PathLike) -> tuple[epath.Path, int | None]:
-    """The directory of checkpoints and, if the path is one step, its number."""
+    """Returns the directory of checkpoints and, if the path is one step, its number."""
     given = epath.Path(path).expanduser().absolute()
-    parts = ("state", "metadata", digest.MANIFEST)
+    parts = ("state", "metadata", digests.MANIFEST)
     if given.name.isdigit() and any((given / part).exists() for part in parts):
         return given.parent, int(given.name)
     directory = given / "checkpoints" if (given / "checkpoints").is_dir() else given
@@ -271,18 +275,3 @@ def _dtype(leaf: dict) -> np.dtype:
 
 def _first_line(error: BaseException) -> str:
     return f"{error}".strip().split("\n")[0] or type(error).__name__
-
-
-def check_labels(labels: Sequence[str], metadata: Mapping[str, Any]) -> None:
-    """Raises ValueError if a checkpoint was trained on other classes, or in another order."""
-    then = metadata.get("labels")  # older checkpoints do not say
-    if then and labels and list(then) != list(labels):
-        raise ValueError(
-            f"the data has the classes {_shown(labels)}; the checkpoint was trained on "
-            f"{_shown(then)}, so its numbers mean others. Have the same classes (a folder for "
-            "each, if need be an empty one), or begin another run"
-        )
-
-
-def _shown(labels: Sequence[str]) -> str:
-    return ", ".join(labels[:20]) + f" and {len(labels) - 20} more" * (len(labels) > 20)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A workdir belongs to one config, and at any time to one run.
+"""Checks and locks of a workdir: it belongs to one config and, at any time, to one run.
 
-Another one is refused before anything in it is touched.
+Another config or a second run raises an error before anything in the workdir is changed.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import pathlib
 import re
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from localglobal_jax.config import loading, schema, validation, values
@@ -23,10 +23,10 @@ log = logging.getLogger(__name__)
 
 
 def refuse_other(run: schema.Run, workdir: pathlib.Path) -> None:
-    """Raises ValueError if `workdir` holds a run that would have given other numbers."""
+    """Raises ValueError if `workdir` is not writable or holds a run with another config."""
     try:
         existing = next(path for path in (workdir, *workdir.parents) if path.exists())
-    except OSError as error:  # no path at all, such as one of a thousand letters
+    except OSError as error:  # not a valid path, such as one that is too long
         raise ValueError(f"--workdir: {error.strerror}: {str(workdir)[:200]}") from error
     if not existing.is_dir():
         raise ValueError(f"--workdir {workdir}: {existing} is a file, give a directory")
@@ -37,7 +37,7 @@ def refuse_other(run: schema.Run, workdir: pathlib.Path) -> None:
         for name in ("checkpoints", "metrics.jsonl", "tensorboard"):
             if (workdir / name).exists():
                 raise ValueError(
-                    f"{workdir} has {name} but no config.json, so nobody knows what it is of: "
+                    f"{workdir} has {name} but no config.json, so its config is unknown: "
                     "restore the file or choose another --workdir"
                 )
         return
@@ -50,12 +50,13 @@ def refuse_other(run: schema.Run, workdir: pathlib.Path) -> None:
 
 
 def other_config(run: schema.Run, file: Any) -> str:
-    """A line for every field in which `file`, a ``config.json``, is of other numbers than `run`."""
+    """Returns one line for every field that differs between `file`, a ``config.json``, and `run`,
+    without the fields of `schema.MAY_CHANGE`."""
     return _changed(loading.read_json(file).model_dump(), run.model_dump(), "there", "now")
 
 
 def check_config(workdir: pathlib.Path, step: int, metadata: Mapping[str, Any]) -> None:
-    """Raises ValueError unless `config.json` is what a checkpoint there was trained with."""
+    """Raises ValueError unless `config.json` is the config that the checkpoint was trained with."""
     file, saved = workdir / "config.json", metadata.get("config")
     if not saved:
         return
@@ -67,8 +68,23 @@ def check_config(workdir: pathlib.Path, step: int, metadata: Mapping[str, Any]) 
         )
 
 
+def check_labels(labels: Sequence[str], metadata: Mapping[str, Any]) -> None:
+    """Raises ValueError if a checkpoint was trained on other classes, or on another order."""
+    then = metadata.get("labels")  # absent in older checkpoints
+    if then and labels and list(then) != list(labels):
+        raise ValueError(
+            f"the data has the classes {_shown(labels)}; the checkpoint was trained on "
+            f"{_shown(then)}, in this order. Provide the same classes (one folder each, which may "
+            "be empty), or start another run"
+        )
+
+
+def _shown(labels: Sequence[str]) -> str:
+    return ", ".join(labels[:20]) + f" and {len(labels) - 20} more" * (len(labels) > 20)
+
+
 def _changed(old: Mapping[str, Any], new: Mapping[str, Any], old_name: str, new_name: str) -> str:
-    """A line for every field that differs and may not; empty if there is none."""
+    """Returns one line for every field that differs and must not; empty if there is none."""
     return "\n".join(
         f"  {field}: {was!r} {old_name}, {now!r} {new_name}"
         for field, (was, now) in values.difference(old, new).items()
@@ -77,7 +93,7 @@ def _changed(old: Mapping[str, Any], new: Mapping[str, Any], old_name: str, new_
 
 
 def reserve(run: schema.Run, workdir: pathlib.Path) -> None:
-    """Writes `config.json`, atomically."""
+    """Creates `workdir` and writes its ``config.json``, atomically."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -86,25 +102,25 @@ def reserve(run: schema.Run, workdir: pathlib.Path) -> None:
 
 
 class Locked(OSError):
-    """Another run has the workdir (exit code 1: it may be over soon)."""
+    """Another run writes to the workdir (exit code 1: a later attempt may succeed)."""
 
 
 class Lock:
-    """Held from the first thing that a run writes to its last: no two write to one workdir.
+    """Lock of a workdir for writing, held from the first file that a run writes to the last.
 
-    It is the kernel's (``flock``), so it ends with its process, however that ends: a killed run
-    leaves a file that locks nothing. Readers ask for no lock. Of a ``gs://`` workdir it keeps away
-    only other runs of this machine; a file system without locks is warned of.
+    It is a lock of the kernel (``flock``), released when its process ends in any way: the file that
+    a killed run leaves locks nothing. Readers take no lock. For a ``gs://`` workdir the lock holds
+    on this machine only. On a file system without locks a warning is logged.
     """
 
     def __init__(self) -> None:
         self._held: tuple[int, pathlib.Path] | None = None
 
     def take(self, file: pathlib.Path, patience: float = 120.0) -> None:
-        """Locks `file`, or raises Locked with the process that holds it.
+        """Locks `file`; raises Locked, naming the process that holds it.
 
-        A shared file system may take some time to notice that a machine is gone: where the owner
-        is on another host, it is asked again for `patience` seconds.
+        A shared file system may notice late that a machine is gone: if the owner is on another
+        host, the attempt is repeated for `patience` seconds.
         """
         file.parent.mkdir(parents=True, exist_ok=True)
         deadline = time.monotonic() + patience
@@ -128,11 +144,11 @@ class Lock:
                 log.warning("%s cannot be locked (%s): start one run at a time", file, error)
             if _is_at(handle, file):
                 self._held = handle, file
-            else:  # its last owner has just removed it
+            else:  # the previous owner has just removed it
                 os.close(handle)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": now}
-        with contextlib.suppress(OSError):  # a full disk is found by what needs the room
+        with contextlib.suppress(OSError):  # a full disk is reported by the first real file
             os.ftruncate(self._held[0], 0)
             os.write(self._held[0], json.dumps(owner).encode())
 
@@ -142,19 +158,19 @@ class Lock:
     def __exit__(self, *error: object) -> None:
         if self._held:
             handle, file = self._held
-            with contextlib.suppress(OSError):  # why the run ended is the error to tell
+            with contextlib.suppress(OSError):  # the error that ended the run must be reported
                 file.unlink(missing_ok=True)
             os.close(handle)
             self._held = None
 
 
 def _owner(text: str) -> tuple[str, str]:
-    """Its host, and all in words."""
+    """Returns the host of the lock's owner, and a description of the owner."""
     try:
         found = json.loads(text)
         return found["host"], f"pid {found['pid']} on {found['host']}, since {found['since']}"
     except (ValueError, KeyError, TypeError):
-        return "", "a process that is just starting"
+        return "", "a process that has just started"
 
 
 def _is_at(handle: int, file: pathlib.Path) -> bool:
@@ -165,16 +181,16 @@ def _is_at(handle: int, file: pathlib.Path) -> bool:
 
 
 def check_shared(workdir: pathlib.Path) -> None:
-    """Raises ValueError on a host that does not see what host 0 has claimed."""
+    """Raises ValueError on a host that does not see the ``config.json`` that host 0 has written."""
     if not (workdir / "config.json").exists():
         raise ValueError(
-            f"--workdir {workdir} is not the directory that host 0 sees there: all hosts need a "
-            "file system that they share"
+            f"--workdir {workdir} is not the directory that host 0 has written to: hosts need "
+            "a shared file system"
         )
 
 
 def write_atomically(file: pathlib.Path, text: str) -> None:
-    """A reader, or a crash, sees the old file or the new one, never a part."""
+    """Writes `text` to `file` such that a reader, or a crash, sees the old file or the new one."""
     partial = file.with_name(f".{file.name}.partial")
     try:
         with open(partial, "w", encoding="utf-8") as out:
@@ -189,7 +205,7 @@ def write_atomically(file: pathlib.Path, text: str) -> None:
 
 @contextlib.contextmanager
 def named_in_errors(workdir: str | os.PathLike[str]) -> Iterator[None]:
-    """Says of an OSError without a file name ("No space left on device") where it was."""
+    """Context manager that adds `workdir` to an OSError without a file name, such as ENOSPC."""
     try:
         yield
     except OSError as error:
@@ -199,9 +215,12 @@ def named_in_errors(workdir: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def is_remote(directory: str | os.PathLike[str]) -> bool:
-    """``gs://bucket/run`` is, ``runs/gs`` is not; ValueError for stores that nobody knows."""
+    """Returns whether `directory` is on Google Cloud Storage (``gs://bucket/run``).
+
+    Raises ValueError for other stores, such as ``s3://``.
+    """
     if not re.match(r"\w+:/", os.fspath(directory)):
         return False
     if not re.match(r"gs://[^/]+/.", os.fspath(directory)):
-        raise ValueError(f"{directory}: want a local directory, or gs://BUCKET/PATH")
+        raise ValueError(f"{directory}: give a local directory, or gs://BUCKET/PATH")
     return True

