@@ -32,7 +32,7 @@ def formulated(formulation, function, *args):
     """What `function` gives in one formulation, compiled."""
 
     def told(*args):
-        with context.tracing(formulation=formulation):
+        with context.implementation(formulation):
             return function(*args)
 
     return jax.jit(told)(*args)
@@ -40,7 +40,7 @@ def formulated(formulation, function, *args):
 
 def same(function, *args, rtol=2e-4):
     """Both formulations, leaf by leaf; the tolerance is of a leaf's largest number."""
-    tuned, plain = (formulated(name, function, *args) for name in ("tuned", "plain"))
+    tuned, plain = (formulated(name, function, *args) for name in ("fused", "reference"))
     assert jax.tree.structure(tuned) == jax.tree.structure(plain)
     for (path, one), other in zip(
         jax.tree_util.tree_leaves_with_path(tuned), jax.tree.leaves(plain), strict=True
@@ -132,7 +132,7 @@ def test_plain_has_forward_derivatives(name):
     def apply(x):
         return jnp.sum(jnp.sin(module.apply(variables, x, train=False)))
 
-    with context.tracing(formulation="plain"):
+    with context.implementation("reference"):
         _, forward = jax.jvp(apply, (x,), (x,))
         backward = jnp.vdot(jax.grad(apply)(x), x)
     np.testing.assert_allclose(forward, backward, rtol=1e-4)

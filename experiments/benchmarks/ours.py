@@ -3,7 +3,7 @@
 
 python ours.py infer|train|decode NAME BATCH [plain] [FIELD=VALUE ...]
 
-"plain": what linen and autodiff make of the equations, `parallel.formulation=plain`.
+"plain": what linen and autodiff make of the equations, `parallel.implementation=reference`.
 """
 
 import os
@@ -21,6 +21,7 @@ import jax
 import optax
 
 import localglobal_jax as lg
+from localglobal_jax.parallel import context
 
 CLASSES, TOKENS = 1000, 6000
 REPEATS = 3  # a turn
@@ -91,12 +92,12 @@ def decode(module, inputs, labels):
 
 def make(work, name, batch, *options):
     """The work as a function, warm."""
-    formulation = "plain" if "plain" in options else "tuned"
+    implementation = "reference" if "plain" in options else "fused"
     fields = {k: ast.literal_eval(v) for k, _, v in (o.partition("=") for o in options) if v}
     module = lg.create_model(name, **fields)
     works = {"infer": infer, "train": train, "decode": decode}
     go = works[work](module, *example(name, int(batch)))
-    with lg.step_context.tracing(formulation=formulation):
+    with context.implementation(implementation):
         for _ in range(2):
             jax.block_until_ready(go())
     return go

@@ -107,7 +107,7 @@ class MBConvBlock(nn.Module):
             self.features, self.stride, self.pool, self.use_bias, self.dtype, name="shortcut"
         )(x)
 
-        tuned = self.norm == "batch" and context.formulation() == "tuned"
+        tuned = self.norm == "batch" and context.is_fused()
         strided = self.stride == 2 and self.stride_at != "depthwise"
         if tuned and not (strided or self.pre_activation):
             y = self._expand(x.astype(self.dtype), width, train=train)

@@ -53,7 +53,7 @@ def norm_activation(
     name: str,
 ) -> Float[Array, "b *space d"]:
     """``act(Norm(x))``, see `make_norm`; makes the submodule `name` of the module that calls it."""
-    if kind == "batch" and context.formulation() == "tuned":
+    if kind == "batch" and context.is_fused():
         affine = BatchNorm(x.shape[-1], eps, name=name)(moments(x) if train else None)
         return activate(x.astype(dtype), affine, activation)
     norm = make_norm(kind, eps=eps, train=train, dtype=dtype, name=name)

@@ -7,6 +7,7 @@ launcher can check a thousand configs in a second. The ``model`` section is the 
 keys are the fields of the module that its ``name`` builds, and `models.create_model` checks them.
 """
 
+import warnings
 from typing import Annotated, Any, Literal, Self
 
 import pydantic
@@ -191,13 +192,32 @@ class Parallel(Section):
     scan: bool = (
         False  # equal blocks in a row are compiled once: less compile time; best with remat
     )
-    # plain: what linen and autodiff make of the equations; tuned: the same numbers, fewer bytes
-    formulation: Literal["tuned", "plain"] = "tuned"
+    # reference: the equations, differentiated by JAX; fused: the same numbers, fewer bytes
+    implementation: Literal["fused", "reference"] = "fused"
+    # The former name of `implementation`: "tuned" is "fused", "plain" is "reference".
+    formulation: Annotated[Literal["tuned", "plain"] | None, Field(exclude=True)] = None
     # Statistics over the global batch, or, under pmap, over what each device has of it.
     batch_norm: Literal["global", "per_device"] = "global"
     # Where compiled programs are kept, to start faster the next time. "auto": in
     # ~/.cache/localglobal/xla, but not on CPU; None: nowhere.
     compilation_cache: str | None = "auto"
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _former_name(cls, given: Any) -> Any:
+        """Reads `formulation`, which every config.json of version 0.1 has, as `implementation`."""
+        if not isinstance(given, dict) or given.get("formulation") not in ("tuned", "plain"):
+            return given
+        given = dict(given)
+        former = given.pop("formulation")
+        if former != "tuned":  # the default, which nobody needs to change
+            warnings.warn(
+                "config.parallel.formulation is deprecated: write "
+                "config.parallel.implementation=reference instead of formulation=plain",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+        return {"implementation": {"tuned": "fused", "plain": "reference"}[former], **given}
 
 
 class Run(Section):
@@ -261,7 +281,11 @@ RUNS: dict[str, type[Run]] = {"classification": ClassificationRun, "translation"
 # but for the order in which another number of devices adds up, and records that were bad.
 MAY_CHANGE = (
     *("checkpoint", "eval", "log"),
-    *(f"parallel.{field}" for field in Parallel.model_fields if field != "batch_norm"),
+    *(
+        f"parallel.{field}"
+        for field in Parallel.model_fields
+        if field not in ("batch_norm", "formulation")
+    ),
     "optim.skip_nonfinite",
     *("data.dir", "data.in_memory", "data.max_bad_records", "data.threads"),
 )

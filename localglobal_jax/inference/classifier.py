@@ -28,6 +28,7 @@ from localglobal_jax.inference import grad_cam
 from localglobal_jax.inference import load as inference_load
 from localglobal_jax.models import EncoderDecoder
 from localglobal_jax.models.registry import Variables, create_model
+from localglobal_jax.parallel import context
 
 NEEDED = ("data.image_size", "data.mean", "data.std")  # to prepare pictures, if no run says how
 PREPARING = (*NEEDED, "data.crop", "data.threads")
@@ -106,7 +107,8 @@ class Classifier:
         if overlay:
             logits, maps = grad_cam.grad_cam(self.module, variables, x, stage)
         else:
-            logits, _ = self.module.apply(variables, x, train=False)
+            with context.implementation(context.chosen_implementation("fused")):
+                logits, _ = self.module.apply(variables, x, train=False)
         return nn.softmax(logits), maps
 
     def classify(

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from localglobal_jax.parallel import context as step_context
+
 SHOWN = (384, 1024)  # pixels: the longer side of a drawn picture is at least, at most
 BRIGHTEST = 225  # of the 255 levels of the colour map
 OPAQUE = 0.65  # of the colours where the map is largest
@@ -38,7 +40,8 @@ def grad_cam(
     """
 
     def apply(x: Array) -> Any:
-        return module.apply(variables, x, train=False)
+        with step_context.implementation(step_context.chosen_implementation("fused")):
+            return module.apply(variables, x, train=False)
 
     shapes = jax.eval_shape(apply, images)[1]
     stages = sum(name.startswith("stage") for name in shapes)

@@ -26,6 +26,7 @@ from localglobal_jax.inference import decoding, heat_map
 from localglobal_jax.inference import load as inference_load
 from localglobal_jax.models import EncoderDecoder
 from localglobal_jax.models.registry import Variables
+from localglobal_jax.parallel import context
 
 SHORTEST = 16  # tokens of the first length bucket; each next one is twice as long
 BATCH = 2048  # tokens
@@ -247,7 +248,8 @@ def _cross_attention(
     module: EncoderDecoder, variables: Variables, source: jax.Array, target: jax.Array
 ) -> list[jax.Array]:
     """The weights of every decoder layer, [b, heads, target, source]."""
-    _, sown = module.apply(variables, source, target, train=False, mutable=["intermediates"])
+    with context.implementation("fused"):
+        _, sown = module.apply(variables, source, target, train=False, mutable=["intermediates"])
     leaves = jax.tree_util.tree_leaves_with_path(sown["intermediates"]["decoder"])
     return [leaf for path, leaf in leaves if jax.tree_util.DictKey("cross") in path]
 

@@ -8,7 +8,6 @@ papers call a FLOP; everything elementwise (norms, activations, pooling, bias) c
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from typing import Any
 
 import flax.linen as nn
@@ -37,7 +36,7 @@ def model_cost(module: nn.Module, *inputs: Any) -> ModelCost:
     def init(*args: Any) -> Any:
         return module.init(jax.random.key(0), *args, train=False)
 
-    with _plain():
+    with context.implementation("reference"):
         jaxpr, shapes = jax.make_jaxpr(init, return_shape=True)(*inputs)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
     return ModelCost(parameters, _count(jaxpr.jaxpr), shapes)
@@ -49,7 +48,7 @@ def multiply_adds(function: Callable[..., Any], *args: Any) -> int:
     What a formulation does twice to move fewer bytes counts once, and so does what `remat`
     computes again: the work of the model, for MFU.
     """
-    with _plain():
+    with context.implementation("reference"):
         return _count(jax.make_jaxpr(function)(*args).jaxpr)
 
 
@@ -59,10 +58,6 @@ def computed(jaxpr: ClosedJaxpr, *, loops: int | None = None) -> int:
     `loops`: how often a while loop is taken to run, which a jaxpr does not say.
     """
     return _count(jaxpr.jaxpr, loops)
-
-
-def _plain() -> AbstractContextManager[None]:
-    return context.tracing(formulation="plain")
 
 
 def _count(jaxpr: Jaxpr, loops: int | None = None) -> int:
@@ -85,8 +80,8 @@ def _count_equation(equation: Any, loops: int | None) -> int:
     if name == "scan":
         return params["length"] * sum(counts)
     if name == "cond":
-        # by_platform: one mathematics in several forms. The last is the default one, which computes
-        # what the equations say; others are made of shifts, or of matrices with zeros.
+        # `lax.platform_dependent`: one function in several forms. The last is the default one,
+        # which computes the equations; others are sums of shifts, or products with zeros.
         return counts[-1]
     if name == "while" and sum(counts):
         if loops is not None:

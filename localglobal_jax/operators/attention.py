@@ -47,7 +47,7 @@ def attend(
     The bias is added after the scaling. Where `mask` is False a key gets no weight. The softmax is
     in float32 at least. `kept`: the weights that a `dropout` of that rate left.
     """
-    if context.formulation() == "tuned":
+    if context.is_fused():
         return attend_fused(1 - dropout, query, key, value, bias, mask, kept)
     weights = attention_weights(query, key, bias=bias, mask=mask)
     if kept is not None:
@@ -230,7 +230,7 @@ class Attend(nn.Module):
         # For a few queries, as in decoding one sentence, the weights themselves are quicker on CPU:
         # 0.89 of the time for the beams of one, 1.12 for those of eight.
         many = query.shape[0] * query.shape[1] > FEW
-        if (train or many) and not seen and context.formulation() == "tuned":
+        if (train or many) and not seen and context.is_fused():
             kept = None
             if train and self.dropout:
                 # the numbers that the weights themselves would be dropped by

@@ -25,7 +25,6 @@ from localglobal_jax.operators.kernels.convolution import (
     dynamic_shifted,
 )
 from localglobal_jax.operators.reach import Reach, local
-from localglobal_jax.parallel import placement
 
 WIDE = 8  # windows from here on do
 
@@ -64,7 +63,7 @@ def depthwise(
 
     # XLA's grouped convolution on CPU is several times slower than shifted multiplies, forward and
     # backward; on TPU and GPU the shifts' backward pass needs 6 to 9 times the temporary memory.
-    return placement.by_platform(x, kernel, cpu=shifted, default=grouped)
+    return jax.lax.platform_dependent(x, kernel, cpu=shifted, default=grouped)
 
 
 def dynamic(
@@ -95,7 +94,7 @@ def dynamic(
     if len(window) > 1 or window[0] < WIDE:
         return shifted(x, kernel)
     # Of 256 positions and 15 of a window, forward and backward, a fifth of the time on CPU.
-    return placement.by_platform(x, kernel, cpu=banded, default=shifted)
+    return jax.lax.platform_dependent(x, kernel, cpu=banded, default=shifted)
 
 
 class DepthwiseConv(nn.Module):

@@ -17,7 +17,6 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from localglobal_jax.operators import grids
-from localglobal_jax.parallel import placement
 
 Numbers = tuple[tuple[Any, Any], tuple[Any, Any]]
 
@@ -35,7 +34,7 @@ def dot_general(x: Array, kernel: Array, numbers: Numbers, **options: Any) -> Ar
     (summed, batch) = numbers
     if any(map(len, batch)) or tuple(map(tuple, summed)) != ((x.ndim - 1,), (0,)):
         return as_given(x, kernel)
-    return placement.by_platform(x, kernel, cpu=of_matrices, default=as_given)
+    return lax.platform_dependent(x, kernel, cpu=of_matrices, default=as_given)
 
 
 def product(

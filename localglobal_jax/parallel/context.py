@@ -1,77 +1,107 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step says to the code inside it while it is traced: models know nothing of devices.
+"""Trace-time settings that a step gives to the models inside it: models do not name devices.
 
-Nothing is set outside of a step of `placement.Partitioner`: every function here is the identity
-then, or says "no" (`formulation` says "tuned").
+Each setting is a context variable that is read while a function is traced. `placement.Partitioner`
+sets them for the steps it compiles. Outside of a step every function here is the identity, and
+operators use their reference implementation. Imports nothing of this package.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 from jaxtyping import Array, PyTree
 
-Formulation = Literal["tuned", "plain"]
+Implementation = Literal["reference", "fused"]
 
 
 class StackOptions(NamedTuple):
-    """How blocks in sequence are computed, see `in_sequence.py`."""
+    """How consecutive blocks are computed, see `blocks.stack`."""
 
     remat: bool = False
     scan: bool = False
-    # Makes the split parameters of a block whole when it is computed, and again in its backward
-    # pass. Left to itself XLA gathered activations instead.
+    # Gathers the sharded parameters of a block when it is computed, and again in its backward pass.
+    # Without it XLA gathered activations instead.
     gather: Callable[[PyTree], PyTree] | None = None
 
 
 _edge: ContextVar[Callable[[Array], Array]] = ContextVar("edge", default=lambda x: x)
 _axis: ContextVar[str | None] = ContextVar("axis", default=None)
 _norm_axis: ContextVar[str | None] = ContextVar("norm_axis", default=None)
-_stack_options: ContextVar[StackOptions | None] = ContextVar("forms", default=None)
-_formulation: ContextVar[Formulation] = ContextVar("formulation", default="tuned")
+_stack_options: ContextVar[StackOptions | None] = ContextVar("stack_options", default=None)
+_implementation: ContextVar[Implementation | None] = ContextVar("implementation", default=None)
+
+
+@contextlib.contextmanager
+def implementation(name: Implementation) -> Iterator[None]:
+    """Context manager that selects the implementation of the operators traced inside it.
+
+    "reference" (the default) is the paper's equation with JAX's own derivatives: `jax.jvp`,
+    `jax.jacfwd`, `jax.hessian`, `jax.linearize` and `jax.vmap` work. "fused" gives the same numbers
+    and moves fewer bytes. Its derivatives are written by hand for reverse mode alone, so `jax.jvp`
+    and what builds on it raise TypeError. Train, eval and decode steps of this package use "fused".
+
+    The choice is read while a function is traced. A function that `jax.jit` has compiled keeps the
+    implementation it was traced with, so jit a function of its own for each.
+
+    Raises ValueError for another name.
+    """
+    if name not in get_args(Implementation):
+        raise ValueError(
+            f'implementation("{name}"): allowed are {get_args(Implementation)}; "reference" has '
+            'all of JAX\'s transformations, "fused" is faster in training'
+        )
+    token = _implementation.set(name)
+    try:
+        yield
+    finally:
+        _implementation.reset(token)
+
+
+def chosen_implementation(default: Implementation = "reference") -> Implementation:
+    """Returns the name given to the innermost `implementation`, or `default` outside of one."""
+    return _implementation.get() or default
+
+
+def is_fused() -> bool:
+    """Returns whether operators use their fused kernels, see `implementation`."""
+    return chosen_implementation() == "fused"
 
 
 def stack_options() -> StackOptions:
-    """How the step that is being traced wants its blocks."""
+    """Returns how the step that is being traced computes consecutive blocks."""
     return _stack_options.get() or StackOptions()
 
 
 def constrain(x: Array) -> Array:
-    """What every activation ``[b, ...]`` at the edge of a block passes through.
+    """Constrains the sharding of an activation ``[b, ...]`` at the edge of a block.
 
-    The identity, unless parameters are split: then it says that activations are split by the batch
-    alone. Without it XLA may follow the parameters instead and sum whole batches over devices (8 TB
-    per chip and step were seen in a model of 2.4 B parameters, 33 GB with it).
+    The identity, unless parameters are sharded: then activations are sharded by the batch alone.
+    Without it XLA may follow the parameters instead and sum whole batches over devices (8 TB per
+    chip and step in a model of 2.4 B parameters, 33 GB with it).
     """
     return _edge.get()(x)
 
 
-def formulation() -> Formulation:
-    """Which of two ways to the same numbers: "plain" is what linen and autodiff make of the
-    equations, "tuned" what moves fewer bytes. Outside of a step: tuned.
-    """
-    return _formulation.get()
-
-
 def norm_axis() -> str | None:
-    """The axis over which batch statistics are taken, under pmap; under jit they are global."""
+    """Returns the pmap axis of batch statistics; None under jit, where they are global."""
     return _norm_axis.get()
 
 
 def mean_over_devices(tree: PyTree) -> PyTree:
-    """The mean of what each device has, under pmap."""
+    """Averages over devices under pmap; the identity under jit, where arrays are global."""
     return jax.lax.pmean(tree, _axis.get()) if _axis.get() else tree
 
 
 def sum_over_devices(tree: PyTree) -> PyTree:
-    """The sum of what each device has, under pmap; under jit arrays are whole already."""
+    """Sums over devices under pmap; the identity under jit, where arrays are global."""
     return jax.lax.psum(tree, _axis.get()) if _axis.get() else tree
 
 
 def own_key(key: Array) -> Array:
-    """Another random key on every device, under pmap; under jit there is one of each number."""
+    """Folds the device's index into a random key under pmap; the identity under jit."""
     return jax.random.fold_in(key, jax.lax.axis_index(_axis.get())) if _axis.get() else key
 
 
@@ -82,12 +112,10 @@ def tracing(
     axis: str | None = None,
     norm_axis: str | None = None,
     forms: StackOptions | None = None,
-    formulation: Formulation = "tuned",
 ) -> Iterator[None]:
-    """Sets what the functions above do, while a function is traced."""
+    """Context manager that sets what the functions above return while a step is traced."""
     chosen: list[tuple[ContextVar[Any], Any]]
     chosen = [(_edge, edge), (_axis, axis), (_norm_axis, norm_axis), (_stack_options, forms)]
-    chosen.append((_formulation, formulation))
     tokens = [(variable, variable.set(value)) for variable, value in chosen]
     try:
         yield

@@ -7,8 +7,8 @@ heads, hidden channels and vocabularies (tensor parallelism, arXiv 1909.08053, s
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -100,7 +100,7 @@ class Partitioner:
             gather=self._whole if "fsdp" in options.strategy else None,
         )
         self._global_norm = options.batch_norm == "global"
-        self._formulation = options.formulation
+        self._implementation = options.implementation
         for strategy, axis in (("fsdp", "fsdp"), ("tensor", "model")):
             if strategy in self.strategy.split("+") and axis not in self.mesh.shape:
                 raise ValueError(
@@ -226,16 +226,18 @@ class Partitioner:
 
         return jax.tree_util.tree_map_with_path(whole, params)
 
-    def _tracing(self, axis: str | None = None) -> AbstractContextManager[None]:
-        """What the code of a step is told while it is traced."""
+    @contextmanager
+    def _tracing(self, axis: str | None = None) -> Iterator[None]:
+        """Context manager for tracing a step: settings of this run for the code inside it."""
         split = self.strategy != "replicate"
-        return context.tracing(
+        settings = context.tracing(
             edge=lambda x: jax.lax.with_sharding_constraint(x, self._batched()) if split else x,
             axis=axis,
             norm_axis=axis if self._global_norm else None,
             forms=self._forms,
-            formulation=self._formulation,
         )
+        with settings, context.implementation(self._implementation):
+            yield
 
     def compile_init(self, init: Callable[[], Any]) -> Callable[[], Any]:
         """jit of a function without arguments that makes a state.
@@ -291,11 +293,3 @@ def describe() -> str:
     device, hosts = jax.devices()[0], jax.process_count()
     plural = "" if hosts == 1 else "s"
     return f"{jax.device_count()} x {device.device_kind} ({device.platform}), {hosts} host{plural}"
-
-
-def by_platform(*args: Any, default: Callable[..., Any], **platforms: Callable[..., Any]) -> Any:
-    """Picks a formulation by the platform that is compiled for, not the one that compiles.
-
-    ``by_platform(x, cpu=f, default=g)``; all must give the same numbers.
-    """
-    return jax.lax.platform_dependent(*args, default=default, **platforms)

@@ -37,7 +37,7 @@ FORMS = {
     "unrolled": {},
     "remat": {"remat": "blocks"},
     "scan": {"scan": True},
-    "plain": {"formulation": "plain"},
+    "reference": {"implementation": "reference"},
 }
 
 

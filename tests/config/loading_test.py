@@ -3,6 +3,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import warnings
 
 import pytest
 from hypothesis import given
@@ -236,3 +237,17 @@ def test_may_change_names_real_fields():
     flat = config_values.flatten(validation.check(BASE).model_dump())
     for free in schema.MAY_CHANGE:
         assert any(f == free or f.startswith(f"{free}.") for f in flat)
+
+
+@pytest.mark.parametrize(("former", "now"), [("tuned", "fused"), ("plain", "reference")])
+def test_the_former_name_of_implementation_still_loads(former, now, tmp_path):
+    assert validation.check(BASE).parallel.implementation == "fused"
+    tree = {**BASE, "parallel": {"formulation": former}}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run = validation.check(tree)
+    assert run.parallel.implementation == now
+    assert [w.category for w in caught] == [DeprecationWarning] * (former == "plain")
+    (tmp_path / "config.json").write_text(loading.to_json(run))
+    assert "formulation" not in (tmp_path / "config.json").read_text()
+    assert loading.read_json(tmp_path / "config.json") == run

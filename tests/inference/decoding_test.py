@@ -160,14 +160,22 @@ def test_a_sentence_does_not_depend_on_the_others_and_every_run_is_the_same():
             np.testing.assert_array_equal(ours[row], theirs[0])
 
 
-def test_one_compilation_for_all_batches_of_a_shape():
+def test_one_compilation_for_all_batches_of_a_shape(monkeypatch):
     from localglobal_jax.inference.decoding import beam
 
+    traced, log_probabilities = [], beam.log_probabilities
+
+    def counting(*args):
+        traced.append(args)
+        return log_probabilities(*args)
+
+    monkeypatch.setattr(beam, "log_probabilities", counting)
+    jax.clear_caches()
     run(0, beam=2)
-    before = beam._beam_search._cache_size()
+    before = len(traced)
     for seed in range(3):
         run(seed, beam=2, length_penalty=0.1 * seed)
-    assert beam._beam_search._cache_size() == before
+    assert len(traced) == before > 0
 
 
 # ---------------------------------------------------------------------------- greedy, sampling

@@ -111,11 +111,11 @@ def test_any_axes_in_front(dtype):
     def loss(query, key, value, bias):
         return (attention.attend(query, key, value, bias=bias).astype("float32") ** 2).sum()
 
-    tuned = jax.value_and_grad(loss, (0, 1, 2, 3))(*inputs)
-    with context.tracing(formulation="plain"):
-        plain = jax.value_and_grad(loss, (0, 1, 2, 3))(*inputs)
+    reference = jax.value_and_grad(loss, (0, 1, 2, 3))(*inputs)
+    with context.implementation("fused"):
+        fused = jax.value_and_grad(loss, (0, 1, 2, 3))(*inputs)
     tolerance = {"float32": 1e-5, "bfloat16": 0.1}[dtype]
-    for a, b in zip(jax.tree.leaves(tuned), jax.tree.leaves(plain), strict=True):
+    for a, b in zip(jax.tree.leaves(fused), jax.tree.leaves(reference), strict=True):
         assert a.dtype == b.dtype
         wide = np.asarray(b, "float32")
         np.testing.assert_allclose(np.asarray(a, "float32"), wide, atol=tolerance * abs(wide).max())

@@ -2,7 +2,6 @@
 from types import SimpleNamespace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -84,14 +83,3 @@ def test_hosts_that_share_rows_read_the_same_ones():
     assert shards((4, 2), ("model", "data")) == (0, 1)  # each host holds a part of every row
     with pytest.raises(ValueError, match="share some rows of a batch but not all"):
         shards((8 // 3, 3), ("data", "model"))
-
-
-def test_by_platform_takes_this_platforms_and_differentiates():
-    def f(x):
-        return parallel.by_platform(x, cpu=lambda x: 2 * x, default=lambda x: 3 * x)
-
-    assert f(1.0) == 2.0
-    assert jax.grad(jax.jit(f))(1.0) == 2.0
-    lowered = jax.jit(f).trace(jnp.ones(())).lower(lowering_platforms=("tpu",)).as_text()
-    assert "3.0" in lowered
-    assert "2.0" not in lowered

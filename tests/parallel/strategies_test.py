@@ -14,7 +14,7 @@ CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 STRATEGIES = {
     "one device": {},
     "replicate": {},
-    "plain": {"formulation": "plain"},
+    "reference": {"implementation": "reference"},
     "pmap": {"compile": "pmap"},
     "pmap, statistics per device": {"compile": "pmap", "batch_norm": "per_device"},
     "fsdp": {"strategy": "fsdp", "mesh": {"data": 2, "fsdp": 4}},
@@ -78,7 +78,7 @@ print(json.dumps(found))
 
 
 # what every model does alike is asked of one of them
-LESS = {"muse": ("replicate", "plain", "pmap, statistics per device")}
+LESS = {"muse": ("replicate", "reference", "pmap, statistics per device")}
 
 
 @pytest.mark.parametrize("model", RUNS)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Beam search. Legend: b batch, k hypotheses of a sentence, r = b k rows, l length."""
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +15,7 @@ from localglobal_jax.inference.decoding.hypotheses import (
     check,
     check_number,
     check_source,
+    compiled,
     log_probabilities,
     nothing,
     pick,
@@ -79,7 +79,7 @@ def beam_search(
     )
 
 
-@partial(jax.jit, static_argnums=(0, 4))
+@compiled
 def _beam_search(
     module: Decodable,
     variables: PyTree[Array],

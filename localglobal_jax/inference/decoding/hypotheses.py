@@ -5,11 +5,14 @@ Legend: b batch, k hypotheses of a sentence, r = b k rows, l length, v vocabular
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
+
+from localglobal_jax.parallel import context
 
 LOWEST = -jnp.inf
 
@@ -74,6 +77,21 @@ def nothing(rows: int, hypotheses: int, length: int, pad: int) -> Hypotheses:
 def pick(x: Shaped[Array, "b n ..."], index: Int[Array, "b k"]) -> Shaped[Array, "b k ..."]:
     """``x[i, index[i]]`` for every row i."""
     return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1)
+
+
+def compiled(search: Callable[..., Hypotheses]) -> Callable[..., Hypotheses]:
+    """Returns ``search(module, variables, source, given, options)`` compiled by `jax.jit`.
+
+    `module` and `options` are static, and so is the implementation of the operators: the one that
+    the caller selected, else "fused".
+    """
+
+    def traced(name: context.Implementation, *args: Any) -> Hypotheses:
+        with context.implementation(name):
+            return search(*args)
+
+    jitted = jax.jit(traced, static_argnums=(0, 1, 5))
+    return lambda *args: jitted(context.chosen_implementation("fused"), *args)
 
 
 def max_length(source_length: int) -> int:

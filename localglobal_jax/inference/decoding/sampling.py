@@ -4,7 +4,6 @@
 Legend: b batch, k hypotheses of a sentence, r = b k rows, l length, v vocabulary.
 """
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +19,7 @@ from localglobal_jax.inference.decoding.hypotheses import (
     check,
     check_number,
     check_source,
+    compiled,
     log_probabilities,
     nothing,
     pick,
@@ -110,7 +110,7 @@ class _Sampling(NamedTuple):
     done: Bool[Array, " r"]
 
 
-@partial(jax.jit, static_argnums=(0, 4))
+@compiled
 def _sample(
     module: Decodable,
     variables: PyTree[Array],

@@ -6,9 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array
-
-from localglobal_jax.parallel import placement
 
 
 def _by_heads(*arrays: Array) -> list[Array]:
@@ -49,7 +48,7 @@ def attend_fused(keep: float, *inputs: Any) -> Array:
 def _attend_forward(keep: float, *inputs: Any) -> tuple[Array, Any]:
     query, key, value, bias, mask, kept = inputs
     query, key, value = _by_heads(query, key, value)
-    numerator, total = placement.by_platform(
+    numerator, total = lax.platform_dependent(
         query, key, bias, mask, tpu=partial(_numerator, twice=True), default=_numerator
     )
     numerator = numerator.astype(value.dtype)

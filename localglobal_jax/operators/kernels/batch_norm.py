@@ -27,7 +27,7 @@ from jaxtyping import Array, Float
 from localglobal_jax.operators import grids
 from localglobal_jax.operators.activations import ACTIVATIONS, Activation
 from localglobal_jax.operators.dense import product
-from localglobal_jax.parallel import context, placement
+from localglobal_jax.parallel import context
 
 Moments = tuple[Float[Array, " d"], Float[Array, " d"]]  # mean, biased variance
 
@@ -153,7 +153,7 @@ def activate_product(
     def kept(*args: Any) -> Array:
         return recomputed(act)(*multiply(*args))
 
-    return placement.by_platform(x, kernel, before, after, cpu=kept, default=recomputed(repeated))
+    return lax.platform_dependent(x, kernel, before, after, cpu=kept, default=recomputed(repeated))
 
 
 def gated_product(

@@ -30,7 +30,7 @@ def depthwise_shifted(x: Array, kernel: Array, stride: int, padding: Padding) ->
     parts = padded.reshape(x.shape[0], *cut, x.shape[-1])
     rank = len(space)
     parts = jnp.moveaxis(parts, [2 * i + 2 for i in range(rank)], range(rank))
-    tuned = context.formulation() == "tuned"
+    tuned = context.is_fused()
     return (_tuned_sum_of_shifts if tuned else _sum_of_shifts)(parts, kernel, tuple(out))
 
 
