@@ -16,33 +16,20 @@ def get_config(arg=None):
     config = ConfigDict()
     config.seed = 0
     config.steps = 500
-    config.batch_size = 128
+    config.batch_size = 128  # images
 
     # 8x8 pixels: the stem keeps the grid, one convolution stage sees 8x8, one attention stage 4x4
-    config.model = ConfigDict(
-        dict(
-            name="coatnet",
-            layout="CT",
-            depths=(2, 2),
-            widths=(48, 96),
-            strides=(1, 2),
-            stem=(24, 48),
-            stem_stride=1,
-            blocks=dict(T=dict(head_width=24)),
-            drop_path=0.1,
-        )
-    )
-    config.task = ConfigDict(dict(label_smoothing=0.1))
-    config.data = ConfigDict(
-        dict(name="digits", mock=arg.data == "mock", image_size=(8, 8), crop="pad", pad=1)
-    )
-    config.optim = ConfigDict(
-        dict(learning_rate=2e-3, warmup_steps=50, weight_decay=0.05, ema=0.98)
-    )
-    config.eval = ConfigDict(dict(every=100))
-    config.checkpoint = ConfigDict(dict(every=100, best="test/accuracy"))
+    config.model = dict(name="coatnet", layout="CT", depths=(2, 2), widths=(48, 96))
+    config.model.update(strides=(1, 2), stem=(24, 48), stem_stride=1, drop_path=0.1)
+    config.model.blocks = dict(T=dict(head_width=24))
+    config.task = dict(label_smoothing=0.1)
+    config.data = dict(name="digits", mock=arg.data == "mock")
+    config.data.update(image_size=(8, 8), crop="pad", pad=1)  # pixels
+    config.optim = dict(learning_rate=2e-3, warmup_steps=50, weight_decay=0.05, ema=0.98)
+    config.eval = dict(every=100)  # steps
+    config.checkpoint = dict(every=100, best="test/accuracy")
     if arg.size == "tiny":
-        config.steps, config.batch_size = 20, 32
+        config.update(steps=20, batch_size=32)
         config.model.update(depths=(1, 1), widths=(16, 32), stem=(8, 16))
         config.model.blocks.T.head_width = 16
         config.optim.warmup_steps = 5

@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fine-tunes a CoAtNet at another resolution or on other classes (arXiv 2106.04803, table 12).
+"""Fine-tunes a CoAtNet at another resolution or on other classes (arXiv 2106.04803, table 10).
 
     localglobal convert timm coatnet_0_rw_224.safetensors --out runs/coatnet_0_rw
     localglobal train --config configs/coatnet_finetune.py:init=runs/coatnet_0_rw,resolution=384 \\
         --workdir runs/finetuned --config.data.name=DATASET
 
-The model is the one of the checkpoint; relative tables are resized bilinearly, and where the number
-of classes differs the classifier starts at zero. The paper: 30 epochs, batch 512, constant rate.
-``:data=mock,size=tiny`` starts from nothing and runs anywhere.
+The model is that of the checkpoint. Relative tables are resized bilinearly; where the number of
+classes differs, the classifier starts at zero. The paper: 30 epochs, batch 512, constant rate.
+``:data=mock,size=tiny`` starts from random parameters and runs anywhere.
 """
 
 import json
 import pathlib
 
-from ml_collections import ConfigDict
-
+from localglobal_jax.config import recipes
 from localglobal_jax.config.loading import parse_arg
 from localglobal_jax.config.values import tuples
 
@@ -23,56 +22,45 @@ def get_config(arg=None):
     arg = parse_arg(
         arg,
         init="",
-        resolution=384,
-        steps=75_000,
+        resolution=384,  # pixels
+        steps=75_000,  # 30 epochs of ImageNet-1k
         dataset="imagenet2012",
         data=("real", "mock"),
         size=("full", "tiny"),
     )
-    config = ConfigDict()
-    config.seed = 0
-    config.steps = arg.steps
-    config.batch_size = 512
-    config.dtype = "bfloat16"
-    config.model = ConfigDict(dict(name="coatnet_0"))
+    return finetune(arg, steps=arg.steps, dataset=arg.dataset)
+
+
+def finetune(arg, steps, dataset):
+    """Returns the config of fine-tuning `arg.init`; `configs/finetune_folder.py` calls it too."""
+    config = recipes.imagenet(
+        steps=steps,
+        batch_size=512,
+        resolution=arg.resolution,
+        mock=arg.data == "mock",
+        dataset=dataset,
+    )
     if arg.init:
         config.init = arg.init
-        config.model = ConfigDict(model_of(arg.init))
-    config.model.drop_path = 0.1
-    config.task = ConfigDict(dict(label_smoothing=0.1, mixup=0.8))
-    config.data = ConfigDict(
-        dict(
-            name=arg.dataset,
-            mock=arg.data == "mock",
-            eval_splits=("validation",),
-            image_size=(arg.resolution, arg.resolution),
-            mean=(0.485, 0.456, 0.406),
-            std=(0.229, 0.224, 0.225),
-            crop="resized",
-            flip=True,
-            randaugment_layers=2,
-            randaugment_magnitude=15,
-            threads=16,
-        )
-    )
-    config.optim = ConfigDict(
-        dict(learning_rate=5e-5, schedule="constant", weight_decay=1e-8, ema=0.9999)
-    )
-    config.eval = ConfigDict(dict(every=2_500))
-    config.checkpoint = ConfigDict(dict(every=500, best="validation/accuracy"))
+    config.model = dict(model_of(arg.init) if arg.init else {"name": "coatnet_0"}, drop_path=0.1)
+    config.task = dict(label_smoothing=0.1, mixup=0.8)
+    config.data.randaugment_magnitude = 15
+    config.optim = dict(learning_rate=5e-5, schedule="constant", weight_decay=1e-8, ema=0.9999)
+    config.eval.every = 2_500  # steps: an epoch of ImageNet-1k
+    config.checkpoint.every = 500
     if arg.size == "tiny":
-        config.steps, config.batch_size, config.dtype = 10, 8, "float32"
-        config.data.image_size = (64, 64)
-        if not arg.init:
-            config.model.update(depths=(1, 1, 1, 1), widths=(8, 16, 32, 64), stem=(8, 8))
-        config.eval.every = config.checkpoint.every = 5
+        small = dict(depths=(1, 1, 1, 1), widths=(8, 16, 32, 64), stem=(8, 8))
+        recipes.shrink(config, **({} if arg.init else small))
+    config.log.every = 50
     return config
 
 
 def model_of(path):
-    """The model section that a checkpoint was trained or converted with, but for its classes."""
+    """Returns the ``model`` section of a checkpoint, without its number of classes and dtype."""
     (file,) = sorted(pathlib.Path(path).glob("checkpoints/*/metadata/metadata"))[-1:] or (None,)
     if file is None:
-        raise ValueError(f"init={path} is no workdir with checkpoints")
+        raise ValueError(
+            f"init={path}: no checkpoint there; give a workdir of `localglobal train` or `convert`"
+        )
     model = json.loads(file.read_text())["metadata"]["model"]
     return {key: tuples(value) for key, value in model.items() if key not in ("classes", "dtype")}

@@ -1,36 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fine-tunes a converted CoAtNet on pictures of one's own: a folder with a folder per class.
+"""Fine-tunes a converted CoAtNet on your own pictures: a folder with one folder per class.
 
     localglobal convert timm coatnet_0_rw_224.safetensors --out runs/coatnet_0_rw
     localglobal prepare --config configs/finetune_folder.py --config.data.dir=PICTURES
     localglobal train --config configs/finetune_folder.py:init=runs/coatnet_0_rw \\
         --config.data.dir=PICTURES --workdir runs/mine
 
-`prepare` counts the pictures of every class and names the files that are damaged. PICTURES holds
-CLASS/FILE, or train/CLASS/FILE and validation/CLASS/FILE; without those, a tenth is for validation,
-another for testing. Without ``init=`` the model starts from nothing. ``:data=mock,size=tiny`` needs
-no pictures.
+`prepare` counts the pictures of every class and names the damaged files. PICTURES holds CLASS/FILE,
+or train/CLASS/FILE and validation/CLASS/FILE; without those, a tenth of the pictures is for
+validation, another for testing. Without ``init=`` the model starts from random parameters.
+``:data=mock,size=tiny`` needs no pictures.
 """
 
 import pathlib
 
-from localglobal_jax.config import loading
+from localglobal_jax.config.loading import import_file, parse_arg
 
-FINETUNE = pathlib.Path(__file__).with_name("coatnet_finetune.py")
+coatnet_finetune = import_file(pathlib.Path(__file__).with_name("coatnet_finetune.py"))
 
 
 def get_config(arg=None):
-    arg = loading.parse_arg(
+    arg = parse_arg(
         arg, init="", resolution=224, steps=1000, data=("real", "mock"), size=("full", "tiny")
     )
-    given = f"init={arg.init},resolution={arg.resolution},data={arg.data},size={arg.size}"
-    config = loading.load(f"{FINETUNE}:{given},dataset=cifar10")
-    if arg.data == "real":
-        config.data.name = "folder"
+    dataset = "folder" if arg.data == "real" else "cifar10"
+    config = coatnet_finetune.finetune(arg, arg.steps, dataset)
     config.task.mixup = 0.0  # the paper's recipe is for a million pictures; this for hundreds
     config.data.update(randaugment_magnitude=9, area=(0.3, 1.0), threads=4)
     if arg.size == "full":
-        config.steps, config.batch_size, config.dtype = arg.steps, 32, "float32"
+        config.update(batch_size=32, dtype="float32")
         config.optim.update(warmup_steps=arg.steps // 20, schedule="cosine", ema=0.99)
-        config.eval.every = config.checkpoint.every = 100
+        config.eval.every = config.checkpoint.every = 100  # steps
     return config

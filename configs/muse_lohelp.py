@@ -17,42 +17,24 @@ def get_config(arg=None):
     config.seed = 0
     config.steps = 2400  # six epochs
     config.batch_size = 2048  # tokens
-    config.model = ConfigDict(
-        dict(
-            name="muse",
-            layout="MM",
-            depths=(3, 3),
-            widths=(192, 192),
-            heads=(4, 4),
-            hidden=(384, 384),
-            blocks=dict(M=dict(kernel_dropout=0.0)),
-            dropout=0.1,
-        )
+    config.model = dict(name="muse", layout="MM", depths=(3, 3), widths=(192, 192), heads=(4, 4))
+    config.model.update(hidden=(384, 384), dropout=0.1)
+    config.model.blocks = dict(M=dict(kernel_dropout=0.0))
+    config.task = dict(name="translation", label_smoothing=0.1, beam=4)
+    config.data = dict(name=f"lohelp_translate/{arg.pair}", mock=arg.data == "mock")
+    config.data.eval_splits = ("validation",)
+    config.data.update(vocab=4000, max_length=96, buckets=6)  # ids, tokens, lengths
+    config.optim = dict(
+        learning_rate=2e-3,
+        warmup_steps=300,
+        init_learning_rate=1e-7,
+        b2=0.98,
+        weight_decay=1e-4,
     )
-    config.task = ConfigDict(dict(name="translation", label_smoothing=0.1, beam=4))
-    config.data = ConfigDict(
-        dict(
-            name=f"lohelp_translate/{arg.pair}",
-            mock=arg.data == "mock",
-            eval_splits=("validation",),
-            vocab=4000,
-            max_length=96,
-            buckets=6,
-        )
-    )
-    config.optim = ConfigDict(
-        dict(
-            learning_rate=2e-3,
-            warmup_steps=300,
-            init_learning_rate=1e-7,
-            b2=0.98,
-            weight_decay=1e-4,
-        )
-    )
-    config.eval = ConfigDict(dict(every=800, batch_size=8192))
-    config.checkpoint = ConfigDict(dict(every=400, best="validation/bleu"))
+    config.eval = dict(every=800, batch_size=8192)  # steps, tokens
+    config.checkpoint = dict(every=400, best="validation/bleu")
     if arg.size == "tiny":
-        config.steps, config.batch_size = 20, 1024
+        config.update(steps=20, batch_size=1024)
         config.model.update(depths=(1, 1), widths=(32, 32), heads=(2, 2), hidden=(32, 32))
         config.data.update(vocab=400, max_length=48, buckets=2)
         config.optim.warmup_steps = 5

@@ -23,7 +23,7 @@ def add_options(sub: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Prints what was measured."""
     # checked before jax takes seconds
-    given = loading.compared(args.config, args.overrides, args.compare, args.compare_overrides)
+    given = loading.load_runs(args.config, args.overrides, args.compare, args.compare_overrides)
 
     from localglobal_jax.profiling import bench
 

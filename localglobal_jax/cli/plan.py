@@ -30,7 +30,7 @@ def add_options(sub: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Prints the report, or two beside each other."""
     topology = topologies.parse(args.topology)
-    given = loading.compared(args.config, args.overrides, args.compare, args.compare_overrides)
+    given = loading.load_runs(args.config, args.overrides, args.compare, args.compare_overrides)
     if args.batch_search and len(given) > 1:
         raise ValueError("give --batch_search or --compare, not both")
     if args.batch_search and topology.chip is None:

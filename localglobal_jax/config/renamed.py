@@ -172,8 +172,10 @@ blocks.transformer.FocalTransformerBlock   blocks.transformer.FocalAttentionBloc
 blocks.transformer.PlainTransformer        blocks.transformer.AttentionBlock
 blocks.transformer.Transformer             blocks.transformer.RelativeAttentionBlock
 cli.console                                cli.main.console
+config_values.fit                          config.values.coerce
 configlib.check                            config.validation.check
 configlib.check_fields                     config.validation.check_fields
+configlib.compared                         config.loading.load_runs
 configlib.difference                       config.values.difference
 configlib.flatten                          config.values.flatten
 configlib.run_class                        config.validation.run_class

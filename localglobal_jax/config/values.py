@@ -1,20 +1,75 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values of config fields: from the text of a command line, from a sweep, and as text in errors."""
+"""Values of config fields: parsed from text, coerced, flattened, compared, shown in errors."""
 
 import ast
 from collections.abc import Mapping
 from typing import Any
 
+import pydantic
 from ml_collections import ConfigDict
+
+LARGEST = 3.4e38  # float32
+BOOLS = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(
+    ("false", "0", "no", "off"), False
+)
+
+
+def parse_value(text: str, default: Any, field: str) -> Any:
+    """Parses a command-line `text` as the type of `default` (None: any type).
+
+    Text that is not a Python literal stays text; the schema then accepts or rejects it.
+    """
+    if text == "None" or isinstance(default, str):
+        return None if text == "None" else text
+    if isinstance(default, bool):
+        if text.lower() not in BOOLS:
+            raise ValueError(f"{field}={shown(text)}: expected true or false")
+        return BOOLS[text.lower()]
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        value = text
+    if isinstance(default, tuple) and isinstance(value, str):
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    elif isinstance(default, tuple) and not isinstance(value, list | tuple):
+        value = [value]
+    return coerce(value, default)
+
+
+def coerce(value: Any, default: Any) -> Any:
+    """Returns `value` as the type of `default` if that is exact: 1 as 1.0, 1e3 as 1000.
+
+    Lists become tuples and NumPy values Python values. Anything else is returned as it is.
+    """
+    if type(value).__module__ == "numpy":
+        value = value.tolist()
+    if {type(value), type(default)} == {int, float}:
+        try:
+            return pydantic.TypeAdapter(type(default)).validate_python(value)
+        except pydantic.ValidationError:
+            return value
+    return tuples(value)
+
+
+def tuples(tree: Any) -> Any:
+    """Returns `tree` with tuples for lists, as it was before JSON."""
+    if isinstance(tree, Mapping):
+        return {key: tuples(value) for key, value in tree.items()}
+    return tuple(map(tuples, tree)) if isinstance(tree, list | tuple) else tree
+
+
+def leaves(value: Any) -> list[Any]:
+    """Returns the elements of nested tuples, in order."""
+    return [x for part in value for x in leaves(part)] if isinstance(value, tuple) else [value]
 
 
 def to_tree(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
-    """A plain nested dict."""
+    """Returns a config as a plain nested dict."""
     return config.to_dict() if isinstance(config, ConfigDict) else dict(config)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}} -> {"a.b": 1}``."""
+    """Returns ``{"a.b": 1}`` for ``{"a": {"b": 1}}``."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         nested = isinstance(value, Mapping) and value
@@ -23,71 +78,17 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """``{field: (old, new)}`` for every field in which two configs differ."""
+    """Returns ``{field: (old, new)}`` for the fields in which two configs differ."""
     old, new = flatten(tuples(old)), flatten(tuples(new))
     missing = "(not set)"
-    return {
-        key: (old.get(key, missing), new.get(key, missing))
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key, missing) != new.get(key, missing)
-    }
-
-
-LARGEST = 3.4e38  # what float32 holds
-
-
-def parse_value(text: str, default: Any, field: str) -> Any:
-    """Reads a command-line `text` as a value of the type that `default` has (None: any type)."""
-    if text == "None" or isinstance(default, str):
-        return None if text == "None" else text
-    if isinstance(default, bool):
-        if text.lower() in ("true", "1", "yes", "on"):
-            return True
-        if text.lower() in ("false", "0", "no", "off"):
-            return False
-        raise ValueError(f"{field}={shown(text)}: expected true or false")
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        value = text  # a bare word; the schema decides whether it may be one
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value) if abs(value) < LARGEST else value
-    if isinstance(default, int) and isinstance(value, float) and value.is_integer():
-        return int(value)  # 1e3 steps
-    if isinstance(default, tuple) and isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-    if isinstance(default, tuple):
-        return tuple(value) if isinstance(value, list | tuple) else (value,)
-    return value
-
-
-def fit(value: Any, default: Any) -> Any:
-    """`value` as the type of `default`, where nothing is lost: 1 as 1.0, 1e3 as 1000, lists."""
-    if type(value).__module__ == "numpy":
-        value = value.tolist()
-    if isinstance(default, float) and type(value) is int and abs(value) < LARGEST:
-        return float(value)
-    if type(default) is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    return tuples(value)
+    pairs = {k: (old.get(k, missing), new.get(k, missing)) for k in sorted(old.keys() | new.keys())}
+    return {key: (before, now) for key, (before, now) in pairs.items() if before != now}
 
 
 def shown(value: Any) -> str:
-    """For an error: a value as Python writes it, if that is not endless."""
+    """Returns ``repr(value)`` for an error message, shortened to about 200 characters."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an int of thousands of digits, or lists in lists
         return f"(a {type(value).__name__} too large to show)"
     return text if len(text) <= 200 else f"{text[:150]}... ({len(text)} characters)"
-
-
-def leaves(value: Any) -> list[Any]:
-    """Of tuples in tuples."""
-    return [x for part in value for x in leaves(part)] if isinstance(value, tuple) else [value]
-
-
-def tuples(tree: Any) -> Any:
-    """Lists as tuples, the inverse of what JSON does to a config."""
-    if isinstance(tree, Mapping):
-        return {key: tuples(value) for key, value in tree.items()}
-    return tuple(map(tuples, tree)) if isinstance(tree, list | tuple) else tree

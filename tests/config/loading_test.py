@@ -30,6 +30,27 @@ def test_parse_arg_gives_the_types_of_the_defaults():
         loading.parse_arg("size=tin", size=("demo", "tiny"))
 
 
+def test_a_path_in_the_argument_may_hold_commas():
+    arg = loading.parse_arg("init=runs/a,b,size=tiny", init="", size=("demo", "tiny"))
+    assert arg.to_dict() == {"init": "runs/a,b", "size": "tiny"}
+    for text in ("size=tiny,b", "init=a,b", "b,init=runs/a", "init=runs/a,b=c"):
+        with pytest.raises(ValueError, match='"b"'):
+            loading.parse_arg(text, init="", size=("demo", "tiny"))
+
+
+@pytest.mark.parametrize("name", ["coatnet_finetune", "finetune_folder"])
+def test_fine_tuning_starts_from_a_path_with_commas(name, tmp_path):
+    model = {"name": "coatnet", "layout": "CT", "depths": [1, 1], "classes": 7, "dtype": "float32"}
+    file = tmp_path / "a,b" / "run,2" / "checkpoints/3/metadata/metadata"
+    init, folder = file.parents[3], pathlib.Path(__file__).parents[2] / "configs"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({"metadata": {"model": model}}))
+    run = validation.check(loading.load(f"{folder / name}.py:init={init},size=tiny,data=mock"))
+    assert run.init == str(init) and run.data.mock
+    want = {"name": "coatnet", "layout": "CT", "depths": (1, 1), "drop_path": 0.1}
+    assert run.model == want
+
+
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda p: p.stem)
 def test_every_config_is_right_small_and_has_a_tiny_size(file):
     validation.check(loading.load(str(file)))

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipe that the ImageNet configs share; each config sets what differs. Imports no jax."""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+IMAGES = 1_281_167  # in the training split of imagenet2012
+
+
+def steps(epochs: int, batch_size: int, images: int = IMAGES) -> int:
+    """Returns the optimizer steps of `epochs` passes over `images` images, rounded down."""
+    return epochs * images // batch_size
+
+
+def imagenet(
+    *, steps: int, batch_size: int, resolution: int, mock: bool, dataset: str = "imagenet2012"
+) -> ConfigDict:
+    """Returns a config without ``model``, ``task`` and ``optim``."""
+    config = ConfigDict()
+    config.seed = 0
+    config.steps = steps
+    config.batch_size = batch_size  # images
+    config.dtype = "bfloat16"  # activations; parameters stay float32
+    config.data = dict(
+        name=dataset,
+        mock=mock,
+        eval_splits=("validation",),
+        image_size=(resolution, resolution),  # pixels
+        mean=(0.485, 0.456, 0.406),  # RGB, of ImageNet's pixels in [0, 1]
+        std=(0.229, 0.224, 0.225),
+        crop="resized",
+        flip=True,
+        randaugment_layers=2,
+        threads=16,  # decoding threads of one host
+    )
+    config.eval = dict(every=5_000)  # steps
+    config.checkpoint = dict(every=1_000, best="validation/accuracy")  # steps
+    config.log = dict(every=100)  # steps
+    return config
+
+
+def shrink(config: ConfigDict, **model: Any) -> None:
+    """Turns `config` into the ``size=tiny`` run: ten steps of eight images, and a small `model`."""
+    config.update(steps=10, batch_size=8, dtype="float32")
+    config.data.image_size = (64, 64)
+    config.model.update(model)
+    config.eval.every = config.checkpoint.every = config.log.every = 5
