@@ -30,6 +30,7 @@ INSTALL = [
     "orbax-checkpoint>=0.12.8,<0.13",
     "pydantic>=2.9,<3",  # the schema of a run
     "sacrebleu>=2.4",
+    "safetensors>=0.4.1,<1",  # the first that reads bfloat16 without torch
     "scikit-learn>=1.5",  # ships the embedded digits
     "sentencepiece>=0.2",
     "shtab>=1.7",  # completion for shells, made from the parser
@@ -43,7 +44,7 @@ TEST = [
     "pillow>=10",  # makes odd images, and says what they look like
     "pytest>=8",
     "pytest-xdist>=3.5",
-    "safetensors>=0.4",  # reads the reference weights, as an independent check of our reader
+    "scipy>=1.13",  # Student's t of experiments/study.py; jax needs it too
 ]
 EXTRAS = {
     "test": TEST,

@@ -14,12 +14,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from scipy import stats
 
 Row = Mapping[str, str]
 Tables = Callable[[list[Row]], Mapping[str, list[str]]]
 
-# Student's t, two-sided 95 %, by degrees of freedom
-T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 COLORS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b279a2", "#9d755d", "#bab0ac")
 
 
@@ -51,13 +50,15 @@ def values(rows: Iterable[Row], column: str) -> list[float]:
 
 
 def interval(numbers: Sequence[float]) -> tuple[float, float]:
-    """(mean, half of its 95 % confidence interval by Student's t; nan for fewer than two)."""
-    if not numbers:
-        return math.nan, math.nan
+    """Returns (mean, half of its 95 % confidence interval by Student's t).
+
+    The interval of fewer than two numbers is nan, and so is the mean of none.
+    """
     if len(numbers) < 2:
-        return numbers[0], math.nan
+        return numbers[0] if numbers else math.nan, math.nan
     spread = statistics.stdev(numbers) / math.sqrt(len(numbers))
-    return statistics.mean(numbers), T95[len(numbers) - 1] * spread
+    t = round(float(stats.t.ppf(0.975, len(numbers) - 1)), 3)  # as the books' tables have it
+    return statistics.mean(numbers), t * spread
 
 
 def shown(numbers: Sequence[float], digits: int = 2) -> str:

@@ -57,6 +57,8 @@ def test_interval_is_students():
     mean, half = study.interval([1.0, 2.0, 3.0])
     assert mean == 2.0
     assert half == pytest.approx(4.303 / math.sqrt(3))
+    mean, half = study.interval([float(number) for number in range(11)])  # 10 degrees of freedom
+    assert (mean, half) == (5.0, pytest.approx(2.228))
     assert study.shown([]) == "not run"
     assert study.shown([1.5]) == "1.50"
 

@@ -33,20 +33,18 @@ def make_schedule(options: schema.Optim, steps: int) -> optax.Schedule:
             f"rate would never reach its peak. Use at most {steps}."
         )
 
-    def schedule(count: Any) -> jax.Array:
-        step = jnp.asarray(count, jnp.float32)
-        if options.schedule == "cosine":
-            done = jnp.clip((step - warmup) / max(steps - warmup, 1), 0, 1)
-            after = end + (peak - end) * 0.5 * (1 + jnp.cos(jnp.pi * done))
-        elif options.schedule == "rsqrt":
-            after = peak * jnp.sqrt(max(warmup, 1) / jnp.maximum(step, max(warmup, 1)))
-        else:
-            after = jnp.full_like(step, peak)
-        first = options.init_learning_rate
-        before = first + (peak - first) * step / max(warmup, 1)
-        return jnp.where(step < warmup, before, after)
-
-    return schedule
+    after: optax.Schedule
+    if options.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, max(steps - warmup, 1), alpha=end / peak)
+    elif options.schedule == "rsqrt":
+        first = max(warmup, 1)  # optax has no such schedule; `count` begins after the warm-up
+        after = lambda count: peak * jnp.sqrt(first / jnp.maximum(count + warmup, first))  # noqa: E731
+    else:
+        after = optax.constant_schedule(peak)
+    if not warmup:
+        return after
+    before = optax.linear_schedule(options.init_learning_rate, peak, warmup)
+    return optax.join_schedules([before, after], [warmup])
 
 
 def decay_mask(params: PyTree) -> PyTree:
