@@ -25,7 +25,8 @@ INSTALL = [
     "matplotlib>=3.8",  # learning curves
     "ml-collections>=1.1",
     "numpy>=2",
-    "opencv-python-headless>=4.10",  # decoding and augmentation, several times faster than Pillow
+    # decoding and augmentation, several times faster than Pillow; 4.12 reads animated GIF and WebP
+    "opencv-python-headless>=4.12",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8,<0.13",
     "pydantic>=2.9,<3",  # the schema of a run

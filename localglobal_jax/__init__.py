@@ -19,11 +19,17 @@ Every name is imported when it is first used: ``import localglobal_jax`` does no
 """
 
 import importlib
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from localglobal_jax.config import renamed
 
 __version__ = "0.1.0"
+
+# OpenCV reads this once, when it is imported. 300 MB an image, in each decoding thread.
+if "cv2" not in sys.modules:
+    os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "100000000")
 
 if TYPE_CHECKING:
     from localglobal_jax import (

@@ -34,6 +34,8 @@ import jax
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+import localglobal_jax  # noqa: F401, before cv2: sets its bound on an image's pixels
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 

@@ -30,7 +30,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         with safetensors.safe_open(path, framework="numpy") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
     except (safetensors.SafetensorError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be read as .safetensors: {shown(error)}") from None
+        raise ValueError(f"{path} is not a valid .safetensors file: {shown(str(error))}") from None
 
 
 # ---------------------------------------------------------------------------- transposing

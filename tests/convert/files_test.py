@@ -148,7 +148,7 @@ def test_what_is_refused_writes_nothing(options, message, tmp_path, capsys, monk
     ("command", "message"),
     [
         (["timm", "missing.safetensors", "--out=x"], "no such file"),
-        (["timm", str(GOLDEN / "volo_aux.json"), "--out=x", "--name=volo"], "well-formed"),
+        (["timm", str(GOLDEN / "volo_aux.json"), "--out=x", "--name=volo"], "volo_aux.json"),
         (["timm", str(GOLDEN / "volo_aux.safetensors"), "--out=x", "--name=vollo"], "volo"),
         (["timm", str(GOLDEN / "volo_aux.safetensors"), "--out=x", "--args={"], "is not JSON"),
         (["timm", str(GOLDEN / "volo_aux.safetensors"), "--out=x", "--name=volo_d1_224"], "fit"),

@@ -1,87 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an encoded image says of itself, read before anything is allocated for its pixels.
+"""Checks of an encoded image that OpenCV does not make before it allocates memory or decodes.
 
-A megabyte of PNG can decode to six gigabytes, and half a megabyte of JPEG keep a processor busy for
-minutes. OpenCV's own bound, 2**30 pixels, is far above what a machine with many threads can bear.
+OpenCV bounds the pixels itself (``OPENCV_IO_MAX_IMAGE_PIXELS``, set in the package's __init__).
+It does not bound the scans of a JPEG (half a megabyte can keep a processor busy for minutes) nor
+the length that a PNG's chunk announces (45 bytes can take gigabytes), it fills up a JPEG that is
+cut short with grey, and of an animated PNG it gives the first frame, not the default image.
 """
 
 import struct
 
-MAX_PIXELS = 100_000_000  # 300 MB in colour, in each decoding thread
 MAX_SCANS = 500  # of a JPEG, each a pass over all pixels; cjpeg -progressive writes ten
 FORMATS = "JPEG, PNG, GIF, BMP or WebP"
 
-PNG = b"\x89PNG\r\n\x1a\n"
+JPEG, PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
+SCAN, END = b"\xff\xda", b"\xff\xd9"  # markers of a JPEG
 ANIMATION = (b"acTL", b"fcTL", b"fdAT")  # chunks of an animated PNG
-NO_FRAME = (0xC4, 0xC8, 0xCC)  # markers among those of JPEG frames, 0xC0 to 0xCF, that are none
-ALONE = (0x01, *range(0xD0, 0xD9))  # markers without a length behind them
 
 
-def check(data: bytes) -> None:
-    """Raises ValueError for another format, no pixels, or more of them (or scans) than allowed."""
-    try:
-        width, height = size(data)
-    except (struct.error, IndexError):
-        raise ValueError("the image is cut short, or damaged in its header") from None
-    if width < 1 or height < 1 or width * height > MAX_PIXELS:
-        raise ValueError(
-            f"the image says that it has {width}x{height} pixels: want at least one, and "
-            f"at most {MAX_PIXELS:,} together"
-        )
-    if data[:2] == b"\xff\xd8" and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
-        raise ValueError(f"the JPEG has {scans} scans: want at most {MAX_SCANS}")
+def checked(data: bytes) -> bytes:
+    """Returns the image to decode: ``data``, of an animated PNG only the default image.
 
-
-def size(data: bytes) -> tuple[int, int]:
-    """(width, height) in the header of a file of one of `FORMATS`; ValueError for any other."""
-    if data[:2] == b"\xff\xd8":
-        return _jpeg(data)
-    if data[:8] == PNG:
-        return struct.unpack_from(">II", data, 16)
-    if data[:4] == b"GIF8":
-        return struct.unpack_from("<HH", data, 6)
-    if data[:2] == b"BM":
-        old = struct.unpack_from("<I", data, 14)[0] == 12  # the header of OS/2
-        width, height = struct.unpack_from("<HH" if old else "<ii", data, 18)
-        return width, abs(height)  # negative: from the top down
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return _webp(data)
-    raise ValueError(f"the image cannot be decoded: it is no {FORMATS}")
-
-
-def _jpeg(data: bytes) -> tuple[int, int]:
-    at = 2
-    while True:
-        while data[at] != 0xFF or data[at + 1] == 0xFF:  # fill bytes, or what does not belong here
-            at += 1
-        marker = data[at + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in NO_FRAME:
-            height, width = struct.unpack_from(">HH", data, at + 5)
-            return width, height
-        if marker in (0xD9, 0xDA):
-            raise ValueError("the JPEG has no frame")
-        at += 2 if marker in ALONE else 2 + struct.unpack_from(">H", data, at + 2)[0]
-
-
-def _webp(data: bytes) -> tuple[int, int]:
-    kind = data[12:16]
-    if kind == b"VP8X":  # the canvas, each side less one in 24 bits
-        width, height = (int.from_bytes(data[i : i + 3], "little") + 1 for i in (24, 27))
-        return width, height
-    if kind == b"VP8L":
-        bits = struct.unpack_from("<I", data, 21)[0]
-        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    width, height = struct.unpack_from("<HH", data, 26)
-    return width & 0x3FFF, height & 0x3FFF  # the two upper bits scale it for display
-
-
-def still(data: bytes) -> bytes:
-    """A PNG without its animation, whose first picture may be another than the one to be seen."""
-    if data[:8] != PNG or b"acTL" not in data:
+    Raises ValueError for another format than `FORMATS`, for a JPEG of more than `MAX_SCANS` scans
+    or without an end, and for a PNG with a chunk that is longer than the file.
+    """
+    if data.startswith(JPEG):
+        if (scans := data.count(SCAN)) > MAX_SCANS:
+            raise ValueError(f"the JPEG has {scans} scans: want at most {MAX_SCANS}")
+        if data.rfind(END) < data.rfind(SCAN):
+            raise ValueError("the JPEG is cut short: no end marker follows its last scan")
         return data
+    if data.startswith(PNG):
+        return _default_image(data)
+    if data.startswith((b"GIF8", b"BM")) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
+        return data
+    raise ValueError(f"the image cannot be decoded: it is not a {FORMATS} file")
+
+
+def _default_image(data: bytes) -> bytes:
+    """Returns a PNG without the chunks of its animation."""
     kept, at = [PNG], len(PNG)
-    while at + 12 <= len(data):
+    while at + 12 <= len(data):  # of a chunk: length, kind, that many bytes, checksum
         end = at + 12 + struct.unpack_from(">I", data, at)[0]
+        if end > len(data):
+            raise ValueError(
+                f"the PNG is cut short, or damaged: the chunk at byte {at} ends at {end}"
+            )
         if data[at + 4 : at + 8] not in ANIMATION:
             kept.append(data[at:end])
         at = end

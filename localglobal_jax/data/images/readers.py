@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where images come from: the records of a prepared TFDS split, or made up. One at a time.
+"""Readers of single images: the records of a prepared TFDS split, or mock images.
 
-A reader gives undecoded records in blocks and decodes each by itself, so that the decoding can be
+A reader returns undecoded records in blocks and decodes each by itself, so that the decoding can be
 spread over threads.
 """
 
+import logging
+import os
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -15,11 +17,22 @@ import tensorflow_datasets as tfds
 from localglobal_jax.data.images import augment, headers
 from localglobal_jax.data.tfds import records
 
+log = logging.getLogger(__name__)
+
+# OpenCV reads it once, when cv2 is imported. The package's __init__ sets it unless cv2 was first.
+MAX_PIXELS = "OPENCV_IO_MAX_IMAGE_PIXELS"
+if MAX_PIXELS not in os.environ:
+    log.warning(
+        "cv2 was imported before localglobal_jax: images of up to 2**30 pixels are decoded (3 GB "
+        "each, in every thread). Import localglobal_jax first, or set %s",
+        MAX_PIXELS,
+    )
+
 MOCK_TRAIN, MOCK_EVAL = 1024, 256  # examples
 
 
 class Reader(Protocol):
-    """Where undecoded records come from."""
+    """Random access to undecoded records, and their decoding."""
 
     classes: int
     channels: int
@@ -28,31 +41,31 @@ class Reader(Protocol):
     def __len__(self) -> int: ...
 
     def block(self, indices: Sequence[int]) -> Sequence[Any]:
-        """Undecoded records; an unreadable one as a `records.BadRecord`."""
+        """Returns undecoded records; an unreadable one as a `records.BadRecord`."""
 
     def decode(self, record: Any) -> tuple[np.ndarray, int]:
-        """``(uint8 [h, w, channels], label)``; any exception means that the record is bad."""
+        """Returns ``(uint8 [h, w, channels], label)``; any exception marks a bad record."""
 
     def bad(self, index: int, why: Any) -> records.BadRecord: ...
 
 
 def decode(data: bytes, channels: int) -> np.ndarray:
-    """An encoded image as ``uint8 [h, w, channels]``, red first; ``channels``: 1 or 3.
+    """Returns an encoded image as ``uint8 [h, w, channels]``, red first; ``channels``: 1 or 3.
 
-    Takes what ImageNet holds: grey, palette, CMYK, 16 bits, an alpha channel (dropped); of an
-    animation the first picture. Like TFDS it ignores EXIF orientation. Raises ValueError for
-    anything else, for more pixels than `image_size.check` allows, and for a JPEG that is cut short,
-    which OpenCV would fill up with grey.
+    Accepts the kinds that ImageNet holds: grey, palette, CMYK, 16 bits, an alpha channel (dropped);
+    of an animation the first picture. Like TFDS it ignores EXIF orientation.
+
+    Raises:
+      ValueError: the file fails `headers.checked`, cannot be decoded, or has more pixels than the
+        environment variable `MAX_PIXELS` allows.
     """
-    headers.check(data)
-    if data[:2] == b"\xff\xd8" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
-        raise ValueError("the JPEG is cut short")  # no end marker after the last scan's start
     kind = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR
-    raw = np.frombuffer(headers.still(data), np.uint8)
+    raw = np.frombuffer(headers.checked(data), np.uint8)
     try:
         image = cv2.imdecode(raw, kind | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error as error:
-        raise ValueError(f"the image cannot be decoded: {error.err}") from error
+        bound = f" ({MAX_PIXELS}={os.environ.get(MAX_PIXELS)})" if "MAX_IMAGE" in error.err else ""
+        raise ValueError(f"the image cannot be decoded: {error.err}{bound}") from error
     if image is None:
         raise ValueError("the image cannot be decoded")
     if channels == 1:
@@ -61,7 +74,10 @@ def decode(data: bytes, channels: int) -> np.ndarray:
 
 
 def label_and_image(info: tfds.core.DatasetInfo) -> tuple[str, str]:
-    """The names of the one label and the one image feature of a classification data set."""
+    """Returns the names of the label and the image feature of a classification data set.
+
+    Raises ValueError unless there is exactly one of each.
+    """
     features = info.features
     images = [k for k, f in features.items() if isinstance(f, tfds.features.Image)]
     labels = [k for k, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
@@ -70,14 +86,14 @@ def label_and_image(info: tfds.core.DatasetInfo) -> tuple[str, str]:
         labels = [key] if key in labels else labels
     if len(images) != 1 or len(labels) != 1:
         raise ValueError(
-            f"{info.full_name} is no set of images with one class label each: it has the features "
-            f"{', '.join(features)}"
+            f"{info.full_name} is not a set of images with one class label each: its "
+            f"features are {', '.join(features)}"
         )
     return labels[0], images[0]
 
 
 def facts(info: tfds.core.DatasetInfo) -> tuple[int, int, tuple[int, int] | None]:
-    """Classes, channels and, if it is the same for all images, (height, width)."""
+    """Returns classes, channels and, if all images share it, (height, width)."""
     label, image = label_and_image(info)
     h, w, channels = info.features[image].shape
     channels = channels or 3  # where undeclared, decode to colour
@@ -112,7 +128,7 @@ class RecordReader:
 
 
 class MockReader:
-    """Made-up images: each class is a pattern of soft blobs, each image adds noise of its own."""
+    """Mock images: each class is a pattern of soft blobs, each image adds its own noise."""
 
     def __init__(self, classes: int, channels: int, size: tuple[int, int], train: bool):
         self.classes, self.channels = classes, channels

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that would take the machine's memory or hours are refused by what their headers say."""
+"""Images that would take gigabytes or minutes to decode raise ValueError instead."""
 
 import io
+import os
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -13,8 +16,6 @@ from PIL import Image
 
 from localglobal_jax.data.images import headers
 from localglobal_jax.data.images.readers import decode
-
-KINDS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
 
 
 def encode(image, kind, **options):
@@ -43,32 +44,14 @@ def jpeg(width, height, **options):
     return bytes(data)
 
 
-@settings(deadline=None, max_examples=60)
-@given(
-    kind=st.sampled_from(KINDS),
-    width=st.integers(1, 300),
-    height=st.integers(1, 300),
-    mode=st.sampled_from(["RGB", "L", "P", "CMYK", "RGBA"]),
-    extra=st.booleans(),
-)
-def test_sizes_are_those_that_pillow_finds(kind, width, height, mode, extra):
-    image = Image.new("RGB", (width, height))
-    if not (mode == "CMYK" and kind != "JPEG") and not (mode in ("P", "RGBA") and kind == "JPEG"):
-        image = image.convert(mode)
-    options = {"JPEG": {"progressive": extra}, "WEBP": {"lossless": extra}}.get(kind, {})
-    data = encode(image, kind, **options)
-    assert headers.size(data) == Image.open(io.BytesIO(data)).size == (width, height)
-
-
 @pytest.mark.parametrize("kind", ["PNG", "GIF", "WEBP"])
 def test_of_an_animation_the_picture_that_stands_still(kind):
     one, two = Image.new("RGB", (9, 7), "red"), Image.new("RGB", (9, 7), "blue")
     apart = {"default_image": True} if kind == "PNG" else {"lossless": True}
-    data = encode(one, kind, save_all=True, append_images=[two], **apart)
-    assert headers.size(data) == (9, 7)
+    data = encode(one, kind, save_all=True, append_images=[two, one], **apart)
     image = decode(data, 3)
     assert image.shape == (7, 9, 3) and (image == [255, 0, 0]).all()
-    assert headers.still(data) == data or kind == "PNG"
+    assert headers.checked(data) == data or kind == "PNG"
 
 
 @pytest.mark.parametrize(
@@ -81,7 +64,7 @@ def test_of_an_animation_the_picture_that_stands_still(kind):
      b"RIFF\xff\0\0\0WEBPVP8X" + bytes(8) + b"\xff" * 6 + bytes(50)],
 )  # fmt: skip
 def test_too_many_pixels_or_none_are_refused_before_decoding(data):
-    with pytest.raises(ValueError, match=r"says that it has -?\d+x\d+ pixels.*100,000,000"):
+    with pytest.raises(ValueError, match="image"):
         decode(data, 3)
 
 
@@ -89,15 +72,41 @@ def test_a_hundred_megapixels_are_decoded():
     packer = zlib.compressobj(1)
     rows = b"".join(packer.compress(bytes(10_001)) for _ in range(2_000)) + packer.flush()
     assert decode(png(10_000, 2_000, rows, colour=0), 1).shape == (2_000, 10_000, 1)
-    assert headers.size(png(10_000, 10_000)) == (10_000, 10_000)
-    headers.check(png(10_000, 10_000))
+    with pytest.raises(ValueError, match="OPENCV_IO_MAX_IMAGE_PIXELS=100000000"):
+        decode(png(10_000, 10_001), 1)
+
+
+@pytest.mark.parametrize(
+    "imports", ["import localglobal_jax", "import cv2, localglobal_jax", "import cv2"]
+)
+def test_the_bound_on_pixels_is_set_before_opencv_reads_it(imports):
+    """Where cv2 is imported first, the bound is OpenCV's, and the log names the variable."""
+    code = f"{imports}\nimport localglobal_jax.data.images.readers as r, cv2, os\n"
+    environment = {k: v for k, v in os.environ.items() if k != "OPENCV_IO_MAX_IMAGE_PIXELS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code + "print(os.environ.get(r.MAX_PIXELS))"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    first = imports.startswith("import cv2")
+    assert done.stdout.strip() == ("None" if first else "100000000")
+    assert ("OPENCV_IO_MAX_IMAGE_PIXELS" in done.stderr) == first
+
+
+def test_a_chunk_longer_than_the_file_is_refused():
+    data = png(9, 7)
+    at = data.index(b"IDAT") - 4
+    with pytest.raises(ValueError, match=f"byte {at} ends at {at + 12 + 2**31 - 1}"):
+        decode(data[:at] + b"\x7f\xff\xff\xff" + data[at + 4 :], 3)
 
 
 def test_thousands_of_scans_are_refused():
     data = jpeg(2000, 2000, progressive=True)
     last = data[data.rindex(b"\xff\xda") : data.rindex(b"\xff\xd9")]
     # decoding them would take minutes
-    with pytest.raises(ValueError, match=r"has 50\d\d\d scans: want at most 500"):
+    with pytest.raises(ValueError, match=r"50\d\d\d .*500"):
         decode(data[:-2] + last * 50_000 + data[-2:], 3)
 
 
@@ -105,16 +114,16 @@ def test_thousands_of_scans_are_refused():
 @given(start=st.sampled_from([b"\xff\xd8", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"BM", b"",
                               b"RIFF0000WEBPVP8X", b"RIFF0000WEBPVP8L", b"RIFF0000WEBPVP8 "]),
        rest=st.binary(max_size=80))  # fmt: skip
-def test_any_header_gives_a_size_or_a_clear_error(start, rest):
+def test_any_header_is_accepted_or_gives_a_clear_error(start, rest):
     try:
-        headers.check(start + rest)
+        headers.checked(start + rest)
     except ValueError as error:
-        assert "image" in str(error) or "JPEG" in str(error)
+        assert "image" in str(error) or "JPEG" in str(error) or "PNG" in str(error)
 
 
 @pytest.mark.parametrize("kind", ["TIFF", "PPM", "ICO"])
 def test_other_formats_are_named(kind):
-    with pytest.raises(ValueError, match="no JPEG, PNG, GIF, BMP or WebP"):
+    with pytest.raises(ValueError, match=headers.FORMATS):
         decode(encode(Image.new("RGB", (9, 9)), kind), 3)
 
 

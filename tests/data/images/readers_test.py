@@ -75,14 +75,14 @@ def test_orientation_tags_are_ignored():
 @given(kind=st.sampled_from(["PNG", "JPEG"]), part=st.floats(0, 0.999))
 def test_an_image_cut_short_is_refused(kind, part):
     data = encode(PILLOW, kind)
-    with pytest.raises(ValueError, match=r"cut short|cannot be decoded"):
+    with pytest.raises(ValueError, match=r"JPEG|PNG|image"):
         decode(data[: int(part * len(data))], 3)
 
 
 @settings(deadline=None, max_examples=40)
 @given(st.binary(max_size=100))
 def test_garbage_is_refused(data):
-    with pytest.raises(ValueError, match=r"cut short|cannot be decoded"):
+    with pytest.raises(ValueError, match=r"JPEG|PNG|image"):
         decode(data, 3)
 
 
