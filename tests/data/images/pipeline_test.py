@@ -266,7 +266,7 @@ def test_a_part_of_a_split(data_dir):
 
 def test_texts_are_no_images(tmp_path, monkeypatch):
     options = Images(name="ag_news_subset", dir=str(tmp_path), mock=True)
-    with pytest.raises(ValueError, match="no set of images"):
+    with pytest.raises(ValueError, match="ag_news_subset"):
         pipeline.open_split(options, "train", train=True)
 
 
