@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the studies of translation share: the finished runs of a sweep, their test set, their names.
+"""Shared by the studies of translation: the finished runs of a sweep, their test set, their names.
 
-A measure goes on where it was stopped: it appends the rows of a run when that run is measured.
+A measurement continues where it was stopped: it appends the rows of a run when they are complete.
 """
 
 import csv
@@ -26,7 +26,7 @@ MODELS = ("Transformer", "MUSE-simple", "MUSE", "DynamicConv")
 
 
 def model_name(layout: str, windows: Any = (3, 15)) -> str:
-    """What a run of a layout is called; `windows` are MUSE's, also as a CSV has them."""
+    """Returns the name of a run of a layout; `windows` are MUSE's, also as a CSV has them."""
     simple = windows in ((), "()", [])
     return NAMES.get(layout) or ("MUSE-simple" if simple else "MUSE")
 
@@ -49,12 +49,12 @@ class Trained:
         return translate.load(self.workdir)
 
     def source(self, split: str = "test", edges: tuple[int, ...] = (16, 24, 32, 48, 64, 96)) -> Any:
-        """The pairs of a split as this run's tokens."""
+        """Returns the pairs of a split as this run's tokens."""
         return pipeline.open_eval(self.run.data, split, self.translator.tokenizers, edges)
 
 
 def finished(root: str | pathlib.Path) -> Iterator[Trained]:
-    """Those below `root`, in the order of their names."""
+    """Returns the finished runs below `root`, in the order of their names."""
     for file in sorted(pathlib.Path(root).glob("*/config.json")):
         run = load.read_run(file.parent)
         if status.latest_step(file.parent) == run.steps:
@@ -69,7 +69,7 @@ def measured(
     columns: Sequence[str],
     measure: Callable[[Trained], Iterable[Mapping[str, Any]]],
 ) -> None:
-    """Appends to `file`, column "name" first, what `measure` says of every run not yet there."""
+    """Appends the result of `measure` for every missing run to `file`, column "name" first."""
     columns = ("name", *columns)
     done: set[str] = set()
     if file.exists():
@@ -96,7 +96,7 @@ def _token_losses(module: Any, variables: Any, batch: Mapping[str, Any]) -> jax.
 def token_losses(
     trained: Trained, source: Any, tokens: int = 8192
 ) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
-    """Batches of a `TextSource`, each with the loss [b, l] of every target token (nats)."""
+    """Yields batches of a `TextSource`, each with the loss [b, l] of every target token (nats)."""
     module, variables = trained.translator.module, trained.translator.variables
     for batch in pipeline.eval_batches(source, tokens=tokens, multiple=8):
         given = {k: jnp.asarray(v) for k, v in batch.items()}

@@ -21,7 +21,7 @@ SWEEPS = sorted(str(file.relative_to(FOLDER)) for file in FOLDER.glob("*/sweep*.
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_what_is_committed_is_what_make_draws(name, tmp_path):
+def test_committed_tables_equal_those_of_make(name, tmp_path):
     made = importlib.import_module(f"experiments.{name}.make")
     study.main(made.__file__, made.tables, made.draw, tmp_path)
     for file in ("table.md", "README.md"):

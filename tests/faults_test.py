@@ -51,7 +51,7 @@ def test_five_kills_change_no_bit(harness):
     assert told[-1]["newest"] >= 3
 
 
-def test_what_the_comparison_would_have_seen(harness, tmp_path):
+def test_the_comparison_finds_differences(harness, tmp_path):
     """Else the test above could not fail."""
     reference, _ = harness.reference("images")
     steps = [entry["step"] for entry in reader.inspect(reference)["steps"]]
@@ -131,7 +131,7 @@ def test_files_beside_the_checkpoints(harness, tmp_path):
     assert sum(bool(result["said"]) for result in results) > 60
 
 
-def test_an_evaluation_believes_no_other_config(harness, tmp_path):
+def test_evaluate_raises_on_another_config(harness, tmp_path):
     reference, data_dir = harness.reference("images")
     folder = shutil.copytree(reference, tmp_path / "run")
     config = json.loads((folder / "config.json").read_text())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CSVs of `measure.py` -> table.md, figure.png and the README's tables.
+"""Draws the CSVs of `measure.py` -> table.md, figure.png and the README's tables.
 
 python -m experiments.attention_dispersion.make
 """
@@ -18,7 +18,7 @@ ATTENTIVE = MODELS[:3]  # DynamicConv has no self-attention
 
 
 def by_seed(rows, column):
-    """The mean over heads, for each seed."""
+    """Returns the mean over heads, for each seed."""
     return [
         statistics.mean(study.values(own, column)) for own in study.grouped(rows, "seed").values()
     ]
@@ -52,7 +52,7 @@ def tables(rows):
 
 
 def draw(rows):
-    """Entropy, largest weight, and what the last layer looks at, of the encoders."""
+    """Plots entropy, largest weight, and the attention of the last layer, of the encoders."""
     figure = study.figure(3, 3, height=3.4)
     panels = figure.subplots(3, 3)
     maps = study.read(HERE / "heatmaps.csv")
@@ -86,7 +86,7 @@ def draw(rows):
 
 
 def heat_map(axes, rows):
-    """Of the last layer, the mean of its heads."""
+    """Plots the mean attention of the heads of the last layer."""
     rows = of(rows, layer=max((row["layer"] for row in rows), default=""))
     if not rows:
         axes.set_axis_off()

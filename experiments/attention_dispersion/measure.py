@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How sharply does self-attention look, by length of the sentence? -> results.csv, heatmaps.csv.
+"""Entropy of self-attention by length of the sentence -> results.csv, heatmaps.csv.
 
     python -m experiments.attention_dispersion.measure runs/results
 
-Of every finished Transformer, MUSE-simple and MUSE of muse_results, on its test set. A row is a
-layer, a head and a bucket of lengths: means over all its real positions. Goes on where it stopped.
+Measures every finished Transformer, MUSE-simple and MUSE of muse_results on its test set. A row is
+a layer, a head and a bucket of lengths: means over all its real positions. Continues where it
+stopped.
 """
 
 import argparse
@@ -39,10 +40,10 @@ def attention(module, variables, source, target):
 
 @functools.partial(jax.jit, static_argnames="causal")
 def sharpness(weights, real, *, causal):
-    """Of every sentence and head, [b, heads] each: means over the positions that have a choice.
+    """Returns means over the positions with several keys, by sentence and head: [b, heads].
 
-    Entropy in nats; over its largest value, the logarithm of how many positions can be seen; the
-    largest weight; and the number of positions that an even look of this entropy would be at.
+    Entropy in nats; over its largest value, the logarithm of the number of visible positions; the
+    largest weight; and the number of positions of a uniform distribution of this entropy.
     """
     entropy = -jnp.sum(weights * jnp.log(jnp.maximum(weights, 1e-30)), -1)
     seen = (
@@ -81,7 +82,7 @@ def measure(trained):
 
 
 def heat_maps(trained):
-    """What the encoder's heads look at, on average, in the first fitting sentence of the test."""
+    """Returns the mean attention of the encoder's heads in the first fitting test sentence."""
     module, variables = trained.translator.module, trained.translator.variables
     source = trained.source()
     everything = source.batch(np.arange(len(source)), source.edges[-1])["source"]

@@ -3,7 +3,7 @@
 
     python experiments/benchmarks/input.py --theirs PYTHON
 
-`PYTHON`: of an environment with tensorflow. The images are the two photographs (640 x 427) that
+`PYTHON`: one with tensorflow. The images are the two photographs (640 x 427) that
 scikit-learn ships, as JPEG; small sets are Fashion-MNIST's shape, in memory.
 """
 
@@ -33,7 +33,7 @@ def photographs():
 
 
 def beside(name, layers, python):
-    """One row: photographs of 224 x 224."""
+    """Measures one row: photographs of 224 x 224."""
     arguments = [str(layers), str(IMAGES), *photographs()]
     sides = [
         pairs.Worker([sys.executable, str(HERE / "input_ours.py"), *arguments]),
@@ -68,7 +68,7 @@ class Small(list):
 
 
 def small():
-    """One row: random pad-crops and flips of 60,000 small images in memory."""
+    """Measures one row: random pad-crops and flips of 60,000 small images in memory."""
     options = schema.Images(
         image_size=(28, 28), in_memory=True, crop="pad", pad=2, flip=True, threads=2
     )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A worker (see pairs.py): our input pipeline. ``python input_ours.py LAYERS IMAGES JPEG...``
 
-Prints CPU seconds of the whole process, not the clock's: input runs beside training.
+Prints CPU seconds of the whole process, not wall time: input runs beside training.
 """
 
 import pathlib

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""This machine against timm and against MUSE in PyTorch: a line of cpu.csv, or gpu.csv, per row.
+"""Compares this machine with timm and with MUSE in PyTorch: a line of cpu.csv, or gpu.csv, per row.
 
     python experiments/benchmarks/machine.py --theirs PYTHON [--gpu] [NAME ...]
 
-`PYTHON`: of an environment with torch and timm (the project itself needs neither). On CPU both
+`PYTHON`: an environment with torch and timm (the project itself needs neither). On CPU both
 sides compute in float32, on a GPU in bfloat16, theirs by autocast and compiled.
 """
 
@@ -54,7 +54,7 @@ GPU = {
 
 
 def measure(row, python):
-    """Ratios and seconds of one row."""
+    """Returns ratios and seconds of one row."""
     work, script, other, goal = row
     python = sys.executable if script == "ours.py" else python
     sides = [

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of README.md and figure.png, from the CSV files beside this file and nothing else.
+"""Makes the tables of README.md and figure.png from the CSV files beside this file.
 
 python -m experiments.benchmarks.make
 """
@@ -40,7 +40,7 @@ def gpu():
 
 
 def tpu():
-    """Every form over the first of its step."""
+    """Tabulates every form over the first of its step."""
     measures = ("cycles", "bytes", "temporary", "compile_cpu_seconds")
     head = ["step", "form", "cycles", "bytes", "temporary", "CPU time of compiling"]
     body = []
@@ -58,7 +58,7 @@ def tpu():
 
 
 def largest():
-    """Batches a chip, and whether they fit."""
+    """Tabulates batches a chip, and whether they fit."""
     head = ["step", "images a chip", "form", "GiB needed", "fits"]
     body = [
         (
@@ -84,7 +84,7 @@ def absolute(row):
 
 
 def scaled(value, unit, form, name):
-    """A cell; empty for what does not fit, of which the compiler says little."""
+    """Formats a cell; empty for a step that does not fit, which has few numbers."""
     return f"{float(value) / unit:,{form}} {name}" if value else ""
 
 
@@ -122,7 +122,7 @@ def tables():
 
 
 def draw():
-    """How many times as fast, against the goal of each row."""
+    """Plots the ratio and the goal of each row."""
     rows = read("cpu.csv")[::-1]
     figure = study.figure(width=9, height=0.4 * len(rows) + 1)
     axes = figure.subplots()

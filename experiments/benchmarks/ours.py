@@ -3,7 +3,7 @@
 
 python ours.py infer|train|decode NAME BATCH [plain] [FIELD=VALUE ...]
 
-"plain": what linen and autodiff make of the equations, `parallel.implementation=reference`.
+"plain": the equations, differentiated by JAX, `parallel.implementation=reference`.
 """
 
 import os

@@ -4,7 +4,7 @@
 A worker is a command that gets ready, prints "ready ABOUT ITSELF", and for every line it reads
 does its work and prints "seconds S". Every turn begins with a piece of work that is not measured:
 what a process freed before it slept may have gone back to the host of a virtual machine, and
-to get it anew cost our training steps half as much again (1.9 s instead of 1.4).
+to get it anew slowed our training steps to 1.9 s instead of 1.4.
 """
 
 import csv
@@ -39,7 +39,7 @@ class Worker:
         raise RuntimeError(f"{self.process.args}: ended with {self.process.wait()}")
 
     def __call__(self):
-        """Seconds of one piece of work."""
+        """Returns the seconds of one piece of work."""
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
         return float(self._next())
@@ -50,8 +50,8 @@ class Worker:
 
 
 def in_turns(sides, rounds):
-    """Seconds, [rounds, sides]. Threads that wait for more work spin for a while, which would cost
-    the other side a core: everybody gets the time to fall asleep first."""
+    """Returns seconds, [rounds, sides]. Idle threads spin for a while, which would cost the other
+    side a core, so each side gets time to become idle first."""
     found = np.zeros((rounds, len(sides)))
     for row in found:
         for i, side in enumerate(sides):
@@ -61,13 +61,13 @@ def in_turns(sides, rounds):
 
 
 def spread(values):
-    """Median and quartiles."""
+    """Returns the median and the quartiles."""
     low, median, high = np.percentile(values, [25, 50, 75])
     return {"median": round(median, 4), "low": round(low, 4), "high": round(high, 4)}
 
 
 def environment():
-    """What a figure depends on."""
+    """Returns the versions and the machine that a figure depends on."""
     with open("/proc/cpuinfo") as file:
         names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
     return {
@@ -79,7 +79,7 @@ def environment():
 
 
 def write(path, rows):
-    """The table anew, rows of the same name replaced."""
+    """Writes the table; rows of the same name are replaced."""
     old = []
     if path.exists():
         with open(path, newline="") as file:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the command to the first step of the digits config; writes startup.csv.
+"""Measures the time from the command to the first step of the digits config; writes startup.csv.
 
     python experiments/benchmarks/startup.py
 
 Cold: no compiled program is kept; warm: in a cache of programs (``parallel.compilation_cache``).
-A last start counts what is compiled: the same program twice would be a mistake.
+A last start counts the compiled programs: the same program twice would be a mistake.
 """
 
 import collections
@@ -26,7 +26,7 @@ FIRST = re.compile(r"step +1/")
 
 
 def start(folder, cache, environment=None):
-    """Seconds until the first step is reported, and what was printed until then."""
+    """Returns the seconds until the first step is reported, and the output until then."""
     command = [
         *(sys.executable, "-m", "localglobal_jax", "train"),
         f"--config={HERE.parents[1] / 'configs' / 'coatnet_digits.py'}",

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A worker (see pairs.py): timm's models. ``python theirs.py infer|train NAME BATCH eager|compile``
 
-Runs in an environment of its own that has torch and timm; imports nothing of ours.
+Runs in an environment of its own that has torch and timm; does not import this package.
 """
 
 import sys

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the workers in PyTorch share: where they compute, how precisely, and their loop."""
+"""Shared by the workers in PyTorch: device, precision and loop."""
 
 import contextlib
 import os
@@ -24,7 +24,7 @@ def finished():
 
 
 def serve(go, about):
-    """Gets `go` warm, then does it whenever a line comes."""
+    """Warms `go` up, then calls it for every line of stdin."""
     for _ in range(2):
         go()
     finished()

@@ -3,7 +3,7 @@
 
     python theirs_muse.py train|decode BATCH eager|compile
 
-The authors' code is not at hand. This is their network at IWSLT size (48 M parameters) as fairseq's
+The authors' code was missing. This is their network at IWSLT size (48 M parameters) as fairseq's
 modules of that time compute it, written for this comparison alone: attention as two products and a
 softmax, dynamic convolution by matrices with a band, decoding with a state that grows, reordered
 for the beams at every step. It checks nothing and keeps no hypotheses, which favours it.
@@ -36,7 +36,7 @@ def attend(query, key, value, mask=None):
 
 
 class Dynamic(nn.Module):
-    """A kernel made at every position, for every head."""
+    """Dynamic convolution: a kernel for every position and head."""
 
     def __init__(self, window, causal):
         super().__init__()
@@ -58,7 +58,7 @@ class Dynamic(nn.Module):
         return y.view(b, HEADS, length, -1).transpose(1, 2).flatten(2)
 
     def step(self, value, state, name):
-        """`value` [b, 1, d]; the state keeps what the window still sees."""
+        """Computes one position, `value` [b, 1, d]; the state keeps the positions of the window."""
         before = state.get(name)
         if before is None:
             before = value.new_zeros(len(value), self.window - 1, WIDTH)

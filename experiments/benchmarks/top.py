@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the time of one piece of our work goes: the operations that take most of it.
+"""Prints the operations that take most of the time of one piece of work.
 
-    python experiments/benchmarks/top.py infer coatnet_0 8         # what ours.py takes
+    python experiments/benchmarks/top.py infer coatnet_0 8         # arguments of ours.py
 
 On a GPU these are its kernels; on CPU, XLA's operations.
 """
@@ -20,7 +20,7 @@ SHOWN = 15
 
 
 def operations(folder):
-    """{operation: microseconds} of a trace."""
+    """Returns {operation: microseconds} of a trace."""
     (file,) = pathlib.Path(folder).rglob("*.trace.json.gz")
     with gzip.open(file) as opened:
         events = json.load(opened)["traceEvents"]

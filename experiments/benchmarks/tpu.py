@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the TPU's compiler says of a training step, formulation against formulation: tpu.csv.
+"""Compares implementations of a training step by the TPU compiler's account: tpu.csv.
 
     python experiments/benchmarks/tpu.py                 # compiles what tpu.csv does not have yet
     python experiments/benchmarks/tpu.py --only coatnet_0_v5e
 
 Needs the extra [tpu], no TPU: `localglobal plan` with the real compiler, five to twenty minutes of
-a core a line. Stopped, it goes on where it was; delete a line to make it again. Cycles and bytes
+a core a line. It continues where it was stopped; delete a line to make it again. Cycles and bytes
 are the compiler's own account of one device and one step: no noise, and no hardware to validate it.
 """
 
@@ -71,7 +71,7 @@ ROWS = (  # in the order in which they are worth having
 
 
 def measure(row, overrides):
-    """The figures of one line, or the compiler's last words."""
+    """Returns the numbers of one line, or the compiler's error."""
     if row.batch_per_chip:
         overrides = {"batch_size": str(row.batch_per_chip * row.chips), **overrides}
     command = ["-m", "localglobal_jax", "plan", "--config", f"{CONFIGS}/{row.config}"]
@@ -93,7 +93,7 @@ def measure(row, overrides):
 
 
 def read():
-    """The lines there are, by row and formulation."""
+    """Reads the lines, by row and implementation."""
     if not TABLE.is_file():
         return {}
     with TABLE.open(newline="") as file:
@@ -101,7 +101,7 @@ def read():
 
 
 def append(line):
-    """One more line, on disk before the next is begun."""
+    """Appends one line, on disk before the next begins."""
     new = not TABLE.is_file()
     with TABLE.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
@@ -111,7 +111,7 @@ def append(line):
 
 
 def main():
-    """Every line that is missing."""
+    """Makes every missing line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", metavar="ROW", help="of the rows, e.g. in parallel")
     parser.add_argument("--form", nargs="+", help="of the formulations, likewise")

@@ -2,7 +2,7 @@
 """Tables and figure from the CSV files here: python -m experiments.beyond.make
 
 results.csv and shifts.csv are of the images (`sweep.py`, `measure.py`), lengths.csv is of the
-translations (`sweep_text.py`, `measure_text.py`). What is not there is not run.
+translations (`sweep_text.py`, `measure_text.py`). A missing file means that its runs are missing.
 """
 
 import pathlib
@@ -16,7 +16,7 @@ TEST = "test/accuracy"
 
 
 def beside(file):
-    """Rows of another CSV file of this study; none if it is not there yet."""
+    """Reads another CSV file of this study; empty if the file does not exist yet."""
     return study.read(HERE / file)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trained models of this study on shifted test images -> shifts.csv. Again, it does what is left.
+"""Measures trained models of this study on shifted test images -> shifts.csv. Continues if stopped.
 
     python -m experiments.beyond.measure runs/beyond [size=laptop]
 
@@ -28,7 +28,7 @@ COLUMNS = ("layout", "seed", "shift", "accuracy", "agreement", "images")
 
 
 def shifted(image: np.ndarray, pixels: int) -> np.ndarray:
-    """Images [b, h, w, c], the i-th moved in direction i % 4, zeros where nothing was."""
+    """Moves image i of [b, h, w, c] in direction i % 4; zeros fill the gap."""
     if not pixels:
         return image
     moved = np.zeros_like(image)
@@ -40,7 +40,7 @@ def shifted(image: np.ndarray, pixels: int) -> np.ndarray:
 
 
 def measure(run: expand.Description) -> list[dict[str, object]]:
-    """Rows of one trained run."""
+    """Returns the rows of one trained run."""
     module, variables = lg.load(run.workdir)
     options = run.run.data
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Beyond CoAtNet: its attention made local, made equivariant, put beside a convolution.
+"""Layouts with content-adaptive convolution, equivariant attention and MUSE's block in images.
 
     localglobal sweep --config experiments/beyond/sweep.py --workdir runs/beyond
 
@@ -52,7 +52,7 @@ def parse(arg):
 
 
 def sweep(arg=None):
-    """Every layout with every seed."""
+    """Yields every layout with every seed."""
     size = parse(arg).size
     found = [{"model.layout": name, "model.depths": d} for name, d in DEPTHS[size].items()]
     yield from product({"seed": (0,) if size == "tiny" else (0, 1, 2)}, found)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The article's two wishes in translation: A and E beside Transformer, relative attention and MUSE.
+"""Translation with A and E, beside Transformer, relative attention and MUSE.
 
     localglobal sweep --config experiments/beyond/sweep_text.py --workdir runs/beyond_text --dry_run
 
-Five models of equal size, three seeds, trained on pairs of up to 96 tokens and of up to 24: what
-does the second kind know of longer sentences? T, A and E know displacements, and are given no
-positions. ``measure_text.py`` reads the runs.
+Five models of equal size, three seeds, trained on pairs of up to 96 tokens and of up to 24, to
+measure the second kind on longer sentences. T, A and E use displacements and
+get no positions. ``measure_text.py`` reads the runs.
 """
 
 import pathlib
@@ -50,7 +50,7 @@ def get_config(arg=None):
 
 
 def sweep(arg=None):
-    """Every model with every length and every seed."""
+    """Yields every model with every length and every seed."""
     size = parse(arg).size
     models = (
         {"model.layout": layout, "model.positions": positions, "model.hidden": (width, width)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CSVs of `measure.py` and those of muse_results -> table.md, figure.png, the README's tables.
+"""Draws the CSVs of `measure.py` and muse_results -> table.md, figure.png, the README's tables.
 
 python -m experiments.bleu_by_length.make
 """
@@ -84,7 +84,7 @@ def tables(rows):
 
 
 def line(axes, xs, groups, color, label):
-    """Means with their intervals over the seeds; what was not run is left out."""
+    """Plots means with their intervals over the seeds; missing runs are left out."""
     points = [
         (x, *study.interval(numbers)) for x, numbers in zip(xs, groups, strict=True) if numbers
     ]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does length alone cost anything? -> official.csv, bylength.csv, results.csv.
+"""Measures the cost of length alone -> official.csv, bylength.csv, results.csv.
 
     python -m experiments.bleu_by_length.measure official muse_test.tsv.gz
     python -m experiments.bleu_by_length.measure runs runs/results
@@ -7,7 +7,7 @@
 ``official``: the published hypotheses of MUSE on IWSLT14 (id, source, target, hypothesis), scored
 by length of the source. Only numbers are written. ``runs``: every finished run of muse_results.
 
-Short sentences that training never saw are put together at random, two, four, eight at a time, and
+Short sentences that training did not see are joined at random, two, four, eight at a time, and
 each group is translated as one input, and sentence by sentence: same content, another length.
 """
 
@@ -57,7 +57,7 @@ def official(file):
 
 
 def by_length(trained):
-    """Loss per target token of the test set, by tokens of the source: teacher forcing."""
+    """Returns the loss per target token by tokens of the source (teacher forcing)."""
     sums = np.zeros((len(LENGTHS) + 1, 3))
     for batch, loss in text_runs.token_losses(trained, trained.source()):
         length = (batch["source"] != trained.translator.module.pad).sum(1)
@@ -81,7 +81,7 @@ def by_length(trained):
 
 
 def short(trained):
-    """Short held-out sentences that end in a full stop, each once in each of the random orders."""
+    """Returns short held-out sentences that end in a full stop, once in each random order."""
     read = (pairs.read(trained.run.data, split) for split in ("test", "validation"))
     sides = trained.translator.tokenizers
     chosen = {}
@@ -106,9 +106,9 @@ def grouped(sentences, k):
 
 
 def forced(trained, sentences, k):
-    """Loss of every sentence where k are one input: [sentences, (sum, first token's, tokens)].
+    """Returns the loss by sentence if k are one input: [sentences, (sum, first token, tokens)].
 
-    Without the end of the sequence, which only the last of a group has.
+    Leaves out the end of the sequence, which only the last of a group has.
     """
     target = trained.translator.tokenizers.target
     sizes = [len(ids) for ids in target.encode([t for _, t in sentences])]

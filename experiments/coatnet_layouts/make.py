@@ -23,7 +23,7 @@ WRITTEN = {
 
 
 def name(row):
-    """ViT-rel is relative attention at one resolution."""
+    """Returns the name of a run; ViT-rel is relative attention at one resolution."""
     return "ViT-rel" if row["model.layout"] == "T" else row["model.layout"]
 
 
@@ -36,13 +36,13 @@ def percent(rows, column):
 
 
 def gaps(rows):
-    """Training accuracy minus test accuracy of every run, in points."""
+    """Returns training accuracy minus test accuracy of every run, in points."""
     seen, test = study.by_seed(rows, SEEN), study.by_seed(rows, TEST)
     return [100 * value for value in study.paired(seen, test)]
 
 
 def scores(rows):
-    """What each ranking ranks by: {ranking: {layout: {seed: number}}}, larger is better."""
+    """Returns the score of each ranking: {ranking: {layout: {seed: number}}}, larger is better."""
     small = {n: study.by_seed(chosen(rows, n, "train[:1%]"), TEST) for n in NAMES}
     loss = {n: study.by_seed(chosen(rows, n, "train"), LOSS) for n in NAMES}
     negative = {n: {seed: -value for seed, value in found.items()} for n, found in loss.items()}
@@ -50,7 +50,7 @@ def scores(rows):
 
 
 def verdict(ranking, found):
-    """Of the pairs that the paper puts in an order: how many agree, contradict, are undecided."""
+    """Counts the pairs that the paper orders: those that agree, contradict, are undecided."""
     count = {">": 0, "<": 0, "≈": 0}
     for better, worse in itertools.combinations(PAPER[ranking], 2):
         for a, b in itertools.product(better, worse):

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where should attention begin? The layouts of CoAtNet (arXiv 2106.04803, section 4.3) in small.
+"""The layouts of CoAtNet (arXiv 2106.04803, section 4.3) at a small size.
 
     localglobal sweep --config experiments/coatnet_layouts/sweep.py --workdir runs/layouts --dry_run
 
 Six layouts of about 0.5 M parameters, 1 %, 10 % and 100 % of Fashion-MNIST, three seeds. All runs
-take 600 steps of 64 images: 64 epochs of 1 % (who generalises?), 0.6 epochs of 100 % (who can take
-in more?). ``:size=paper`` is ImageNet-1k with the layouts of 25 M, and `sweep_capacity` (``--sweep
-capacity``) five epochs of ten million pictures. ``:size=tiny``: one seed, digits, 20 steps each.
+take 600 steps of 64 images: 64 epochs of 1 % (generalisation), 0.6 epochs of 100 %
+(capacity). ``:size=paper`` is ImageNet-1k with the layouts of 25 M, and `sweep_capacity` (``--sweep
+capacity``) five epochs of ten million images. ``:size=tiny``: one seed, digits, 20 steps each.
 """
 
 import pathlib
@@ -84,7 +84,7 @@ def get_config(arg=None):
 
 
 def sweep(arg=None):
-    """Every layout with every seed, at laptop size with three parts of the training set."""
+    """Yields every layout with every seed, at laptop size with three parts of the training set."""
     size = parse(arg).size
     seeds = {"seed": (0,) if size == "tiny" else (0, 1, 2)}
     if size == "paper":
@@ -98,7 +98,7 @@ def sweep(arg=None):
 
 
 def sweep_capacity(arg=None):
-    """Of ``size=paper``: five epochs of Places, for JFT-300M is nobody's to download."""
+    """Yields, for ``size=paper``, five epochs of Places, because JFT-300M is not public."""
     if parse(arg).size != "paper":
         raise ValueError("sweep_capacity is of size=paper; sweep() has 100 % of Fashion-MNIST")
     places = {"data.name": "placesfull", "data.train_split": "train[:99%]"}
@@ -108,7 +108,7 @@ def sweep_capacity(arg=None):
 
 
 def vit_rel(tiny):
-    """Patches, then relative attention at one resolution: no layout, no hierarchy."""
+    """Returns a model of patches and relative attention at one resolution."""
     width = 32 if tiny else 96
     wider = {} if tiny else {"model.blocks.T.expansion": 4.5}
     return {

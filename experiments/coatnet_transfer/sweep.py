@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CCTT or CTTT, which transfers better? (CoAtNet, arXiv 2106.04803, section 4.3, table 7.)
+"""Transfer of CCTT and CTTT (CoAtNet, arXiv 2106.04803, section 4.3, table 7).
 
     C=experiments/coatnet_transfer/sweep.py R=runs/coatnet_transfer
     localglobal sweep --config $C:stage=pretrain --workdir $R/pretrain
     localglobal sweep --config $C --workdir $R/finetune
 
-Both are pre-trained on Fashion-MNIST and fine-tuned for 30 epochs on a tenth of digits, a tenth of
-its own for each seed; the same from nothing stands beside it. The second stage finds the first
+Both are pre-trained on Fashion-MNIST and fine-tuned for 30 epochs on a tenth of digits, another
+tenth for each seed. The same steps without pre-training are the
+baseline. The second stage finds the first
 in ``pretrained=runs/coatnet_transfer/pretrain``, by the names that its sweep gives them.
 ``:size=paper``: Places, then ImageNet-1k at 224, in place of the paper's JFT-300M.
 """
@@ -55,10 +56,10 @@ def get_config(arg=None):
 
 
 def sweep(arg=None):
-    """Either layout with every seed; in the second stage from its own first one, and from nothing.
+    """Yields both layouts with every seed; the second stage with and without pre-training.
 
-    From nothing it needs the first stage's learning rate; at laptop size that one is tried from
-    the first stage too, for 135 steps at a quarter of it leave the digits half learned.
+    Without pre-training it needs the first stage's learning rate. At laptop size that rate is tried
+    with pre-training, too, because 135 steps at a quarter of it leave the digits half learned.
     """
     parsed = parse(arg)
     seeds = (0,) if parsed.size == "tiny" else (0, 1, 2)
@@ -88,5 +89,5 @@ def layouts(size):
 
 
 def part(seed, paper):
-    """The tenth of the training set that a seed fine-tunes on."""
+    """Returns the tenth of the training set that a seed fine-tunes on."""
     return {} if paper else {"data.train_split": f"train[{10 * seed}%:{10 * seed + 10}%]"}

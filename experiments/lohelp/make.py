@@ -22,7 +22,7 @@ COLUMNS = ("bleu", "chrf", "perplexity", *(f"bleu_{bucket}" for bucket in BUCKET
 
 
 def collect(runs: pathlib.Path) -> None:
-    """Writes results.csv: what `localglobal evaluate` said of the test split of every run."""
+    """Writes results.csv: the output of `localglobal evaluate` for the test split of every run."""
     rows = []
     for file in sorted(runs.glob("*_*.test.json")):
         model, seed = file.name.removesuffix(".test.json").split("_")

@@ -75,7 +75,7 @@ def tables(rows):
 
 
 def gates():
-    """Head and body: the share of the smaller kernel by layer, pointwise nets being own ones."""
+    """Returns head and body of the table of gates: the share of the smaller kernel by layer."""
     rows = [row for row in study.read(HERE / "gates.csv") if row["ffn"] == "own"]
     layers = sorted({row["layer"] for row in rows}, key=int) or ["1", "2", "3"]
     body = []
@@ -86,7 +86,7 @@ def gates():
 
 
 def draw(rows):
-    """The loss of every variant less that of the adaptive one; the gates by depth."""
+    """Plots the loss of every variant minus that of the adaptive one, and the gates by depth."""
     figure = study.figure(2, 1, width=5.0, height=3.6)
     losses, shares = figure.subplots(1, 2)
     found = runs(rows)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The learned gates of the runs that have them -> gates.csv. Goes on where it was stopped.
+"""Reads the learned gates of the runs that have them -> gates.csv. Continues where it was stopped.
 
 python -m experiments.muse_kernels.measure runs/kernels runs/results
 """
@@ -15,7 +15,7 @@ HERE = pathlib.Path(__file__).parent
 
 
 def gates(trained):
-    """The share of the smaller kernel, a row for each layer that mixes two."""
+    """Returns the share of the smaller kernel, a row for each layer that mixes two."""
     leaves = jax.tree_util.tree_leaves_with_path(trained.translator.variables["params"])
     muse = trained.run.model.get("blocks", {}).get("M", {})
     for path, leaf in leaves:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which convolution stands best beside attention? MUSE's ablations (arXiv 1911.09483, tables 6, 7).
+"""Convolutions beside attention: MUSE's ablations (arXiv 1911.09483, tables 6, 7).
 
     localglobal sweep --config experiments/muse_kernels/sweep.py --workdir runs/kernels --dry_run
 
-Twelve variants of equal size, three seeds. What a convolution costs in parameters the pointwise
-nets give, and where these are missing or share their input the model is wider.
+Twelve variants of equal size, three seeds. The pointwise nets shrink by the parameters of
+the convolution. Where they are missing or share their input, the model is wider.
 """
 
 import pathlib
@@ -55,7 +55,7 @@ def get_config(arg=None):
 
 
 def sweep(arg=None):
-    """Every variant with every seed."""
+    """Yields every variant with every seed."""
     size = parse(arg).size
     models = (overrides(size, *variant) for variant in VARIANTS)
     yield from product({"seed": (0,) if size == "tiny" else (0, 1, 2)}, models)
@@ -79,7 +79,7 @@ def overrides(size, windows, kind, projection, ffn):
 
 
 def convolution(width, windows, kind, projection):
-    """Parameters that a layer's convolution costs, heads being four."""
+    """Returns the parameters of a layer's convolution, for four heads."""
     if not windows:
         return 0
     each = {"dynamic": 4, "depthwise": 1, "standard": width}[kind] * width

@@ -49,7 +49,7 @@ def tables(rows):
 
 
 def draw(rows):
-    """Every run's BLEU, and BLEU by words of the source."""
+    """Plots every run's BLEU, and BLEU by words of the source."""
     figure = study.figure(2, 1)
     scores, lengths = figure.subplots(1, 2)
     scores.set(xticks=range(len(MODELS)), ylabel="BLEU, a dot for each seed")

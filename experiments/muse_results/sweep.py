@@ -4,8 +4,8 @@
     localglobal sweep --config experiments/muse_results/sweep.py --workdir runs/results --dry_run
 
 English to German, LibreOffice Help, three seeds. ``:size=paper`` is IWSLT14 German to English and
-``:size=wmt`` WMT14 English to German, as the paper has them but for equal parameters; the config
-files there say where the data come from.
+``:size=wmt`` WMT14 English to German, as the paper has them but for equal parameters; the files
+in `configs` name the sources of the data.
 """
 
 import pathlib

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""results.csv and erf.csv of `measure.py` -> table.md, figure.png and the README's table.
+"""Draws results.csv and erf.csv of `measure.py` -> table.md, figure.png and the README's table.
 
 python -m experiments.operator_properties.make
 """
@@ -59,7 +59,7 @@ def tables(rows):
 
 
 def draw(rows):
-    """Fields of the grids as pictures, of the sequences as lines; below, what they cost."""
+    """Plots the fields of the grids as images, of the sequences as lines; below, the costs."""
     fields = study.read(HERE / "erf.csv")
     grids = [row for row in fields if row["space"] == "grid"]
     columns = max(1, math.ceil(len(grids) / 2))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every operator is, measured -> results.csv and erf.csv. Goes on where it was stopped.
+"""Measures properties of every operator -> results.csv and erf.csv. Continues where it was stopped.
 
     python -m experiments.operator_properties.measure
 
 Operators as they are initialised, width 64, four heads. A row of results.csv is an operator, a
-space and a measure; a row of erf.csv the field that a position in the middle sees.
+space and a measure; a row of erf.csv is the receptive field of the centre.
 """
 
 import csv
@@ -69,19 +69,19 @@ def inputs(space, seed):
 
 
 def ready(module, space):
-    """The operator as a compiled function of x."""
+    """Returns the operator as a compiled function of x."""
     variables = jax.jit(module.init)(jax.random.key(0), inputs(space, 0))
     return jax.jit(lambda x: module.apply(variables, x))
 
 
 def pulled(run, x, direction, before=0):
-    """How `direction` of the middle position's output changes with every input: [*space, d]."""
+    """Returns the gradient of `direction` of the centre's output by every input: [*space, d]."""
     middle = tuple(n // 2 - before for n in x.shape[1:-1])
     return jax.grad(lambda x: (run(x)[(0, *middle)] * direction).sum())(x)[0]
 
 
 def properties(module, space):
-    """{measure: value}, and the effective receptive field."""
+    """Returns {measure: value}, and the effective receptive field."""
     run, x = ready(module, space), inputs(space, 1)
     pull = jax.jit(lambda x, direction: pulled(run, x, direction))
     directions = jax.random.normal(jax.random.key(1), (DRAWS, D))
@@ -108,9 +108,9 @@ def properties(module, space):
 
 
 def shifted(run, x, inside=False):
-    """Relative error where a shift by one of the input should shift the output.
+    """Returns the relative error of the output's shift when the input shifts by one.
 
-    `inside`: nothing but zeros in the outer quarters, and only what is between them is compared.
+    `inside`: the outer quarters are zeros, and only the positions between them are compared.
     """
     axes = tuple(range(1, x.ndim - 1))
     where = (
@@ -124,7 +124,7 @@ def shifted(run, x, inside=False):
 
 
 def ratio(run, reference, x):
-    """Time of `run` over that of `reference`: the median over rounds of one after the other."""
+    """Returns the time of `run` over that of `reference`: the median over rounds, in turns."""
     found = []
     for _ in range(ROUNDS + 3):
         times = []
@@ -151,7 +151,7 @@ def costs(module, reference, space):
 
 
 def measure(kind, name):
-    """All rows of an operator."""
+    """Returns all rows of an operator."""
     operators, sizes = SPACES[kind]
     found, field = properties(operators[name], SEEN[kind])
     for space in sizes:

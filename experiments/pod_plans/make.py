@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plans of large models on two TPU pods: results/*.json, then results.csv and table.md.
 
-    python experiments/pod_plans/make.py            # compiles what has no result yet
+    python experiments/pod_plans/make.py            # compiles rows without a result
     python experiments/pod_plans/make.py --table    # only writes the tables again
 
 Needs the extra [tpu], no TPU; five to thirty minutes of one core and up to some 10 GiB for each row
@@ -28,7 +28,7 @@ FSDP = {
 
 
 def rows():
-    """(name, config, topology, overrides), the cheapest first."""
+    """Returns (name, config, topology, overrides), the cheapest first."""
     for variant in (COATNETS[0], "muse", *COATNETS[1:], "7 fsdp"):
         for topology, devices in SLICES.items():
             kind = topology.split(":")[0]
@@ -44,7 +44,7 @@ def rows():
 
 
 def plan(config, topology, overrides):
-    """What `localglobal plan` says, or how it failed."""
+    """Returns the report of `localglobal plan`, or its error."""
     command = ["-m", "localglobal_jax", "plan", "--config", f"{CONFIGS}/{config}"]
     command += ["--topology", topology, "--json", "--timeout", "5400"]
     command += [f"--config.{key}={value}" for key, value in overrides.items()]
@@ -94,7 +94,7 @@ def figures(name, result):
 
 
 def write_tables():
-    """results.csv and table.md from what there is."""
+    """Writes results.csv and table.md from the results so far."""
     found = [(name, HERE / "results" / f"{name}.json") for name, *_ in rows()]
     lines = [figures(name, json.loads(file.read_text())) for name, file in found if file.is_file()]
     columns = list(dict.fromkeys(key for line in lines for key in line))
@@ -106,7 +106,7 @@ def write_tables():
 
 
 def markdown(lines):
-    """What one asks first; the rest is in results.csv."""
+    """Formats the most important columns; the rest is in results.csv."""
     columns = (
         "plan",
         "fits",
@@ -137,7 +137,7 @@ def markdown(lines):
 
 
 def main():
-    """Every row that has no result."""
+    """Makes every row that has no result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--table", action="store_true", help="compile nothing")
     parser.add_argument("--only", nargs="+", metavar="ROW", help="of the rows, e.g. in parallel")

@@ -17,7 +17,7 @@ TEST = "test/accuracy"
 
 
 def beside(file):
-    """Rows of another CSV file of this study; none if it is not there yet."""
+    """Reads another CSV file of this study; empty if the file does not exist yet."""
     return study.read(HERE / file)
 
 

@@ -4,9 +4,9 @@
     python -m experiments.vision_comparison.measure [laptop]
 
 Training steps on one core, as a slot of a sweep has it, all models in turns in one process: a step
-of one after a step of the other, so that what else the machine does meets them alike.
+of one after a step of the other, so that other work on the machine affects all alike.
 ``times_as_fast`` is the median of the ratios to the CoAtNet step beside it. Memory is the
-compiler's account of the train step: its state, and what it holds in between. Multiply-adds are
+compiler's account of the train step: its state, and its temporary memory. Multiply-adds are
 those of one image, forward.
 """
 
@@ -31,7 +31,7 @@ FIRST = "CoAtNet"
 
 
 def main(size: str = "laptop", steps: int = 20, out: pathlib.Path = HERE / "speed.csv") -> None:
-    """A row for each model, CoAtNet first."""
+    """Writes a row for each model, CoAtNet first."""
     spec = f"{HERE / 'sweep.py'}:size={size}"
     module, _ = expand.configlib.load_module(spec)
     described = expand.expand(spec, "unused").runs

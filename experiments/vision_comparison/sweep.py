@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Convolution, attention, and three ways to join them, at equal parameters; steps, then time equal.
+"""Convolution, attention, CoAtNet, VOLO and Focal at equal parameters, by steps and by time.
 
     localglobal sweep --config experiments/vision_comparison/sweep.py --workdir runs/vision
 
@@ -35,7 +35,7 @@ def get_config(arg=None):
 
 
 def sweep(arg=None):
-    """Every model with 10 % and 100 % of the training set and every seed, in equal steps."""
+    """Yields every model with 10 % and 100 % of the training set and every seed, in equal steps."""
     size = parse(arg).size
     tenth = {"data.train_split": "train[:10%]"}
     if size == "paper":  # epochs equal: 300 of a tenth are a tenth of the steps
@@ -46,7 +46,7 @@ def sweep(arg=None):
 
 
 def sweep_time(arg=None):
-    """On 100 %, each as long as CoAtNet takes for its steps (whose runs are those above)."""
+    """Yields runs on 100 % that take as long as CoAtNet's steps (its own are in `sweep`)."""
     parsed = parse(arg)
     file = HERE.parent / "speed.csv"
     if parsed.size != "laptop" or not file.exists():
@@ -62,7 +62,7 @@ def sweep_time(arg=None):
 
 
 def fields(size):
-    """What overrides the config's model, one by one."""
+    """Returns the overrides of the config's model, one by one."""
     if size == "paper":
         return [{f"model.{key}": v for key, v in found.items()} for found in PAPER.values()]
     flat = [values.flatten(found) for found in models(size).values()]

@@ -103,7 +103,7 @@ def same_elsewhere(dirty: list[loader.Batch], clean: list[loader.Batch]) -> int:
 
 
 def verdict(root: pathlib.Path, name: str, clean: list[loader.Batch], **options: Any) -> str:
-    """Of a set whose middle record may be bad: works or skipped; asserts all that is promised."""
+    """Reads a set whose middle record may be bad: works or skipped; asserts the guarantees."""
     try:
         found = batches(root, name, **options)
     except records.BadRecord as error:

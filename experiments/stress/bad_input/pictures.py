@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images that are damaged, too large, or odd but legal; what is to become of each."""
+"""Images that are damaged, too large, or odd but legal, with the expected result of each."""
 
 import io
 import struct
@@ -14,7 +14,7 @@ FLIPS, CUTS = 16, 12  # of every whole picture
 
 
 class Case(NamedTuple):
-    """``want``: its pixels [h, w, channels]; None: it has to be refused.
+    """One image. ``want``: its pixels [h, w, channels]; None: it has to be refused.
 
     "any": a format without checksums, whose damage shows only by luck: no more can be asked than
     that nothing breaks.
@@ -80,7 +80,7 @@ def whole() -> dict[str, tuple[bytes, int]]:
 
 
 def seen(data: bytes, channels: int) -> np.ndarray:
-    """What Pillow makes of it."""
+    """Returns Pillow's pixels."""
     image = Image.open(io.BytesIO(data)).convert("RGB" if channels == 3 else "L")
     return np.array(image).reshape(image.height, image.width, channels)
 
@@ -120,21 +120,21 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png(width: int, height: int, pixels: bytes, *, colour: int = 2, extra: bytes = b"") -> bytes:
-    """With any header; `pixels` are compressed already."""
+    """Returns a PNG with any header; `pixels` are compressed already."""
     header = struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0)
     body = extra + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body
 
 
 def zeros(count: int) -> bytes:
-    """Zlib's form of so many zero bytes, without ever holding them."""
+    """Compresses so many zero bytes without holding them in memory."""
     packer = zlib.compressobj(9)
     parts = [packer.compress(bytes(2**20)) for _ in range(count // 2**20)]
     return b"".join(parts) + packer.compress(bytes(count % 2**20)) + packer.flush()
 
 
 def jpeg(width: int, height: int, **options: object) -> bytes:
-    """A small JPEG whose frame header says something else."""
+    """Returns a small JPEG with another frame header."""
     data = bytearray(encode(picture(), "JPEG", **options))
     at = data.index(b"\xff\xc2" if options.get("progressive") else b"\xff\xc0")
     data[at + 5 : at + 9] = struct.pack(">HH", height, width)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Wrong configs as processes of their own: how long a person waits for the answer.
+"""Measures the time to the error message of wrong configs, in processes of their own.
 
 python experiments/stress/bad_input/processes.py        writes results/processes.csv
 """

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bad input, thousands of kinds of it, through the real paths; every attempt in its own process.
+"""Feeds thousands of bad inputs through the real paths; every attempt has its own process.
 
 python experiments/stress/bad_input/run.py images [texts ...]     all groups: --help
-python experiments/stress/bad_input/run.py --summary              a table of what is in results/
+python experiments/stress/bad_input/run.py --summary              a table of results/
 
-Writes a line per attempt to results/GROUP.csv as it goes; started again, it goes on.
+Writes a line per attempt to results/GROUP.csv as it goes; started again, it continues.
 """
 
 import argparse

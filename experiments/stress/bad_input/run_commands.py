@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Config files, their arguments, workdirs and overrides that are wrong, as commands of a person:
+"""Wrong config files, arguments, workdirs and overrides, as commands:
 exit code 2, no traceback, nothing left behind."""
 
 import contextlib
@@ -152,7 +152,7 @@ MEANT = (  # field, value, on which base: what cannot work together
 
 
 def trials(scratch: pathlib.Path) -> Iterator[Trial]:
-    """(name, what to try) of all."""
+    """Yields (name, function) of every attempt."""
     dirty = scratch / "dirty"
     for name, text in FILES.items():
 
@@ -199,7 +199,7 @@ def refused(workdir: pathlib.Path, base: str, field: str, value: str) -> str:
 
 
 def command(*words: str) -> str:
-    """Asserts exit code 2 and a message that is no traceback."""
+    """Asserts exit code 2 and a message without a traceback."""
     with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(err):
         try:
             code = main.main(list(words))

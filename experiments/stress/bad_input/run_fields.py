@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every field of the schema, and of the models, set to everything that it may not be, through
-`localglobal train`, stopped where it would begin to write: what is refused, what is taken?"""
+"""Sets every field of the schema and of the models to wrong values, through `localglobal train`,
+stopped before it writes."""
 
 import contextlib
 import dataclasses
@@ -55,11 +55,11 @@ VALUES = (
 
 
 class Accepted(BaseException):
-    """All checks are passed."""
+    """Raised when all checks have passed."""
 
 
 def trials(scratch: pathlib.Path) -> Iterator[Trial]:
-    """(name, what to try) of all."""
+    """Yields (name, function) of every attempt."""
     for kind, base in BASES.items():
         for field in fields(schema.RUNS[kind]):
             for value in VALUES:
@@ -78,7 +78,7 @@ def fields(section: type[pydantic.BaseModel], prefix: str = "") -> Iterator[str]
 
 
 def model_fields(kind: str, base: str) -> Iterator[str]:
-    """Of the module, and of the blocks that its config sets."""
+    """Returns the fields of the module, and of the blocks that its config sets."""
     name = {"classification": "coatnet", "translation": "muse"}[kind]
     for about in dataclasses.fields(registry.MODELS[name][0]):
         if about.name not in ("parent", "name"):
@@ -94,7 +94,7 @@ def _trial(scratch: pathlib.Path, kind: str, base: str, field: str, value: str) 
 
 
 def attempt(workdir: pathlib.Path, base: str, field: str, value: str) -> str:
-    """Works or refused; asserts that a refusal names the field and leaves nothing behind."""
+    """Returns works or refused; asserts that an error names the field and no file is left."""
 
     def accept(*args: Any) -> None:
         raise Accepted

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every picture of `pictures.py`, and other bad records, through a data set to batches."""
+"""Reads every image of `pictures.py`, and other bad records, through a data set to batches."""
 
 import pathlib
 from collections.abc import Callable, Iterator
@@ -60,7 +60,7 @@ def clean_batches(clean: pathlib.Path, options: dict) -> list[loader.Batch]:
 
 
 def trials(scratch: pathlib.Path) -> Iterator[Trial]:
-    """(name, what to try) of all; each trial is called in a process of its own."""
+    """Yields (name, function) of every attempt; each is called in a process of its own."""
     for channels in CHANNELS:
         clean, contents = base(scratch / "clean", channels)
         for i, case in enumerate(pictures.cases(channels)):
@@ -94,7 +94,7 @@ def through(
 
 
 def check(case: pictures.Case, kind: str, channels: int) -> None:
-    """Is this what the case wants, to the pixel?"""
+    """Asserts the pixels that the case wants."""
     if case.want is None:
         assert kind == "skipped", "was taken for an image"
     elif isinstance(case.want, np.ndarray):
@@ -107,7 +107,7 @@ def check(case: pictures.Case, kind: str, channels: int) -> None:
 
 
 def garbage(good: bytes) -> Iterator[tuple[str, bytes]]:
-    """Records that are no example of the set."""
+    """Returns records that are not examples of the set."""
     rng = np.random.default_rng(0)
     image = pictures.encode(pictures.picture(), "PNG")
     for label in (-1, 10, 2**40, -(2**63), 2**63 - 1, 2.7, float("inf"), float("nan"), b"3",

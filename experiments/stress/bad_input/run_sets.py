@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A prepared data set whose files, or whose description of itself, are damaged or hostile."""
+"""Reads a prepared data set whose files or description are damaged or hostile."""
 
 import json
 import pathlib
@@ -27,7 +27,7 @@ ABOUT: tuple[dict, ...] = (
 
 
 def trials(scratch: pathlib.Path) -> Iterator[Trial]:
-    """(name, what to try) of all."""
+    """Yields (name, function) of every attempt."""
     clean, contents = run_images.base(scratch / "clean", 3)
     names = sorted(path.name for path in clean.iterdir() if path.suffix != ".npz")
     for name in names:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every line of `writings.py` among good ones: files and records -> pairs -> words -> batches, and
-`localglobal prepare` and `score`."""
+"""Reads every line of `writings.py` among good ones: files and records -> pairs -> tokens ->
+batches, and `localglobal prepare` and `score`."""
 
 import contextlib
 import io
@@ -30,7 +30,7 @@ def get_config(arg=None):
 
 
 def trials(scratch: pathlib.Path) -> Iterator[Trial]:
-    """(name, what to try) of all."""
+    """Yields (name, function) of every attempt."""
     lines = {**writings.lines(), **dict(writings.fuzz(RANDOM))}
     clean = scratch / "clean"
     built = trial.attempt(lambda: _build(clean))
@@ -101,7 +101,7 @@ def _prepared(root: pathlib.Path, names: tuple[str, ...]) -> tuple[int, str]:
 
 
 def _batches(options: schema.Text, line: str, side: int) -> str:
-    """Works or skipped: all other pairs are there, side by side, and come back from the batches."""
+    """Returns works or skipped; asserts that all other pairs come back side by side."""
     good = [tuple(pair) for pair in GOOD]
     shown = " ".join(line.split())
     odd = tuple(shown if i == side else GOOD[MIDDLE][i] for i in range(2))

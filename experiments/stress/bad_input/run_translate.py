@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every line of `writings.py` between two good ones on the standard input of `localglobal
-translate`. Unlike the other groups in one process, because a model has to be compiled.
+"""Gives every line of `writings.py` between two good ones to `localglobal translate` on stdin. This
+group has one process, because a model has to be compiled.
 
 python experiments/stress/bad_input/run_translate.py        writes results/translate.csv
 """
@@ -24,7 +24,7 @@ RANDOM = 40
 
 
 def train(root: pathlib.Path) -> None:
-    """One step: what it says does not matter."""
+    """Trains one step; the quality of its translations does not matter."""
     (root / "train.tsv").write_text(
         "".join(f"The house number {i} is green.\tDas Haus Nummer {i}.\n" for i in range(300))
     )

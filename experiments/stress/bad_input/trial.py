@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One attempt in a process of its own, with a limit of time and of memory: what became of it?"""
+"""Runs one attempt in a process of its own, with limits of time and memory."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ SPACE = 8 * 2**30  # bytes of address space beyond it: so that a blow-up does no
 
 @dataclasses.dataclass
 class Outcome:
-    """``kind``: what the function returned, or refused, error, crash, hang."""
+    """Outcome of an attempt. ``kind``: the function's result, or refused, error, crash, hang."""
 
     kind: str
     message: str = ""
@@ -34,7 +34,7 @@ class Outcome:
 
 
 def attempt(function: Callable[[], str], seconds: float = SECONDS) -> Outcome:
-    """Calls `function` in a fork. A ValueError is a refusal, anything else it raises an error."""
+    """Calls `function` in a fork. A ValueError is refused; any other exception is an error."""
     out, into = os.pipe()
     started = time.monotonic()
     child = os.fork()

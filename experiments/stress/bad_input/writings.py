@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text that is damaged, endless, or odd but legal: one side of a pair, as the bytes of its line."""
+"""Text that is damaged, very long, or odd but legal: one side of a pair, as bytes."""
 
 from collections.abc import Iterator
 
@@ -61,7 +61,7 @@ def lines() -> dict[str, bytes]:
 
 
 def refused(line: bytes) -> bool:
-    """Is it no UTF-8 text?"""
+    """Returns whether the line is not UTF-8 text."""
     try:
         return "\0" in line.decode()
     except UnicodeDecodeError:

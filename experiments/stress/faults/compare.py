@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is what a killed run left in the end what an undisturbed one left? Every difference, in words."""
+"""Compares the files of a killed run with those of an undisturbed one; lists every difference."""
 
 import json
 import pathlib
@@ -15,7 +15,7 @@ TIMES = {"images_per_second", "tokens_per_second", "steps_per_second", *OF_THE_M
 
 
 def metrics(workdir):
-    """The lines, without what the clock says. Raises on a line that is torn."""
+    """Returns the lines without times. Raises on an incomplete line."""
     text = (workdir / "metrics.jsonl").read_text()
     assert text.endswith("\n"), "metrics.jsonl ends in the middle of a line"
     lines = [json.loads(line) for line in text.splitlines()]
@@ -49,7 +49,7 @@ def arrays(workdir, step):
 
 
 def differences(reference, workdir, *, steps, wanted_steps, seen=True):
-    """A list of sentences, empty if nothing differs.
+    """Returns a list of differences as text, empty if there are none.
 
     Args:
       steps: of the whole run.
@@ -94,7 +94,7 @@ def differences(reference, workdir, *, steps, wanted_steps, seen=True):
 
 
 def batches_differ(reference, workdir, steps):
-    """Sentences on the batches that both runs were given."""
+    """Returns differences of the batches that both runs were given."""
     seen = batches(workdir / "batches.txt")
     expected, found = dict(batches(reference / "batches.txt")), []
     if missing := set(range(steps)) - {step for step, _ in seen}:
@@ -105,10 +105,10 @@ def batches_differ(reference, workdir, steps):
 
 
 def data_differs(kind, a, b):
-    """Sentences on two prepared data sets: files, their records and the order of these.
+    """Returns differences of two prepared data sets: files, their records and the order of these.
 
     Not the bytes of a record: Protocol Buffers write the entries of a map in an order that is
-    another one in every process.
+    different in every process.
     """
     import tensorflow_datasets as tfds  # noqa: PLC0415, a second
 
@@ -128,7 +128,7 @@ def data_differs(kind, a, b):
 
 
 def files_differ(a, b, names):
-    """Sentences on files, by name or below a folder, whose bytes are not the same."""
+    """Returns differences of files, by name or below a folder, by their bytes."""
     found = []
     for name in names:
         roots = [pathlib.Path(root, name) for root in (a, b)]
@@ -143,6 +143,6 @@ def files_differ(a, b, names):
 
 
 def leaves(workdir):
-    """How many arrays and numbers the last checkpoint holds, by section."""
+    """Counts the arrays and numbers of the last checkpoint, by section."""
     _, tree, _ = reader.read(workdir)
     return {name: len(jax.tree.leaves(part)) for name, part in tree.items()}

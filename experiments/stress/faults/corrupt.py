@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Damages every file of real workdirs, in every way, and asks who notices.
+"""Damages every file of real workdirs in many ways, and checks that each damage is found.
 
     python experiments/stress/faults/corrupt.py --out corrupt.csv --work /tmp/corrupt
 
 First it trains a little, images and text. Then, for every file of the newest checkpoint: flipped
 bits (single ones anywhere, the first, the last, several at once), a shorter file, an empty one,
-none. Each time a resuming run must say which file or leaf is damaged and take the step before, bit
+none. Each time a resuming run must name the damaged file or leaf and take the step before, bit
 for bit; ``inspect --verify`` must find it. Then flips that the list of checksums already knows:
 only the digests of the leaves can tell. Then all steps at once, in a real process. Then the files
-beside the checkpoints: each damage is found, or the file says the same as before. OUT gets a line
+beside the checkpoints: each damage is found, or changes no value. OUT gets a line
 for every file, the work directory's results.jsonl one for every damage.
 """
 

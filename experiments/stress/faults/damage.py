@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Damage done to the files of a workdir, and who notices it."""
+"""Damages the files of a workdir, and checks that the damage is found."""
 
 import logging
 import subprocess
@@ -19,7 +19,7 @@ SHORT |= {"log.every": "2", "log.tensorboard": "false"}
 
 
 def flip(data, bits):
-    """`data` with these bits, by number, the other way round."""
+    """Returns `data` with these bits, by number, flipped."""
     changed = bytearray(data)
     for bit in bits:
         changed[bit // 8] ^= 1 << bit % 8
@@ -45,7 +45,7 @@ def damages(data, rng, flips):
 
 
 class Listening(logging.Handler):
-    """What was said at ERROR."""
+    """Collects the log messages at ERROR."""
 
     def __init__(self):
         super().__init__(logging.ERROR)
@@ -94,14 +94,14 @@ class Checkpointed:
         self.states = {step: bits(self.restore(step).state) for step in self.steps}
 
     def restore(self, step=None):
-        """As a resuming run does."""
+        """Restores as a resuming run does."""
         options = self.run.checkpoint
         return manager.Checkpoints(self.folder / "checkpoints", options).restore(
             self.template, step
         )
 
     def attempt(self, name, listed):
-        """What a resuming run and ``inspect --verify`` make of a damaged newest step.
+        """Resumes and calls ``inspect --verify`` with a damaged newest step; returns the results.
 
         Args:
           name: the damaged file.
@@ -127,12 +127,12 @@ class Checkpointed:
         }
 
     def files(self):
-        """Of the newest step, largest last."""
+        """Returns the files of the newest step, largest last."""
         found = [path for path in self.newest.rglob("*") if path.is_file()]
         return sorted(found, key=lambda path: (path.stat().st_size, path))
 
     def every_file(self, rng, flips):
-        """One result for every damage of every file of the newest step."""
+        """Yields one result for every damage of every file of the newest step."""
         for path in self.files():
             name = str(path.relative_to(self.newest))
             for damage, contents in damages(path.read_bytes(), rng, flips):
@@ -144,7 +144,7 @@ class Checkpointed:
                 }
 
     def listed(self, rng, flips):
-        """Flips that ``files.json`` takes for right."""
+        """Yields results of flips whose checksums are in ``files.json``."""
         manifest = self.newest / digests.MANIFEST
         before = manifest.read_bytes()
         for path in self.files():
@@ -160,7 +160,7 @@ class Checkpointed:
                 yield {"what": "listed", "file": name, "damage": f"bit {bit}", **result}
 
     def beside(self, rng, flips):
-        """Damage of the files beside the checkpoints."""
+        """Yields results of damage to the files beside the checkpoints."""
         config = loading.read_json(self.folder / "config.json").model_dump()
         paths = [self.folder / "config.json", self.folder / "metrics.jsonl"]
         paths += sorted((self.folder / tokenizers.DIRECTORY).glob("*"))
@@ -184,7 +184,7 @@ class Checkpointed:
                 }
 
     def resume(self, name, config):
-        """(what a resuming run says, does it read the same as before?)."""
+        """Returns (the messages of a resuming run, whether it reads the same as before)."""
         try:
             if name == "config.json":
                 workdir.refuse_other(self.run, self.folder)
@@ -215,11 +215,11 @@ class Checkpointed:
             return str(error), False
 
     def words(self):
-        """Of the tokenizer as it was."""
+        """Returns the vocabulary of the undamaged tokenizer."""
         return (self.folder / tokenizers.DIRECTORY / "joint.model").read_bytes()
 
     def all_steps(self, rng):
-        """Every step damaged: a real run must refuse, and change nothing."""
+        """Damages every step: a real run must end with an error and change no file."""
         for step in self.steps:
             path = self.folder / "checkpoints" / str(step) / "state" / "_METADATA"
             path.write_bytes(flip(path.read_bytes(), [int(rng.integers(0, 800))]))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Disks that are full, directories that cannot be written, clocks that jump. Real ones; needs root.
+"""Trains on full disks, in read-only directories and with clocks that jump; needs root.
 
     sudo python experiments/stress/faults/disk.py --out disk.jsonl --work /tmp/disk
 
 A workdir on a file system of its own (tmpfs) of too few kilobytes, from none to almost enough: the
-disk fills while the run writes its config, its words, its metrics, TensorBoard's file, a checkpoint
+disk fills while the run writes its config, vocabulary, metrics, TensorBoard's file, a checkpoint
 or the model card. Each time: exit 1, one line that says so, no traceback, every checkpoint there is
 whole. Then the file system grows and the same command must end with the bits of an undisturbed run.
 """
@@ -62,14 +62,14 @@ class Disk:
         )
 
     def differences(self, workdir):
-        """From the undisturbed run, at the end."""
+        """Returns the differences from the undisturbed run at the end."""
         steps = [entry["step"] for entry in reader.inspect(self.reference)["steps"]]
         return compare.differences(
             self.reference, workdir, steps=int(SHORT["steps"]), wanted_steps=steps, seen=False
         )
 
     def full(self, kilobytes):
-        """What becomes of a run on a disk of so many kilobytes, and once there is more room."""
+        """Returns the result of a run on a disk of so many kilobytes, which then grows."""
         mount = self.work / "mounted"
         mount.mkdir(exist_ok=True)
         subprocess.run(
@@ -106,7 +106,7 @@ class Disk:
         }
 
     def read_only(self):
-        """A whole file system that may only be read: refused at once, exit 2."""
+        """Checks a read-only file system: an error at once, exit 2."""
         mount = self.work / "mounted"
         mount.mkdir(exist_ok=True)
         subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", mount], check=True)
@@ -124,7 +124,7 @@ class Disk:
         }
 
     def clock(self):
-        """Every look at the clock is ten years off; files are from the past and the future."""
+        """Checks a clock that is ten years off at every reading; files have other dates, too."""
         workdir = self.work / "clock"
         shutil.rmtree(workdir, ignore_errors=True)
         half = self.train(workdir, ("-c", CLOCK))

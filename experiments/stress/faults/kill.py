@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kills a real training, again and again, and compares its end with a run nobody disturbed.
+"""Kills a real training repeatedly, and compares its end with an undisturbed run.
 
     python experiments/stress/faults/kill.py --out kills.jsonl --work /tmp/kills
 
 A chain is one training: its data set is prepared, it starts, dies, is started again, and after
-its share of kills is left to finish. Moments are drawn with a seed; what each kill hit is told
-afterwards from the last line on stderr and from orbax's temporary folders. After each kill every
+its share of kills is left to finish. Moments are drawn with a seed; the phase that each kill hit is
+read from the last line on stderr and from orbax's temporary folders. After each kill every
 checkpoint there is must be whole and none may be lost. One line a kill, one a chain; a chain that
 was not finished when the harness itself was stopped is done anew.
 """
@@ -37,7 +37,7 @@ MOMENTS = {  # what to wait for: how often
 
 
 class Harness:
-    """Where everything lies, and how a run of one kind is started."""
+    """Holds the folders, and starts runs of one kind."""
 
     def __init__(self, work, raw_files=None, overrides=None):
         self.work, self.raw_files = pathlib.Path(work), raw_files
@@ -137,7 +137,7 @@ class Harness:
         return found["latest"] or 0, bad
 
     def compare(self, kind, reference, workdir, stopped):
-        """What differs; see `compare.differences`."""
+        """Returns the differences; see `compare.differences`."""
         steps, every = int(self.overrides["steps"]), int(self.overrides["checkpoint.every"])
         run = json.loads((workdir / "config.json").read_text())["checkpoint"]
         best = run["best"].removeprefix("-")
@@ -162,7 +162,7 @@ def draw_plan(rng, kills, preparing):
 
 
 def unfinished_dropped(out):
-    """The numbers of the chains that are done; lines of others leave the file."""
+    """Returns the numbers of the finished chains; removes the lines of the others."""
     lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     chains = [(line["seed"], line["kind"], line["chain"]) for line in lines]
     done = {key for key, line in zip(chains, lines, strict=True) if "identical" in line}

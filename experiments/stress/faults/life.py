@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process of a run: what it says, what it was doing when it died, when it shall die."""
+"""One process of a run: its output, its phase when it died, and the moment of the kill."""
 
 import contextlib
 import re
@@ -11,7 +11,7 @@ import runs
 
 
 class Life:
-    """One process, from its start to its death; a thread reads what it says."""
+    """One process, from its start to its death; a thread reads its output."""
 
     def __init__(self, command, workdir, data_dir, environment):
         self.workdir, self.data_dir = workdir, data_dir
@@ -33,7 +33,7 @@ class Life:
             self.lines.append(line.rstrip("\n"))
 
     def count(self, pattern):
-        """How many lines so far begin like this."""
+        """Counts the lines so far that begin like this."""
         return sum(bool(re.match(pattern, line)) for line in list(self.lines))
 
     def _temporary(self):
@@ -52,7 +52,7 @@ class Life:
         return {str(path) for path in self.data_dir.rglob("incomplete.*")}
 
     def preparing(self):
-        """Is a data set half made, by this process?"""
+        """Returns whether this process is preparing a data set."""
         return bool(self._half_made() - self._left)
 
     def wait_for(self, condition):
@@ -64,7 +64,7 @@ class Life:
         return False
 
     def phase(self):
-        """What it was doing when it stopped, by the traces it left."""
+        """Returns the phase in which the process stopped, from its output and files."""
         if self.count("stopped at|localglobal train: stopped"):
             return "stopped by itself, saved"
         if self.preparing():

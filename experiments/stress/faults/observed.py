@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``localglobal``, with a note of every batch the loop is given: its step and its checksum.
+"""Runs ``localglobal`` and records the step and the checksum of every batch that the loop is given.
 
     OBSERVED_BATCHES=batches.txt python experiments/stress/faults/observed.py train ...
 

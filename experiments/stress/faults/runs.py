@@ -2,7 +2,7 @@
 """Small real trainings for the harnesses beside this file, and the commands that start them.
 
 Everything that can differ after a bad restart is on: moving average, BatchNorm, dropout, drop
-path, augmentation, windows of metrics that no checkpoint falls on the edge of, the best step kept.
+path, augmentation, windows of metrics that end between checkpoints, the best step kept.
 """
 
 import os
@@ -59,7 +59,7 @@ def arguments(kind, workdir, **overrides):
 
 
 def environment(fast_compile=False, data_dir=None):
-    """Of the child: on the CPU, with this source tree."""
+    """Returns the environment of the child: on the CPU, with this source tree."""
     found = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
     found["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [found.get("PYTHONPATH")])])
     if data_dir:  # not data.dir: the config is compared too
@@ -73,10 +73,10 @@ def environment(fast_compile=False, data_dir=None):
 
 
 def command(arguments):
-    """Of a training as people start it."""
+    """Returns the command of a training."""
     return [sys.executable, "-m", "localglobal_jax", *arguments]
 
 
 def without_paths(text):
-    """`text` with file names in place of whole paths: results say nothing of the machine."""
+    """`text` with file names in place of whole paths: results do not name the machine's folders."""
     return re.sub(r"(?<![\w.])/(?:[\w.+-]+/)+", "", text)

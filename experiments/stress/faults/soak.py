@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An hour of real training, watched from outside: memory, open files, threads, time per step.
+"""Watches an hour of real training from outside: memory, open files, threads, time per step.
 
     python experiments/stress/faults/soak.py images --out soak_images --hours 1
 
-Reads ``/proc``, so Linux only. The run checkpoints and evaluates hundreds of times, which is what
-leaks. Time per step is the CPU's as well as the clock's: other people's work on the machine
-changes the clock's only. Ends the run by SIGTERM and writes OUT.csv, OUT.json, OUT.png.
+Reads ``/proc``, so Linux only. The run checkpoints and evaluates hundreds of times, because these
+leaked. Time per step is CPU time and wall time: other work on the machine changes only the
+latter. Ends the run by SIGTERM and writes OUT.csv, OUT.json, OUT.png.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def watch(kind, out, workdir, *, hours, every, data_dir):
 
 
 def judge(table):
-    """What the table says, and whether that is flat."""
+    """Returns a summary of the table, and whether it is flat."""
     with open(table, newline="") as file:
         rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
     columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
