@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every option of a run, with its type, its bounds and its reason, on one page.
+"""Schema of a run: every option with its type, default, bounds and unit.
 
-A config file (``configs/*.py``) builds an `ml_collections.ConfigDict`; `configlib.check` turns it
-into the frozen `Run` below or says which field is wrong. This file imports no jax, so that a
-launcher can check a thousand configs in a second. The ``model`` section is the one exception: its
-keys are the fields of the module that its ``name`` builds, and `models.create_model` checks them.
+A config file (``configs/*.py``) builds an `ml_collections.ConfigDict`; `validation.check` returns
+it as the frozen `Run` below or raises an error that names the wrong fields. This module imports no
+jax, so that a launcher can check a thousand configs in a second. Only the ``model`` section is not
+listed: its keys are the fields of the module that its ``name`` builds, and `models.create_model`
+checks them.
 """
 
 import warnings
@@ -15,14 +16,14 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
-# Upper bounds are far beyond any use: they keep a slip of the finger from taking all memory.
+# The upper bounds are far beyond any use: they stop a typing error from taking all memory.
 Side = Annotated[int, Field(gt=0, le=16384)]  # pixels
 Threads = Annotated[int, Field(gt=0, le=1024)]
 Alpha = Annotated[float, Field(ge=0, le=1000)]  # of a Beta distribution
 
 
 class Section(pydantic.BaseModel):
-    """A group of options: unknown names, wrong types and wrong signs are errors."""
+    """Base of the sections: unknown names, wrong types and values out of bounds are errors."""
 
     model_config = pydantic.ConfigDict(
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=()
@@ -30,29 +31,30 @@ class Section(pydantic.BaseModel):
 
 
 class Images(Section):
-    """Where images come from and what is done to them on the host. Order is f(seed, position)."""
+    """Image data set, decoding and augmentation. The order is a function of (seed, position)."""
 
-    # A TFDS name: digits, fashion_mnist, cifar10, imagenet2012, ...; or "folder": `dir` holds a
-    # folder of pictures per class (see `data/folder.py`)
+    # TFDS name: digits, fashion_mnist, cifar10, imagenet2012, ...; or "folder": `dir` holds one
+    # folder of pictures per class (see `data/images/folder.py`)
     name: str = "digits"
     dir: str | None = None  # TFDS data directory; None: $TFDS_DATA_DIR or ~/tensorflow_datasets
     mock: bool = False  # synthetic images of the right shape and number of classes, no data needed
-    train_split: str = "train"
-    eval_splits: tuple[str, ...] = ("test",)
-    image_size: tuple[Side, Side] = (8, 8)  # (height, width) the model sees
-    mean: tuple[float, ...] = (0.5,)  # per channel, of pixels in [0, 1]
-    std: tuple[Annotated[float, Field(ge=1e-6)], ...] = (0.5,)
-    in_memory: bool | None = None  # decode once, keep as uint8; None: if it takes below 2 GiB
-    # Training crop. "resized" is Inception's; evaluation then sees the middle 7/8, else everything.
+    train_split: str = "train"  # TFDS split: "train", "train[:90%]", "train+validation", ...
+    eval_splits: tuple[str, ...] = ("test",)  # evaluated one after the other
+    image_size: tuple[Side, Side] = (8, 8)  # input of the model: (height, width), pixels
+    mean: tuple[float, ...] = (0.5,)  # subtracted, per channel; pixels are in [0, 1]
+    std: tuple[Annotated[float, Field(ge=1e-6)], ...] = (0.5,)  # divisor, per channel
+    in_memory: bool | None = None  # decode once, keep as uint8; None: if that takes less than 2 GiB
+    # Training crop. "resized": Inception's (random area and aspect ratio); evaluation then sees the
+    # central 7/8 of each side. "pad": random shift. "none": the whole image, resized.
     crop: Literal["none", "pad", "resized"] = "none"
-    # Pixels of zero padding around the image before a "pad" crop
-    pad: Annotated[int, Field(ge=0, le=16384)] = 0
-    area: tuple[Share, Share] = (0.08, 1.0)  # of a "resized" crop, as a share of the image
-    flip: bool = False  # random left-right flips
-    randaugment_layers: Annotated[int, Field(ge=0, le=100)] = 0  # 0: off (arXiv 1909.13719)
-    randaugment_magnitude: Annotated[int, Field(ge=0, le=30)] = 15
+    pad: Annotated[int, Field(ge=0, le=16384)] = 0  # zero padding of a "pad" crop, pixels a side
+    area: tuple[Share, Share] = (0.08, 1.0)  # (smallest, largest) of a "resized" crop; 1: the image
+    flip: bool = False  # left to right, with probability 0.5
+    # Operations per image (RandAugment, arXiv 1909.13719); 0: off
+    randaugment_layers: Annotated[int, Field(ge=0, le=100)] = 0
+    randaugment_magnitude: Annotated[int, Field(ge=0, le=30)] = 15  # strength of each operation
     erase: Fraction = 0.0  # probability of erasing a random rectangle (arXiv 1708.04896)
-    max_bad_records: NonNegativeInt = 0  # skip (mask) up to this many undecodable records
+    max_bad_records: NonNegativeInt = 0  # records that may fail to decode; they are masked
     threads: Threads = 4  # decoding threads of one host
 
     @pydantic.field_validator("area")
@@ -64,34 +66,36 @@ class Images(Section):
 
 
 class Text(Section):
-    """Where pairs of sentences come from and how they become batches of token ids.
+    """Sentence pairs, tokenizer and batches of token ids.
 
-    ``batch_size`` counts tokens of the longer side, padding included: a batch of the length bucket
-    L holds ``batch_size // L`` pairs, rounded down to a multiple of ``rows_multiple``.
+    ``batch_size`` counts tokens of the longer side, padding included: a batch of length bucket L
+    holds ``batch_size // L`` pairs, rounded down to a multiple of ``rows_multiple``.
     """
 
-    name: str = "lohelp_translate/en-de"  # a TFDS name: wmt14_translate/de-en, opus, ...
+    name: str = "lohelp_translate/en-de"  # TFDS name: wmt14_translate/de-en, opus, ...
     dir: str | None = None  # TFDS data directory; None: $TFDS_DATA_DIR or ~/tensorflow_datasets
-    # Text of your own instead (the name is then "text_pairs"): two files, line i of one translating
-    # line i of the other, or one .tsv of "source TAB target". With "{split}" in their names each
-    # split has its own, else a pair's split is a function of its source (see `data/text_files.py`).
+    # Your own text instead (the name is then "text_pairs"): (SOURCE, TARGET), line i of one the
+    # translation of line i of the other, or one .tsv of "source TAB target". With "{split}" in the
+    # names each split has its own files, otherwise a hash of the source chooses the split (see
+    # `data/text/files.py`).
     files: Annotated[tuple[str, ...], Field(max_length=2)] = ()
-    mock: bool = False  # a made-up language, no data needed
-    source: str | None = None  # language (TFDS feature) to translate from; None: as the set says
-    target: str | None = None
+    mock: bool = False  # synthetic language, no data needed
+    source: str | None = None  # language (TFDS feature) to translate from; None: the data set's
+    target: str | None = None  # language to translate into; None: the data set's
     train_split: str = "train"
-    eval_splits: tuple[str, ...] = ("validation",)
-    # Trained on the training split and kept in the workdir; "dict": text that is split into
-    # subwords already, with fairseq's dictionaries
+    eval_splits: tuple[str, ...] = ("validation",)  # evaluated one after the other
+    # "bpe", "unigram": SentencePiece, trained on the training split and kept in the workdir.
+    # "dict": fairseq's dictionaries, for text that is already split into subwords.
     tokenizer: Literal["bpe", "unigram", "dict"] = "bpe"
-    vocab: Annotated[int, Field(ge=8, le=1_000_000)] = 8000  # ids, four special ones included
+    vocab: Annotated[int, Field(ge=8, le=1_000_000)] = 8000  # ids, including four special ones
     joint: bool = True  # one vocabulary for both languages
     dicts: Annotated[tuple[str, ...], Field(max_length=2)] = ()  # dict.txt of source and target
-    max_length: Annotated[int, Field(ge=2)] = 256  # training leaves out pairs with more tokens
-    buckets: PositiveInt = 6  # lengths that batches are padded to; each is compiled once
-    rows_multiple: PositiveInt = 8  # so that batches are the same on any number of devices
-    max_bad_records: NonNegativeInt = 0  # leave out up to this many unreadable records
-    threads: Threads = 2  # batches made at a time by one host
+    max_length: Annotated[int, Field(ge=2)] = 256  # tokens; training leaves out longer pairs
+    buckets: PositiveInt = 6  # number of padded lengths; the step is compiled once for each
+    # Pairs of a batch are a multiple of it: batches are then the same on any number of devices
+    rows_multiple: PositiveInt = 8
+    max_bad_records: NonNegativeInt = 0  # records that may be unreadable; they are left out
+    threads: Threads = 2  # batches that one host prepares at a time
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -102,7 +106,7 @@ class Text(Section):
     @pydantic.model_validator(mode="after")
     def _dictionaries(self) -> Self:
         if self.mock and self.files:
-            raise ValueError("mock=True makes its text up: it takes no files")
+            raise ValueError("mock=True needs no files: leave files=() or set mock=False")
         if (self.tokenizer == "dict") != bool(self.dicts) and not self.mock:
             raise ValueError(
                 'tokenizer="dict" and dicts=(FILE,) or (SOURCE_FILE, TARGET_FILE) need each other'
@@ -111,95 +115,94 @@ class Text(Section):
 
 
 class Classification(Section):
-    """What a batch means: images and labels."""
+    """Classification of images: loss and mixing of images."""
 
     name: Literal["classification"] = "classification"
-    label_smoothing: Fraction = 0.0
-    mixup: Alpha = 0.0  # alpha of Beta(alpha, alpha); 0: off (arXiv 1710.09412)
-    cutmix: Alpha = 0.0  # alpha; with both on, each batch takes one of them
-    token_weight: NonNegativeFloat = 0.5  # of the loss of all tokens, if the model has their logits
+    label_smoothing: Fraction = 0.0  # probability mass spread over all classes
+    mixup: Alpha = 0.0  # alpha of Beta(alpha, alpha) (arXiv 1710.09412); 0: off
+    # alpha of Beta(alpha, alpha) (arXiv 1905.04899); 0: off. With mixup on too, each batch uses one
+    cutmix: Alpha = 0.0
+    token_weight: NonNegativeFloat = 0.5  # factor of the token loss, if the model has token logits
 
 
 class Translation(Section):
-    """What a batch means: sentences and their translations."""
+    """Translation of sentences: loss and beam search of evaluations."""
 
     name: Literal["translation"] = "translation"
-    label_smoothing: Fraction = 0.1
-    # Evaluations translate every split by beam search and score it; 0: they only measure the loss.
+    label_smoothing: Fraction = 0.1  # probability mass spread over the vocabulary
+    # Hypotheses per sentence: evaluations translate every split and score it; 0: only the loss
     beam: Annotated[int, Field(ge=0, le=1024)] = 4
-    length_penalty: Annotated[float, Field(ge=0, le=10)] = 1.0
+    length_penalty: Annotated[float, Field(ge=0, le=10)] = 1.0  # exponent; 0: none
 
 
 class Optim(Section):
-    """Optimizer, schedule and what is averaged. Matrices decay; biases, norms, tables do not."""
+    """Optimizer, schedule and averaging. Weight decay spares biases, norms and tables."""
 
     name: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: PositiveFloat = 1e-3  # the peak
-    schedule: Literal["cosine", "constant", "rsqrt"] = "cosine"
-    warmup_steps: NonNegativeInt = 0
-    init_learning_rate: NonNegativeFloat = 0.0  # where the warm-up begins
-    end_learning_rate: NonNegativeFloat = 0.0  # where the cosine ends
-    b1: Fraction = 0.9
-    b2: Fraction = 0.999
-    eps: PositiveFloat = 1e-8
-    momentum: Fraction = 0.9  # of sgd
+    learning_rate: PositiveFloat = 1e-3  # after the warm-up
+    schedule: Literal["cosine", "constant", "rsqrt"] = "cosine"  # rsqrt: peak * sqrt(warmup / step)
+    warmup_steps: NonNegativeInt = 0  # linear
+    init_learning_rate: NonNegativeFloat = 0.0  # at the first step of the warm-up
+    end_learning_rate: NonNegativeFloat = 0.0  # at the last step of the cosine
+    b1: Fraction = 0.9  # adamw: decay of the mean of the gradient, per step
+    b2: Fraction = 0.999  # adamw: decay of the mean of its square, per step
+    eps: PositiveFloat = 1e-8  # adamw: added to the square root
+    momentum: Fraction = 0.9  # sgd
     weight_decay: NonNegativeFloat = 0.0  # decoupled, multiplied by the learning rate
-    clip_norm: NonNegativeFloat = 1.0  # global norm of the gradient; 0: off
-    ema: Fraction = 0.0  # decay of the parameters' moving average, used in evaluation; 0: off
+    clip_norm: NonNegativeFloat = 1.0  # largest global norm of the gradient; 0: off
+    ema: Fraction = 0.0  # decay per step of the parameters' average that evaluation uses; 0: off
     accumulate: PositiveInt = 1  # micro-batches per step; the gradient is that of the whole batch
-    skip_nonfinite: NonNegativeInt = 0  # skip so many updates of a run that are NaN or infinite
+    skip_nonfinite: NonNegativeInt = 0  # NaN or infinite updates that a run may skip
 
 
 class Checkpoints(Section):
-    """When the state is saved and what is kept. Saving is asynchronous."""
+    """Saving and retention of checkpoints. Saving is asynchronous."""
 
     every: NonNegativeInt = 500  # steps; 0: only at the end
-    keep: PositiveInt = 2  # the newest n
-    keep_every: NonNegativeInt = 0  # also keep every k-th step for good; 0: off
-    # Also keep the best by this metric, e.g. "test/accuracy" or "-test/loss" (smaller is better),
-    # among the steps at which evaluation and saving meet.
+    keep: PositiveInt = 2  # number of newest checkpoints
+    keep_every: NonNegativeInt = 0  # also keep each multiple of so many steps; 0: off
+    # Also keep the best checkpoint by this metric, e.g. "test/accuracy" or "-test/loss" (smaller is
+    # better), among the steps that are both evaluated and saved.
     best: str | None = None
 
 
 class Evaluation(Section):
-    """When the evaluators run inside training (they always run at the end)."""
+    """Evaluation during training; it always runs at the end, too."""
 
     every: NonNegativeInt = 500  # steps; 0: only at the end
-    batch_size: PositiveInt | None = None  # None: the training batch size
+    batch_size: PositiveInt | None = None  # global; text: tokens; None: the training batch size
 
 
 class Log(Section):
-    """What is written while training."""
+    """Metrics, examples and traces that a run writes."""
 
     every: PositiveInt = 50  # steps between two lines of metrics
-    tensorboard: bool = True
-    # examples, evenly spread, that every evaluation shows in TensorBoard and wandb (on one host)
+    tensorboard: bool = True  # event files in the workdir
+    # Examples, evenly spread, that every evaluation shows in TensorBoard and wandb (one host only)
     samples: Annotated[int, Field(ge=0, le=64)] = 0
-    wandb: str | None = None  # project to report to; needs the extra [wandb]
-    profile: tuple[NonNegativeInt, PositiveInt] | None = None  # (first step, steps) to trace
+    wandb: str | None = None  # name of the project; needs the extra [wandb]
+    profile: tuple[NonNegativeInt, PositiveInt] | None = None  # traced: (first step, steps)
 
 
 class Parallel(Section):
-    """How the step is laid over devices (see `parallel.py`)."""
+    """Distribution of the step over devices (see `parallel/placement.py`)."""
 
-    mesh: dict[str, int] = {"data": -1}  # axis -> devices; -1: all that are left
-    # What is split beside the batch: nothing; parameters and optimizer over the axis "fsdp"; heads
-    # and hidden channels over the axis "model"; both.
+    mesh: dict[str, int] = {"data": -1}  # axis -> devices; -1: all others
+    # Sharded besides the batch: nothing (replicate); parameters and optimizer over the axis "fsdp"
+    # (fsdp); heads and hidden channels over the axis "model" (tensor); or both.
     strategy: Literal["replicate", "fsdp", "tensor", "fsdp+tensor"] = "replicate"
     compile: Literal["jit", "pmap"] = "jit"  # pmap: one program per device, all replicated
-    # blocks: their activations are computed again in the backward pass: less memory, more time
+    # blocks: the backward pass recomputes the activations of blocks: less memory, more time
     remat: Literal["none", "blocks"] = "none"
-    scan: bool = (
-        False  # equal blocks in a row are compiled once: less compile time; best with remat
-    )
+    scan: bool = False  # compile equal consecutive blocks once: faster to compile; best with remat
     # reference: the equations, differentiated by JAX; fused: the same numbers, fewer bytes
     implementation: Literal["fused", "reference"] = "fused"
     # The former name of `implementation`: "tuned" is "fused", "plain" is "reference".
     formulation: Annotated[Literal["tuned", "plain"] | None, Field(exclude=True)] = None
-    # Statistics over the global batch, or, under pmap, over what each device has of it.
+    # Statistics of the global batch or, under pmap, of the part on each device
     batch_norm: Literal["global", "per_device"] = "global"
-    # Where compiled programs are kept, to start faster the next time. "auto": in
-    # ~/.cache/localglobal/xla, but not on CPU; None: nowhere.
+    # Folder of compiled programs, for a faster start the next time. "auto":
+    # ~/.cache/localglobal/xla, but none on CPU; None: none
     compilation_cache: str | None = "auto"
 
     @pydantic.model_validator(mode="before")
@@ -221,14 +224,14 @@ class Parallel(Section):
 
 
 class Run(Section):
-    """A whole run. ``task.name`` decides which of `RUNS` it is, hence what ``data`` may hold."""
+    """A run. ``task.name`` chooses its class among `RUNS`, and thereby the type of ``data``."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # beyond, jax.random.key repeats itself
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # from 2**32 on, jax.random.key repeats
     steps: Annotated[int, Field(gt=0, lt=2**31)] = 1000  # optimizer updates
-    batch_size: PositiveInt = 128  # global, over all hosts and devices; of text: in tokens
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters stay float32
+    batch_size: PositiveInt = 128  # images, or tokens of text, over all hosts and devices
+    dtype: Literal["float32", "bfloat16"] = "float32"  # activations; parameters stay float32
     model: dict[str, Any]  # {"name": ..., **fields of the module}
-    init: str | None = None  # fine-tune from the variables of this workdir or checkpoint
+    init: str | None = None  # workdir or checkpoint whose variables the run starts from
     task: Classification | Translation
     data: Images | Text
     optim: Optim = Optim()
@@ -246,24 +249,24 @@ class Run(Section):
 
     @property
     def train_rows(self) -> tuple[str, int]:
-        """The field that says how many examples a batch has, or a multiple of how many."""
+        """Name and value of the field that the rows of a training batch are a multiple of."""
         return "batch_size", self.batch_size
 
     @property
     def eval_rows(self) -> tuple[str, int]:
-        """The same for evaluation."""
+        """Name and value of the field that the rows of an evaluation batch are a multiple of."""
         return "eval.batch_size", self.eval.batch_size or self.batch_size
 
 
 class ClassificationRun(Run):
-    """Images and labels: what a run is where ``task.name`` is left out."""
+    """A run on images and labels: the default if ``task.name`` is not set."""
 
     task: Classification = Classification()
     data: Images = Images()
 
 
 class TranslationRun(Run):
-    """Sentences and their translations."""
+    """A run on pairs of sentences."""
 
     task: Translation
     data: Text = Text()
@@ -277,8 +280,8 @@ class TranslationRun(Run):
 
 RUNS: dict[str, type[Run]] = {"classification": ClassificationRun, "translation": TranslationRun}
 
-# Fields that may differ between a run and its resumption: they change nothing that is computed,
-# but for the order in which another number of devices adds up, and records that were bad.
+# Fields that may differ between a run and its resumption. They do not change the computation,
+# except for the order of sums over devices and the treatment of unreadable records.
 MAY_CHANGE = (
     *("checkpoint", "eval", "log"),
     *(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Validates configs: unknown keys, types, bounds; every error names the field."""
+"""Validates configs: unknown keys, types and bounds. Every error names the field."""
 
 import dataclasses
 import difflib
@@ -14,11 +14,9 @@ from ml_collections import ConfigDict
 from localglobal_jax.config import schema
 from localglobal_jax.config.values import LARGEST, flatten, leaves, shown, to_tree, tuples
 
-# ---------------------------------------------------------------------------- did you mean
-
 
 def unknown(what: str, given: str, allowed: Iterable[str]) -> ValueError:
-    """The error for a name that is not one of `allowed`, with the nearest one suggested."""
+    """Returns the error for a name that is not in `allowed`; it suggests the nearest one."""
     allowed = sorted(allowed)
     near = difflib.get_close_matches(given, allowed, n=1, cutoff=0.5)
     hint = f'; did you mean "{near[0]}"?' if near else "."
@@ -26,23 +24,12 @@ def unknown(what: str, given: str, allowed: Iterable[str]) -> ValueError:
     return ValueError(f'unknown {what} "{given}"{hint} Known: {", ".join(allowed) or "none"}')
 
 
-def section_of(section: Any, name: str) -> Any:
-    """The schema class of a sub-section, or None where the schema leaves it free (model)."""
-    if section is None or name not in section.model_fields:
-        return None
-    kind = section.model_fields[name].annotation
-    return kind if isinstance(kind, type) and issubclass(kind, pydantic.BaseModel) else None
-
-
-# ---------------------------------------------------------------------------- checking
-
-
 def check(config: ConfigDict | Mapping[str, Any]) -> schema.Run:
-    """`config` as a frozen, typed `schema.Run`, or a ValueError that lists every wrong field."""
+    """Returns `config` as a frozen `schema.Run`; ValueError lists every wrong field."""
     tree = to_tree(config)
     kind = run_class(tree)
     problems = [
-        f"config.{field}={shown(value)}: beyond {LARGEST:g}, what float32 holds"
+        f"config.{field}={shown(value)}: the largest number is {LARGEST:g} (float32)"
         for field, value in flatten(tree).items()
         if isinstance(value, int | float) and LARGEST < abs(value) < math.inf
     ]
@@ -56,7 +43,7 @@ def check(config: ConfigDict | Mapping[str, Any]) -> schema.Run:
 
 
 def run_class(config: ConfigDict | Mapping[str, Any]) -> type[schema.Run]:
-    """The kind of run that ``task.name`` names: it decides what the other sections may hold."""
+    """Returns the class of run that ``task.name`` chooses; ValueError for an unknown name."""
     task = config.get("task")
     default = next(iter(schema.RUNS))
     name = task.get("name", default) if isinstance(task, ConfigDict | Mapping) else default
@@ -67,8 +54,16 @@ def run_class(config: ConfigDict | Mapping[str, Any]) -> type[schema.Run]:
     return schema.RUNS[name]
 
 
+def section_of(section: Any, name: str) -> Any:
+    """Returns the schema class of a sub-section; None if the schema has none, as for ``model``."""
+    if section is None or name not in section.model_fields:
+        return None
+    kind = section.model_fields[name].annotation
+    return kind if isinstance(kind, type) and issubclass(kind, pydantic.BaseModel) else None
+
+
 def _explain(error: Mapping[str, Any], kind: type[schema.Run]) -> str:
-    """One line for one pydantic error."""
+    """Returns a line for one pydantic error."""
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         section: Any = kind
@@ -86,14 +81,17 @@ def _explain(error: Mapping[str, Any], kind: type[schema.Run]) -> str:
 
 
 def check_fields(cls: type, values: Mapping[str, Any], what: str) -> None:
-    """Raises ValueError unless `values` are fields of the dataclass `cls`, of the right types."""
+    """Raises ValueError unless `values` are fields of the dataclass `cls` with the right types.
+
+    `what` names the object in the message. Numbers of a model are limited to [0, 2**24].
+    """
     known = {f.name for f in dataclasses.fields(cls)} - {"parent", "name"}  # linen's own
     hints = typing.get_type_hints(cls, include_extras=True)
     for name, value in values.items():
         if name not in known:
             raise unknown(f"option of {what}:", name, known)
         try:
-            # pydantic takes no FrozenDict for a mapping
+            # pydantic does not accept a FrozenDict as a mapping
             plain = tuples(value) if isinstance(value, Mapping) else value
             pydantic.TypeAdapter(hints[name]).validate_python(plain, strict=True)
         except pydantic.ValidationError as error:

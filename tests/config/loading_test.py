@@ -20,13 +20,13 @@ BASE = {"model": {"name": "coatnet"}}
 def test_parse_arg_gives_the_types_of_the_defaults():
     arg = loading.parse_arg("size=tiny,steps=100,lr=1,fast", size="b", steps=1, lr=0.1, fast=False)
     assert arg.to_dict() == {"size": "tiny", "steps": 100, "lr": 1.0, "fast": True}
-    with pytest.raises(ValueError, match=r'"sise"; did you mean "size"'):
+    with pytest.raises(ValueError, match='"sise".*"size"'):
         loading.parse_arg("sise=tiny", size="b")
-    with pytest.raises(ValueError, match="write size=VALUE"):
+    with pytest.raises(ValueError, match="size=VALUE"):
         loading.parse_arg("size", size="b")
     assert loading.parse_arg("", size=("demo", "tiny")).size == "demo"
     assert loading.parse_arg("size=tiny", size=("demo", "tiny")).size == "tiny"
-    with pytest.raises(ValueError, match=r'argument size: "tin"; did you mean "tiny"'):
+    with pytest.raises(ValueError, match='size.*"tin".*"tiny"'):
         loading.parse_arg("size=tin", size=("demo", "tiny"))
 
 
@@ -75,24 +75,16 @@ def test_the_task_decides_what_the_data_are():
 @pytest.mark.parametrize(
     ("section", "values", "message"),
     [
-        ("data", {"vocabs": 3}, r'config.data.vocabs: unknown key "vocabs"; did you mean "vocab"'),
-        ("data", {"vocab": 3}, "config.data.vocab=3 .*greater than or equal to 8"),
-        ("data", {"flip": True}, r'config.data.flip: unknown key "flip"'),
+        ("data", {"vocabs": 3}, r'config\.data\.vocabs.*"vocab"'),
+        ("data", {"vocab": 3}, r"config\.data\.vocab=3 .*8"),
+        ("data", {"flip": True}, r"config\.data\.flip"),
         ("data", {"tokenizer": "word"}, r"config.data.tokenizer='word'.*'unigram'"),
-        (
-            "data",
-            {"tokenizer": "dict"},
-            'config.data: tokenizer="dict" and dicts=.*need each other',
-        ),
+        ("data", {"tokenizer": "dict"}, r'config\.data: tokenizer="dict".*dicts='),
         ("data", {"dicts": ["a"]}, "config.data: tokenizer="),
-        ("data", {"files": ["a", "b", "c"]}, "config.data.files=.*at most 2"),
-        ("task", {"name": "translation", "mixup": 1.0}, "config.task.mixup: unknown key"),
-        (
-            "task",
-            {"name": "translate"},
-            "config.task.name='translate'.*did you mean \"translation\"",
-        ),
-        ("task", {"name": None}, "config.task.name=None.*Known: classification, translation"),
+        ("data", {"files": ["a", "b", "c"]}, r"config\.data\.files=.*2"),
+        ("task", {"name": "translation", "mixup": 1.0}, r"config\.task\.mixup"),
+        ("task", {"name": "translate"}, r"config\.task\.name='translate'.*\"translation\""),
+        ("task", {"name": None}, r"config\.task\.name=None.*classification, translation"),
         ("task", 3, r"config.task=3 \(int\)"),
     ],
 )
@@ -107,9 +99,9 @@ def test_overrides_know_the_task():
     loading.override(config, "data.max_length", "1e2")
     run = validation.check(config)
     assert run.data.files == ("a.de", "a.en") and run.data.max_length == 100
-    with pytest.raises(ValueError, match=r'"max_lenght"; did you mean "max_length"'):
+    with pytest.raises(ValueError, match='"max_lenght".*"max_length"'):
         loading.override(config, "data.max_lenght", "1")
-    with pytest.raises(ValueError, match='unknown config key in data: "flip"'):
+    with pytest.raises(ValueError, match='data.*"flip"'):
         loading.override(config, "data.flip", "true")
 
 
@@ -152,12 +144,12 @@ def test_override_reaches_into_the_model():
 @pytest.mark.parametrize(
     ("field", "text", "message"),
     [
-        ("optim.lerning_rate", "1", r'lerning_rate".*did you mean "learning_rate"'),
-        ("optm.learning_rate", "1", r'"optm"; did you mean "optim"'),
-        ("stepz", "1", r'did you mean "steps"'),
-        ("optim", "1", "is a section"),
-        ("steps.x", "1", "is a value, not a section"),
-        ("data.flip", "maybe", "expected true or false"),
+        ("optim.lerning_rate", "1", r'lerning_rate".*"learning_rate"'),
+        ("optm.learning_rate", "1", r'"optm".*"optim"'),
+        ("stepz", "1", r'"stepz".*"steps"'),
+        ("optim", "1", r"config\.optim\.KEY"),
+        ("steps.x", "1", r"config\.steps\.x"),
+        ("data.flip", "maybe", r"config\.data\.flip='maybe'"),
     ],
 )
 def test_override_refuses(field, text, message):
@@ -171,11 +163,11 @@ def test_override_refuses(field, text, message):
     ("tree", "message"),
     [
         ({"steps": "ten"}, r"config.steps='ten' \(str\)"),
-        ({"steps": -1}, r"config.steps=-1.*greater than 0"),
+        ({"steps": -1}, r"config.steps=-1 .*0"),
         ({"steps": True}, r"config.steps=True \(bool\)"),
         ({"optim": {"learning_rate": float("nan")}}, r"config.optim.learning_rate=nan"),
         ({"optim": {"name": "adam"}}, r"config.optim.name='adam'.*'adamw'"),
-        ({"optim": {"warmup": 3}}, r'config.optim.warmup: unknown key.*"warmup_steps"'),
+        ({"optim": {"warmup": 3}}, r'config.optim.warmup: .*"warmup_steps"'),
         ({"dtype": "float16"}, "bfloat16"),
         ({"model": None}, "config.model=None"),
         ({"task": {"name": "clasification"}}, "config.task.name"),
@@ -231,7 +223,7 @@ def test_json_roundtrip(name, tmp_path_factory):
     file.write_text(loading.to_json(run))
     assert loading.read_json(file) == run
     file.write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+    with pytest.raises(ValueError, match=r"config\.json"):
         loading.read_json(file)
 
 
@@ -241,7 +233,7 @@ def test_difference():
 
 
 def test_missing_config_file_suggests_one():
-    with pytest.raises(ValueError, match=r'did you mean ".*coatnet_digits.py"'):
+    with pytest.raises(ValueError, match=r'digit\.py".*"[^"]*coatnet_digits\.py"'):
         loading.load(str(CONFIGS[0].with_name("coatnet_digit.py")))
 
 

@@ -52,10 +52,10 @@ def test_helpers_nest():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: sweeps.zip_({"a": [1], "b": [1, 2]}), "not equal"),
-        (lambda: sweeps.product({"a": [1]}, {"a": [2]}), "sets a twice"),
-        (lambda: sweeps.product({"model.layout": "CCTT"}), "give a list"),
-        (lambda: sweeps.chain({"seed": 3}), "give a list"),
+        (lambda: sweeps.zip_({"a": [1], "b": [1, 2]}), r"zip_.*\[1, 2\]"),
+        (lambda: sweeps.product({"a": [1]}, {"a": [2]}), " a "),
+        (lambda: sweeps.product({"model.layout": "CCTT"}), r"model\.layout.*'CCTT'"),
+        (lambda: sweeps.chain({"seed": 3}), "seed.*3"),
     ],
 )
 def test_wrong_parts_are_refused(make, message):
