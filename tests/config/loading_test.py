@@ -20,13 +20,13 @@ BASE = {"model": {"name": "coatnet"}}
 def test_parse_arg_gives_the_types_of_the_defaults():
     arg = loading.parse_arg("size=tiny,steps=100,lr=1,fast", size="b", steps=1, lr=0.1, fast=False)
     assert arg.to_dict() == {"size": "tiny", "steps": 100, "lr": 1.0, "fast": True}
-    with pytest.raises(ValueError, match='"sise".*"size"'):
+    with pytest.raises(ValueError, match=r'"sise".*"size"'):
         loading.parse_arg("sise=tiny", size="b")
     with pytest.raises(ValueError, match="size=VALUE"):
         loading.parse_arg("size", size="b")
     assert loading.parse_arg("", size=("demo", "tiny")).size == "demo"
     assert loading.parse_arg("size=tiny", size=("demo", "tiny")).size == "tiny"
-    with pytest.raises(ValueError, match='size.*"tin".*"tiny"'):
+    with pytest.raises(ValueError, match=r'size.*"tin".*"tiny"'):
         loading.parse_arg("size=tin", size=("demo", "tiny"))
 
 
@@ -99,9 +99,9 @@ def test_overrides_know_the_task():
     loading.override(config, "data.max_length", "1e2")
     run = validation.check(config)
     assert run.data.files == ("a.de", "a.en") and run.data.max_length == 100
-    with pytest.raises(ValueError, match='"max_lenght".*"max_length"'):
+    with pytest.raises(ValueError, match=r'"max_lenght".*"max_length"'):
         loading.override(config, "data.max_lenght", "1")
-    with pytest.raises(ValueError, match='data.*"flip"'):
+    with pytest.raises(ValueError, match=r'data.*"flip"'):
         loading.override(config, "data.flip", "true")
 
 

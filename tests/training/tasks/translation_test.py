@@ -201,7 +201,7 @@ def test_fine_tuning_takes_weights_and_vocabulary(trained, tmp_path, monkeypatch
     [
         ({"model.source_vocab": "300"}, "model.source_vocab follows from the run"),
         ({"data.rows_multiple": "6", "optim.accumulate": "4"}, "data.rows_multiple=6 is not div"),
-        ({"data.files": "('a.tsv',)"}, "mock=True makes its text up"),
+        ({"data.files": "('a.tsv',)"}, "config.data: mock=True"),
         ({"model.dropout": "2.0"}, "dropout"),
         ({"model.blocks.M.windows": "(3, 3)"}, "must differ"),
         ({"batch_size": "64"}, "batch_size=64 tokens cannot hold data.rows_multiple=8"),
