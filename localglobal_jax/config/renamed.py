@@ -119,7 +119,7 @@ replay                       training.replay
 report                       training.reporting.html
 report.attempts              training.reporting.html.attempts
 report.curves                training.reporting.html.curves
-report.examples              training.reporting.examples
+report.examples              training.reporting.html.predictions
 report.facts                 training.reporting.html.facts
 report.gather                training.reporting.html.gather
 report.page                  training.reporting.html.page
@@ -262,7 +262,7 @@ stored.together                            checkpoints.reader.all_hosts_agree
 sweeps.elsewhere                           config.sweeps.cloud_name
 tasks.classification.normalize             data.images.device_ops.normalize
 tasks.task.Variables                       models.registry.Variables
-tasks.task.check_labels                    checkpoints.reader.check_labels
+tasks.task.check_labels                    checkpoints.workdir.check_labels
 train.claim                                training.setup.reserve
 workdir.claim                              checkpoints.workdir.reserve
 """)

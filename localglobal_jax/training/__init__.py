@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training: setup, the loop, the step, optimizers, tasks, evaluation, reporting."""
+"""Training: setup, loop, step, optimizers, losses, metrics, tasks, evaluation, reporting."""

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Are the numbers still numbers? What went wrong is found at the step where it did, and named.
+"""Detects non-finite losses and gradients at the step where they occur and names the parameters.
 
-Every train step says, of its loss and of the gradient of every parameter, whether it is finite. The
-host reads that one step late, while the device is busy with the next. No state that such a step
-has touched becomes a checkpoint: the run ends with exit code 3 and leaves ``diverged.json``, or, if
-``optim.skip_nonfinite`` allows it, the step has changed nothing and the run goes on.
+Every train step returns, for its loss and for the gradient of every parameter, whether it is
+finite. The host reads these flags one step late, while the device computes the next step. A state
+that such a step has changed never becomes a checkpoint: the run ends with exit code 3 and writes
+``diverged.json``. If ``optim.skip_nonfinite`` allows it, the step changes nothing instead and the
+run continues.
 """
 
 import json
@@ -37,53 +38,60 @@ class Diverged(Exception):
 
 
 class Outcome(NamedTuple):
-    """What a train step says of itself."""
+    """The result of a train step beside the new state."""
 
     metrics: Sums
-    finite: Bool[Array, " parts"]  # of the loss, and of the gradient of every parameter
+    finite: Bool[Array, " parts"]  # the loss, then the gradient of every parameter
 
 
 def squares(gradient: PyTree) -> Float[Array, " leaves"]:
-    """The squared norm of every leaf. Infinite too where only the square is beyond float32."""
+    """Returns the squared norm of every leaf; infinite too where only the square overflows."""
     return jnp.stack([jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(gradient)])
 
 
 def finite(loss: Float[Array, ""], norms: Float[Array, " leaves"]) -> Bool[Array, " parts"]:
-    """`Outcome.finite`, of the loss and of what `squares` gives."""
+    """Returns `Outcome.finite` of a loss and the squared norms of the gradient."""
     return jnp.isfinite(jnp.concatenate([loss[None], norms]))
 
 
 @jax.jit
 def _finite_leaves(leaves: tuple[Array, ...]) -> list[Array]:
-    """Of each: are all its numbers finite? Integers are."""
+    """Returns for each leaf whether all its numbers are finite; integers always are."""
     return [jnp.isfinite(x).all() for x in leaves]
 
 
 def wrong(parts: Bool[np.ndarray | Array, " parts"], params: PyTree) -> tuple[bool, list[str]]:
-    """Is the loss not finite, and the gradients of which parameters are not?"""
-    names = [
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, _ in jax.tree_util.tree_leaves_with_path(params)
-    ]
+    """Returns whether the loss is not finite, and the parameters with such a gradient."""
     bad = ~np.asarray(parts)
-    return bool(bad[0]), [name for name, is_bad in zip(names, bad[1:], strict=True) if is_bad]
+    names = zip(_paths(params), bad[1:], strict=True)
+    return bool(bad[0]), [name for name, is_bad in names if is_bad]
+
+
+def _paths(tree: PyTree) -> list[str]:
+    return [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+    ]
 
 
 def in_words(loss: bool, leaves: list[str]) -> str:
-    """E.g. ``"the loss and the gradients of 2 parameters (dense/kernel, dense/bias)"``."""
-    shown = ", ".join(leaves[:SHOWN]) + (", ..." if len(leaves) > SHOWN else "")
-    gradients = f"the gradients of {len(leaves)} parameters ({shown})" if leaves else ""
+    """Returns e.g. ``"the loss and the gradients of 2 parameters (dense/kernel, dense/bias)"``."""
+    gradients = f"the gradients of {len(leaves)} parameters ({_first(leaves)})" if leaves else ""
     return " and ".join(part for part in ("the loss" if loss else "", gradients) if part)
 
 
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+
+
 class DivergenceMonitor:
-    """Looks at the outcome of every step; all hosts see the same and so do the same.
+    """Checks the outcome of every step. All hosts see the same outcomes and raise the same errors.
 
     Args:
-      params: for their names; arrays or shapes.
-      directory: where ``diverged.json`` goes, None for nowhere.
-      start: the step of the checkpoint that the run begins from.
-      skipped: steps skipped before it.
+      params: arrays or shapes; their paths name the gradients.
+      directory: where ``diverged.json`` is written; None: nowhere.
+      start: the step of the checkpoint that the run starts from.
+      skipped: the number of steps skipped before `start`.
     """
 
     def __init__(
@@ -101,39 +109,33 @@ class DivergenceMonitor:
         self._pending: tuple[int, Outcome, np.ndarray] | None = None
 
     def add(self, step: int, outcome: Outcome, records: np.ndarray) -> None:
-        """Takes the outcome of a step, still on the device, and looks at the one before.
+        """Takes the outcome of a step, still on the device, and checks the one before.
 
-        `records`: ``int [b]``, this host's part of the batch. Raises Diverged.
+        `records`: ``int [b]``, this host's record numbers of the batch. Raises Diverged.
         """
         self.settle()
         self._pending = step, outcome, records
 
     def saving(self, step: int, state: PyTree) -> None:
-        """Before `state` becomes the checkpoint of `step`. Raises Diverged if it must not.
+        """Checks `state` before it becomes the checkpoint of `step`. Raises Diverged.
 
-        Statistics, or an update, may overflow where loss and gradient were still finite.
+        Batch statistics, or an update, may overflow where loss and gradient are still finite.
         """
         self.settle()
-        where, leaves = zip(*jax.tree_util.tree_leaves_with_path(state), strict=True)
-        fine = jax.device_get(_finite_leaves(leaves))
-        if not all(fine):
-            names = [
-                jax.tree_util.keystr(path, simple=True, separator="/")
-                for path, is_fine in zip(where, fine, strict=True)
-                if not is_fine
-            ]
-            shown = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+        finite_leaves = jax.device_get(_finite_leaves(tuple(jax.tree.leaves(state))))
+        if not all(finite_leaves):
+            names = [p for p, ok in zip(_paths(state), finite_leaves, strict=True) if not ok]
             self._write({"step": step, "last_checkpoint": self._saved, "state": names})
             raise Diverged(
-                f"{len(names)} arrays of the state ({shown}) are NaN or infinite after step "
+                f"{len(names)} state arrays ({_first(names)}) are NaN or infinite after step "
                 f"{step}, which is not saved; the checkpoint of step {self._saved} is kept. {CURES}"
             )
         self._saved = step
         if self._directory and multihost.rank() == 0:
-            (self._directory / FILE).unlink(missing_ok=True)  # of an earlier end, now passed
+            (self._directory / FILE).unlink(missing_ok=True)  # written by an earlier attempt
 
     def settle(self) -> None:
-        """Looks at what is left to look at. Raises Diverged."""
+        """Checks the pending outcome, if there is one. Raises Diverged."""
         if self._pending:
             (step, outcome, records), self._pending = self._pending, None
             parts, loss = jax.device_get((outcome.finite, outcome.metrics["loss"]))
@@ -143,16 +145,16 @@ class DivergenceMonitor:
                 self._warn("loss spike at step %d: %s", step, typical)
 
     def line(self) -> dict[str, int]:
-        """For the metrics: how many steps were skipped so far, if any may be."""
+        """Returns the number of skipped steps for the metrics; {} if none may be skipped."""
         return {"skipped": self.skipped} if self._allowed else {}
 
     def _bad(self, step: int, loss: bool, leaves: list[str], records: np.ndarray) -> None:
-        what = in_words(loss, leaves)
+        culprits = in_words(loss, leaves)
         if self.skipped < self._allowed:
             self.skipped += 1
             self._warn(
                 "step %d changed nothing (%d of at most %d to skip): %s became NaN or infinite",
-                *(step, self.skipped, self._allowed, what),
+                *(step, self.skipped, self._allowed, culprits),
             )
             return
         batch = sorted({int(i) for i in multihost.all_gather(records)})
@@ -166,16 +168,16 @@ class DivergenceMonitor:
         }
         self._write(found)
         raise Diverged(
-            f"{what} became NaN or infinite at step {step}, {step - self._saved} after the "
+            f"{culprits} became NaN or infinite at step {step}, {step - self._saved} after the "
             f"checkpoint of step {self._saved}, which is kept. The batch's {len(batch)} records "
-            f"are in {FILE}; --replay {step} computes this step again and says more. {CURES}"
+            f"are in {FILE}; --replay {step} computes the step again in detail. {CURES}"
         )
 
     def _write(self, found: dict[str, Any]) -> None:
         if self._directory and multihost.rank() == 0:
             try:
                 write_atomically(self._directory / FILE, json.dumps(found, indent=1) + "\n")
-            except OSError as error:  # divergence is the error to tell
+            except OSError as error:  # the divergence must be reported
                 log.error("%s could not be written: %s", FILE, error)
 
     def _warn(self, text: str, *values: Any) -> None:
@@ -184,10 +186,11 @@ class DivergenceMonitor:
 
 
 class LossSpikeDetector:
-    """Notices a loss far above the typical ones: a moving mean and mean deviation, no state kept.
+    """Detects a loss far above the moving mean; its state is not saved in checkpoints.
 
-    A spike is more than `far` deviations above the mean; it counts for the averages as that much,
-    so that a plateau stops being one. Only the first of several in a row is told.
+    A spike is more than `far` mean deviations above the mean. The averages take it as exactly that
+    much, so that a new plateau stops counting as a spike. Only the first of consecutive spikes is
+    reported. The first `settled` losses are never spikes.
     """
 
     def __init__(self, far: float = 10.0, settled: int = 50):
@@ -195,7 +198,7 @@ class LossSpikeDetector:
         self._count, self._mean, self._deviation, self._in_spike = 0, 0.0, 0.0, False
 
     def add(self, loss: float) -> str:
-        """What to tell, or nothing."""
+        """Takes the next loss; returns a description of a new spike, else an empty string."""
         limit = self._mean + self._far * self._deviation
         before, known = self._in_spike, self._count >= self._settled
         self._in_spike = known and loss > limit
@@ -209,18 +212,18 @@ class LossSpikeDetector:
 
 
 def describe(found: dict[str, Any]) -> str:
-    """What a replay found, in lines for people."""
+    """Formats the result of `replay.replay` as text."""
     lines = [
         f"step {found['step']}, computed from the checkpoint of step {found['from']}: loss "
         f"{found['loss']:.6g}, gradient norm {found['gradient_norm']:.6g}"
     ]
-    what = in_words(not math.isfinite(found["loss"]), found["parameters"])
-    lines.append(f"{what} became NaN or infinite" if what else "all of it is finite")
+    culprits = in_words(not math.isfinite(found["loss"]), found["parameters"])
+    lines.append(f"{culprits} became NaN or infinite" if culprits else "everything is finite")
     lines.append(f"records of the batch: {', '.join(map(str, found['records']))}")
     if found["inputs"]:
         lines.append(f"inputs that are not finite: {', '.join(found['inputs'])}")
     if found["alone"] is not None:
         alone = ", ".join(map(str, found["alone"])) or "none, only several together"
         alone = "every one" if found["alone"] == found["records"] else alone
-        lines.append(f"records that do it in a batch of nothing else: {alone}")
+        lines.append(f"records that do so alone in a batch: {alone}")
     return "\n".join(lines)

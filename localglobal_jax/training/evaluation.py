@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluators, inside the loop or on a saved checkpoint; and a trained model back from its files."""
+"""Runs the evaluators of a task, in the training loop or on a saved checkpoint."""
 
 import pathlib
 from collections.abc import Mapping
@@ -12,33 +12,33 @@ from localglobal_jax.checkpoints import gcs
 from localglobal_jax.checkpoints.workdir import check_config
 from localglobal_jax.config import loading, validation, values
 from localglobal_jax.inference.load import read_run, read_variables
-from localglobal_jax.parallel import placement as parallel
+from localglobal_jax.parallel.placement import Partitioner
 from localglobal_jax.training import metrics
 from localglobal_jax.training.tasks import Evaluator, Task, Variables, create_task
 
 
 class Evaluation:
-    """Runs every evaluator of a task; each is compiled once, however often it runs."""
+    """The evaluators of a task, compiled once per shape of a batch."""
 
-    def __init__(self, task: Task, placement: parallel.Partitioner):
-        self._placement = placement
+    def __init__(self, task: Task, partitioner: Partitioner):
+        self._partitioner = partitioner
         self._evaluators: dict[str, tuple[Evaluator, Any, Any]] = {}
         for name, evaluator in task.evaluators.items():
             predict = evaluator.predict or (lambda variables, batch: None)
             self._evaluators[name] = (
                 evaluator,
-                placement.compile_eval(evaluator.metrics),
-                placement.compile_eval(predict),
+                partitioner.compile_eval(evaluator.metrics),
+                partitioner.compile_eval(predict),
             )
 
     def check_metric(self, best: str | None) -> None:
-        """Raises ValueError unless `best` ("test/accuracy", "-test/loss") will be measured."""
+        """Raises ValueError unless `best` ("test/accuracy", "-test/loss") is one of the metrics."""
         known = [f"{s}/{m}" for s, (e, *_) in self._evaluators.items() for m in e.metric_names]
         if best and best.removeprefix("-") not in known:
             raise validation.unknown("metric in checkpoint.best:", best.removeprefix("-"), known)
 
     def __call__(self, variables: Variables) -> dict[str, dict[str, float]]:
-        """``{split: {metric: value}}``."""
+        """Returns ``{split: {metric: value}}``."""
         return {
             name: self._run(name, evaluator, step, predict, variables)
             for name, (evaluator, step, predict) in self._evaluators.items()
@@ -49,7 +49,7 @@ class Evaluation:
     ) -> dict[str, float]:
         total, predicted = None, []
         for host_batch in evaluator.batches():
-            batch = self._placement.global_batch(host_batch)
+            batch = self._partitioner.global_batch(host_batch)
             sums = jax.device_get(step(variables, batch))
             total = sums if total is None else metrics.merge(total, sums)
             if evaluator.predict:
@@ -69,27 +69,33 @@ def evaluate(
     overrides: Mapping[str, str] | None = None,
     average: int = 1,
 ) -> tuple[int, dict[str, Any]]:
-    """Evaluates a checkpoint of `workdir`: its step and all metrics.
+    """Evaluates a checkpoint of `workdir`.
 
-    `step` and `average`: see `load`. `overrides`: of the config it was trained with, e.g.
-    ``{"data.dir": "/data"}`` on another machine.
+    Args:
+      step: a number, "best", or None for the newest.
+      overrides: changes of the config it was trained with, e.g. ``{"data.dir": "/data"}`` on
+        another machine; ``model`` cannot change.
+      average: evaluates the mean over this many checkpoints, `step` and those before it.
+
+    Returns:
+      The step, and ``{split: {metric: value}}``.
     """
     files = gcs.LocalMirror(workdir).local
     config = ConfigDict(values.tuples(read_run(files).model_dump()))
     for field, text in (overrides or {}).items():
         if field.split(".")[0] == "model":
             raise ValueError(
-                f"config.{field}: the model is that of the checkpoint, it cannot change"
+                f"config.{field}: the model of a checkpoint cannot change; leave it out"
             )
         loading.override(config, field, text)
     run = validation.check(config)
-    placement = parallel.Partitioner(run.parallel)
+    partitioner = Partitioner(run.parallel)
     if not run.data.eval_splits:
-        raise ValueError("data.eval_splits=() names nothing to evaluate: give a split")
+        raise ValueError("data.eval_splits=() is empty: give a split to evaluate")
     field, rows = run.eval_rows
-    placement.check_batch(rows, what=field)
-    task = create_task(run, shard=placement.shard, train=False, workdir=files)
+    partitioner.check_batch(rows, what=field)
+    task = create_task(run, shard=partitioner.shard, train=False, workdir=files)
     found, variables, metadata = read_variables(workdir, step, average)
     check_config(files, found, metadata)
     task.check_labels(metadata)
-    return found, Evaluation(task, placement)(placement.put(variables))
+    return found, Evaluation(task, partitioner)(partitioner.put(variables))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics as sums and counts, so that merging batches and hosts is addition and nothing else.
+"""Metrics as pairs ``(sum, count)``, merged over batches and hosts by addition.
 
-An average of averages is wrong as soon as one batch is shorter. Here a metric is a pair
-``(sum, count)``; padding has weight zero; hits and counts are integers, hence exact in any order.
+An average of averages is wrong as soon as one batch is shorter. Padding has weight zero. Hits and
+counts are integers, hence exact in any order.
 """
 
 import operator
@@ -19,10 +19,10 @@ Sums = dict[str, tuple[jax.Array, jax.Array]]
 def classification(
     logits: Float[Array, "b v"], labels: Integer[Array, " b"], mask: Shaped[Array, " b"]
 ) -> Sums:
-    """Loss (nats), top-1 and, above five classes, top-5 accuracy of a padded batch.
+    """Returns loss (nats), top-1 and, above five classes, top-5 accuracy of a padded batch.
 
-    ``mask`` is nonzero for real examples; what logits and labels hold elsewhere (NaN, -1) does not
-    matter. Of equal logits the class with the smaller number wins.
+    ``mask`` is nonzero for real examples; logits and labels of other rows (NaN, -1) have no effect.
+    Between equal logits the smaller class number wins.
     """
     logits, mask = logits.astype(jnp.float32), mask.astype(bool)
     labels = jnp.where(mask, labels, 0)
@@ -42,7 +42,7 @@ def classification(
 def tokens(
     logits: Float[Array, "b l v"], targets: Integer[Array, "b l"], mask: Shaped[Array, "b l"]
 ) -> Sums:
-    """Cross-entropy ("nll", nats) and accuracy per token where ``mask`` is nonzero."""
+    """Returns cross-entropy ("nll", nats) and accuracy per token where ``mask`` is nonzero."""
     mask = mask.astype(bool)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
     hits = (logits.argmax(-1) == targets) & mask
@@ -54,7 +54,7 @@ def tokens(
 
 
 def merge(a: Sums, b: Sums) -> Sums:
-    """Sums of both; ValueError if they do not hold the same metrics."""
+    """Adds two sets of sums. Raises ValueError if they do not hold the same metrics."""
     if a.keys() != b.keys():
         raise ValueError(
             f"cannot merge metrics {sorted(a)} with {sorted(b)}: every batch must report the same"
@@ -63,7 +63,7 @@ def merge(a: Sums, b: Sums) -> Sums:
 
 
 def compute(sums: Mapping[str, tuple]) -> dict[str, float]:
-    """Python floats, sum / count (NaN where nothing was counted), and ``count``, an int."""
+    """Returns sum / count as floats (NaN where the count is 0), and ``count``, an int."""
     result = {}
     for name, (total, count) in sums.items():
         result[name] = float(total) / int(count) if int(count) else float("nan")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Computes one step of a run again, to see what was wrong with it. Writes nothing.
+"""Computes one step of a run again, to find the cause of a divergence. Writes nothing.
 
-Batches are a function of the seed and the step, and so is a step's randomness: from the checkpoint
-before it the same numbers come out, on any number of hosts.
+Batches and randomness are functions of the seed and the step, so the same numbers result from the
+checkpoint before the step, on any number of hosts.
 """
 
 import logging
@@ -23,44 +23,48 @@ log = logging.getLogger(__name__)
 
 
 def replay(run: schema.Run, directory: str | pathlib.Path, step: int) -> dict[str, Any]:
-    """What happened in the update from `step` to ``step + 1``.
+    """Computes the update from `step` to ``step + 1`` again.
 
-    Returns ``step``, ``from`` (the checkpoint that it was computed from), ``finite``, ``loss``,
-    ``gradient_norm``, ``parameters`` (those whose gradient is not finite), ``records`` (of the
-    batch), ``inputs`` (arrays of the batch that are not finite) and ``alone``: the records that
-    make a step go wrong by themselves, in a batch that holds nothing else (None on many hosts, and
-    if nothing went wrong). Raises ValueError if there is no such step or no such run.
+    Returns:
+      A dict of ``step``, ``from`` (the checkpoint that it was computed from), ``finite``, ``loss``,
+      ``gradient_norm``, ``parameters`` (with a gradient that is not finite), ``records`` (of the
+      batch), ``inputs`` (arrays of the batch that are not finite) and ``alone``: the records that
+      give a result that is not finite in a batch of that record only (None on several hosts, and
+      if everything is finite).
+
+    Raises:
+      ValueError: there is no such step or run, or the run uses ``parallel.compile="pmap"``.
     """
     if not 0 <= step < run.steps:
         raise ValueError(f"--replay {step}: the run has the steps 0 to {run.steps - 1}")
     if run.parallel.compile == "pmap":
         raise ValueError(
-            "--replay computes with parallel.compile=jit: give that too. Dropout then draws other "
-            "numbers than the devices of a pmap did"
+            "--replay needs --config.parallel.compile=jit. Dropout then draws other numbers than "
+            "under pmap"
         )
-    session = prepare_setup(run, directory)
-    if not (session.copy.local / "config.json").exists():
+    setup = prepare_setup(run, directory)
+    if not (setup.mirror.local / "config.json").exists():
         raise ValueError(f"--replay {step}: {directory} holds no run (it has no config.json)")
-    placement, task = session.placement, session.task
-    checkpoints = session.checkpoints(run)
+    partitioner, task = setup.partitioner, setup.task
+    checkpoints = setup.checkpoints(run)
     before = [saved for saved in checkpoints.steps() if saved <= step]
-    restored = session.restore(checkpoints, max(before)) if before else None
-    start, state, _ = restored or session.begin()
+    restored = setup.restore(checkpoints, max(before)) if before else None
+    start, state, _ = restored or setup.begin()
     if checkpoints.steps() and not before:
-        log.warning("no checkpoint is as old as step %d any more: computing from step 0", step)
+        log.warning("no checkpoint is as old as step %d: computing from step 0", step)
     log.info("replay   steps %d to %d", start, step)
 
-    update = make_update(task, session.optimizer, run)
-    step_fn = placement.compile_step(update, session.template)
+    update = make_update(task, setup.optimizer, run)
+    step_fn = partitioner.compile_step(update, setup.template)
     for batch in task.train_batches(start, step):
-        state, _ = step_fn(state, placement.train_batch(batch))
+        state, _ = step_fn(state, partitioner.train_batch(batch))
     batch = next(task.train_batches(step, step + 1))
-    optim = run.optim.model_copy(update={"skip_nonfinite": 0})  # a skipped step says nothing
-    bare = make_update(task, session.optimizer, run.model_copy(update={"optim": optim}))
-    look = placement.compile_eval(lambda state, batch: bare(state, batch)[1])  # keeps the state
+    optim = run.optim.model_copy(update={"skip_nonfinite": 0})  # a skipped step reports zeros
+    bare = make_update(task, setup.optimizer, run.model_copy(update={"optim": optim}))
+    outcome_fn = partitioner.compile_eval(lambda state, batch: bare(state, batch)[1])
 
     def outcome_of(batch: HostBatch) -> divergence.Outcome:
-        return jax.device_get(look(state, placement.global_batch(batch)))
+        return jax.device_get(outcome_fn(state, partitioner.global_batch(batch)))
 
     outcome = outcome_of(batch)
     alone = None
@@ -86,5 +90,5 @@ def replay(run: schema.Run, directory: str | pathlib.Path, step: int) -> dict[st
 
 
 def _only(batch: HostBatch, row: int) -> HostBatch:
-    """A batch of the same shape in which every row is `row`."""
+    """Returns a batch of the same shape in which every row is row `row`."""
     return {name: np.repeat(x[row : row + 1], len(x), axis=0) for name, x in batch.items()}

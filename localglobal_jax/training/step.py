@@ -12,14 +12,14 @@ from jaxtyping import Array, Int, PyTree
 
 from localglobal_jax.config import schema
 from localglobal_jax.parallel import context
-from localglobal_jax.parallel import placement as parallel
+from localglobal_jax.parallel.placement import Partitioner
 from localglobal_jax.training import divergence, optim
 from localglobal_jax.training.divergence import Outcome
 from localglobal_jax.training.tasks import Batch, Loss, Task, Variables
 
 
 class State(flax.struct.PyTreeNode):
-    """All that changes during training. Randomness is a function of (seed, step), not state."""
+    """Everything that changes during training. Randomness is a function of (seed, step)."""
 
     step: Int[Array, ""]
     variables: Variables  # "params", and e.g. "batch_stats"
@@ -28,7 +28,7 @@ class State(flax.struct.PyTreeNode):
 
 
 def init_state(task: Task, optimizer: optax.GradientTransformation, run: schema.Run) -> State:
-    """The state at step 0; pure, so that `jax.eval_shape` gives its shapes for free."""
+    """Returns the state at step 0. Pure, so that `jax.eval_shape` gives its shapes."""
     zeros = [jnp.zeros(x.shape, x.dtype) for x in task.inputs]
     variables = task.model.init(jax.random.key(run.seed), *zeros, train=False)
     return State(
@@ -40,28 +40,28 @@ def init_state(task: Task, optimizer: optax.GradientTransformation, run: schema.
 
 
 def start_from(state: State, variables: Variables) -> State:
-    """A state at step 0 with other variables, to fine-tune; the optimizer starts afresh."""
+    """Returns the state at step 0 with the given variables, for fine-tuning."""
     average = jax.tree.map(jnp.copy, variables) if state.average else {}
     return state.replace(variables=variables, average=average)
 
 
-def check_batches(run: schema.Run, placement: parallel.Partitioner) -> None:
+def check_batches(run: schema.Run, partitioner: Partitioner) -> None:
     """Raises ValueError unless every batch divides over devices, hosts and micro-batches."""
     (field, rows), parts = run.train_rows, run.optim.accumulate
     if rows % parts:
         raise ValueError(
             f"{field}={rows} is not divisible by optim.accumulate={parts} micro-batches"
         )
-    what = field if parts == 1 else f"{field} / optim.accumulate"
-    placement.check_batch(rows // parts, what=what)
+    name = field if parts == 1 else f"{field} / optim.accumulate"
+    partitioner.check_batch(rows // parts, what=name)
     field, rows = run.eval_rows
-    placement.check_batch(rows, what=field)
+    partitioner.check_batch(rows, what=field)
 
 
 def make_update(
     task: Task, optimizer: optax.GradientTransformation, run: schema.Run
 ) -> Callable[[State, Batch], tuple[State, Outcome]]:
-    """The update that training compiles, and that `plan` compiles for devices that are not here."""
+    """Returns `train_step` of a task: ``(state, batch) -> (state, outcome)``."""
 
     def update(state: State, batch: Batch) -> tuple[State, Outcome]:
         return train_step(
@@ -80,10 +80,10 @@ def train_step(
     options: schema.Optim,
     seed: int,
 ) -> tuple[State, Outcome]:
-    """One update: the gradient of the mean loss over all examples of the global batch.
+    """Applies one update, by the gradient of the mean loss over the global batch.
 
-    With ``skip_nonfinite`` a step whose loss or gradient is not finite only counts as a step: it
-    changes nothing else, and its metrics are zeros.
+    With ``skip_nonfinite`` a step whose loss or gradient is not finite increments the step and
+    changes nothing else; its metrics are zeros.
     """
     key = context.own_key(jax.random.fold_in(jax.random.key(seed), state.step))
     gradient, loss = accumulated_gradient(
@@ -115,9 +115,10 @@ def accumulated_gradient(
     key: jax.Array,
     parts: int,
 ) -> tuple[PyTree, Loss]:
-    """Gradient of total / weight over `parts` micro-batches, one after the other.
+    """Returns the gradient of total / weight over `parts` micro-batches, one after the other.
 
-    The same numbers as one large batch, but for BatchNorm, whose statistics are per micro-batch.
+    The result equals that of one large batch except under BatchNorm, whose statistics are those of
+    a micro-batch.
     """
 
     def part(variables: Variables, batch: Batch, key: jax.Array) -> tuple[PyTree, Loss]:
@@ -131,12 +132,12 @@ def accumulated_gradient(
         gradient, loss = part(variables, batch, key)
         collections = loss.collections
     else:
-        # Every parts-th example: each device keeps its share of every micro-batch.
+        # Micro-batch i holds every parts-th example, so that no example moves between devices.
         split = jax.tree.map(
             lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch
         )
 
-        # The gradient is summed as it comes: of all parts at once, it took 7.3 GiB for MUSE on WMT.
+        # Gradients are summed in the carry; stacked, they took 7.3 GiB for MUSE on WMT.
         def body(carry: Any, xs: tuple[Batch, jax.Array]) -> tuple[Any, Loss]:
             collections, before = carry
             gradient, loss = part({**variables, **collections}, *xs)
@@ -150,6 +151,6 @@ def accumulated_gradient(
         )
         loss = jax.tree.map(lambda x: x.sum(0), losses)
     gradient, loss = context.sum_over_devices((gradient, loss._replace(collections={})))
-    weight = jnp.where(loss.weight > 0, loss.weight, 1)  # a batch of bad records: no gradient
+    weight = jnp.where(loss.weight > 0, loss.weight, 1)  # 0 in a batch of damaged records only
     gradient = jax.tree.map(lambda g: g / weight, gradient)
     return gradient, loss._replace(collections=context.mean_over_devices(collections))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Throughput of training: step time, wait for input, FLOPs, model FLOPs utilisation."""
+"""Throughput of training: step time, wait for input, model FLOPs utilization (MFU)."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,19 +14,22 @@ from jaxtyping import PyTree
 from localglobal_jax.config import schema
 from localglobal_jax.parallel import multihost
 from localglobal_jax.training import metrics, optim
-from localglobal_jax.training.reporting.run import log
 from localglobal_jax.training.tasks import HostBatch, Task
+
+log = logging.getLogger(__name__)
 
 
 class ThroughputMeter:
-    """Sums the metrics of the steps between two reports, and says where the time went.
+    """Sums the metrics of the steps between two reports (a window) and measures their time.
 
-    `divergence.DivergenceMonitor` lets at most one step be in flight beyond the one being waited
-    for, so that the clock tells what the device does. `partial` sums go into every
-    checkpoint: a run that resumes inside a window reports the same means as one that was never
-    stopped.
+    `divergence.DivergenceMonitor` reads the outcome of a step while the next one runs, so the
+    host is at most one step ahead of the device and its clock measures the device.
 
-    `work` says of a batch how many multiply-adds its step is; without it there is no MFU.
+    Args:
+      start: the first step of the run or of the resumed run.
+      partial: the sums of an unfinished window, from the checkpoint (see `partial`), so that a
+        resumed run reports the same means as an uninterrupted one.
+      work: returns the multiply-adds of the step of a batch; without it no MFU is reported.
     """
 
     def __init__(
@@ -37,7 +41,9 @@ class ThroughputMeter:
         work: Callable[[HostBatch], int] | None = None,
     ):
         self._run, self._items, self._work = run, task.items, work
-        self._schedule = jax.jit(optim.make_schedule(run.optim, run.steps))  # one program, not ten
+        self._schedule = jax.jit(
+            optim.make_schedule(run.optim, run.steps)
+        )  # compiled as one program
         self._peak = multihost.peak_flops() if work else None
         self._compiled: dict[Any, float] = {}  # shape of a batch -> FLOPs of its step
         self._open(start)
@@ -48,27 +54,27 @@ class ThroughputMeter:
 
     def _open(self, step: int) -> None:
         self._first, self._began = step, time.perf_counter()
-        self._steps = self._items_before = 0  # of this process; of the one that was interrupted
+        self._steps = self._items_before = 0  # of this process; of the interrupted one
         self._waited = self._paused = self._compiling = self._flops = 0.0
         self._sums: list[PyTree] = []
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around the wait for input."""
+        """Context manager around the wait for input."""
         began = time.perf_counter()
         yield
         self._waited += time.perf_counter() - began
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is not training."""
+        """Context manager around evaluation and saving, whose time does not count."""
         began = time.perf_counter()
         yield
         self._paused += time.perf_counter() - began
 
     @contextmanager
     def compiling(self, batch: HostBatch) -> Iterator[None]:
-        """Around a step; the first of every shape compiles, which is no training either."""
+        """Context manager around a step; the first of a shape compiles, which does not count."""
         shapes = tuple((name, x.shape) for name, x in batch.items())
         began = time.perf_counter()
         yield
@@ -82,7 +88,7 @@ class ThroughputMeter:
         self._flops += self._compiled[shapes]
 
     def _count(self, batch: HostBatch) -> float:
-        """FLOPs of a step; where nobody asks, or they cannot be counted, 0."""
+        """Returns the FLOPs of a step; 0 if no MFU is reported or they cannot be counted."""
         if self._work is None or not self._peak or multihost.rank():
             return 0.0
         try:
@@ -93,7 +99,7 @@ class ThroughputMeter:
             return 0.0
 
     def add(self, sums: PyTree) -> None:
-        """One step's metrics, still on the device."""
+        """Adds the metrics of one step, still on the device."""
         self._sums.append(sums)
         self._steps += 1
 
@@ -105,12 +111,12 @@ class ThroughputMeter:
         return total
 
     def partial(self) -> dict[str, Any]:
-        """What `__init__` needs to go on, as JSON: float32 survives it exactly."""
+        """Returns the unfinished window as JSON, which keeps float32 exactly, for `__init__`."""
         sums = {k: [np.asarray(v).item() for v in pair] for k, pair in self._total().items()}
         return {"first": self._first, "sums": sums}
 
     def close(self, step: int) -> dict[str, float]:
-        """The means over the window."""
+        """Returns the means over the window, its speed and its memory, and begins a new window."""
         total = self._total()
         items = int(total["loss"][1]) - self._items_before
         line = metrics.compute(total)

@@ -22,7 +22,7 @@ def outcome(loss=1.0, bad=()):
     return divergence.Outcome({"loss": (np.float32(loss * 4), np.float32(4))}, parts)
 
 
-def watch(directory=None, **optim):
+def monitor(directory=None, **optim):
     run = validation.check({"model": {"name": "x"}, "optim": optim})
     return divergence.DivergenceMonitor(run, PARAMS, directory, start=10)
 
@@ -55,45 +55,45 @@ def test_what_is_wrong_is_named():
 
 
 def test_it_looks_one_step_late_and_before_every_save(tmp_path):
-    looking = watch(tmp_path)
-    looking.add(10, outcome(), np.arange(4))
-    looking.saving(11, {"count": np.int32(2), "mean": np.ones(3)})
-    looking.add(11, outcome(np.nan, bad=(0, 3)), np.array([7, 5, 5, 9]))  # still on the device
-    with pytest.raises(divergence.Diverged, match="at step 11, 0 after the checkpoint of step 11"):
-        looking.add(12, outcome(), np.arange(4))
+    watching = monitor(tmp_path)
+    watching.add(10, outcome(), np.arange(4))
+    watching.saving(11, {"count": np.int32(2), "mean": np.ones(3)})
+    watching.add(11, outcome(np.nan, bad=(0, 3)), np.array([7, 5, 5, 9]))  # still on the device
+    with pytest.raises(divergence.Diverged, match="step 11"):
+        watching.add(12, outcome(), np.arange(4))
     found = json.loads((tmp_path / divergence.FILE).read_text())
     assert found == {
         **{"step": 11, "last_checkpoint": 11, "loss": True, "parameters": ["b/kernel"]},
         **{"records": [5, 7, 9], "skipped": 0},
     }
-    last = watch()
+    last = monitor()
     last.add(10, outcome(bad=(1,)), np.arange(4))
     with pytest.raises(divergence.Diverged):
         last.saving(11, {})
 
 
 def test_a_state_that_overflowed_behind_a_finite_loss_is_not_saved(tmp_path):
-    looking = watch(tmp_path)
+    watching = monitor(tmp_path)
     state = {"params": PARAMS, "batch_stats": {"var": np.array([1, np.inf], np.float32)}}
-    with pytest.raises(divergence.Diverged, match=r"1 arrays of the state \(batch_stats/var\)"):
-        looking.saving(20, state)
+    with pytest.raises(divergence.Diverged, match="batch_stats/var"):
+        watching.saving(20, state)
     found = json.loads((tmp_path / divergence.FILE).read_text())
     assert found == {"step": 20, "last_checkpoint": 10, "state": ["batch_stats/var"]}
-    looking.saving(30, {"params": PARAMS})  # as a later start does
+    watching.saving(30, {"params": PARAMS})  # as a later start does
     assert not (tmp_path / divergence.FILE).exists()
 
 
 def test_skipped_steps_are_counted_up_to_the_limit(caplog):
-    looking = watch(skip_nonfinite=2)
+    watching = monitor(skip_nonfinite=2)
     for step in (10, 11):
-        looking.add(step, outcome(bad=(1,)), np.arange(4))
+        watching.add(step, outcome(bad=(1,)), np.arange(4))
     with caplog.at_level(logging.WARNING):
-        looking.settle()
-    assert looking.line() == {"skipped": 2} and watch().line() == {}
+        watching.settle()
+    assert watching.line() == {"skipped": 2} and monitor().line() == {}
     assert "step 11 changed nothing (2 of at most 2 to skip): the gradients of 1" in caplog.text
-    looking.add(12, outcome(bad=(2,)), np.arange(4))
+    watching.add(12, outcome(bad=(2,)), np.arange(4))
     with pytest.raises(divergence.Diverged):
-        looking.settle()
+        watching.settle()
 
 
 def test_the_first_of_the_losses_far_above_the_typical_ones_is_a_spike():

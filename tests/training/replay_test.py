@@ -54,9 +54,7 @@ def files(directory):
 
 def test_the_step_the_batch_and_the_record_are_named(poison, tmp_path):
     record, _ = poison
-    with pytest.raises(
-        divergence.Diverged, match=f"at step {FIRST}, 1 after the checkpoint of step 4"
-    ):
+    with pytest.raises(divergence.Diverged, match=f"step {FIRST}.*step 4"):
         train(make_run(), tmp_path)
     found = json.loads((tmp_path / divergence.FILE).read_text())
     assert found["step"] == FIRST and found["last_checkpoint"] == 4 and found["loss"]
@@ -74,16 +72,16 @@ def test_the_step_the_batch_and_the_record_are_named(poison, tmp_path):
     assert again["from"] == 4 and not again["finite"] and again["alone"] == [record]
     for name in ("records", "parameters"):
         assert again[name] == found[name]
-    assert f"records that do it in a batch of nothing else: {record}" in divergence.describe(again)
+    assert divergence.describe(again).endswith(f"alone in a batch: {record}")
     fine = replay(make_run(), tmp_path, 1)  # from step 0: no checkpoint is that old any more
     assert fine["finite"] and fine["alone"] is None and fine["from"] == 0
     assert files(tmp_path) == before
 
 
 def test_what_cannot_be_replayed(tmp_path):
-    with pytest.raises(ValueError, match="the run has the steps 0 to 11"):
+    with pytest.raises(ValueError, match=f"--replay {STEPS}"):
         replay(make_run(), tmp_path, STEPS)
-    with pytest.raises(ValueError, match="holds no run"):
+    with pytest.raises(ValueError, match=r"config\.json"):
         replay(make_run(), tmp_path / "nothing", 3)
     assert not (tmp_path / "nothing").exists()
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reports of a run: metrics, TensorBoard, Weights & Biases, plots, model card, HTML."""
+"""Reports of a run: metrics file, TensorBoard, Weights & Biases, plots, model card, HTML."""

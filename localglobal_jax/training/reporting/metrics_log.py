@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run writes and says: metrics.jsonl, TensorBoard, progress, parameters, learning curve.
-
-Only one process reports: the others do not make these objects.
-"""
+"""Writer (also to TensorBoard and wandb) and reader of the file ``metrics.jsonl``."""
 
 import json
 import logging
@@ -24,10 +21,10 @@ log = logging.getLogger(__name__)
 class Writer:
     """Appends to ``metrics.jsonl``, one JSON object a line, and to TensorBoard and wandb.
 
-    A run that died has usually written past its last checkpoint; it will compute those steps
-    again. So opening drops every line after ``resume_step`` (all of them if that is None), and a
-    last line that was torn. No (step, split) is ever written twice. `checksum` goes into every
-    checkpoint; given back as ``expected``, it tells whether the lines are still those.
+    A run that was killed has usually written lines past its last checkpoint, and computes those
+    steps again. So opening drops every line after ``resume_step`` (all lines if it is None), and a
+    torn last line. No (step, split) is written twice. `checksum` is stored in every checkpoint;
+    passed as ``expected``, it detects lines that are missing or changed.
     """
 
     def __init__(
@@ -48,14 +45,14 @@ class Writer:
         self.checksum = checksum(workdir, last)
         if expected is not None and expected != self.checksum:
             log.error(
-                "%s is not what it was when step %d was saved: lines are missing or have changed. "
-                "The run goes on as if they had not; restore the file to have them back",
+                "%s is not as it was at the save of step %d: lines are missing or have changed. "
+                "The run continues without them; restore the file to recover them",
                 *(self.path, last),
             )
         self._file = self.path.open("a", encoding="utf-8")
         self._boards: list[Any] = []
         if tensorboard:
-            # here because it takes a while and may be off
+            # imported here: slow, and optional
             from localglobal_jax.training.reporting.tensorboard import EventFile  # noqa: PLC0415
 
             self._boards.append(EventFile(self.path.parent / "tensorboard", forget=last + 1))
@@ -64,7 +61,7 @@ class Writer:
             self._boards += [run] if run else []
 
     def write(self, step: int, split: str, given: Mapping[str, Any]) -> bool:
-        """Adds one line; False, and nothing is written, if this step and split are there already.
+        """Adds one line; returns False, without writing, if the step and split exist already.
 
         JSON has no NaN and no infinity: they become the strings "nan", "inf", "-inf".
         """
@@ -82,19 +79,19 @@ class Writer:
         return True
 
     def show(self, step: int, shown: Mapping[str, str | np.ndarray]) -> None:
-        """Texts and pictures ([h, w, 3], uint8), by their names, where people look at curves."""
+        """Adds texts and pictures (uint8 [h, w, 3]), by name, to TensorBoard and wandb."""
         for board in self._boards:
             board.show(step, shown)
 
     def flush(self) -> None:
-        """Returns once everything is on the disk; call it before a checkpoint is saved."""
+        """Returns once everything is on the disk; called before a checkpoint is saved."""
         self._file.flush()
         os.fsync(self._file.fileno())
         for board in self._boards:
             board.flush()
 
     def close(self) -> None:
-        """Flushes and closes. It may be called because the disk is full: then it only says so."""
+        """Flushes and closes. A full disk, which may be the reason for the call, is only logged."""
         for file in (self._file, *self._boards):
             try:
                 file.close()
@@ -103,12 +100,12 @@ class Writer:
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict]:
-    """The lines of ``metrics.jsonl``; what is no JSON object with a step and a split is skipped."""
+    """Returns the lines of ``metrics.jsonl`` that are JSON objects with a step and a split."""
     return [line for line in map(_parse, _texts(workdir)) if line]
 
 
 def damaged_lines(workdir: str | os.PathLike) -> list[int]:
-    """The numbers, from 1, of the lines that `read_metrics` skips."""
+    """Returns the numbers, from 1, of the lines that `read_metrics` skips."""
     return [number for number, text in enumerate(_texts(workdir), 1) if not _parse(text)]
 
 
@@ -128,7 +125,7 @@ def _parse(text: str) -> dict | None:
 
 
 def _up_to(last: int, contents: bytes) -> dict[tuple[int, str], str]:
-    """The lines by step and split, without what is later, torn or double."""
+    """Returns the lines by step and split, without later, torn and duplicate lines."""
     kept = dict[tuple[int, str], str]()
     for text in contents.decode("utf-8", errors="replace").splitlines():
         line = _parse(text)
@@ -142,13 +139,13 @@ def _as_file(lines: dict[tuple[int, str], str]) -> bytes:
 
 
 def checksum(workdir: str | os.PathLike, last: int) -> int:
-    """CRC-32 of the lines of ``metrics.jsonl`` up to step `last`: those that a checkpoint knows."""
+    """Returns the CRC-32 of the lines of ``metrics.jsonl`` up to step `last`."""
     path = pathlib.Path(workdir) / "metrics.jsonl"
     return zlib.crc32(_as_file(_up_to(last, path.read_bytes())) if path.exists() else b"")
 
 
 def _drop_after(path: pathlib.Path, last: int) -> set[tuple[int, str]]:
-    """Rewrites the file, if it must change, without what is later, torn or double."""
+    """Rewrites the file, if needed, without later, torn and duplicate lines; returns its keys."""
     if not path.exists():
         return set()
     before = path.read_bytes()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run leaves for people at its end: the model card."""
+"""The model card of a finished run."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ def model_card(
     command: str | None = None,
     curve: str | None = None,
 ) -> str:
-    """The model card, in Markdown (arXiv 1810.03993, what a training run can know of it).
+    """Returns the model card in Markdown: the parts of arXiv 1810.03993 that a run can fill in.
 
     Args:
       metrics: final numbers by split, ``{"test": {"accuracy": 0.98, "count": 360}}``.

@@ -7,23 +7,25 @@ import pathlib
 
 from localglobal_jax.training.reporting.metrics_log import read_metrics
 
-PANELS = ("loss", "accuracy", "bleu")  # of the learning curve; those that occur are drawn
+PANELS = ("loss", "accuracy", "bleu")  # panels, where the metric exists
 
 
 def learning_curve(workdir: str | os.PathLike) -> pathlib.Path:
     """Draws ``metrics.jsonl`` over the steps as ``learning_curve.png``; returns its path.
 
-    One panel for each of `PANELS`, one curve for each split; ValueError if nothing can be drawn.
+    One panel per metric of `PANELS`, one curve per split. Raises ValueError if there is no metric.
     """
-    # Objects, not pyplot: no global state, no display, no back end chosen for others. Imported
-    # here because it takes a second that most commands can do without.
+    # Objects, not pyplot: no global state, no display, no choice of back end. Imported here because
+    # the import takes a second.
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     lines = read_metrics(workdir)
     panels = [name for name in PANELS if any(name in line for line in lines)]
     if not panels:
-        raise ValueError(f"no learning curve: none of {PANELS} in {workdir}/metrics.jsonl")
+        raise ValueError(
+            f"no learning curve: {workdir}/metrics.jsonl has none of the metrics {PANELS}"
+        )
     figure = Figure(figsize=(5.5 * len(panels), 3.6), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         curves = collections.defaultdict(list)

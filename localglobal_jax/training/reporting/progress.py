@@ -21,13 +21,13 @@ def progress_line(
     waiting: float,
     mfu: float | None = None,
 ) -> str:
-    """``step 350/1000  loss 0.1234  5,234 items/s  ETA 1:05  input wait 3 %  MFU 41 %``.
+    """Formats ``step 350/1000  loss 0.1234  5,234 items/s  ETA 1:05  input wait 3 %  MFU 41 %``.
 
     Args:
       rate: `items` per second.
-      seconds: those left to the end, by the present speed.
+      seconds: estimated time to the end.
       waiting: share of the time spent waiting for input, in [0, 1].
-      mfu: share of the devices' peak that the model's multiply-adds take; None: not known.
+      mfu: model FLOPs utilization, in [0, 1]; None: not known.
     """
     parts = [f"step {step:>{len(str(total))}}/{total}"]
     if loss is not None:
@@ -46,7 +46,7 @@ def progress_line(
 
 
 class Progress:
-    """One line redrawn on a terminal, plain lines in a pipe."""
+    """Writes progress: one line redrawn on a terminal, plain lines in a pipe."""
 
     def __init__(self, stream: TextIO | None = None):
         self._stream = stream or sys.stderr
@@ -54,7 +54,7 @@ class Progress:
         self._drawn = False
 
     def show(self, line: str) -> None:
-        """Replaces the line on a terminal, adds it in a pipe."""
+        """Replaces the line on a terminal, adds a line in a pipe."""
         if self._terminal:
             width = shutil.get_terminal_size().columns - 1
             self._stream.write("\r" + line[:width] + "\x1b[K")
@@ -64,13 +64,13 @@ class Progress:
         self._stream.flush()
 
     def print(self, text: str) -> None:
-        """A line that stays, above the one that is redrawn."""
+        """Writes a permanent line above the redrawn one."""
         self._stream.write(("\r\x1b[K" if self._drawn else "") + text + "\n")
         self._stream.flush()
         self._drawn = False
 
     def close(self) -> None:
-        """Leaves the last line standing."""
+        """Ends the redrawn line."""
         if self._drawn:
             self._stream.write("\n")
             self._stream.flush()
@@ -78,9 +78,9 @@ class Progress:
 
 
 def parameter_table(params: Any, most: int = 40) -> str:
-    """Path, shape, number of parameters, and the total, as text.
+    """Returns a table of path, shape and number of parameters, with the total, as text.
 
-    More than `most` leaves are summed up in groups by the first two names of their paths.
+    More than `most` leaves are grouped by the first two names of their paths.
     """
     leaves = [
         (jax.tree_util.keystr(path, simple=True, separator="/"), tuple(leaf.shape))

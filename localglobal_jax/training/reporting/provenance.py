@@ -12,9 +12,9 @@ from localglobal_jax.parallel import placement
 
 
 def git(folder: pathlib.Path) -> dict[str, Any]:
-    """The commit that `folder` is at, and whether files differ from it; {} outside of git."""
+    """Returns the commit of `folder` and whether files differ from it; {} outside of git."""
 
-    def ask(*words: str) -> str | None:
+    def run(*words: str) -> str | None:
         # without locks: else `status` would write the index
         command = ["git", "--no-optional-locks", "-C", str(folder), *words]
         try:
@@ -25,25 +25,25 @@ def git(folder: pathlib.Path) -> dict[str, Any]:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    commit = ask("rev-parse", "HEAD")
-    return {"commit": commit, "dirty": bool(ask("status", "--porcelain"))} if commit else {}
+    commit = run("rev-parse", "HEAD")
+    return {"commit": commit, "dirty": bool(run("status", "--porcelain"))} if commit else {}
 
 
 def versions() -> dict[str, str]:
-    """Of what the numbers depend on."""
+    """Returns the versions of the packages that determine the numbers of a run."""
     packages = ("localglobal_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
     return {name: metadata.version(name) for name in packages}
 
 
 def environment() -> dict[str, str]:
-    """Where this process runs and, if its code is in a git checkout, of which commit."""
+    """Returns Python, system, devices and, if the code is in a git checkout, its commit."""
     found = {
         "python": platform.python_version(),
         "system": platform.platform(),
         "devices": placement.describe(),
     }
     root = pathlib.Path(__file__).parents[3]
-    if (root / ".git").exists():  # else git would tell of whatever is around an installed package
+    if (root / ".git").exists():  # not a checkout around an installed package
         # without locks: else git would write the index
         command = ["git", "--no-optional-locks", "-C", str(root), "describe", "--always"]
         command += ["--dirty", "--abbrev=40", "--exclude=*"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run tells people: at its start, while it goes, at its end. Rank 0 speaks, others count."""
+"""Reports of a run at its start, during training and at its end; only rank 0 reports."""
 
 import logging
 import pathlib
@@ -20,13 +20,13 @@ from localglobal_jax.training.reporting.provenance import environment, versions
 from localglobal_jax.training.tasks import Task
 
 log = logging.getLogger(__name__)
-# of a line of metrics
+# fields of a line of metrics, beside those of the model
 OF_THE_MACHINE = ("seconds_left", "input_wait", "memory_bytes", "compile_seconds", "mfu")
 OF_THE_RUN = ("step", "split", "learning_rate", "gradient_norm")
 
 
 def log_run_header(run: schema.Run, task: Task, params: PyTree, start: int) -> None:
-    """Parameters, data, devices and what is about to happen."""
+    """Logs the parameters, the data, the devices and the steps of a run."""
     if multihost.rank():
         return
     log.info("%s", progress.parameter_table(params))
@@ -37,7 +37,7 @@ def log_run_header(run: schema.Run, task: Task, params: PyTree, start: int) -> N
 
 
 class MetricLogger:
-    """The metrics file, TensorBoard and the progress line; nothing but on rank 0."""
+    """Writes the metrics file, TensorBoard and the progress line; does nothing on other ranks."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class MetricLogger:
             self._progress = progress.Progress()
 
     def training(self, step: int, line: Mapping[str, float]) -> None:
-        """Reports the steps of a window."""
+        """Reports the means of the steps since the last report."""
         if self._writer and self._progress:
             self._writer.write(step, "train", line)
             self._progress.show(
@@ -86,17 +86,17 @@ class MetricLogger:
         results: Mapping[str, Mapping[str, float]],
         shown: Mapping[str, str | np.ndarray],
     ) -> None:
-        """Reports what the evaluators said, and shows examples."""
+        """Reports the metrics of an evaluation, and its examples `shown`."""
         if self._writer and self._progress:
             if shown:
                 self._writer.show(step, shown)
             for split, line in results.items():
                 self._writer.write(step, split, line)
-                said = "  ".join(f"{name} {value:.5g}" for name, value in line.items())
-                self._progress.print(f"step {step}  {split}: {said}")
+                text = "  ".join(f"{name} {value:.5g}" for name, value in line.items())
+                self._progress.print(f"step {step}  {split}: {text}")
 
     def flush(self) -> int | None:
-        """Returns once everything is on the disk; what was written, as `reporting.checksum`."""
+        """Returns the `metrics_log.checksum` once it is on the disk; None on other ranks."""
         if self._writer:
             self._writer.flush()
         return self._writer.checksum if self._writer else None
@@ -109,19 +109,19 @@ class MetricLogger:
 
 
 def of_the_machine(name: str) -> bool:
-    """Whether a number of a training line is the machine's doing, not the model's."""
+    """Returns whether a field of a training line measures the machine, not the model."""
     return name in OF_THE_MACHINE or name.endswith("_per_second")
 
 
 def model_results(line: Mapping[str, Any]) -> dict[str, Any]:
-    """What a line of metrics says of the model."""
+    """Returns the fields of a line of metrics that measure the model."""
     return {k: v for k, v in line.items() if k not in OF_THE_RUN and not of_the_machine(k)}
 
 
 def finish(
     run: schema.Run, task: Task, directory: pathlib.Path, params: PyTree
 ) -> dict[str, dict[str, float]]:
-    """On host 0 writes `model_card.md` and the learning curve, and returns the last metrics."""
+    """Writes `model_card.md` and the learning curve; returns the last metrics. Rank 0 only."""
     last: dict[str, dict[str, float]] = {}
     if multihost.rank():
         return last

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TensorBoard's file, written by whoever calls.
+"""Writer of TensorBoard's event files, in the calling thread.
 
-Not tensorboardX's `SummaryWriter`: that one hands over to a thread. When the thread dies, of a full
-disk say, its queue fills up, and training waits for it forever, deaf to SIGTERM.
+tensorboardX's `SummaryWriter` writes in a thread of its own. When that thread ends, for example
+because the disk is full, its queue fills up and training blocks forever, also on SIGTERM.
 """
 
 import pathlib
@@ -16,15 +16,15 @@ from tensorboardX.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboardX.proto.tensor_pb2 import TensorProto
 from tensorboardX.record_writer import RecordWriter
 
-VERSION = "brain.Event:2"  # of the format; TensorBoard wants it first
+VERSION = "brain.Event:2"  # of the file format; the first record
 
 
 class EventFile:
-    """A new file in `directory`; what other files there say from step `forget` on is forgotten."""
+    """A new event file in `directory`. TensorBoard drops older points from step `forget` on."""
 
     def __init__(self, directory: pathlib.Path, forget: int):
         directory.mkdir(parents=True, exist_ok=True)
-        # TensorBoard reads files in the order of their names, which begin with the time.
+        # TensorBoard reads files in the order of their names, which start with the time.
         now = time.time_ns()
         name = f"events.out.tfevents.{now // 10**9}.{socket.gethostname()}.{now}"
         self._records = RecordWriter(str(directory / name))
@@ -32,13 +32,16 @@ class EventFile:
         self._write(Event(step=forget, session_log=SessionLog(status=SessionLog.START)))
 
     def add(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Adds a point to the curve of every name; OSError if it cannot be written."""
+        """Adds a point to the curve of every name. Raises OSError if it cannot be written."""
         self._add(step, [Summary.Value(tag=tag, simple_value=x) for tag, x in numbers.items()])
 
     def show(self, step: int, shown: Mapping[str, str | np.ndarray]) -> None:
-        """Adds texts (Markdown) and pictures ([h, w, 3], uint8) by their names."""
-        self._add(step, [_text(k, v) if isinstance(v, str) else _picture(k, v)
-                         for k, v in shown.items()])  # fmt: skip
+        """Adds texts (Markdown) and pictures (uint8 [h, w, 3]) by name."""
+        values = [
+            _text(name, value) if isinstance(value, str) else _picture(name, value)
+            for name, value in shown.items()
+        ]
+        self._add(step, values)
 
     def _add(self, step: int, values: list[Summary.Value]) -> None:
         self._write(Event(step=step, summary=Summary(value=values)))
@@ -52,7 +55,7 @@ class EventFile:
         self._records.flush()
 
     def close(self) -> None:
-        """Closes."""
+        """Flushes and closes the file."""
         self._records.close()
 
 
@@ -63,7 +66,7 @@ def _text(tag: str, text: str) -> Summary.Value:
 
 
 def _picture(tag: str, pixels: np.ndarray) -> Summary.Value:
-    import cv2  # noqa: PLC0415 # most runs show none
+    import cv2  # noqa: PLC0415 # most runs log no pictures
 
     height, width, channels = pixels.shape
     encoded = cv2.imencode(".png", pixels[..., ::-1])[1].tobytes()

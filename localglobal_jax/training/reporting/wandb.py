@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run of Weights & Biases, for those who have it installed and ask for it (``log.wandb``)."""
+"""Writer of a Weights & Biases run (``log.wandb``); needs the extra ``wandb``."""
 
 import html
 import importlib.util
@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 log = logging.getLogger(__name__)
-ALONE = ("offline", "disabled", "dryrun")  # values of WANDB_MODE that ask nobody
+OFFLINE = ("offline", "disabled", "dryrun")  # values of WANDB_MODE that need no key
 
 
 def check(project: str | None) -> None:
-    """Raises ValueError if a project is asked for where nobody could report to it."""
+    """Raises ValueError if `project` is given but wandb is not installed or has no key."""
     if not project:
         return
     if not importlib.util.find_spec("wandb"):
@@ -26,29 +26,29 @@ def check(project: str | None) -> None:
         )
     import wandb  # noqa: PLC0415 # an extra
 
-    if os.environ.get("WANDB_MODE") not in ALONE and not wandb.api.api_key:
+    if os.environ.get("WANDB_MODE") not in OFFLINE and not wandb.api.api_key:
         raise ValueError(
-            f"log.wandb={project}: wandb knows no key: run `wandb login`, set WANDB_API_KEY, or "
-            "WANDB_MODE=offline to keep everything here"
+            f"log.wandb={project}: wandb has no key: run `wandb login`, set WANDB_API_KEY, or set "
+            "WANDB_MODE=offline to keep everything on this machine"
         )
 
 
 def start(
     project: str, directory: pathlib.Path, config: Mapping[str, Any], name: str
 ) -> "WandbRun | None":
-    """None, and a line that says so, where wandb cannot: training goes on without it."""
+    """Starts or resumes a run; logs an error and returns None if wandb fails."""
     try:
         return WandbRun(project, directory, config, name)
-    except Exception as error:  # its own kinds, and those of the network below it
+    except Exception as error:  # errors of wandb and of the network
         log.error("log.wandb=%s: %s; training without it", project, error)
         return None
 
 
 class WandbRun:
-    """The run of a workdir: resumed, it goes on as the same one. `config` is shown beside it.
+    """The wandb run of a workdir; a resumed workdir continues the same run.
 
-    Curves are drawn over our step, not over the number of calls, which must grow: what a run that
-    died had written past its checkpoint is written again.
+    Curves are drawn over our step, not over wandb's own, which must grow: a resumed run writes the
+    steps after its checkpoint again.
     """
 
     def __init__(self, project: str, directory: pathlib.Path, config: Mapping[str, Any], name: str):
@@ -69,11 +69,11 @@ class WandbRun:
         self._run.define_metric("*", step_metric="step")
 
     def add(self, step: int, numbers: Mapping[str, float]) -> None:
-        """A point of every curve."""
+        """Adds a point to the curve of every name."""
         self._run.log({"step": step, **numbers})
 
     def show(self, step: int, shown: Mapping[str, str | np.ndarray]) -> None:
-        """Texts and pictures ([h, w, 3], uint8) by their names."""
+        """Adds texts and pictures (uint8 [h, w, 3]) by name."""
         values = {
             name: self._html(f"<pre>{html.escape(value)}</pre>")
             if isinstance(value, str)
@@ -83,8 +83,8 @@ class WandbRun:
         self._run.log({"step": step, **values})
 
     def flush(self) -> None:
-        """wandb writes by itself."""
+        """No-op: wandb flushes by itself."""
 
     def close(self) -> None:
-        """Ends the run; it waits until everything is uploaded, unless WANDB_MODE=offline."""
+        """Ends the run; waits for the upload, unless WANDB_MODE=offline."""
         self._run.finish()

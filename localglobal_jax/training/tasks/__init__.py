@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks: where models meet data. One file each; `task.py` says what a task is."""
+"""Tasks connect models with data: one file each, and `create_task`, which makes one of a run."""
 
 import pathlib
 from collections.abc import Callable
@@ -41,9 +41,10 @@ def create_task(
     train: bool = True,
     workdir: pathlib.Path | None = None,
 ) -> Task:
-    """The task that `run` describes, as host `shard[0]` of `shard[1]` sees it.
+    """Creates the task of `run`, with the data of host `shard[0]` of `shard[1]`.
 
-    `train`: whether it will train; if not, the training data need not be there. `workdir`: of the
-    run; what `Task.save` has written there is read.
+    Args:
+      train: whether the task will train; else the training data is not opened.
+      workdir: the workdir of the run, from which files written by `Task.save` are read.
     """
     return TASKS[run.task.name](run, shard=shard, train=train, workdir=workdir)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classification: a batch is images and labels."""
+"""Image classification: a batch is images and labels."""
 
 import pathlib
 from collections.abc import Iterator
@@ -32,22 +32,25 @@ def create(
     train: bool = True,
     workdir: pathlib.Path | None = None,
 ) -> Task:
-    """The task of `run`. Checks its model, then opens its data: a missing set is an error here."""
+    """Creates the task of `run`. Raises ValueError for a wrong model or missing data."""
     classes, channels = pipeline.describe(run.data)
     spec = {"classes": classes, **run.model, "dtype": run.dtype}
     if "dtype" in run.model:
-        raise ValueError("model.dtype follows from the run: set config.dtype instead")
+        raise ValueError("model.dtype is taken from the run: set config.dtype instead")
     model = create_model(**spec)
     if model.classes < classes:
         raise ValueError(
             f"model.classes={model.classes}, but {run.data.name} has {classes} classes: "
-            "leave model.classes out to take the data set's"
+            "leave model.classes out to take the number of the data set"
         )
     shape = (*run.data.image_size, channels)
     example = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
     try:
         jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), example)
-    except (ValueError, MemoryError) as error:  # tables may grow with the square of the pixels
+    except (
+        ValueError,
+        MemoryError,
+    ) as error:  # tables may grow with the square of the number of pixels
         where = f"config.model, on images of data.image_size={run.data.image_size}"
         raise ValueError(f"{where}: {error}") from error
     source = pipeline.open_split(run.data, run.data.train_split, train=True) if train else None
@@ -86,7 +89,7 @@ def create(
 def create_evaluator(
     model: nn.Module, run: schema.ClassificationRun, split: str, *, shard: tuple[int, int]
 ) -> Evaluator:
-    """Loss and accuracy on the whole of `split`."""
+    """Creates the evaluator of `split`: loss and accuracy."""
     source = pipeline.open_split(run.data, split, train=False)
     batch_size = run.eval.batch_size or run.batch_size
 
@@ -110,11 +113,12 @@ def loss(
     batch: Batch,
     key: jax.Array,
 ) -> Loss:
-    """Cross-entropy of a training batch, on mixed images if MixUp or CutMix are on.
+    """Computes the cross-entropy of a training batch, on mixed images under MixUp or CutMix.
 
-    A model that classifies every token too ("aux_logits", VOLO) gets the mean loss of its tokens
-    added (arXiv 2104.10858, equation 3); without label maps of a teacher, a token's label is its
-    image's. Where it mixed tokens of two images ("mix_box"), the class logits meet both labels.
+    For a model that also classifies every token ("aux_logits", VOLO) the mean loss of its tokens is
+    added (arXiv 2104.10858, equation 3); without label maps of a teacher, a token has the label of
+    its image. Where the model mixed tokens of two images ("mix_box"), the target of the class
+    logits is the mixture of both labels.
     """
     mix_key, dropout_key = jax.random.split(key)
     image, mask = normalize(batch["image"], run.data), batch["mask"]

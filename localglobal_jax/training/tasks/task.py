@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A task says what a batch means: its loss, its data, its evaluators. The loop knows no more."""
+"""The interface between a task and the training loop: loss, data, evaluators."""
 
 import dataclasses
 import pathlib
@@ -20,49 +20,51 @@ Sums = Mapping[str, tuple[Array, Array]]  # name -> (sum, count), mergeable over
 
 
 class Loss(NamedTuple):
-    """What one batch says. Sums, not means, so that micro-batches and padding add up exactly."""
+    """The loss of one batch, as sums, so that micro-batches and padding add up exactly."""
 
-    total: Float[Array, ""]  # summed over examples; the gradient is that of total / weight
-    weight: Float[Array, ""]  # examples (or tokens) that count
+    total: Float[Array, ""]  # summed over examples; the gradient is of total / weight
+    weight: Float[Array, ""]  # the number of examples or tokens with a nonzero mask
     metrics: Sums
     collections: Variables  # the model's other variables after this batch, e.g. batch_stats
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-    """One split to evaluate.
+    """The evaluator of one split.
 
     `metrics` and `predict` are pure and compiled once per shape of a batch. `size` is the number of
-    examples (or tokens) that the result must be made of; evaluation fails if it is not.
+    examples (or tokens) of the split; evaluation fails if it counts another number.
     """
 
     batches: Callable[[], Iterator[HostBatch]]
     metrics: Callable[[Variables, Batch], Sums]
     metric_names: tuple[str, ...]
-    size: Callable[[], int]  # asked after the last batch, when the bad records are known
-    predict: Callable[[Variables, Batch], PyTree] | None = None  # arrays for the host, row by row
-    # From the means and what was predicted for every batch, what is reported.
+    size: Callable[[], int]  # called after the last batch, when bad records are known
+    predict: Callable[[Variables, Batch], PyTree] | None = None  # arrays with one row per example
+    # From the means and the predictions of every batch to the reported metrics.
     finish: Callable[[dict[str, float], list[PyTree]], dict[str, float]] = lambda means, _: means
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Everything the loop needs. Functions are pure but for the batches they yield."""
+    """Everything the loop needs of a task. All functions but the iterators of batches are pure."""
 
     model: nn.Module
-    model_spec: Mapping[str, Any]  # what `create_model` needs to build the same module again
-    inputs: tuple[jax.ShapeDtypeStruct, ...]  # of one example batch, to initialise the model
-    loss: Callable[[Variables, Batch, jax.Array], Loss]  # training mode, with a random key
-    train_batches: Callable[[int, int], Iterator[HostBatch]]  # of steps start..stop, this host's
+    model_spec: Mapping[str, Any]  # arguments of `create_model` for this module
+    inputs: tuple[jax.ShapeDtypeStruct, ...]  # shapes of an example batch, to initialize the model
+    loss: Callable[[Variables, Batch, jax.Array], Loss]  # of a training batch, with a random key
+    train_batches: Callable[
+        [int, int], Iterator[HostBatch]
+    ]  # of steps start..stop, this host's shard
     evaluators: Mapping[str, Evaluator]
-    items: str  # what is counted per second: "images", "tokens"
-    summary: str  # one line for people: the data and its sizes
-    order: str  # what the training batches hang on beside the config: the records that are used
-    use: str  # Python for the model card: the trained model from its directory, and what it does
-    labels: tuple[str, ...] = ()  # what the numbers of classes mean; kept in every checkpoint
-    # Writes what the model's inputs and outputs mean, e.g. a vocabulary, into the workdir.
+    items: str  # unit of the throughput: "images", "tokens"
+    summary: str  # one line: the data and its sizes
+    order: str  # identifies the training records, which with the config determine the batches
+    use: str  # Python for the model card: loads the model and uses it
+    labels: tuple[str, ...] = ()  # names of the classes, stored in every checkpoint
+    # Writes files that define the model's inputs and outputs, e.g. a vocabulary, into the workdir.
     save: Callable[[pathlib.Path], None] = lambda directory: None
 
     def check_labels(self, metadata: Mapping[str, Any]) -> None:
-        """See the function."""
+        """Raises ValueError if the checkpoint of `metadata` was trained on other classes."""
         check_labels(self.labels, metadata)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Translation: a batch is sentences and their translations, as token ids (see `data.text`)."""
+"""Translation: a batch is pairs of sentences as token ids (see `data.text`)."""
 
 import logging
 import math
@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from localglobal_jax.config import schema
-from localglobal_jax.data.text import pipeline
-from localglobal_jax.data.text import tokenizers as tokenizer
+from localglobal_jax.data.text import pipeline, tokenizers
 from localglobal_jax.inference import bleu, decoding
 from localglobal_jax.models.registry import create_model
 from localglobal_jax.training import losses, metrics
@@ -22,7 +21,7 @@ from localglobal_jax.training.tasks.task import Batch, Evaluator, HostBatch, Los
 
 USE = """translator = lg.translate.load("path/to/this/directory")
 print(translator.translate(["A sentence."])[0].text)"""
-UNKNOWN = 0.05  # share of tokens from which we warn
+UNKNOWN = 0.05  # share of unknown tokens above which a warning is logged
 log = logging.getLogger(__name__)
 
 
@@ -33,27 +32,28 @@ def create(
     train: bool = True,
     workdir: pathlib.Path | None = None,
 ) -> Task:
-    """The task of `run`. Opens its data, makes or finds its vocabulary, checks its model.
+    """Creates the task of `run`: opens its data, loads or trains its tokenizers, checks its model.
 
-    The vocabulary is that of `workdir`, or of the run that ``init`` names; else it is made from the
-    training split, and ``Task.save`` keeps it.
+    The tokenizers are those of `workdir`, or of the run that ``init`` names; else they are trained
+    on the training split, and ``Task.save`` stores them.
     """
-    tokenizers = stored_tokenizers(run, workdir)
-    source = pipeline.open_train(run.data, tokenizers) if train else None
+    vocabularies = stored_tokenizers(run, workdir)
+    source = pipeline.open_train(run.data, vocabularies) if train else None
     if source and source.unknown > UNKNOWN:
         log.warning(
-            "%.0f %% of the tokens are unknown: is it the right vocabulary?", 100 * source.unknown
+            "%.0f %% of the tokens are unknown: check data.tokenizer and data.vocab",
+            100 * source.unknown,
         )
-    tokenizers = source.tokenizers if source else tokenizers
-    if tokenizers is None:
+    vocabularies = source.tokenizers if source else vocabularies
+    if vocabularies is None:
         raise ValueError(
-            f"{workdir} has no {tokenizer.DIRECTORY}: it is no workdir of a translation"
+            f"{workdir} has no {tokenizers.DIRECTORY}: give the workdir of a translation run"
         )
-    spec = model_spec(run, tokenizers)
+    spec = model_spec(run, vocabularies)
     model = create_model(**spec)
-    if getattr(model, "embeddings", None) == "shared" and not tokenizers.same:
+    if getattr(model, "embeddings", None) == "shared" and not vocabularies.same:
         raise ValueError(
-            "model.embeddings=shared, but source and target have vocabularies of their own: "
+            "model.embeddings=shared, but source and target have different vocabularies: "
             "set model.embeddings=separate (or decoder), or data.joint=True"
         )
     example = jax.ShapeDtypeStruct((2, 8), jnp.int32)
@@ -86,7 +86,7 @@ def create(
         train_batches=train_batches,
         evaluators={
             split: create_evaluator(
-                model, run, pipeline.open_eval(run.data, split, tokenizers, edges), shard=shard
+                model, run, pipeline.open_eval(run.data, split, vocabularies, edges), shard=shard
             )
             for split in run.data.eval_splits
         },
@@ -94,50 +94,50 @@ def create(
         order=source.order if source else "",
         use=USE,
         summary=f"{run.data.name}/{run.data.train_split}: {source.summary if source else 'text'}",
-        save=lambda directory: tokenizer.save(tokenizers, directory / tokenizer.DIRECTORY),
+        save=lambda directory: tokenizers.save(vocabularies, directory / tokenizers.DIRECTORY),
     )
 
 
 def stored_tokenizers(
     run: schema.TranslationRun, workdir: pathlib.Path | None
-) -> tokenizer.Tokenizers | None:
-    """Those of the workdir, or of the run to start from; None: they have to be made.
+) -> tokenizers.Tokenizers | None:
+    """Loads the tokenizers of the workdir, or of the run ``init``; None if they must be trained.
 
-    Raises ValueError where ``init`` has none: with other words its embeddings would mean nothing.
+    Raises ValueError where ``init`` has none: its embeddings belong to its vocabulary.
     """
-    found = tokenizer.load(workdir / tokenizer.DIRECTORY) if workdir else None
+    found = tokenizers.load(workdir / tokenizers.DIRECTORY) if workdir else None
     if found is None and workdir and (workdir / "checkpoints").is_dir():
         raise ValueError(
-            f"{workdir} has checkpoints but no {tokenizer.DIRECTORY}: restore it; a new one may "
-            "have other words"
+            f"{workdir} has checkpoints but no {tokenizers.DIRECTORY}: restore it; a new one may "
+            "have another vocabulary"
         )
     if found is None and run.init:
         try:
-            found = tokenizer.load(pathlib.Path(run.init) / tokenizer.DIRECTORY)
-        except OSError as error:  # no path at all, such as one of a thousand letters
+            found = tokenizers.load(pathlib.Path(run.init) / tokenizers.DIRECTORY)
+        except OSError as error:  # not a valid path, such as one that is too long
             raise ValueError(f"init={run.init}: {error.strerror}") from error
         if found is None:
             raise ValueError(
-                f"init={run.init} has no {tokenizer.DIRECTORY}: give the workdir of a translation "
+                f"init={run.init} has no {tokenizers.DIRECTORY}: give the workdir of a translation "
                 "run, or of a conversion with --dict"
             )
-        log.info("words    of %s; data.tokenizer, vocab, joint and dicts are not used", run.init)
+        log.info("tokens   of %s; data.tokenizer, vocab, joint and dicts are not used", run.init)
     return found
 
 
-def model_spec(run: schema.TranslationRun, tokenizers: tokenizer.Tokenizers) -> dict[str, Any]:
-    """What `create_model` needs. Vocabularies and tokens follow from the tokenizers."""
+def model_spec(run: schema.TranslationRun, vocabularies: tokenizers.Tokenizers) -> dict[str, Any]:
+    """Returns the arguments of `create_model`, with vocabularies from the tokenizers."""
     given = {
-        "source_vocab": tokenizers.source.size,
-        "target_vocab": tokenizers.target.size,
-        "pad": tokenizer.PAD,
-        "start": tokenizer.EOS,
-        "end": tokenizer.EOS,
+        "source_vocab": vocabularies.source.size,
+        "target_vocab": vocabularies.target.size,
+        "pad": tokenizers.PAD,
+        "start": tokenizers.EOS,
+        "end": tokenizers.EOS,
         "dtype": run.dtype,
     }
     for field in given:
         if field in run.model:
-            raise ValueError(f"model.{field} follows from the run and its data: leave it out")
+            raise ValueError(f"model.{field} is determined by the run and its data: leave it out")
     return {**run.model, **given}
 
 
@@ -148,7 +148,7 @@ def loss(
     batch: Batch,
     key: jax.Array,
 ) -> Loss:
-    """Cross-entropy of a training batch per token, so that the gradient is a mean over tokens."""
+    """Computes the cross-entropy of a training batch, summed over its tokens."""
     (logits, _), collections = model.apply(
         variables,
         batch["source"],
@@ -172,8 +172,11 @@ def create_evaluator(
     *,
     shard: tuple[int, int],
 ) -> Evaluator:
-    """Of a split, per token: the loss of training, that without label smoothing ("nll"), its
-    perplexity, accuracy; and BLEU and chrF of its translations."""
+    """Creates the evaluator of a split.
+
+    Per token: the training loss, the loss without label smoothing ("nll"), its perplexity, and
+    accuracy. Unless ``task.beam`` is 0, also BLEU and chrF of the translations.
+    """
     names: tuple[str, ...] = ("loss", "nll", "accuracy", "perplexity", "count")
     smoothing = run.task.label_smoothing
 
@@ -201,7 +204,7 @@ def create_evaluator(
             length_penalty=run.task.length_penalty,
             max_length=decoding.max_length(batch["source"].shape[1]),
         )
-        real = batch["mask"].any(1)  # a row that fills up the last batch has an empty mask
+        real = batch["mask"].any(1)  # rows that pad the last batch have an empty mask
         return {"index": jnp.where(real, batch["index"], -1), "tokens": found.tokens[:, 0]}
 
     def finish(means: dict[str, float], predicted: list[PyTree]) -> dict[str, float]:
@@ -219,7 +222,7 @@ def create_evaluator(
 
 
 def score(source: pipeline.TextSource, predicted: list[PyTree]) -> dict[str, float]:
-    """BLEU and chrF of what was predicted for a split, and BLEU by length of the source."""
+    """Returns BLEU and chrF of the predictions for a split, and BLEU by source length."""
     assert source.text is not None, "a training split has no references"
     hypotheses = {
         int(index): source.tokenizers.target.decode(tokens)
@@ -228,12 +231,12 @@ def score(source: pipeline.TextSource, predicted: list[PyTree]) -> dict[str, flo
         if index >= 0
     }
     in_order = [hypotheses[index] for index in range(len(source))]
-    tokenizers = source.tokenizers
-    references = [tokenizers.target.plain(text) for text in source.text.targets]
-    sources = [tokenizers.source.plain(text) for text in source.text.sources]
-    found = bleu.score(in_order, references, sources, tokenized=tokenizers.target.tokenized)
+    vocabularies = source.tokenizers
+    references = [vocabularies.target.plain(text) for text in source.text.targets]
+    sources = [vocabularies.source.plain(text) for text in source.text.sources]
+    found = bleu.score(in_order, references, sources, tokenized=vocabularies.target.tokenized)
     by_length = {
-        f"bleu_{line['words'].replace('>', 'over_')}": line["bleu"]  # TensorBoard refuses ">"
+        f"bleu_{line['words'].replace('>', 'over_')}": line["bleu"]  # TensorBoard rejects ">"
         for line in found["by_length"]
     }
     return {"bleu": found["bleu"], "chrf": found["chrf"], **by_length}

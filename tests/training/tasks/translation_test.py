@@ -120,7 +120,7 @@ def test_two_vocabularies_do_not_share_embeddings(tmp_path):
         "data.dicts": f"('{tmp_path}/a.txt', '{tmp_path}/b.txt')",
         "data.eval_splits": "train",
     }
-    with pytest.raises(ValueError, match=r"vocabularies of their own: set model\.embeddings"):
+    with pytest.raises(ValueError, match=r"model\.embeddings"):
         create_task(make_run(**overrides))
     create_task(make_run(**overrides, **{"model.embeddings": "separate"}))
 
@@ -143,7 +143,7 @@ def test_without_its_vocabulary_a_run_is_not_evaluated(trained, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(trained, copy)
     shutil.rmtree(copy / "tokenizer")
-    with pytest.raises(ValueError, match="has checkpoints but no tokenizer: restore it"):
+    with pytest.raises(ValueError, match=f"{copy} .*tokenizer"):
         evaluation.evaluate(copy)
 
 
@@ -155,7 +155,7 @@ def test_checkpoints_are_averaged(trained):
     _, earlier = load(trained, 3, average=2)
     for _, *two, found in zip(leaves[2], *leaves[:2], jax.tree.leaves(earlier), strict=True):
         np.testing.assert_allclose(found, np.mean(two, 0), rtol=1e-6, atol=1e-8)
-    with pytest.raises(ValueError, match=r"cannot average 5 checkpoints: .* has 4 up to step 4"):
+    with pytest.raises(ValueError, match=r"5 .*4 .*4"):
         load(trained, average=5)
 
 
@@ -167,7 +167,7 @@ def test_another_vocabulary_than_it_began_with_is_refused(trained, tmp_path):
     before = (copy / "tokenizer" / "joint.txt").read_bytes()
     words = tokenizers.Dictionary([f"other{i}" for i in range(396)])
     tokenizers.save(tokenizers.Tokenizers(words, words), copy / "tokenizer")
-    with pytest.raises(ValueError, match="the training data is not what it was at step 4"):
+    with pytest.raises(ValueError, match=r"step 4: .*pairs"):
         loop.train(run, copy)
     assert (copy / "tokenizer" / "joint.txt").read_bytes() == words.dump() != before
 
@@ -188,10 +188,10 @@ def test_fine_tuning_takes_weights_and_vocabulary(trained, tmp_path, monkeypatch
     (_, old), (_, new) = load(trained), load(tmp_path / "run")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), old, new)
     step = make_run(init=str(trained / "checkpoints" / "4"))
-    with pytest.raises(ValueError, match=r"init=.* has no tokenizer: give the workdir"):
+    with pytest.raises(ValueError, match=r"init=.* tokenizer"):
         loop.train(step, tmp_path / "step")
     wider = make_run(**{"model.hidden": "(48, 48)", "init": str(trained)})
-    with pytest.raises(ValueError, match=r"has shape .* and would need"):
+    with pytest.raises(ValueError, match="shape"):
         loop.train(wider, tmp_path / "wider")
     assert not (tmp_path / "wider").exists()
 
@@ -199,13 +199,13 @@ def test_fine_tuning_takes_weights_and_vocabulary(trained, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"model.source_vocab": "300"}, "model.source_vocab follows from the run"),
-        ({"data.rows_multiple": "6", "optim.accumulate": "4"}, "data.rows_multiple=6 is not div"),
-        ({"data.files": "('a.tsv',)"}, "config.data: mock=True"),
+        ({"model.source_vocab": "300"}, "model.source_vocab"),
+        ({"data.rows_multiple": "6", "optim.accumulate": "4"}, "data.rows_multiple=6"),
+        ({"data.files": "('a.tsv',)"}, "mock=True"),
         ({"model.dropout": "2.0"}, "dropout"),
-        ({"model.blocks.M.windows": "(3, 3)"}, "must differ"),
-        ({"batch_size": "64"}, "batch_size=64 tokens cannot hold data.rows_multiple=8"),
-        ({"checkpoint.best": "validation/blue"}, "did you mean.*validation/bleu"),
+        ({"model.blocks.M.windows": "(3, 3)"}, "windows"),
+        ({"batch_size": "64"}, "batch_size=64 .*data.rows_multiple=8"),
+        ({"checkpoint.best": "validation/blue"}, "checkpoint.best.*validation/bleu"),
     ],
 )
 def test_refused_before_anything_is_written(overrides, message, tmp_path):
@@ -226,5 +226,5 @@ def test_the_same_evaluation_in_other_batches(trained):
 
 def test_checkpoints_without_their_words_get_no_new_ones(tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(ValueError, match=r"has checkpoints but no tokenizer: restore it"):
+    with pytest.raises(ValueError, match=f"{tmp_path} .*tokenizer"):
         create_task(make_run(), workdir=tmp_path)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page that `localglobal report` writes of runs, from their workdirs."""
+"""The HTML page that `localglobal report` writes from the workdirs of runs."""

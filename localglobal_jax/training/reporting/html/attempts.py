@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every start of a run, as its workdir remembers it."""
+"""The attempts of a run (its starts), read from its workdir."""
 
 import contextlib
 import datetime
@@ -15,9 +15,9 @@ from localglobal_jax.data.tfds import tfrecord
 
 
 def attempts(directory: pathlib.Path, steps: int) -> list[dict[str, str]]:
-    """Every start of the run: from TensorBoard's files, and those that a sweep keeps.
+    """Returns every attempt, from TensorBoard's files and the ``attempts.jsonl`` of a sweep.
 
-    Only a sweep knows how an attempt ended.
+    Exit codes are known only for attempts that a sweep has started.
     """
     found = [_session(file) for file in sorted((directory / "tensorboard").glob("events.out.*"))]
     sessions = [session for session in found if session]
@@ -47,9 +47,9 @@ def _event(text: str) -> dict[str, Any]:
 
 
 def _session(file: pathlib.Path) -> dict[str, Any]:
-    """When a file of TensorBoard was begun and last written, from which step, up to which."""
+    """Returns the first and last time of an event file, and its first and last step."""
     times, start, last = [], 0, 0
-    # of a run that was killed, the last record may be cut off
+    # the last record of a killed run may be cut off
     with contextlib.suppress(ValueError, OSError, google.protobuf.message.DecodeError):
         for record in tfrecord.read_tfrecord(file):
             event = Event.FromString(record)

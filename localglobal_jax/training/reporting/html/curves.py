@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers over steps as the geometry of small charts: paths, dots and ticks, in pixels."""
+"""The geometry of the charts: paths, dots and ticks of metrics over steps, in pixels."""
 
 import itertools
 import math
@@ -11,16 +11,18 @@ from matplotlib.ticker import MaxNLocator
 
 from localglobal_jax.training.reporting.html.facts import Run, number, size
 
-# Of a chart: its size, and the edges of what is drawn in it
+# Size of a chart, and the edges of its plot area, in pixels
 BOX = {"width": 360, "height": 200, "left": 52, "right": 342, "top": 8, "bottom": 178}
-MOST_POINTS, MARKED = 600, 40  # of a curve: those drawn; those that get a dot each
-COLORS, DASHES = 8, 4  # that the style tells apart
-FIRST = ("loss", "accuracy", "bleu", "chrf")  # charts, before all others
-HIDDEN = re.compile(r"step|split|count|seconds_left|compile_seconds|bleu_.*")  # no charts of these
+MOST_POINTS, MARKED = 600, 40  # points of a curve; up to MARKED points get a dot each
+COLORS, DASHES = 8, 4  # defined by page.css
+FIRST = ("loss", "accuracy", "bleu", "chrf")  # charts that come first
+HIDDEN = re.compile(
+    r"step|split|count|seconds_left|compile_seconds|bleu_.*"
+)  # metrics without a chart
 
 
 class Curve(NamedTuple):
-    """A line of a chart, in its pixels. `label`: in words."""
+    """A line of a chart, in pixels, with a label."""
 
     color: int
     dash: int
@@ -30,7 +32,7 @@ class Curve(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """One number over the steps, of all runs and splits that have it."""
+    """The chart of one metric over the steps, for all runs and splits that have it."""
 
     name: str
     splits: list[tuple[str, int]]  # and their dashes
@@ -40,7 +42,7 @@ class Chart(NamedTuple):
 
 
 def charts(runs: Sequence[Run]) -> list[Chart]:
-    """Of every number that occurs in the metrics of a run."""
+    """Returns one chart for every metric of the runs."""
     names = dict.fromkeys(
         name
         for run in runs
@@ -90,7 +92,7 @@ def _axis(
     whole: bool = False,
     text: Callable[[float], str] = "{:,.6g}".format,
 ) -> Any:
-    """Ticks (place, text), and the function from a value to its place."""
+    """Returns ticks (position, text), and the function from a value to its position."""
     low, high = min(values), max(values)
     if low == high and not whole:  # else the ticks would be rounding errors apart
         low, high = low - (abs(low) / 10 or 1), high + (abs(high) / 10 or 1)
@@ -106,7 +108,7 @@ def _axis(
 
 
 def thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """At most `MOST_POINTS`: of every stretch the lowest and the highest, so that spikes stay."""
+    """Returns at most `MOST_POINTS`: the extremes of every interval, so that spikes stay."""
     size = math.ceil(2 * len(points) / MOST_POINTS)
     if size <= 2:
         return points

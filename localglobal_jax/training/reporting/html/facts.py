@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a page says of a run. Everything but name, state and config may be missing."""
+"""The data of a page: one `Run` per workdir, and the formatting of its numbers."""
 
 import base64
 import dataclasses
@@ -14,12 +14,12 @@ import numpy as np
 from localglobal_jax.training.reporting import run
 
 TOTAL, BESIDE = "all parameters", "beside them: "  # rows of the table of parameters
-MISTAKES = 10  # of a confusion matrix, that are listed
-LARGEST = 1e30  # of what is drawn or averaged
+MISTAKES = 10  # listed per confusion matrix
+LARGEST = 1e30  # larger numbers are neither drawn nor averaged
 
 
 class Picture(NamedTuple):
-    """A PNG, and what is on it. `kind`: "plot" (dark on white) or "photo"."""
+    """A PNG and its caption. `kind`: "plot" (dark on white) or "photo"."""
 
     png: bytes
     caption: str
@@ -27,11 +27,12 @@ class Picture(NamedTuple):
 
     @property
     def uri(self) -> str:
+        """The PNG as a data URI."""
         return f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
 
 
 class Confusion(NamedTuple):
-    """``counts[i, j]``: examples of class i that were taken for class j."""
+    """A confusion matrix. ``counts[i, j]``: examples of class i predicted as class j."""
 
     split: str
     examples: str  # in words: "360 images", "the first 10,000 images"
@@ -39,7 +40,7 @@ class Confusion(NamedTuple):
     counts: np.ndarray
 
     def mistakes(self) -> list[tuple[str, str, int]]:
-        """(class, taken for, how often), the most frequent first."""
+        """Returns (class, predicted class, count), the most frequent first."""
         wrong = self.counts - np.diag(np.diag(self.counts))
         order = np.argsort(-wrong, axis=None, kind="stable")[:MISTAKES]
         pairs = zip(*np.unravel_index(order, wrong.shape), strict=True)
@@ -48,13 +49,13 @@ class Confusion(NamedTuple):
         ]
 
     def shade(self, i: int, j: int) -> int:
-        """Tenths of class i, for the colour of a cell; at least 1 where there is any."""
+        """Returns the share of class i in tenths, for the colour of a cell; at least 1 if not 0."""
         share = self.counts[i, j] / max(1, self.counts[i].sum())
         return math.ceil(10 * share) if share < 1 else 10
 
 
 class Sample(NamedTuple):
-    """A sentence of the evaluation split, and what the model made of it."""
+    """A sentence of the evaluation split, its translation and the cross-attention."""
 
     source: str
     reference: str
@@ -64,14 +65,16 @@ class Sample(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class Run:
-    """What is known of one run. Everything but the first four may be missing."""
+    """The facts of one run. All fields but the first four may be missing."""
 
-    name: str  # another one for every run of a page
+    name: str  # unique on a page
     workdir: str
     state: str  # "done", "step 30 of 100", ...
     config: Mapping[str, Any]
     step: int | None = None  # of the checkpoint
-    notes: list[str] = dataclasses.field(default_factory=list)  # what is wrong or missing, and why
+    notes: list[str] = dataclasses.field(
+        default_factory=list
+    )  # missing or damaged parts, and the reason
     metrics: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     leaves: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     confusion: Confusion | None = None
@@ -81,7 +84,7 @@ class Run:
     attempts: list[dict[str, str]] = dataclasses.field(default_factory=list)
 
     def last(self) -> dict[str, Any]:
-        """``{"test/accuracy": 0.99}``: the last of every number, by split, without the speed."""
+        """Returns the last value of every metric of the model: ``{"test/accuracy": 0.99}``."""
         return {
             f"{line['split']}/{name}": value
             for line in self.metrics
@@ -89,7 +92,7 @@ class Run:
         }
 
     def speed(self) -> dict[str, float]:
-        """Medians over the training lines, but the sum of compilations and the most memory."""
+        """Returns medians over the training lines; the sum of compile times, the maximal memory."""
         found: dict[str, list[float]] = {}
         for line in self.metrics:
             for name, value in line.items():
@@ -103,7 +106,7 @@ class Run:
         return medians
 
     def parameters(self) -> dict[str, tuple[int, int]]:
-        """(numbers, bytes) by submodule; then of all of them; then of what else is saved."""
+        """Returns (numbers, bytes) by submodule, in total, and of the other arrays."""
         groups: dict[str, tuple[int, int]] = {}
         rest: dict[str, tuple[int, int]] = {}
         total = (0, 0)
@@ -129,13 +132,13 @@ def _plus(a: tuple[int, int] | None, b: tuple[int, int]) -> tuple[int, int]:
 
 
 def _bytes(dtype: str) -> int:
-    """Of a number of a type like "float32", "bfloat16", "bool", "int4" (stored in a byte)."""
+    """Returns the bytes of a number of a dtype like "float32", "bool", "int4" (one byte)."""
     bits = re.search(r"\d+", dtype)
     return max(1, int(bits[0]) // 8) if bits else 1
 
 
 def number(value: Any) -> float | None:
-    """A float that can be drawn; None for all else, such as the "nan" of a metrics file."""
+    """Returns a float that can be drawn; None for all else, such as "nan" in a metrics file."""
     try:
         found = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -144,7 +147,7 @@ def number(value: Any) -> float | None:
 
 
 def shown(value: Any) -> str:
-    """A number in few digits, anything else as text."""
+    """Formats a number with few digits, anything else as text."""
     if value is None:
         return ""
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -155,7 +158,7 @@ def shown(value: Any) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes for people."""
+    """Formats a number of bytes with a binary unit."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``localglobal report`` tells of a run: gathered from its workdir, its checkpoint, its data.
+"""Gathers the facts of a run from its workdir, its checkpoint and its data, and writes the page.
 
-Whatever is missing or damaged, or not on this machine, becomes a note on the page: an unfinished
-run has one, and so has one that crashed before its first checkpoint.
+Parts that are missing, damaged or not on this machine become notes on the page, so that unfinished
+and crashed runs have a page too.
 """
 
 import contextlib
@@ -19,37 +19,44 @@ import jax
 
 from localglobal_jax import __version__
 from localglobal_jax.checkpoints import gcs, reader, workdir
-from localglobal_jax.checkpoints.workdir import check_labels
 from localglobal_jax.config import schema, values
 from localglobal_jax.data.images import pipeline
 from localglobal_jax.data.text import tokenizers
-from localglobal_jax.inference import load, translator
+from localglobal_jax.inference import load
+from localglobal_jax.inference.translator import Translator
 from localglobal_jax.models import registry
 from localglobal_jax.training import divergence
 from localglobal_jax.training.reporting import metrics_log
-from localglobal_jax.training.reporting.examples import classify, translations
 from localglobal_jax.training.reporting.html.attempts import attempts
 from localglobal_jax.training.reporting.html.facts import Run
 from localglobal_jax.training.reporting.html.page import page
+from localglobal_jax.training.reporting.html.predictions import (
+    add_classifications,
+    add_translations,
+)
 
 log = logging.getLogger(__name__)
 
 
 def write(paths: Sequence[str], out: pathlib.Path, step: int | str | None = None) -> list[Run]:
-    """Writes the page of the workdirs `paths`; what it says.
+    """Writes the page of the workdirs `paths` to `out`; returns its facts.
 
-    `step`: see `evaluate.load`. Raises ValueError, before anything is computed, for what is no
-    workdir, for one that is given twice, and for a file that cannot be written.
+    Args:
+      step: a number, "best", or None for the newest.
+
+    Raises:
+      ValueError: a path is not a workdir or is given twice, or `out` cannot be written; nothing has
+        been computed.
     """
     if (out.exists() and not out.is_file()) or not os.access(out.parent, os.W_OK | os.X_OK):
         raise ValueError(f"--out {out}: give a file in a directory that can be written")
     if len(set(map(_whole, paths))) < len(paths):
         raise ValueError(f"{' '.join(paths)}: give every workdir once")
     known = [(path, gcs.LocalMirror(path)) for path in paths]
-    configs = [load.read_run(copy.local) for _, copy in known]
+    configs = [load.read_run(mirror.local) for _, mirror in known]
     runs = [
-        gather(name, path, copy, config, step)
-        for name, (path, copy), config in zip(names(paths), known, configs, strict=True)
+        gather(name, path, mirror, config, step)
+        for name, (path, mirror), config in zip(names(paths), known, configs, strict=True)
     ]
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     made = f"Made by localglobal_jax {__version__}, {now}"
@@ -62,7 +69,7 @@ def _whole(path: str) -> str:
 
 
 def names(paths: Sequence[str]) -> list[str]:
-    """The last parts of the paths, or as many as tell them apart, as text that can be written."""
+    """Returns the shortest distinct endings of the paths, as text that can be encoded."""
     split = [_whole(path).split("/") for path in paths]
     for last in range(1, max(map(len, split)) + 1):
         found = ["/".join(parts[-last:]) for parts in split]
@@ -72,46 +79,46 @@ def names(paths: Sequence[str]) -> list[str]:
 
 
 def gather(
-    name: str, path: str, copy: gcs.LocalMirror, config: schema.Run, step: int | str | None = None
+    name: str, path: str, mirror: gcs.LocalMirror, config: schema.Run, step: int | str | None = None
 ) -> Run:
-    """Everything about the run in the workdir `path`. ValueError for a `step` that is not there."""
+    """Returns the facts of the run in `path`. Raises ValueError if `step` does not exist."""
     run = Run(
         name=name,
         workdir=path.encode("utf-8", "replace").decode(),
         state="",
         config=config.model_dump(mode="json"),
-        metrics=[_finite(line) for line in metrics_log.read_metrics(copy.local)],
+        metrics=[_finite(line) for line in metrics_log.read_metrics(mirror.local)],
     )
-    if damaged := metrics_log.damaged_lines(copy.local):
+    if damaged := metrics_log.damaged_lines(mirror.local):
         several = ", ".join(map(str, damaged[:10])) + ", ..." * (len(damaged) > 10)
         run.notes.append(f"metrics.jsonl: left out what is damaged or half-written: line {several}")
     found = None
     with _noted(run, "The checkpoint", (RuntimeError, OSError) if step else (Exception,)):
         found = load.read_variables(path, step)
-    saved = [found[0] if found else 0, *(reader.directories(copy.checkpoints) if step else ())]
-    run.state = _state(copy.local, config, run.metrics, max(saved))
-    run.attempts = attempts(copy.local, config.steps)
+    saved = [found[0] if found else 0, *(reader.directories(mirror.checkpoints) if step else ())]
+    run.state = _state(mirror.local, config, run.metrics, max(saved))
+    run.attempts = attempts(mirror.local, config.steps)
     if found is None:
         return run
     run.step, variables, metadata = found
-    run.leaves = reader.document_of(copy.checkpoints, run.step)["leaves"]
+    run.leaves = reader.document_of(mirror.checkpoints, run.step)["leaves"]
     run.environment = {**metadata.get("versions", {}), **metadata.get("environment", {})}
     log.info("%s: the checkpoint of step %d", name, run.step)
     if not config.data.eval_splits:
         run.notes.append("Examples: data.eval_splits names no split to take them from")
         return run
     with _noted(run, f"Examples of {config.data.name}/{config.data.eval_splits[0]}"):
-        workdir.check_config(copy.local, run.step, metadata)
+        workdir.check_config(mirror.local, run.step, metadata)
         module = registry.create_model(**values.tuples(metadata["model"]))
         variables = jax.device_put(variables)
         if isinstance(config, schema.TranslationRun):
-            words = tokenizers.load(copy.local / tokenizers.DIRECTORY)
-            if words is None:
+            vocabularies = tokenizers.load(mirror.local / tokenizers.DIRECTORY)
+            if vocabularies is None:
                 raise ValueError("the workdir has no tokenizer/tokenizer.json")
-            translations(run, config, translator.Translator(module, variables, words))
+            add_translations(run, config, Translator(module, variables, vocabularies))
         elif isinstance(config, schema.ClassificationRun):
-            check_labels(pipeline.class_names(config.data), metadata)
-            classify(run, config, module, variables)
+            workdir.check_labels(pipeline.class_names(config.data), metadata)
+            add_classifications(run, config, module, variables)
     return run
 
 
@@ -119,7 +126,7 @@ def gather(
 def _noted(
     run: Run, what: str, kinds: tuple[type[Exception], ...] = (Exception,)
 ) -> Iterator[None]:
-    """What goes wrong inside is a note: the page has room for everything else."""
+    """Context manager that turns an error into a note of the page."""
     try:
         yield
     except kinds as error:
@@ -128,7 +135,7 @@ def _noted(
 
 
 def _finite(line: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN, but Python's reader takes it."""
+    """Turns NaN and infinity, which Python's JSON reader accepts, into text."""
     return {
         name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in line.items()

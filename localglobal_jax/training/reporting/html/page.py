@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page of ``localglobal report``: what was gathered of runs in, one HTML file out, as a string.
+"""Renders the page of ``localglobal report`` as one HTML string.
 
-It asks nothing of any network: style, curves and pictures are in the file, there is no script, and
-its Content-Security-Policy forbids everything else. What people wrote (paths, names of classes,
-sentences, values of a config) is escaped by the template.
+The page loads nothing from a network: style, curves and pictures are in the file, there is no
+script, and its Content-Security-Policy forbids everything else. The template escapes all text of
+users (paths, names of classes, sentences, values of a config).
 """
 
 import base64
@@ -22,11 +22,11 @@ from localglobal_jax.training.reporting.html import curves
 from localglobal_jax.training.reporting.html.facts import BESIDE, TOTAL, Run, shown, size
 
 HERE = pathlib.Path(__file__).parent
-MATRIX = 30  # classes: larger matrices nobody reads
+MATRIX = 30  # classes; larger matrices are not drawn
 
 
 def page(runs: Sequence[Run], made: str) -> str:
-    """The HTML of one run, or of several side by side. `made`: when and by what, in words."""
+    """Returns the HTML of one run, or of several side by side. `made`: the line of origin."""
     style = _templates().get_template("page.css").render()
     policy = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     sizes = _table([run.parameters() for run in runs])
@@ -46,7 +46,7 @@ def page(runs: Sequence[Run], made: str) -> str:
             results=_table([run.last() for run in runs], leave_out=r".*/bleu_.*"),
             lengths=_table([_by_length(run) for run in runs]),
             speed=_table([run.speed() for run in runs]),
-            # of several runs: all submodules first
+            # submodules first, also those of the other runs
             parameters={
                 k: sizes[k] for k in sorted(sizes, key=lambda k: (k.startswith(BESIDE), k == TOTAL))
             },
@@ -76,7 +76,7 @@ def _json(config: Mapping[str, Any], field: str) -> str:
 
 
 def _by_length(run: Run) -> dict[str, Any]:
-    """BLEU by words of the source, of the last evaluation."""
+    """Returns BLEU by source length, of the last evaluation."""
     found = {}
     for name, value in run.last().items():
         split, _, words = name.partition("/bleu_")
@@ -86,7 +86,7 @@ def _by_length(run: Run) -> dict[str, Any]:
 
 
 def _table(columns: Sequence[Mapping[str, Any]], leave_out: str = "") -> dict[str, list[Any]]:
-    """Columns of named values -> rows by name, None where a column lacks one."""
+    """Turns columns of named values into rows by name, None where a column lacks the name."""
     names = dict.fromkeys(name for column in columns for name in column)
     return {
         name: [column.get(name) for column in columns]

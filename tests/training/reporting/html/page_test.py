@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page of runs: what is on it, that it asks nothing of a network, that text stays text."""
+"""The page of runs: what is on it, that it loads nothing, that text stays text."""
 
 import dataclasses
 import html.parser
@@ -11,30 +11,26 @@ import shutil
 import subprocess
 
 import cv2
-import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localglobal_jax.checkpoints import reader
+from localglobal_jax.checkpoints import workdir as workdirs
 from localglobal_jax.cli.main import main
-from localglobal_jax.models import registry
-from localglobal_jax.training.reporting import examples, tensorboard
-from localglobal_jax.training.reporting.html import attempts, curves, gather
+from localglobal_jax.training.reporting.html import curves, gather, predictions
 from localglobal_jax.training.reporting.html.facts import (
     Confusion,
     Picture,
     Run,
     Sample,
-    number,
-    shown,
-    size,
 )
 from localglobal_jax.training.reporting.html.page import page
 
-CONFIGS = pathlib.Path(__file__).parents[3] / "configs"
+CONFIGS = pathlib.Path(__file__).parents[4] / "configs"
+
 PNG = cv2.imencode(".png", np.zeros((2, 2), np.uint8))[1].tobytes()
+
 NASTY = [
     "<script>document.title='owned'</script>",
     "\"><img src=x onerror=document.title='owned'>",
@@ -45,7 +41,9 @@ NASTY = [
     "]]>--><!--",
     "javascript:alert(1)",
 ]
+
 VOID = {"meta", "img"}
+
 ANYTHING = st.floats() | st.integers() | st.just(10**400) | st.text() | st.lists(st.none())
 
 
@@ -174,79 +172,10 @@ def test_any_numbers_make_a_page(lines):
             assert all(0 <= y <= curves.BOX["height"] for y in places[1::2]), curve.path
 
 
-def test_a_curve_is_where_its_numbers_are():
-    lines = [{"step": s, "split": "train", "loss": float(s == 10)} for s in (0, 10, 20)]
-    (chart,) = curves.charts([Run("a", "a", "", {}, metrics=lines)])
-    (curve,) = chart.curves
-    left, right, top, bottom = (curves.BOX[k] for k in ("left", "right", "top", "bottom"))
-    assert curve.path == f"M{left}.0,{bottom}.0L{(left + right) / 2},{top}.0L{right}.0,{bottom}.0"
-    assert [text for _, _, text in curve.dots][1] == "a, train: 1 at step 10"
-    assert (chart.x[0][1], chart.x[-1][1]) == ("0", "20")
-
-
-def test_spikes_survive_thinning():
-    points = [(i, float(i == 12_345)) for i in range(50_000)]
-    kept = curves.thinned(points)
-    assert len(kept) <= curves.MOST_POINTS and (12_345, 1.0) in kept and kept == sorted(kept)
-    assert curves.thinned(points[:500]) == points[:500]
-
-
-def test_numbers_for_people():
-    assert [shown(x) for x in (None, 3, 10**16, 0.12345, 12345.6, True, "nan", float("inf"))] == [
-        *("", "3", "10,000,000,000,000,000", "0.1235", "12,346", "True", "nan", "inf")
-    ]
-    assert [size(n) for n in (0, 1023, 1024, 3 * 2**30, 2**50)] == [
-        *("0 B", "1,023 B", "1.0 KiB", "3.0 GiB", "1,024.0 TiB")
-    ]
-    assert [number(x) for x in (1, "1", "nan", None, float("nan"), 1e31, 10**400, [])] == [1.0] + [
-        None
-    ] * 7
-
-
-def test_mistakes_and_parameters():
-    counts = np.array([[5, 0, 2], [1, 9, 0], [3, 0, 0]])
-    found = Confusion("test", "", ["a", "b", "c"], counts)
-    assert found.mistakes() == [("c", "a", 3), ("a", "c", 2), ("b", "a", 1)]
-    assert [found.shade(0, j) for j in range(3)] == [8, 0, 3] and found.shade(2, 0) == 10
-    leaves = {
-        f"variables/params/{k}": {"shape": [2], "dtype": d}
-        for k, d in {"a/b/kernel": "bfloat16", "a/b/c/bias": "float32", "top": "bool"}.items()
-    } | {"step": {"shape": [], "dtype": "int32"}, "average/x": {"shape": [4], "dtype": "float32"}}
-    assert Run("", "", "", {}, leaves=leaves).parameters() == {
-        "a/b": (4, 12),
-        "top": (2, 2),
-        "all parameters": (6, 14),
-        "beside them: average": (4, 16),
-    }
-
-
 def test_names_tell_runs_apart(tmp_path):
     assert gather.names(["x/a", "x/b/"]) == ["a", "b"]
     assert gather.names(["x/a", "y/a", "gs://bucket/z"]) == ["x/a", "y/a", "bucket/z"]
     assert gather.names([os.fsdecode(b"x/\xff")]) == ["?"]
-
-
-def test_where_attention_looks():
-    """It is a distribution over the grid, and the one of the weights that `attend` uses."""
-    options = {"layout": "CT", "depths": (1, 1), "widths": (8, 32), "stem": (4, 8), "classes": 3}
-    module = registry.create_model("coatnet", strides=(1, 2), **options)
-    pixels = np.random.default_rng(0).normal(size=(2, 32, 48, 3)).astype(np.float32)
-    variables = jax.jit(module.init)(jax.random.key(0), pixels)
-    maps = examples.look(module, variables, pixels)
-    assert maps.shape == (2, 8, 12) and (maps > 0).all()
-    np.testing.assert_allclose(maps.sum((1, 2)), 1, rtol=1e-5)
-    attention = variables["params"]["stage2"]["block1"]["attention"]
-    kernel = np.zeros_like(attention["qkv"]["kernel"])
-    table = np.full_like(attention["relative_bias"]["table"], -50)
-    table[7, 11] = 0  # no displacement: every place looks at itself, and is looked at by itself
-    attention |= {"qkv": {**attention["qkv"], "kernel": kernel}, "relative_bias": {"table": table}}
-    np.testing.assert_allclose(examples.look(module, variables, pixels), 1 / 96, rtol=1e-3)
-    local = registry.create_model("coatnet", strides=(1, 2), **{**options, "layout": "CC"})
-    variables = jax.jit(local.init)(jax.random.key(0), pixels)
-    assert examples.look(local, variables, pixels) is None
-
-
-# ---------------------------------------------------------------------------- real runs
 
 
 @pytest.fixture(scope="module")
@@ -278,10 +207,12 @@ def report(out, *workdirs, code=0):
 def test_data_of_other_classes_is_a_note_and_no_matrix(workdir, tmp_path, monkeypatch, capsys):
     """As `evaluate` refuses them: the numbers of the classes would mean others."""
 
-    def as_trained_on_others(labels, metadata):
-        return reader.check_labels(("ant", "cat"), {"labels": ["cat", "dog"]})
+    original = workdirs.check_labels
 
-    monkeypatch.setattr(gather, "check_labels", as_trained_on_others)
+    def as_trained_on_others(labels, metadata):
+        return original(("ant", "cat"), {"labels": ["cat", "dog"]})
+
+    monkeypatch.setattr(workdirs, "check_labels", as_trained_on_others)
     assert main(["report", str(workdir), f"--out={tmp_path / 'page.html'}", "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)["runs"]
     assert found["confusion"] is None
@@ -307,7 +238,7 @@ def test_a_finished_run(workdir, tmp_path, capsys):
 
 
 def test_of_many_images_some_are_taken(workdir, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(examples, "MOST", 50)
+    monkeypatch.setattr(predictions, "MOST", 50)
     said = "".join(report(tmp_path / "page.html", workdir).text)
     assert "50 images of 360, evenly spread, of test" in said
 
@@ -377,30 +308,6 @@ def test_data_that_is_not_here(copied, tmp_path):
     assert "Examples of digits/test:" in said and "all parameters" in said
 
 
-def test_attempts_are_read_from_tensorboard(tmp_path):
-    for start, steps in ((0, (2, 4, 6)), (4, (6, 8))):
-        file = tensorboard.EventFile(tmp_path / "tensorboard", forget=start + 1)
-        for step in steps:
-            file.add(step, {"train/loss": 1.0})
-        file.close()
-    (tmp_path / "tensorboard" / "events.out.tfevents.9.torn").write_bytes(b"torn")
-    rows = attempts.attempts(tmp_path, 8)
-    assert [(row["start"], row["last"], row["ended"]) for row in rows] == [
-        ("0", "6", "not recorded"),
-        ("4", "8", "at the last step"),
-    ]
-
-
-def test_what_a_sweep_knows_of_attempts(tmp_path):
-    (tmp_path / "attempts.jsonl").write_text(
-        '{"event": "start", "time": 0}\n{"event": "end", "code": -9, "time": 90.4}\n'
-        'torn\n{"event": "start", "time": 1e300}\n{"event": "end", "time": "x"}\n[]\n'
-    )
-    first, second = attempts.attempts(tmp_path, 10)
-    assert first["lasted"] == "0:01:30" and first["ended"] == "exit code -9"
-    assert second["lasted"] == "" and second["ended"] == "not recorded"
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -419,8 +326,6 @@ def test_refused(workdir, options, message, capsys, inside):
     assert message in capsys.readouterr().err
     assert not list(inside.iterdir())
 
-
-# ---------------------------------------------------------------------------- a browser
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
