@@ -82,7 +82,7 @@ def convert_file(
 
 
 def vocabularies(files: Sequence[str], module: nn.Module) -> tokenizers.Tokenizers:
-    """Of ``dict.txt`` files; ValueError unless they have the sizes of the model's embeddings."""
+    """Reads ``dict.txt`` files. Raises ValueError unless their sizes fit the embeddings."""
     if len(files) > 2:
         raise ValueError(f"--dict {' '.join(files)}: give one for both languages, or two")
     found = tokenizers.of_dictionaries(files, "--dict")

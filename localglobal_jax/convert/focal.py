@@ -369,7 +369,7 @@ def _displacement_index(queries: int, keys: int) -> np.ndarray:
 
 
 def _neighbour_index(window: int, expand: int) -> np.ndarray:
-    """Of the four rolled windows one after the other, the positions that are kept."""
+    """Returns the kept positions of the four rolled windows, one after the other."""
     near, far = np.arange(window) >= window - expand, np.arange(window) < expand
     groups = [rows[:, None] | columns for rows in (near, far) for columns in (near, far)]
     return np.flatnonzero(np.stack(groups))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every converter needs: reading ``.safetensors``, transposing, and strict assembly."""
+"""Tools of every converter: reading ``.safetensors``, transposing, and strict assembly."""
 
 import os
 from collections.abc import Callable, Mapping

@@ -118,7 +118,7 @@ class Stack(nn.Module):
     def precompute_kv(
         self, encoded: Float[Array, "b m e"], mask: Bool[Array, "b m"]
     ) -> dict[str, CrossKV]:
-        """What every layer keeps of the encoder's output."""
+        """Returns the keys and values of the encoder's output for every layer."""
         return {name: layer.precompute_kv(encoded, mask) for name, layer in self._named()}
 
     def init_cache(self, batch: int, length: int) -> dict[str, Cache]:
@@ -308,7 +308,7 @@ class EncoderDecoder(nn.Module):
     def init_cache(
         self, source: Int[Array, "b ls"], length: int
     ) -> tuple[dict[str, CrossKV], Caches]:
-        """What decoding `source` starts from: ``(memory, cache)`` for `length` steps.
+        """Returns the initial state of decoding `source`: ``(memory, cache)`` for `length` steps.
 
         The memory (keys and values of the encoder's output) is the same at every step and may serve
         several rows per sentence. The cache is what `step` takes and returns; axis 0 of every leaf

@@ -43,7 +43,7 @@ def model_cost(module: nn.Module, *inputs: Any) -> ModelCost:
 
 
 def multiply_adds(function: Callable[..., Any], *args: Any) -> int:
-    """Of one call of a function of arrays (or of `jax.ShapeDtypeStruct`s).
+    """Counts the multiply-adds of one call of a function of arrays (or of `jax.ShapeDtypeStruct`s).
 
     What a formulation does twice to move fewer bytes counts once, and so does what `remat`
     computes again: the work of the model, for MFU.

@@ -57,7 +57,7 @@ def list_models() -> list[str]:
 
 
 def named_models() -> list[str]:
-    """Those of a definite size: all but the bare classes."""
+    """Returns the names of the models of a definite size, without the bare classes."""
     return [name for name, (_, spec) in sorted(MODELS.items()) if spec or name in FIGURES]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands before the first block and after the last."""
+"""Stems: image to feature grid."""
 
 import flax.linen as nn
 from jaxtyping import Array, Float

@@ -18,7 +18,7 @@ Implementation = Literal["reference", "fused"]
 
 
 class StackOptions(NamedTuple):
-    """How consecutive blocks are computed, see `blocks.stack`."""
+    """Options for computing consecutive blocks, see `blocks.stack`."""
 
     remat: bool = False
     scan: bool = False

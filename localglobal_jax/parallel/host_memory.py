@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much memory this machine has, so that what can never fit is refused before it is tried.
-
-And giving back what is no longer used.
-"""
+"""Memory of the host: an early error for arrays that cannot fit, and trimming of the heap."""
 
 import contextlib
 import ctypes

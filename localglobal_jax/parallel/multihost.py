@@ -32,12 +32,12 @@ class HostLost(RuntimeError):
 
 
 def count() -> int:
-    """How many processes run this program."""
+    """Returns the number of processes of this program."""
     return jax.process_count()
 
 
 def rank() -> int:
-    """Which of them this is; 0 writes the files."""
+    """Returns the index of this process; rank 0 writes the files."""
     return jax.process_index()
 
 
@@ -93,7 +93,7 @@ def broadcast_text(name: str, text: str) -> str:
 
 
 def joined() -> bool:
-    """Is this process one of several? Asks no device."""
+    """Returns whether this process is one of several, without initializing devices."""
     return _client() is not None
 
 

@@ -76,14 +76,14 @@ def use_compilation_cache(directory: str | None) -> None:
 
 
 def placeholder_devices(count: int | None = None) -> list[jax.Device]:
-    """So many devices that need not be here (None: as many as are), to check what needs no more."""
+    """Returns `count` placeholder devices (None: as many as exist), to validate a mesh."""
     return [jax.devices()[0]] * (jax.device_count() if count is None else count)
 
 
 class Partitioner:
-    """Where everything of a run lives: a mesh, a strategy, and how its steps are compiled.
+    """Places the arrays of a run on a mesh by a sharding strategy, and compiles its steps.
 
-    Raises ValueError where mesh, strategy and compilation do not fit each other.
+    Raises ValueError if mesh, strategy and compilation do not match.
     """
 
     def __init__(
@@ -131,9 +131,9 @@ class Partitioner:
 
     @property
     def shard(self) -> tuple[int, int]:
-        """Which part of every batch this host reads, and of how many.
+        """Returns (i, n): this host reads part i of n of every batch.
 
-        Hosts whose devices hold parts of the same rows, along "model", read the same ones.
+        Hosts whose devices hold the same rows, along "model", read the same part.
         """
         axes = tuple(self.mesh.shape)
         order = [axes.index(axis) for axis in self._batch]
@@ -169,11 +169,11 @@ class Partitioner:
         return {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for k, x in batch.items()}
 
     def spec(self, path: str, shape: tuple[int, ...]) -> PartitionSpec:
-        """How the array of a state at `path` ("variables/params/stem/conv1/kernel") is split."""
+        """Returns the spec of the array at `path` ("variables/params/stem/conv1/kernel")."""
         return sharding.spec(path, shape, self.strategy, self.mesh.shape)
 
     def shardings(self, tree: PyTree) -> PyTree:
-        """Of every leaf of a state, variables, or of their shapes."""
+        """Returns the sharding of every leaf of a state, of variables, or of their shapes."""
 
         def where(path: Any, leaf: Any) -> NamedSharding:
             return NamedSharding(self.mesh, self.spec(_name(path), tuple(leaf.shape)))
@@ -193,14 +193,14 @@ class Partitioner:
         return jax.device_put(tree, self.shardings(tree))
 
     def train_batch(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
-        """This host's rows of a batch, as the compiled step takes them."""
+        """Turns this host's rows of a batch into the input of the compiled step."""
         if self.compile == "pmap":
             local = jax.local_device_count()
             return {k: v.reshape(local, -1, *v.shape[1:]) for k, v in batch.items()}
         return self.global_batch(batch)
 
     def global_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """This host's rows of a batch -> arrays of the global batch, split over devices."""
+        """Turns this host's rows of a batch into global arrays, sharded over the devices."""
         return {
             key: jax.make_array_from_process_local_data(self._batched(), value)
             for key, value in batch.items()

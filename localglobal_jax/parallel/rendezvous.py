@@ -16,7 +16,7 @@ HEARTBEAT = 60  # seconds without a sign of life after which a host is taken for
 
 
 class Cluster(NamedTuple):
-    """Who takes part: ``HOST:PORT`` of rank 0, how many, which of them this is."""
+    """The processes of a run: ``HOST:PORT`` of rank 0, their number, and this one's rank."""
 
     coordinator: str
     size: int
@@ -28,7 +28,7 @@ class Cluster(NamedTuple):
 
 
 def detect(timeout: float) -> Cluster:
-    """What Cloud TPU, Kubernetes, SLURM or Open MPI say; ValueError if none of them does."""
+    """Detects the cluster of Cloud TPU, Kubernetes, SLURM or Open MPI, else raises ValueError."""
     found = ClusterEnv.auto_detect_unset_distributed_params(
         None, None, None, None, None, int(timeout)
     )

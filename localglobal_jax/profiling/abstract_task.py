@@ -67,5 +67,5 @@ def batch(run: schema.Run, task: Task, *, train: bool) -> tuple[Shapes, str]:
 
 
 def items(shapes: Shapes) -> int:
-    """What one step counts: images, or target tokens with their padding."""
+    """Returns the items of one step: images, or target tokens with their padding."""
     return int(np.prod((shapes.get("target") or shapes["label"]).shape))

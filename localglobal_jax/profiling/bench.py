@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast this machine runs a config: compile time, time of a step, items/s, wait for input.
+"""Measures a config on this machine: compile time, step time, items/s, wait for input.
 
-Machines are noisy and drift, so two configs are measured in one process, a step of one after a step
-of the other, and what is compared is the ratio of each pair of neighbours.
+Machines are noisy and drift, so two configs are measured in one process, in alternating steps, and
+compared by the ratio of each pair of neighbouring steps.
 """
 
 import os
@@ -77,7 +77,7 @@ class BenchmarkedStep:
         return found
 
     def multiply_adds(self, batch: HostBatch) -> int | None:
-        """Of one step, counted from shapes; None where a loop's length is not known."""
+        """Counts the multiply-adds of one step from shapes; None if a loop's length is unknown."""
         try:
             return flops.multiply_adds(self._function, self._state, batch)
         except ValueError:  # decoding stops when it is done
@@ -125,7 +125,7 @@ def measure(
 
 
 def described(subject: BenchmarkedStep, batch: HostBatch, seconds: np.ndarray) -> dict[str, Any]:
-    """What is known of a subject whose steps on `batch` took `seconds`."""
+    """Returns the measurements of a step that took `seconds` on `batch`."""
     items, median = int(batch["mask"].sum()), float(np.median(seconds))
     device = subject.placement.mesh.devices.flat[0].device_kind
     counted = subject.multiply_adds(batch)

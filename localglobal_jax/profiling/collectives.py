@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the devices of a compiled program send each other. Pure."""
+"""Collectives of a compiled program: bytes by operation, dtype and group. Pure."""
 
 import dataclasses
 import math

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What runs in the subprocess: compiles one step of a run for a topology, writes what is known.
+"""Compiles one step of a run for a topology and writes its facts; runs in a subprocess.
 
 ``python -m localglobal_jax.profiling.compile REQUEST.json DIRECTORY``. The request names the run,
 the topology and the step; the directory gets ``facts.json`` and the compiled program's text. A
@@ -128,7 +128,7 @@ def devices_of(topology: topologies.Topology) -> list[jax.Device] | None:
 
 
 def evaluated(run: schema.Run, task: Task, step: str) -> Callable[..., Any]:
-    """What ``--step eval`` or ``decode`` compiles: a function of variables and a batch."""
+    """Returns the function of ``--step eval`` or ``decode``, of variables and a batch."""
     if not task.evaluators:
         raise ValueError(f"data.eval_splits=() leaves nothing to plan for --step {step}")
     evaluator = next(iter(task.evaluators.values()))

@@ -82,7 +82,7 @@ def measure(
 
 
 def key(run: schema.Run, topology: Topology, step: str) -> str:
-    """What a compilation depends on, as one word: run, devices, step, versions, our sources."""
+    """Returns the hash of the inputs of a compilation: run, devices, step, versions, sources."""
     files = map(pathlib.Path, run.data.dicts if isinstance(run.data, schema.Text) else ())
     words = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
     tree = {k: v for k, v in run.model_dump(mode="json").items() if k not in ASIDE}
@@ -93,7 +93,7 @@ def key(run: schema.Run, topology: Topology, step: str) -> str:
 
 
 def version(package: str) -> str | None:
-    """Of an installed package."""
+    """Returns the version of an installed package."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -102,10 +102,10 @@ def version(package: str) -> str | None:
 
 def sources() -> str:
     """Digest of the package's files that a compiled step may depend on."""
-    house = pathlib.Path(__file__).parent.parent
+    package = pathlib.Path(__file__).parent.parent
     digest = hashlib.sha256()
-    for file in sorted(house.rglob("*.py")):
-        name = file.relative_to(house).as_posix()
+    for file in sorted(package.rglob("*.py")):
+        name = file.relative_to(package).as_posix()
         reader = file.parent.name == "profiling" and file.name in READERS
         if name.partition("/")[0] not in NOT_COMPILED and not reader:
             digest.update(name.encode() + file.read_bytes())
@@ -115,15 +115,15 @@ def sources() -> str:
 def environment(
     topology: Topology, given: Mapping[str, str], dump: pathlib.Path | None = None
 ) -> dict[str, str]:
-    """Of the compiler's process: the CPU is its only device, even where there is a TPU.
+    """Returns the environment of the compiler's process, whose only device is the CPU.
 
-    Flags of XLA are left behind: they are not meant for this, and `key` does not know them.
-    `dump`: where the TPU's compiler leaves the program that did not fit.
+    XLA flags are removed: they are for this process, and `key` does not contain them.
+    `dump`: the directory for a program that does not fit.
     """
     found = {**given, "JAX_PLATFORMS": "cpu"}
     found.pop("XLA_FLAGS", None)
-    house = str(pathlib.Path(__file__).parent.parent.parent)
-    found["PYTHONPATH"] = os.pathsep.join(filter(None, (house, given.get("PYTHONPATH"))))
+    root = str(pathlib.Path(__file__).parent.parent.parent)
+    found["PYTHONPATH"] = os.pathsep.join(filter(None, (root, given.get("PYTHONPATH"))))
     if topology.chip is not None:
         flags = f"--xla_dump_to={dump} --xla_dump_hlo_as_text" if dump else ""
         return found | LIBTPU | {"XLA_FLAGS": flags}
@@ -131,7 +131,7 @@ def environment(
 
 
 def read(folder: pathlib.Path) -> tuple[dict[str, Any], str]:
-    """What a compiler's process wrote."""
+    """Reads the files of the compiler's process."""
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
     program = folder / "program.txt.gz"
     if not program.is_file():

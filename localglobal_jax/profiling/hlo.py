@@ -36,7 +36,7 @@ class Array:
 
     @property
     def nbytes(self) -> int:
-        """Without the padding of the chip's layouts."""
+        """Bytes, without the padding of the chip's layouts."""
         known = BITS.get(self.dtype)
         bits = int(re.findall(r"\d+", self.dtype)[0]) if known is None else known
         return (math.prod(self.shape) * bits + 7) // 8
@@ -60,7 +60,7 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """Where it comes from: ``jit(traced)/jvp(CoAtNet)/stage1/block1/norm/reduce_sum``."""
+        """Path in the source: ``jit(traced)/jvp(CoAtNet)/stage1/block1/norm/reduce_sum``."""
         return self.attribute(r'op_name="([^"]*)"') or ""
 
     @property
@@ -90,7 +90,7 @@ class Program:
 
     @functools.cached_property
     def trips(self) -> dict[str, int | None]:
-        """How often each loop runs, by the name of its body; None where nothing says so."""
+        """Trip count of each loop, by the name of its body; None if unknown."""
         return {_called(i, "body"): self._trips(i) for _, i in self.all() if i.opcode == "while"}
 
     def _trips(self, loop: Instruction) -> int | None:
@@ -123,7 +123,7 @@ class Program:
 
     @functools.cached_property
     def runs(self) -> dict[str, int]:
-        """How often each computation runs in one step; a loop of unknown length counts once."""
+        """Runs of each computation in one step; a loop of unknown length counts once."""
         order: list[str] = []
         seen: set[str] = set()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what the compiler said to what one wants to know: one dict of numbers. Pure."""
+"""Memory, time bounds and collectives of a compiled step, as one dict of numbers. Pure."""
 
 import re
 from collections import defaultdict
@@ -55,7 +55,7 @@ def build(facts: Mapping[str, Any], text: str, topology: Topology) -> dict[str, 
 
 
 def memory(facts: Mapping[str, Any], topology: Topology) -> dict[str, Any]:
-    """What one device holds, beside what a program may use of it.
+    """Returns the memory used on one device, and its capacity for a program.
 
     `parameters`, `optimizer` and so on are counted from shapes and shardings; `arguments`,
     `temporary` (activations and workspace) and `code` are the compiler's account, with the padding
@@ -195,7 +195,7 @@ def arrays(program: hlo.Program, parts: Sequence[str], most: int = 8) -> list[di
 
 
 def totals(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Of rows of collectives, by (op, dtype, group)."""
+    """Sums rows of collectives by (op, dtype, group)."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
         at = (row["op"], row["dtype"], row["group"])

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which TPU slices there are, and what they are called. Pure.
+"""The TPU slices that exist, and their names. Pure.
 
 A slice is written as libtpu writes it ("v5e:16x16") or as Google Cloud sells it ("v5e-256",
 "v5litepod-256", "v5p-1024": of v2, v3, v4, v5p and tpu7x the number counts cores, two a chip).
-libtpu aborts the process on some slices that do not exist, so they are refused here.
+libtpu aborts the process on some slices that do not exist, so they raise an error here.
 """
 
 import dataclasses

@@ -91,7 +91,7 @@ def _key(module: CoAtNet, path: Path) -> str:
 
 
 def _transform(path: Path, shape: tuple[int, ...]) -> Transform:
-    """How timm's array becomes the leaf at `path`, which has `shape`."""
+    """Returns the function from timm's array to the leaf at `path`, which has `shape`."""
     module, leaf = path[-2:]
     if module == "qkv":  # their channels are [head][q, k, v][width of a head]
         _, heads, width = shape[-3:]

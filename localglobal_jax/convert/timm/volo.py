@@ -154,7 +154,7 @@ def build(kwargs: Mapping[str, Any]) -> VOLO:
 def _shape(
     state_dict: Mapping[str, Any], name: str, default: tuple[int, int, int, int]
 ) -> tuple[int, ...]:
-    """Of a four-dimensional array; what is wrong with it will be said with everything else."""
+    """Returns the shape of a 4-D array, else `default`: strict assembly reports the error."""
     shape = tuple(np.shape(state_dict.get(name, 0)))
     return shape if len(shape) == len(default) else default
 

@@ -51,7 +51,7 @@ def classes(directory: str | None) -> list[str]:
 
 
 def pictures(directory: str | None, split: str) -> list[Picture]:
-    """Those of a split, in the order of their names. Raises ValueError where there are none."""
+    """Returns the pictures of a split, sorted by name. Raises ValueError if there are none."""
     root, names = _root(directory), classes(directory)
     if split not in SPLITS:
         raise unknown("split of a folder (data.train_split, data.eval_splits):", split, SPLITS)
@@ -188,7 +188,7 @@ def _is_split(root: pathlib.Path) -> bool:
 
 
 def _inside(root: pathlib.Path, split: str) -> pathlib.Path:
-    """Where the folders of a split's classes are."""
+    """Returns the directory of the class folders of a split."""
     if not _is_split(root):
         return root
     short = root / "val"

@@ -42,9 +42,9 @@ def describe(options: schema.Images) -> tuple[int, int]:
 
 
 def class_names(options: schema.Images) -> tuple[str, ...]:
-    """Of a data set, in the order of their numbers; () where they are no more than numbers.
+    """Returns the names of the classes by number; () for a data set without names.
 
-    So it is for a TFDS set whose names are only in its prepared files, while these are not there.
+    The names of some TFDS data sets are only in their prepared files: () until these exist.
     """
     if options.name == folder.NAME:
         return tuple(folder.classes(options.dir))

@@ -56,7 +56,7 @@ def equalize(image: np.ndarray, strength: float, sign: int) -> np.ndarray:
 
 
 def rotate(image: np.ndarray, strength: float, sign: int) -> np.ndarray:
-    """By up to 30 degrees about the centre."""
+    """Rotates by up to 30 degrees about the centre."""
     h, w = image.shape[:2]
     centre = ((w - 1) / 2, (h - 1) / 2)
     return _warp(image, cv2.getRotationMatrix2D(centre, sign * 30 * strength, 1.0).tolist())
@@ -105,13 +105,13 @@ def sharpness(image: np.ndarray, strength: float, sign: int) -> np.ndarray:
 
 
 def shear(image: np.ndarray, strength: float, sign: int, *, axis: int) -> np.ndarray:
-    """By up to 0.3 along x (``axis=1``) or y (``axis=0``)."""
+    """Shears by up to 0.3 along x (``axis=1``) or y (``axis=0``)."""
     amount = sign * 0.3 * strength
     return _warp(image, [[1, amount, 0], [0, 1, 0]] if axis else [[1, 0, 0], [amount, 1, 0]])
 
 
 def translate(image: np.ndarray, strength: float, sign: int, *, axis: int) -> np.ndarray:
-    """By up to 45 % of the side: the paper's 100 of 224 pixels."""
+    """Translates by up to 45 % of the side: the paper's 100 of 224 pixels."""
     amount = sign * 0.45 * strength * image.shape[axis]
     return _warp(image, [[1, 0, amount], [0, 1, 0]] if axis else [[1, 0, 0], [0, 1, amount]])
 

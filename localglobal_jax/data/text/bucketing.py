@@ -80,7 +80,7 @@ def shuffled(size: int, seed: int, stream: int, epoch: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
-    """Which sentences of which bucket training batch n holds."""
+    """The schedule of training batches: the bucket and the sentences of batch n."""
 
     members: tuple[np.ndarray, ...]  # of each bucket: the numbers of its sentences
     rows: tuple[int, ...]  # of each bucket: sentences in a batch
@@ -98,7 +98,7 @@ class Schedule:
         return bucket, self._sentences(bucket, number)
 
     def epoch(self, n: int) -> float:
-        """How often the data has been seen before batch ``n``."""
+        """Returns the number of epochs completed before batch ``n``."""
         return n / sum(len(m) / r for m, r in zip(self.members, self.rows, strict=True))
 
     def _done(self, bucket: int, epochs: int) -> int:

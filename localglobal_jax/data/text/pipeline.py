@@ -142,7 +142,7 @@ class TextSource:
 
     @property
     def order(self) -> str:
-        """What batches are made of, and so their order: how many pairs, how long, which words."""
+        """Identifies the batches: the number of pairs, their lengths, the vocabulary."""
         source, target = (x.flat.tobytes() for x in (self._source, self._target))
         words = zlib.crc32(target, zlib.crc32(source))
         lengths = zlib.crc32(self.lengths.astype("<i4").tobytes())

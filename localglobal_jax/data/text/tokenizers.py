@@ -150,7 +150,7 @@ class Dictionary:
 
     @classmethod
     def parse(cls, text: str) -> "Dictionary":
-        """Of the contents of a ``dict.txt``. Raises ValueError with the number of a bad line."""
+        """Parses a ``dict.txt``. Raises ValueError with the number of an invalid line."""
         words = []
         lines = text.removeprefix("\ufeff").removesuffix("\n").split("\n")
         for number, line in enumerate(lines, 1):
@@ -181,7 +181,7 @@ class Dictionary:
 
 
 class Tokenizers(NamedTuple):
-    """Of both languages; the same object twice where they share their vocabulary."""
+    """The tokenizers of both languages; one object twice if they share their vocabulary."""
 
     source: Tokenizer
     target: Tokenizer
@@ -192,12 +192,12 @@ class Tokenizers(NamedTuple):
 
     @property
     def same(self) -> bool:
-        """Does an id mean the same on both sides?"""
+        """Returns whether source and target share one vocabulary."""
         return self.joint or self.source.dump() == self.target.dump()
 
 
 def create(options: schema.Text, sources: Sequence[str], targets: Sequence[str]) -> Tokenizers:
-    """What `options` ask for; subwords are trained on these sentences. Writes nothing."""
+    """Creates the tokenizers of `options`; subwords are trained on the sentences."""
     if options.tokenizer == "dict":
         return of_dictionaries(options.dicts)
     if options.joint:
@@ -208,7 +208,7 @@ def create(options: schema.Text, sources: Sequence[str], targets: Sequence[str])
 
 
 def of_dictionaries(files: Sequence[str | pathlib.Path], option: str = "data.dicts") -> Tokenizers:
-    """Of fairseq's ``dict.txt`` files: one for both languages, or source and target.
+    """Reads fairseq's ``dict.txt`` files: one for both languages, or source and target.
 
     `option` names them in errors.
     """
@@ -249,7 +249,7 @@ def save(tokenizers: Tokenizers, directory: str | pathlib.Path) -> None:
 
 
 def load(directory: str | pathlib.Path) -> Tokenizers | None:
-    """What `save` wrote; None where it wrote nothing. Raises ValueError where that is damaged."""
+    """Loads the files of `save`; None if there are none. Raises ValueError if they are damaged."""
     directory = pathlib.Path(directory)
     if not (directory / INDEX).is_file():
         return None

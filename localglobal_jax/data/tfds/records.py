@@ -203,7 +203,7 @@ def _parse(raw: Any) -> Mapping[str, Any]:
 
 
 def _why_not(builder: tfds.core.DatasetBuilder, split: str, error: Exception) -> str:
-    """What is wrong with a split that TFDS could not open."""
+    """Returns the reason why TFDS could not open a split."""
     if not is_prepared(builder):
         return missing(builder)
     if isinstance(error, NotImplementedError):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a data set on disk says of itself: read by TFDS, but not before we have looked at it.
+"""Checks the metadata of a data set on disk before TFDS reads it.
 
-TFDS imports the module of any class that a `FEATURES` file names, so that a set from somewhere else
-could run code here; and names in it become paths, which may lead anywhere.
+TFDS imports the module of any class that a `FEATURES` file names, so a data set from another source
+could run code; and names in it become paths, which could point anywhere.
 """
 
 import contextlib
