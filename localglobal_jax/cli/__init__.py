@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: one module per command, and `main`, which registers them."""
+"""The command line: one module per command (`options.Command`); `main` registers them."""
 
 from typing import TYPE_CHECKING
 

@@ -1,28 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `localglobal bench`: options and output. Imports no jax."""
+"""The command `localglobal bench`: measures the speed of a step on this machine."""
 
 import argparse
 import json
 from collections.abc import Mapping
 from typing import Any
 
+from localglobal_jax.cli import options
 from localglobal_jax.config import loading
 
+NAME = "bench"
+HELP = "how fast is this machine? two configs in turns"
+EXAMPLE = "--config configs/coatnet_digits.py --compare.dtype=bfloat16"
 
-def add_options(sub: argparse.ArgumentParser) -> None:
-    """All but ``--json``."""
-    add = sub.add_argument
-    add("--config", required=True, metavar="FILE[:ARG]",
-        help="a config file; override fields with --config.a.b=VALUE")  # fmt: skip
-    add("--compare", metavar="FILE[:ARG]", help="a second config, measured in turns with the "
-        "first; its own overrides are --compare.a.b=VALUE, which alone are enough")  # fmt: skip
-    add("--step", choices=("train", "eval", "decode"), default="train", help="default: train")
-    add("--steps", type=int, default=20, metavar="N", help="to measure; default: 20")
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    options.add_config(parser)
+    options.add_compare(parser, "measured in turns with the first")
+    options.add_part(parser)
+    parser.add_argument(
+        "--steps", type=int, default=20, metavar="N", help="steps to measure; default: 20"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints what was measured."""
-    # checked before jax takes seconds
+    """Measures one config or two, and prints the report."""
+    # checked first: importing jax takes seconds
     given = loading.load_runs(args.config, args.overrides, args.compare, args.compare_overrides)
 
     from localglobal_jax.profiling import bench
@@ -36,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def text(report: Mapping[str, Any]) -> str:
-    """A report for people."""
+    """Returns a report as text."""
     ms, there = report["step_ms"], report["with_input"]
     lines = [
         f"{report['config']}  {report['step']} step",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``localglobal classify``: options, input, output. Imports no jax before it is used."""
+"""The command `localglobal classify`: names the classes of images."""
 
 import argparse
 import json
@@ -7,6 +7,13 @@ import os
 import pathlib
 import sys
 from typing import Any
+
+from localglobal_jax.cli import options
+from localglobal_jax.launch.exit_codes import ExitCode
+
+NAME = "classify"
+HELP = "name what is in pictures"
+EXAMPLE = "--workdir runs/mine PICTURES --overlay seen"
 
 FORMATS = """\
 A line per picture: PATH TAB CLASS TAB PROBABILITY, and the next best classes behind it in the same
@@ -23,26 +30,36 @@ that, and is needed for converted weights, which do not say it (--config.data.im
 elsewhere than where it was found; --overlay_stage takes an earlier one). What is dark is cut off
 in evaluation. In DIR the files lie as they do below the folder that all IMAGEs share, with .png
 behind their names."""
-# and what else a terminal would obey
+# control characters, which a terminal would obey
 ESCAPED = {i: f"\\x{i:02x}" for i in (*range(32), 127)}
 ESCAPED |= str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
 
 
-def add_options(sub: argparse.ArgumentParser) -> None:
-    """All but ``--json``."""
-    sub.formatter_class = argparse.RawDescriptionHelpFormatter
-    sub.epilog = f"{FORMATS}\n\n{sub.epilog}"
-    add = sub.add_argument
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    options.add_notes(parser, FORMATS)
+    options.take_overrides(parser)
+    add = parser.add_argument
     add("--workdir", required=True, metavar="DIR", help="of a run, or of a converted checkpoint")
     add("images", nargs="+", metavar="IMAGE", help="a file, a folder, or a URL")
-    add("--top", type=int, default=3, metavar="K", help="so many classes of each; default: 3")
-    add("--batch_size", type=int, default=32, metavar="N", help="pictures; default: 32")
-    add("--overlay", metavar="DIR", help="also draw where the model looked, as PNGs in DIR")
-    add("--overlay_stage", type=int, metavar="N", help="of the model, from 1; default: the last")
+    add("--top", type=int, default=3, metavar="K", help="classes printed per picture; default: 3")
+    add("--batch_size", type=int, default=32, metavar="N", help="pictures per batch; default: 32")
+    add(
+        "--overlay",
+        metavar="DIR",
+        help="also write PNGs in DIR that show where the model saw the class",
+    )
+    add(
+        "--overlay_stage",
+        type=int,
+        metavar="N",
+        help="stage of the model, from 1; default: the last",
+    )
+    options.add_checkpoint(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Classifies; returns the exit code."""
+    """Classifies the images; returns 2 if some could not be read."""
     from localglobal_jax.data.images import files
 
     if args.overlay_stage is not None and not args.overlay:
@@ -82,11 +99,11 @@ def run(args: argparse.Namespace) -> int:
             print(_line(answer), flush=sys.stdout.isatty())
     if args.json:
         print(json.dumps({"images": everything}))
-    return 2 if bad else 0
+    return ExitCode.WRONG if bad else ExitCode.DONE
 
 
 def _places(given: str, found: list[Any]) -> dict[str, pathlib.Path]:
-    """Where the overlay of each picture goes: below DIR, as it lies itself."""
+    """Returns the file of each picture's overlay, below DIR; raises ValueError if it is an input."""
     from localglobal_jax.data.images import files
 
     directory = pathlib.Path(given)
@@ -122,7 +139,7 @@ def _line(answer: Any) -> str:
 
 
 def _described(answer: Any, places: dict[str, pathlib.Path]) -> dict[str, Any]:
-    """The same, for machines."""
+    """Returns an answer as a JSON object."""
     described: dict[str, Any] = {"path": answer.path}
     if answer.problem:
         return described | {"problem": answer.problem}

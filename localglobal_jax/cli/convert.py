@@ -1,25 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `localglobal convert`: other people's weights to a checkpoint of ours."""
+"""The command `localglobal convert`: converts published weights to a checkpoint of this package."""
 
 import argparse
 import json
 
+NAME = "convert"
+HELP = "published weights to a checkpoint of this package"
+EXAMPLE = "timm coatnet_0_rw_224.safetensors --out runs/coatnet_0_rw"
 
-def add_options(sub: argparse.ArgumentParser) -> None:
-    """Of the command line."""
-    sub.add_argument("source", choices=("timm", "focal", "fairseq"))
-    sub.add_argument("weights", metavar="FILE",
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    parser.add_argument("source", choices=("timm", "focal", "fairseq"))
+    parser.add_argument("weights", metavar="FILE",
                      help="a .safetensors file, a .pt file of fairseq, or a hub name")  # fmt: skip
-    sub.add_argument("--name", help="timm's name of the model (default: that of the file)")
-    sub.add_argument("--args", metavar="JSON", default="{}",
-                     help="of the original model: an object, @FILE or FILE.json")  # fmt: skip
-    sub.add_argument("--dict", nargs="+", default=(), metavar="DICT",
+    parser.add_argument("--name", help="timm's name of the model (default: that of the file)")
+    parser.add_argument("--args", metavar="JSON", default="{}",
+                     help="arguments of the original model: an object, @FILE or FILE.json")  # fmt: skip
+    parser.add_argument("--dict", nargs="+", default=(), metavar="DICT",
                      help="dict.txt of fairseq: one for both languages, or two")  # fmt: skip
-    sub.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument("--out", required=True, metavar="DIR")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Converts, and says what it made."""
+    """Converts, and prints a report."""
     from localglobal_jax.convert import files
 
     arguments = files.read_arguments(args.args)

@@ -1,13 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``localglobal evaluate``: metrics of a saved checkpoint."""
+"""The command `localglobal evaluate`: computes the metrics of a saved checkpoint."""
 
 import argparse
 import json
 
-# ---------------------------------------------------------------------------- commands
+from localglobal_jax.cli import options
+
+NAME = "evaluate"
+HELP = "evaluate a checkpoint"
+EXAMPLE = "--workdir runs/digits"
 
 
-def evaluate(args: argparse.Namespace) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    options.take_overrides(parser)
+    parser.add_argument("--workdir", required=True, metavar="DIR")
+    options.add_checkpoint(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluates, and prints one line per split."""
     from localglobal_jax.training import evaluation
 
     step, results = evaluation.evaluate(args.workdir, args.step, args.overrides, args.average)

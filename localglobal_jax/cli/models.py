@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `localglobal models`: the named models and their sizes, beside the papers'."""
+"""The command `localglobal models`: lists named models and their sizes beside the papers'."""
 
 import argparse
 import json
 from typing import Any
 
+NAME = "models"
+HELP = "named models: sizes beside the papers'"
+EXAMPLE = "coatnet_0 volo_d1"
 
-def add_options(sub: argparse.ArgumentParser) -> None:
-    """Of the command line."""
-    sub.add_argument("names", nargs="*", metavar="NAME", help="default: all")
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
 
 
 def run(args: argparse.Namespace) -> None:

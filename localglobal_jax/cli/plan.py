@@ -1,34 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``localglobal plan``: options and output. Imports no jax; the compiler has its own process."""
+"""The command `localglobal plan`: compiles a step for a TPU slice without one.
+
+Imports no jax: the compiler has its own process.
+"""
 
 import argparse
 import json
 import sys
 from typing import Any
 
+from localglobal_jax.cli import options
 from localglobal_jax.config import loading, schema
 from localglobal_jax.profiling import compiler_process, roofline, table, topologies
 
+NAME = "plan"
+HELP = "compile for a TPU slice without one: does it fit? how fast at most?"
+EXAMPLE = "--config configs/coatnet_imagenet.py --topology v5e-256"
 
-def add_options(sub: argparse.ArgumentParser) -> None:
-    """All but ``--json``."""
-    add = sub.add_argument
-    add("--config", required=True, metavar="FILE[:ARG]",
-        help="a config file; override fields with --config.a.b=VALUE")  # fmt: skip
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    options.add_config(parser)
+    add = parser.add_argument
     add("--topology", required=True, metavar="SLICE",
         help="v5e:16x16, v5p:8x8x8, or a cloud name (v5e-256); cpu:8 needs no libtpu")  # fmt: skip
-    add("--step", choices=("train", "eval", "decode"), default="train", help="default: train")
+    options.add_part(parser)
     add("--batch_search", action="store_true", help="find the largest batch that fits")
-    add("--compare", metavar="FILE[:ARG]", help="a second config, side by side; its own "
-        "overrides are --compare.a.b=VALUE, which alone are enough")  # fmt: skip
+    options.add_compare(parser, "side by side")
     add("--timeout", type=float, default=1800, metavar="SECONDS",
-        help="of one compilation; default: 1800")  # fmt: skip
+        help="limit of one compilation; default: 1800")  # fmt: skip
     add("--no_cache", action="store_true",
-        help="compile again what ~/.cache/localglobal/plan has")  # fmt: skip
+        help="compile again, although ~/.cache/localglobal/plan has it")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the report, or two beside each other."""
+    """Prints the report of one config, or of two side by side."""
     topology = topologies.parse(args.topology)
     given = loading.load_runs(args.config, args.overrides, args.compare, args.compare_overrides)
     if args.batch_search and len(given) > 1:
@@ -56,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
 def measured(
     run: schema.Run, args: argparse.Namespace, topology: topologies.Topology
 ) -> dict[str, Any]:
-    """Of one run."""
+    """Returns the report of one run."""
     facts, text = compiler_process.measure(
         run, topology, args.step, timeout=args.timeout, cache=not args.no_cache
     )
@@ -71,7 +77,7 @@ def searched(
     topology: topologies.Topology,
     trials: list[dict[str, Any]],
 ) -> schema.Run:
-    """The run with the largest batch that fits; `trials` gets every one that was compiled."""
+    """Returns the run with the largest batch that fits; appends every compilation to `trials`."""
 
     def fits(batch_size: int) -> bool:
         tried = measured(with_batch(run, batch_size), args, topology)
@@ -90,13 +96,13 @@ def searched(
 
 
 def with_batch(run: schema.Run, batch_size: int) -> schema.Run:
-    """The run with that batch, in training and in evaluation."""
+    """Returns the run with that batch size, in training and in evaluation."""
     evaluation = run.eval.model_copy(update={"batch_size": None})
     return run.model_copy(update={"batch_size": batch_size, "eval": evaluation})
 
 
 def unit(run: schema.Run, devices: int) -> int:
-    """What a batch size must be a multiple of."""
+    """Returns the smallest step between batch sizes that divide over `devices`."""
     if isinstance(run.data, schema.Text):
         longest = -(-run.data.max_length // 8) * 8
         return run.data.rows_multiple * longest

@@ -1,29 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``localglobal prepare``: prepares and checks a data set."""
+"""The command `localglobal prepare`: prepares a data set, checks it, and counts its examples."""
 
 import argparse
 import json
 
+from localglobal_jax.cli import options
 
-def prepare(args: argparse.Namespace) -> None:
+NAME = "prepare"
+HELP = "prepare a data set, check it, print counts"
+EXAMPLE = "--config configs/coatnet_digits.py"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    options.add_config(parser, required=False)
+    add = parser.add_argument
+    add("name", nargs="?", metavar="NAME", help="a TFDS name, instead of --config")
+    add("--dir", metavar="DIR", help="TFDS data directory")
+    add("--source", metavar="DIR", help="files already downloaded")
+    add("--from_tfrecord", metavar="DIR", help="convert a TFRecord data set")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prepares the data set, and prints the number of examples in each split."""
     from localglobal_jax.config import loading, schema, validation
 
-    name, directory, options = args.name, args.dir, None
+    name, directory, data = args.name, args.dir, None
     if args.config:
-        options = validation.check(loading.load(args.config, args.overrides)).data
-        name, directory = options.name, directory or options.dir
+        data = validation.check(loading.load(args.config, args.overrides)).data
+        name, directory = data.name, directory or data.dir
     from localglobal_jax.data.images import folder
     from localglobal_jax.data.text import pairs
-    from localglobal_jax.data.tfds import prepare as data
+    from localglobal_jax.data.tfds import prepare as tfds
 
     if name == folder.NAME:
         counts = folder.count(directory)
-    elif isinstance(options, schema.Text) and (options.files or options.mock):
-        counts = pairs.count(options)
+    elif isinstance(data, schema.Text) and (data.files or data.mock):
+        counts = pairs.count(data)
     elif args.from_tfrecord:
-        counts = data.from_tfrecord(args.from_tfrecord, directory)
+        counts = tfds.from_tfrecord(args.from_tfrecord, directory)
     elif name:
-        counts = data.prepare(name, directory, source=args.source)
+        counts = tfds.prepare(name, directory, source=args.source)
     else:
         raise ValueError("name a data set: --config FILE, a TFDS NAME, or --from_tfrecord DIR")
     print(json.dumps(counts) if args.json else "\n".join(f"{k}: {v}" for k, v in counts.items()))

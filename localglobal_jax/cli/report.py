@@ -1,20 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `localglobal report`: options, and what it prints."""
+"""The command `localglobal report`: writes a page (HTML) of one run or several."""
 
 import argparse
 import json
 import pathlib
 from typing import Any
 
+from localglobal_jax.cli import options
 
-def add_options(sub: argparse.ArgumentParser) -> None:
-    """All but ``--json``."""
-    sub.add_argument(
-        "workdirs", nargs="+", metavar="WORKDIR", help="of a run; several are compared"
+NAME = "report"
+HELP = "a page (HTML) of one run, or of several side by side"
+EXAMPLE = "runs/digits runs/digits_2 --out report.html"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    parser.add_argument(
+        "workdirs", nargs="+", metavar="WORKDIR", help="workdir of a run; several are compared"
     )
-    sub.add_argument("--out", default="report.html", metavar="FILE.html",
+    parser.add_argument("--out", default="report.html", metavar="FILE.html",
                      help="the page, one file without scripts; default: %(default)s")  # fmt: skip
-    sub.add_argument("--step", help='of the checkpoint: a number or "best"; default: the newest')
+    options.add_step(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -32,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _described(found: Any) -> dict[str, Any]:
-    """A run of the page, for machines: everything but curves and pictures."""
+    """Returns a run of the page as a JSON object, without curves and pictures."""
     confusion = found.confusion and {
         "split": found.confusion.split,
         "classes": found.confusion.classes,

@@ -1,28 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `localglobal train`: a run, on this machine or as one of many hosts."""
+"""The command `localglobal train`: trains a run, on this machine or as one of many hosts."""
 
 import argparse
 import json
 import sys
 import traceback
 
+from localglobal_jax.cli import options
+from localglobal_jax.launch.exit_codes import ExitCode
 
-def add_options(sub: argparse.ArgumentParser) -> None:
-    """Of the command line, beside --config."""
-    sub.add_argument("--workdir", required=True, metavar="DIR", help="where everything is written")
-    sub.add_argument("--replay", type=int, metavar="STEP",
-                     help="compute this step again and say what is wrong with it")  # fmt: skip
-    sub.add_argument("--distributed", action="store_true",
-                     help="one of many hosts, as Cloud TPU, Kubernetes or SLURM say")  # fmt: skip
-    sub.add_argument("--coordinator", metavar="HOST:PORT", help="host 0, if nobody says")
-    sub.add_argument("--hosts", type=int, metavar="N", help="how many hosts there are")
-    sub.add_argument("--host", type=int, metavar="I", help="which of them this is")
-    sub.add_argument("--start_timeout", type=float, default=300.0, metavar="SECONDS",
+NAME = "train"
+HELP = "train, or resume, a run"
+EXAMPLE = "--config configs/coatnet_digits.py --workdir runs/digits"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    options.add_config(parser)
+    parser.add_argument(
+        "--workdir", required=True, metavar="DIR", help="where everything is written"
+    )
+    parser.add_argument("--replay", type=int, metavar="STEP",
+                     help="compute this step again and name what is not finite")  # fmt: skip
+    parser.add_argument("--distributed", action="store_true",
+                     help="one of many hosts, found through Cloud TPU, Kubernetes or SLURM")  # fmt: skip
+    parser.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="address of host 0, if no cluster gives it"
+    )
+    parser.add_argument("--hosts", type=int, metavar="N", help="number of hosts")
+    parser.add_argument("--host", type=int, metavar="I", help="index of this host")
+    parser.add_argument("--start_timeout", type=float, default=300.0, metavar="SECONDS",
                      help="how long to wait for the other hosts")  # fmt: skip
 
 
 def join(args: argparse.Namespace) -> None:
-    """Joins the other hosts, if there are any."""
+    """Connects to the other hosts if options name them. Raises ValueError for a part of these."""
     from localglobal_jax.parallel import rendezvous
 
     given = (args.coordinator, args.hosts, args.host)
@@ -38,12 +50,12 @@ def join(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains; the exit codes are those of `cli`."""
+    """Trains; returns the exit code."""
     from localglobal_jax.config import loading, validation
 
     if not args.workdir.strip():  # a shell variable that is not set
         raise ValueError("--workdir is empty: give the directory where everything is written")
-    run = validation.check(loading.load(args.config, args.overrides))  # before jax takes seconds
+    run = validation.check(loading.load(args.config, args.overrides))  # importing jax takes seconds
 
     from localglobal_jax.parallel import multihost
     from localglobal_jax.training import divergence, loop, replay
@@ -56,32 +68,33 @@ def run(args: argparse.Namespace) -> int:
                 return _replayed(found, args.json)
             results = loop.train(run, args.workdir)
     except loop.Preempted as stop:
-        return _say(f"{stop}; start again to resume", 42)
+        return _say(f"{stop}; start again to resume", ExitCode.PREEMPTED)
     except divergence.Diverged as stop:
-        return _say(str(stop), 3)
+        return _say(str(stop), ExitCode.DIVERGED)
     except multihost.HostLost as stop:
-        multihost.leave(_say(str(stop), 42))
+        multihost.leave(_say(str(stop), ExitCode.PREEMPTED))
     except Exception as error:
         if not multihost.joined():
             raise
         if not isinstance(error, ValueError | OSError):
             traceback.print_exc()
-        multihost.leave(_say(str(error), 2 if isinstance(error, ValueError) else 1))
+        code = ExitCode.WRONG if isinstance(error, ValueError) else ExitCode.FAILED
+        multihost.leave(_say(str(error), code))
     if args.json and multihost.rank() == 0:
         print(json.dumps(results))
-    return 0
+    return ExitCode.DONE
 
 
 def _replayed(found: dict, as_json: bool) -> int:
     from localglobal_jax.parallel import multihost
     from localglobal_jax.training import divergence
 
-    if multihost.rank() == 0:  # JSON knows no NaN
+    if multihost.rank() == 0:  # JSON has no NaN
         plain = {k: str(v) if isinstance(v, float) and v - v != 0 else v for k, v in found.items()}
         print(json.dumps(plain) if as_json else divergence.describe(found))
-    return 0 if found["finite"] else 3
+    return ExitCode.DONE if found["finite"] else ExitCode.DIVERGED
 
 
-def _say(text: str, code: int) -> int:
+def _say(text: str, code: ExitCode) -> ExitCode:
     print(f"localglobal train: {text}", file=sys.stderr)
     return code

@@ -1,11 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``localglobal translate``: options, input, output. Imports no jax before it is used."""
+"""The command `localglobal translate`: translates text line by line."""
 
 import argparse
 import json
 import sys
 from collections.abc import Iterator
 from typing import Any
+
+from localglobal_jax.cli import options
+from localglobal_jax.launch.exit_codes import ExitCode
+
+NAME = "translate"
+HELP = "translate lines of text"
+EXAMPLE = "--workdir runs/muse < test.en > test.de"
 
 BLOCK = 1024  # lines translated before they are printed
 FORMATS = """\
@@ -19,11 +26,10 @@ dictionaries need text that is tokenised and split into subwords (with @@) as th
 was; words they do not know become <unk>."""
 
 
-def add_options(sub: argparse.ArgumentParser) -> None:
-    """All but ``--json``."""
-    sub.formatter_class = argparse.RawDescriptionHelpFormatter
-    sub.epilog = f"{FORMATS}\n\n{sub.epilog}"
-    add = sub.add_argument
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    options.add_notes(parser, FORMATS)
+    add = parser.add_argument
     add("--workdir", required=True, metavar="DIR", help="of a run, or of a converted checkpoint")
     add("file", nargs="?", metavar="FILE", help="UTF-8 text, a sentence per line; default: stdin")
     add("--beam", type=int, help="hypotheses kept by the search; default: that of the run, or 4")
@@ -43,10 +49,11 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     add("--temperature", type=float, help="of --sample; default: 1")
     add("--top_k", type=int, help="of --sample: only among so many tokens; default: all")
     add("--top_p", type=float, help="of --sample: only among this probability; default: 1")
+    options.add_checkpoint(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Translates; returns the exit code."""
+    """Translates the lines; returns 2 if some were too long."""
     sampling = _sampling(args)
     if args.attention:
         from localglobal_jax.inference import heat_map
@@ -55,13 +62,13 @@ def run(args: argparse.Namespace) -> int:
     from localglobal_jax.inference import translator as translate
 
     translator = translate.load(args.workdir, args.step, args.average)
-    options = {
+    chosen = {
         **translate.defaults(args.workdir),
         "nbest": 1 if args.nbest is None else args.nbest,
         "sampling": None if sampling is None else translate.Sampling(**sampling),
     }
     names = ("beam", "length_penalty", "min_length", "max_length", "max_source", "batch_size")
-    options |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    chosen |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     terminal = not args.file and sys.stdin.isatty()
     blocks = _typed() if terminal else _blocks(args.file)
     if terminal:
@@ -70,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
     number, bad, drawn, everything = 0, 0, not args.attention, []
     for block in blocks:
-        found = translator.translate(block, first=number, **options)
+        found = translator.translate(block, first=number, **chosen)
         for line, translation in zip(block, found, strict=True):
             number += 1
             if translation.problem:
@@ -89,11 +96,11 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({"translations": everything}, ensure_ascii=False))
     if not drawn:
         raise ValueError(f"--attention {args.attention}: there was no sentence to draw")
-    return 2 if bad else 0
+    return ExitCode.WRONG if bad else ExitCode.DONE
 
 
 def _sampling(args: argparse.Namespace) -> dict[str, Any] | None:
-    """What the options say about sampling; None: search."""
+    """Returns the options of sampling; None for search. Raises ValueError for a mix of both."""
     names = ("seed", "temperature", "top_k", "top_p")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if given and not args.sample:
@@ -104,7 +111,7 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _blocks(file: str | None) -> Iterator[list[str]]:
-    """Lines of a file or of stdin, all read (and found to be text) before the first is given."""
+    """Returns blocks of lines of a file or stdin, which is read and decoded as a whole first."""
     from localglobal_jax.data.text import files
 
     lines = (
@@ -114,7 +121,7 @@ def _blocks(file: str | None) -> Iterator[list[str]]:
 
 
 def _typed() -> Iterator[list[str]]:
-    """Line by line, as people type."""
+    """Yields lines of stdin as they are typed."""
     from localglobal_jax.data.text import files
 
     for number, line in enumerate(sys.stdin.buffer, 1):
@@ -122,7 +129,7 @@ def _typed() -> Iterator[list[str]]:
 
 
 def _shown(args: argparse.Namespace, number: int, translation: Any) -> list[str]:
-    """The lines that are printed for a line."""
+    """Returns the lines to print for one line of the input."""
     prefix = f"{number}\t" if args.nbest else ""
     if not translation.hypotheses:
         return [f"{prefix}\t" if args.nbest or args.scores else ""]
@@ -132,7 +139,7 @@ def _shown(args: argparse.Namespace, number: int, translation: Any) -> list[str]
 
 
 def _described(number: int, translation: Any, translator: Any) -> dict[str, Any]:
-    """The same, for machines."""
+    """Returns a translation as a JSON object."""
     described: dict[str, Any] = {"line": number, "source_tokens": translation.tokens}
     described["hypotheses"] = [
         {

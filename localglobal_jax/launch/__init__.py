@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a sweep to machines that run it.
+"""Starts the runs of a sweep on machines.
 
-`expand` makes run descriptions of a config file, `preview` checks them and says what they would do.
-The back ends `local`, `slurm`, `xpk` and `tpu_vm` are pure: descriptions in, argument lists and
-scripts out. `pool` runs processes in slots of this machine, `execute` calls other people's tools.
-`status` reads what became of it from the workdirs. Only `preview` and `status` import jax.
+`expand` turns a config file into run descriptions; `preview` checks and describes them. `backend`
+is the interface of a back end and `backends` the registry: `local`, `slurm`, `xpk` and `tpu_vm` turn
+descriptions into commands and scripts, and start them. `pool` runs processes in slots of this
+machine, `execute` calls external tools. `status` reads the state of a sweep from its workdirs. Only
+`preview` and `status` import jax.
 """

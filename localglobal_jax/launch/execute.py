@@ -1,24 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes scripts and calls the tools of others: the thin part that does something."""
+"""Writes scripts and calls external tools (sbatch, xpk, gcloud)."""
 
 import pathlib
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 
-INSTALL = {
-    "sbatch": "it comes with SLURM: start this on a login node of the cluster",
-    "xpk": "python -m venv xpk && xpk/bin/pip install xpk, and put xpk/bin on the PATH",
-    "gcloud": "see https://cloud.google.com/sdk/docs/install",
-}
+from localglobal_jax.launch.backend import Say, Started
+from localglobal_jax.launch.exit_codes import ExitCode
 
 
-def need(tool: str) -> None:
-    """Raises ValueError, saying how to get it, if `tool` is not installed."""
+def need(tool: str, how: str) -> None:
+    """Raises ValueError, with `how` to install it, if `tool` is not on the PATH."""
     if shutil.which(tool) is None:
-        raise ValueError(
-            f"{tool} is not installed here: {INSTALL[tool]}; or use --out or --dry_run"
-        )
+        raise ValueError(f"{tool} is not installed here: {how}; or use --out or --dry_run")
 
 
 def write(files: Mapping[str, str], folder: pathlib.Path) -> list[str]:
@@ -34,7 +29,7 @@ def write(files: Mapping[str, str], folder: pathlib.Path) -> list[str]:
 
 
 def call(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, str]:
-    """Exit code and all output of a tool; the answer to whatever it may ask is no."""
+    """Returns the exit code and output of a tool; every question it asks is answered with no."""
     done = subprocess.run(  # nosec B603 # an argument list, no shell
         command,
         env=dict(environment),
@@ -47,11 +42,9 @@ def call(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, s
     return done.returncode, done.stdout.strip()
 
 
-def queued(job: str, environment: Mapping[str, str]) -> set[tuple[int, int]]:
-    """(array, task) of what waits or runs already of the SLURM jobs of that name."""
-    command = ["squeue", "--me", "--array", "--noheader", f"--name={job}", "--format=%F %K"]
-    code, output = call(command, environment)
-    if code:
-        raise OSError(f"squeue failed, so runs might be started twice: {output}")
-    pairs = (line.split() for line in output.splitlines())
-    return {(int(p[0]), int(p[1])) for p in pairs if len(p) == 2 and all(map(str.isdigit, p))}
+def report(code: ExitCode, states: Mapping[str, str], output: str, say: Say) -> Started:
+    """Says the state of every run and the tool's output, and returns them."""
+    for name, state in states.items():
+        say(f"{state:<8} {name}")
+    say(output)
+    return Started(code, {name: {"state": state} for name, state in states.items()})

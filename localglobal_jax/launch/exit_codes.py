@@ -1,27 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exit codes of a run, and what a scheduler does about each."""
+"""Exit codes of the command line and of a run, and how the launcher reacts to each."""
 
+import enum
 import signal
 
-from localglobal_jax.launch.local import DIVERGED, DONE, PREEMPTED, WRONG
 
-REASONS = {WRONG: "wrong config or input", DIVERGED: "diverged", PREEMPTED: "stopped and saved"}
+class ExitCode(enum.IntEnum):
+    """Exit code of a `localglobal` process."""
+
+    DONE = 0
+    FAILED = 1  # any other error
+    WRONG = 2  # wrong config or input; argparse uses the same code
+    DIVERGED = 3
+    PREEMPTED = 42  # state saved: the same command resumes
+    INTERRUPTED = 128 + signal.SIGINT  # Ctrl-C, as shells count
+
+
+FINAL = (ExitCode.WRONG, ExitCode.DIVERGED)  # the same command would fail in the same way
+REASONS = {
+    ExitCode.WRONG: "wrong config or input",
+    ExitCode.DIVERGED: "diverged",
+    ExitCode.PREEMPTED: "stopped and saved",
+}
 
 
 def what_next(code: int, crashes: int, retries: int) -> str:
-    """What follows when a process ended: done, restart (it saved), retry (it crashed) or failed.
+    """Returns "done", "restart" (state saved), "retry" (crashed) or "failed".
 
-    `code`: negative for a signal, as in `subprocess`; `crashes`: how often, this one included.
+    `code` is negative for a signal, as in `subprocess`. `crashes` includes this one.
     """
-    if code == DONE:
+    if code == ExitCode.DONE:
         return "done"
-    if code == PREEMPTED:
+    if code == ExitCode.PREEMPTED:
         return "restart"
-    return "retry" if code not in (WRONG, DIVERGED) and crashes <= retries else "failed"
+    return "retry" if code not in FINAL and crashes <= retries else "failed"
 
 
 def explained(code: int) -> str:
-    """For people."""
+    """Describes an exit code, or the signal that ended a process, in words."""
     if code < 0:
         return f"killed by {signal.Signals(-code).name}"
-    return f"exit code {code}" + (f" ({REASONS[code]})" if code in REASONS else "")
+    reason = next((text for known, text in REASONS.items() if known == code), "")
+    return f"exit code {code:d}" + (f" ({reason})" if reason else "")

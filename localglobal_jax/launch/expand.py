@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A config file and the name of a sweep -> descriptions of its runs, checked one by one."""
+"""Expands a sweep of a config file into run descriptions, and validates each run."""
 
 import dataclasses
 import fnmatch
@@ -14,19 +14,19 @@ from localglobal_jax.config import loading, schema, sweeps, validation, values
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """One run: all that a back end needs to know."""
+    """One run, with everything a back end needs."""
 
     index: int
     name: str
-    overrides: Mapping[str, Any]  # as the types that their fields have
+    overrides: Mapping[str, Any]  # values have their fields' types
     run: schema.Run
     workdir: str
-    arguments: tuple[str, ...]  # of localglobal: train --config ...
+    arguments: tuple[str, ...]  # for localglobal: train --config ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """Runs and what they have in common."""
+    """The runs of a sweep and their common parts."""
 
     prefix: str
     base: schema.Run  # the config without overrides
@@ -36,9 +36,9 @@ class Sweep:
 def expand(
     spec: str, root: str, sweep: str = "sweep", given: Mapping[str, str] | None = None
 ) -> Sweep:
-    """All runs of ``FILE[:arg]``. `given`: overrides of the command line, the same for all runs.
+    """Returns all runs of ``FILE[:arg]``. `given`: overrides of the command line, for every run.
 
-    Raises ValueError, before anything is done, for a run that is wrong or that is there twice.
+    Raises ValueError for an invalid run and for two runs with the same overrides.
     """
     module, arg = loading.load_module(spec)
     function = sweep if sweep.startswith("sweep") else f"sweep_{sweep}"
@@ -73,20 +73,20 @@ def expand(
 
 
 def prefix_of(spec: str, function: str) -> str:
-    """What all names of a sweep begin with: its file (or folder) and, but for "sweep", its name."""
+    """Returns the common prefix of run names: the file (or folder) and the sweep's name, if any."""
     file = pathlib.Path(spec.partition(":")[0])
     stem = file.absolute().parent.name if file.stem == "sweep" else file.stem
     return sweeps.safe(stem + function.removeprefix("sweep"))
 
 
 def points(function: Any, arg: str | None, where: str) -> list[Mapping[str, Any]]:
-    """What a sweep function yields."""
+    """Returns the overrides that a sweep function yields. Raises ValueError if it fails."""
     try:
         takes = len(inspect.signature(function).parameters)
         found = list(function(arg) if takes else function())
     except ValueError:
         raise
-    except Exception as error:  # whatever a user's file may do
+    except Exception as error:  # a user's file may raise anything
         raise ValueError(f"{where} failed: {type(error).__name__}: {error}") from error
     for item in found:
         if not isinstance(item, Mapping) or not all(isinstance(key, str) for key in item):
@@ -97,7 +97,10 @@ def points(function: Any, arg: str | None, where: str) -> list[Mapping[str, Any]
 def apply(
     spec: str, given: Mapping[str, str], overrides: Mapping[str, Any]
 ) -> tuple[schema.Run, dict[str, Any], dict[str, str]]:
-    """The run with `overrides`, these as the types of their fields, and as ``--config.`` texts."""
+    """Returns the run with `overrides`, the overrides with their fields' types, and their texts.
+
+    A text is the value of ``--config.a.b=TEXT``. Raises ValueError.
+    """
     twice = given.keys() & overrides.keys()
     if twice:
         raise ValueError(f"--config.{sorted(twice)[0]} is a field that the sweep sets")
@@ -105,7 +108,7 @@ def apply(
     applied = {k: loading.override_value(config, k, v) for k, v in overrides.items()}
     run = validation.check(config)
     texts = {field: text_of(value) for field, value in applied.items()}
-    # A run is started as a command, whose words must mean the same.
+    # A run is started as a command: its words must give the same values.
     there = validation.check(loading.load(spec, {**given, **texts}))
     for field, (here, read) in values.difference(run.model_dump(), there.model_dump()).items():
         raise ValueError(
@@ -116,17 +119,20 @@ def apply(
 
 
 def text_of(value: Any) -> str:
-    """A value as ``--config.field=TEXT`` takes it."""
+    """Returns `value` as the TEXT of ``--config.field=TEXT``."""
     return value if isinstance(value, str) else repr(value)
 
 
 def shown(overrides: Mapping[str, Any]) -> str:
-    """For people."""
+    """Returns overrides as one line for people."""
     return "  ".join(f"{key}={text_of(value)}" for key, value in overrides.items()) or "(none)"
 
 
 def known_as(root: str, name: str) -> str:
-    """`name`; or, if the sweep has grown and moved a run that is there, the name it has there."""
+    """Returns the existing folder's name of the same run, whose index changes as a sweep grows.
+
+    Without such a folder, returns `name`.
+    """
     prefix, digest = name.rsplit("-", 2)[0], name.rsplit("-", 1)[1]
     folder = pathlib.Path(root)
     if is_remote(root) or not folder.is_dir() or (folder / name).exists():
@@ -136,7 +142,7 @@ def known_as(root: str, name: str) -> str:
 
 
 def select(runs: Sequence[Description], only: Sequence[str] | None) -> list[Description]:
-    """Those whose index or name (a pattern like ``*-1f2e3d4c``) is among `only`."""
+    """Returns the runs whose index or name is in `only`; names may be patterns, ``*-1f2e3d4c``."""
     if not only:
         return list(runs)
     chosen = set()

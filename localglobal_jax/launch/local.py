@@ -1,26 +1,82 @@
 # SPDX-License-Identifier: Apache-2.0
-"""This machine as slots, each with cores or GPUs of its own; and what an exit code asks for."""
+"""Back end for this machine: runs are processes in slots, each with its own cores or GPUs."""
 
-import dataclasses
+import argparse
+import os
+import pathlib
 from collections.abc import Mapping, Sequence
 
-DONE, WRONG, DIVERGED, PREEMPTED = 0, 2, 3, 42
+from localglobal_jax.launch import pool, shell
+from localglobal_jax.launch.backend import (
+    RETRIES,
+    SLOTS,
+    Launch,
+    Option,
+    Request,
+    Say,
+    Started,
+    Target,
+    python_command,
+)
+
+NAME = "local"
+OPTIONS: tuple[Option, ...] = (
+    SLOTS,
+    RETRIES,
+    Option("cores_per_slot", "CPU cores of a slot (an equal share)", least=1),
+    Option("gpus_per_slot", "GPUs of a slot (an equal share)", least=0),
+)
+REQUIRED: tuple[str, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True)
-class Slot:
-    """A part of the machine; empty means that it is not restricted."""
+def check(args: argparse.Namespace) -> None:
+    """Raises ValueError for ``--out``, and for slots that this machine does not have."""
+    if args.out:
+        raise ValueError("--out is for back ends that make scripts; local runs are started here")
+    machine_slots(args, os.environ)
 
-    cores: tuple[int, ...] = ()
-    gpus: tuple[str, ...] = ()
 
-    def environment(self) -> dict[str, str]:
-        """What a process in it gets to see."""
-        return {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)} if self.gpus else {}
+def target(args: argparse.Namespace) -> Target | None:
+    """Returns the GPUs of a slot; None without GPUs."""
+    gpus = machine_slots(args, os.environ)[0].gpus
+    return Target(len(gpus)) if gpus else None
 
-    def __str__(self) -> str:
-        parts = [("cores", self.cores), ("GPUs", self.gpus)]
-        return ", ".join(f"{what} {','.join(map(str, items))}" for what, items in parts if items)
+
+def launch(request: Request) -> Launch:
+    """Returns one command per run; there are no scripts."""
+    commands = {run.name: (*python_command(), *run.arguments) for run in request.runs}
+    given = [f"{key}={value}" for key, value in request.env.items()]
+    words = ["env", *given] if given else []
+    shown = {name: (shell.quoted([*words, *argv]),) for name, argv in commands.items()}
+    return Launch(shown, {}, commands)
+
+
+def start(request: Request, environment: Mapping[str, str], say: Say) -> Started:
+    """Runs the processes in slots and returns once all have ended."""
+    commands = launch(request).commands
+    jobs = [
+        pool.Job(run.name, commands[run.name], pathlib.Path(run.workdir)) for run in request.runs
+    ]
+    slots = machine_slots(request.args, environment)
+    return pool.run_jobs(jobs, slots, request.args.retries, environment, say)
+
+
+# ---------------------------------------------------------------------------- slots
+
+
+def machine_slots(
+    args: argparse.Namespace, environment: Mapping[str, str]
+) -> tuple[pool.Slot, ...]:
+    """Returns the slots of this machine for ``--slots`` and its kin. Raises ValueError."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+    gpus = visible_gpus(environment, os.listdir("/dev") if os.path.isdir("/dev") else [])
+    return slots(
+        args.slots or 1,
+        cores,
+        gpus if args.gpus_per_slot != 0 else (),
+        cores_per_slot=args.cores_per_slot,
+        gpus_per_slot=args.gpus_per_slot,
+    )
 
 
 def slots(
@@ -30,10 +86,11 @@ def slots(
     *,
     cores_per_slot: int | None = None,
     gpus_per_slot: int | None = None,
-) -> list[Slot]:
-    """Splits `cores` and `gpus` evenly over `count` slots, or so many to each.
+) -> tuple[pool.Slot, ...]:
+    """Splits `cores` and `gpus` over `count` slots: evenly, or as many to each as given.
 
-    A GPU is never shared (two processes would ask for its memory); cores are, if they must.
+    Two slots never share a GPU, since each process would reserve its memory. They share cores if
+    there are more slots than cores. Raises ValueError if there are too few GPUs or cores.
     """
     each = len(gpus) // count if gpus_per_slot is None else gpus_per_slot
     if (gpus and not each and gpus_per_slot is None) or each * count > len(gpus):
@@ -43,18 +100,20 @@ def slots(
         )
     width = cores_per_slot or max(1, len(cores) // count)
     if width > len(cores):
-        raise ValueError(f"--cores_per_slot {width}: this machine gives us {len(cores)}")
-    return [
-        Slot(
+        raise ValueError(
+            f"--cores_per_slot {width}: this process may use {len(cores)} cores, give at most that"
+        )
+    return tuple(
+        pool.Slot(
             tuple(sorted(cores[(i * width + j) % len(cores)] for j in range(width))),
             tuple(gpus[i * each : (i + 1) * each]),
         )
         for i in range(count)
-    ]
+    )
 
 
 def visible_gpus(environment: Mapping[str, str], device_files: Sequence[str]) -> list[str]:
-    """Ids of GPUs: those of CUDA_VISIBLE_DEVICES, else one per ``/dev/nvidia<i>``."""
+    """Returns the ids in CUDA_VISIBLE_DEVICES; without it, one id per ``/dev/nvidia<i>``."""
     if "CUDA_VISIBLE_DEVICES" in environment:
         return [gpu for gpu in environment["CUDA_VISIBLE_DEVICES"].split(",") if gpu.strip()]
     numbers = sorted(int(f[len("nvidia") :]) for f in device_files if f[len("nvidia") :].isdigit())

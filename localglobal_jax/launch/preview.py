@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks every run of a sweep as its training would, and says what it will be. Touches no network,
-writes nothing, needs no data: made-up images and words of the right shapes stand for them.
+"""Checks every run of a sweep as training would, and describes it.
+
+Uses no network, writes nothing and needs no data: mock data of the right shapes replaces it.
 """
 
 import json
@@ -14,22 +15,22 @@ from localglobal_jax.checkpoints import workdir
 from localglobal_jax.checkpoints.workdir import is_remote
 from localglobal_jax.config import schema, validation, values
 from localglobal_jax.launch import expand, status
-from localglobal_jax.launch.backends import Target
+from localglobal_jax.launch.backend import Target
 from localglobal_jax.parallel import placement as parallel
 from localglobal_jax.training import optim, step, tasks
 
 
 class Preview:
-    """Counts each different model once."""
+    """Describes runs; runs with the same model and data share one count of parameters."""
 
     def __init__(self, base: schema.Run, target: Target | None = None):
-        """`target`: where the runs will be; None: one process with the devices of this one."""
+        """`target`: devices and hosts of a run; None: one process with this process's devices."""
         self._base, self._hosts = base, target.hosts if target else 1
         self._devices = parallel.placeholder_devices(target.devices if target else None)
         self._known: dict[str, tuple[int, list[str]]] = {}
 
     def row(self, run: expand.Description) -> dict[str, Any]:
-        """What a run will be. Raises ValueError, beginning with its name, if it cannot be."""
+        """Returns the description of a run. Raises ValueError, which names an invalid run."""
         try:
             return self._row(run)
         except ValueError as error:
@@ -71,7 +72,7 @@ class Preview:
         }
 
     def _model(self, run: schema.Run) -> tuple[int, list[str]]:
-        """The number of its parameters, and the names of the metrics that evaluation will give."""
+        """Returns the number of parameters, and the names of the metrics of evaluation."""
         what = run.model_dump(mode="json", include={"model", "data", "task", "dtype", "init"})
         key = json.dumps(what, sort_keys=True)
         if key not in self._known:
@@ -90,7 +91,7 @@ class Preview:
 
 
 def text(row: Mapping[str, Any], commands: Sequence[str]) -> str:
-    """One run, for people."""
+    """Returns the description of one run as text."""
     mesh = " x ".join(f"{axis} {n}" for axis, n in row["mesh"].items())
     hosts = f" on {row['hosts']} hosts" if row["hosts"] > 1 else ""
     accumulate = f" in {row['accumulate']} parts" if row["accumulate"] > 1 else ""
@@ -115,7 +116,7 @@ def text(row: Mapping[str, Any], commands: Sequence[str]) -> str:
 
 
 def totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of all runs together."""
+    """Returns the totals of all runs."""
     left = [max(0, row["steps"] - (row["latest_step"] or 0)) for row in rows]
     parameters = [row["parameters"] for row in rows]
     return {
@@ -130,7 +131,7 @@ def totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def summary(about: Mapping[str, Any]) -> str:
-    """The totals, for people."""
+    """Returns the totals as text."""
     low, high = about["parameters"]
     commit = about["git"].get("commit", "none")[:12]
     dirty = ", with uncommitted changes" if about["git"].get("dirty") else ""

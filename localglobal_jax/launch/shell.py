@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Words for shells: quoting, environments, and what nobody should read over a shoulder."""
+"""Shell quoting, environment variables, and masking of secrets."""
 
 import os
 import re
@@ -7,13 +7,16 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL", re.IGNORECASE)
-# An address with a password in it, as of a proxy: scheme://user:password@host
+# An address that contains a password, such as a proxy's: scheme://user:password@host
 INSIDE = re.compile(r"://[^/@\s]*:[^/@\s]*@")
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def environment(given: Iterable[str], outside: Mapping[str, str] | None = None) -> dict[str, str]:
-    """``["A=1", "B"]`` -> ``{"A": "1", "B": <its value outside>}``."""
+    """Returns ``{"A": "1", "B": outside["B"]}`` for ``["A=1", "B"]``. Raises ValueError.
+
+    `outside` is this process's environment by default.
+    """
     outside = os.environ if outside is None else outside
     found = {}
     for item in given:
@@ -27,20 +30,20 @@ def environment(given: Iterable[str], outside: Mapping[str, str] | None = None) 
 
 
 def secrets(env: Mapping[str, str]) -> dict[str, str]:
-    """Those whose names say that they are secret, and addresses with passwords in them."""
+    """Returns the variables with a secret's name (KEY, TOKEN, ...) or a password in an address."""
     return {n: value for n, value in env.items() if SECRET.search(n) or INSIDE.search(value)}
 
 
 def masked(env: Mapping[str, str]) -> dict[str, str]:
-    """`env` as it may be shown."""
+    """Returns `env` with ``***`` for every secret."""
     hidden = secrets(env)
     return {name: "***" if name in hidden else value for name, value in env.items()}
 
 
 def without(text: str, env: Mapping[str, str]) -> str:
-    """`text`, such as what a tool has said, with the values of secrets masked.
+    """Returns `text`, such as a tool's output, with the values of secrets masked.
 
-    Not those as short as "true": no secret is, and half of the text would go.
+    Values of up to 5 characters stay: "true" is not a secret, and would mask half of the text.
     """
     for value in sorted(secrets(env).values(), key=len, reverse=True):
         text = text.replace(value, "***") if len(value) > 5 else text
@@ -48,12 +51,12 @@ def without(text: str, env: Mapping[str, str]) -> str:
 
 
 def quoted(words: Sequence[str]) -> str:
-    """As a shell reads it."""
+    """Returns `words` as one line of shell code."""
     return shlex.join(words)
 
 
 def exports(env: Mapping[str, str]) -> list[str]:
-    """Lines of a script. A secret is not written: it must be set where the script runs."""
+    """Returns lines of a script; a secret is not written, but must be set where the script runs."""
     hidden = secrets(env)
     return [
         f': "${{{name}:?set it: it is a secret, so it is not written here}}"; export {name}'

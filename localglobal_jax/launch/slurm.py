@@ -1,24 +1,155 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SLURM: one ``sbatch`` array script for a whole sweep, a task of the array for each run.
+"""Back end for SLURM: one ``sbatch`` array script per sweep, one task of the array per run.
 
-Two minutes before its time is over (or when it is preempted) the batch shell gets SIGTERM and
-passes it to all processes of the run; these save and exit with 42, and the task is put back into
-the queue. Any other exit code ends it, so a wrong config does not come back for ever.
+Two minutes before its time limit, or when it is preempted, the batch shell gets SIGTERM and passes
+it to all processes of the run. These save and exit with 42, and the task is queued again. Any other
+exit code ends the task, so a wrong config is not queued for ever.
 """
 
+import argparse
+import hashlib
+import json
+import os
+import pathlib
 import re
 import shlex
 from collections.abc import Mapping, Sequence
 
-from localglobal_jax.launch import shell
+from localglobal_jax.checkpoints.workdir import is_remote
+from localglobal_jax.launch import execute, shell
+from localglobal_jax.launch.backend import (
+    SLOTS,
+    Launch,
+    Option,
+    Request,
+    Say,
+    Started,
+    Target,
+    python_command,
+)
+from localglobal_jax.launch.exit_codes import ExitCode
 from localglobal_jax.launch.expand import Description
 from localglobal_jax.launch.pool import ATTEMPTS
 
+NAME = "slurm"
+OPTIONS: tuple[Option, ...] = (
+    SLOTS,
+    Option("partition", "partition of the cluster"),
+    Option("account", "account to charge"),
+    Option("qos", "quality of service"),
+    Option("time", "time limit of one task, 4:00:00; the run saves and is queued again"),
+    Option("nodes", "nodes of a run (1)", least=1),
+    Option("gpus", "GPUs of a node (0)", least=0),
+    Option("cpus", "cores per process", least=1),
+    Option("mem", "memory of a node, 64G"),
+    Option(
+        "sbatch",
+        "another option of sbatch, --sbatch=--exclusive; may be repeated",
+        action="append",
+    ),
+)
+REQUIRED: tuple[str, ...] = ()
 GRACE = 120  # seconds between the signal and the end; a step and a checkpoint have to fit
 
 
+def check(args: argparse.Namespace) -> None:
+    """Raises ValueError for paths that SLURM cannot use."""
+    if is_remote(args.workdir):
+        raise ValueError("--backend slurm needs a --workdir on the cluster's file system")
+    if re.search(r"[\s%]", os.path.abspath(args.workdir)):
+        raise ValueError(f"--workdir {args.workdir}: SLURM takes no blanks and no % in a path")
+    if re.search(r"\s", os.getcwd()):
+        raise ValueError(
+            f"SLURM takes no blanks in a path: start it elsewhere than {os.getcwd()!r}"
+        )
+
+
+def target(args: argparse.Namespace) -> Target:
+    """Returns one device per process."""
+    processes = _processes(args)
+    return Target(processes, processes)
+
+
+def launch(request: Request) -> Launch:
+    """Returns one script for all runs."""
+    args, here = request.args, python_command()
+    many = ("--distributed",) if _processes(args) > 1 else ()
+    commands = {
+        run.name: (*here, run.arguments[0], *many, *run.arguments[1:]) for run in request.runs
+    }
+    named = {
+        "partition": args.partition,
+        "account": args.account,
+        "qos": args.qos,
+        "time": args.time,
+        "cpus-per-task": args.cpus,
+        "mem": args.mem,
+        "chdir": os.getcwd(),  # a path in the config may be relative to it
+    }
+    options = [f"--{key}={value}" for key, value in named.items() if value]
+    root = str(pathlib.Path(args.workdir).absolute())
+    text = script(
+        request.runs, commands, prefix=job_name(request.sweep.prefix, root), root=root,
+        options=[*options, *(args.sbatch or ())], nodes=args.nodes or 1, gpus=args.gpus or 0,
+        concurrent=args.slots, env=request.env,
+    )  # fmt: skip
+    shown = {name: (f"srun {shell.quoted(argv)}",) for name, argv in commands.items()}
+    file = f"{request.sweep.prefix}.sbatch"
+    return Launch(shown, {file: text}, {file: ("sbatch", "--parsable", file)})
+
+
+def start(request: Request, environment: Mapping[str, str], say: Say) -> Started:
+    """Submits the runs that are not yet in the queue."""
+    execute.need("sbatch", "it comes with SLURM: start this on a login node of the cluster")
+    root = pathlib.Path(request.args.workdir).absolute()
+    waiting = set()
+    for array, task in queued(job_name(request.sweep.prefix, str(root)), environment):
+        # The index of a run differs between arrays if the sweep has grown: compare names.
+        names = root / f"slurm-{array}.json"
+        known = json.loads(names.read_text()) if names.exists() else {}
+        waiting.add(known.get(str(task), ""))
+    left = [run for run in request.runs if run.name not in waiting]
+    code, output = 0, ""
+    if left:
+        files = launch(Request(request.args, request.sweep, left, request.env)).files
+        (file,) = execute.write(files, root)
+        code, output = execute.call(["sbatch", "--parsable", file], environment)
+    if output and not code:
+        numbers = {run.index: run.name for run in left}
+        (root / f"slurm-{output.partition(';')[0]}.json").write_text(json.dumps(numbers))
+    new = "failed" if code else "queued"
+    states = {run.name: new if run in left else "already" for run in request.runs}
+    ended = ExitCode.FAILED if code else ExitCode.DONE
+    return execute.report(ended, states, shell.without(output, request.env), say)
+
+
+def queued(job: str, environment: Mapping[str, str]) -> set[tuple[int, int]]:
+    """Returns (array, task) of the waiting and running jobs with that name.
+
+    Raises OSError if ``squeue`` fails.
+    """
+    command = ["squeue", "--me", "--array", "--noheader", f"--name={job}", "--format=%F %K"]
+    code, output = execute.call(command, environment)
+    if code:
+        raise OSError(f"squeue failed, so runs might be started twice: {output}")
+    pairs = (line.split() for line in output.splitlines())
+    return {(int(p[0]), int(p[1])) for p in pairs if len(p) == 2 and all(map(str.isdigit, p))}
+
+
+# ---------------------------------------------------------------------------- the script
+
+
+def job_name(prefix: str, root: str) -> str:
+    """Returns the array's name, which depends on the sweep and on its workdir."""
+    return f"{prefix}-{hashlib.sha256(root.encode()).hexdigest()[:8]}"
+
+
+def _processes(args: argparse.Namespace) -> int:
+    return (args.nodes or 1) * tasks_per_node(args.gpus or 0)
+
+
 def tasks_per_node(gpus: int) -> int:
-    """Processes of one run on a node: JAX on SLURM takes one GPU for each, where it detects it."""
+    """Returns the processes of one run on a node: JAX under SLURM uses one GPU per process."""
     return max(1, gpus)
 
 
@@ -34,9 +165,10 @@ def script(
     concurrent: int | None = None,
     env: Mapping[str, str] | None = None,
 ) -> str:
-    """The script. `commands`: of each name; `options`: further ones of sbatch, ``--time=1:00:00``.
+    """Returns the script. `commands`: by name of a run; `options`: of sbatch, ``--time=1:00:00``.
 
-    A run with several processes is told so by ``--distributed``, which must be in its command.
+    The command of a run with several processes must contain ``--distributed``. Raises ValueError
+    for an option with a line break.
     """
     tasks = tasks_per_node(gpus)
     most = f"%{concurrent}" if concurrent else ""
@@ -68,9 +200,9 @@ def script(
             *shell.exports(env or {}),
             'case "$SLURM_ARRAY_TASK_ID" in',
             *cases,
-            '  *) echo "no run ${SLURM_ARRAY_TASK_ID}" >&2; exit 2 ;;',
+            f'  *) echo "no run ${{SLURM_ARRAY_TASK_ID}}" >&2; exit {ExitCode.WRONG:d} ;;',
             "esac",
-            BODY.replace("ATTEMPTS", ATTEMPTS),
+            BODY.replace("ATTEMPTS", ATTEMPTS).replace("PREEMPTED", f"{ExitCode.PREEMPTED:d}"),
         ]
     )
 
@@ -89,7 +221,7 @@ while kill -0 "$child" 2>/dev/null; do wait "$child"; done  # a signal ends wait
 wait "$child"
 code=$?
 record "\\"event\\": \\"end\\", \\"code\\": $code"
-if [ "$code" -eq 42 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 1000 ]; then
+if [ "$code" -eq PREEMPTED ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 1000 ]; then
   sleep 10  # a cluster that is not well is not asked every second
   scontrol requeue "$SLURM_JOB_ID"
 fi
@@ -98,7 +230,7 @@ exit "$code"
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """``[0, 1, 2, 5]`` -> ``0-2,5``."""
+    """Returns ``0-2,5`` for ``[0, 1, 2, 5]``."""
     groups: list[list[int]] = []
     for number in sorted(numbers):
         if groups and number == groups[-1][-1] + 1:

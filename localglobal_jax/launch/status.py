@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What became of a sweep: read from its workdirs, at any time, also while it runs."""
+"""Reads the state of a sweep from its workdirs, at any time, also while it runs."""
 
 import csv
 import io
@@ -14,17 +14,17 @@ from etils import epath
 
 from localglobal_jax.checkpoints import digests, workdir
 from localglobal_jax.checkpoints.workdir import is_remote
-from localglobal_jax.launch import exit_codes, local, pool
+from localglobal_jax.launch import exit_codes, pool
 from localglobal_jax.launch.expand import Description
 from localglobal_jax.training.reporting import metrics_log
 
-SILENT = 600  # seconds without a line after which nobody believes that a run is running
+SILENT = 600  # seconds without a line after which a run no longer counts as running
 STATES = ("done", "running", "preempted", "failed", "unfinished", "not started", "other config")
 SHOWN = 4  # metrics of a split in the table; the CSV has all
 
 
 def read(run: Description, now: float | None = None) -> dict[str, Any]:
-    """One run: its state, step, last metrics by split, seconds since the last line."""
+    """Returns the state, step, last metrics by split and age of the last line of a run."""
     directory = epath.Path(run.workdir)
     lines = metrics_log.read_metrics(directory)
     metrics: dict[str, dict[str, Any]] = {}
@@ -36,15 +36,15 @@ def read(run: Description, now: float | None = None) -> dict[str, Any]:
     marks = [float(last["time"])] if "time" in last else []
     if (directory / "metrics.jsonl").exists():
         changed = (directory / "metrics.jsonl").stat().mtime
-        marks += [float(changed)] if changed else []  # not every store says when
+        marks += [float(changed)] if changed else []  # some stores give no time
     age = max(0.0, (time.time() if now is None else now) - max(marks)) if marks else None
-    # Of a run on a store nobody here can see whether it runs: it writes there when it saves.
+    # A lock on a remote store cannot be seen from here; the run writes there only when it saves.
     locked = None if is_remote(run.workdir) else pool.is_locked(pathlib.Path(run.workdir))
     state, note = _state(run, saved, last, age, locked)
     if not (directory / "config.json").exists() and not events:
         state, note = "not started", ""
     elif changed := _changed(run, directory / "config.json"):
-        state, note = "other config", changed  # its numbers are not those of this sweep
+        state, note = "other config", changed  # its numbers belong to another sweep
     return {
         "index": run.index,
         "name": run.name,
@@ -62,16 +62,16 @@ def read(run: Description, now: float | None = None) -> dict[str, Any]:
 
 
 def _changed(run: Description, file: epath.Path) -> str:
-    """The first field that is not this sweep's; "" if there is none, or if nobody can tell."""
+    """Returns the first field that differs from this sweep's; "" if none, or if unreadable."""
     try:
         lines = workdir.other_config(run.run, file).splitlines() if file.exists() else []
-    except ValueError:  # damaged: whoever starts the run will be told
+    except ValueError:  # damaged: starting the run reports it
         return ""
     return lines[0].strip() if lines else ""
 
 
 def latest_step(directory: str | os.PathLike[str]) -> int | None:
-    """Of the checkpoints of a workdir: a number for a name, and complete (see `checkpoint`)."""
+    """Returns the newest step whose checkpoint is complete (has a manifest); None without one."""
     folder = epath.Path(directory) / "checkpoints"
     found = [p for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
     return max((int(p.name) for p in found if (p / digests.MANIFEST).exists()), default=None)
@@ -84,7 +84,7 @@ def _state(
     age: float | None,
     locked: bool | None,
 ) -> tuple[str, str]:
-    """The state and, where it needs one, a note."""
+    """Returns the state and a note, which may be empty."""
     since = f"last line {duration(age)} ago" if age is not None else ""
     if locked:
         return "running", since
@@ -94,7 +94,7 @@ def _state(
         return "unfinished", since
     if last.get("event") == "end":
         code = int(last.get("code", 1))
-        if code == local.PREEMPTED:
+        if code == exit_codes.ExitCode.PREEMPTED:
             return "preempted", exit_codes.explained(code)
         return "failed", f"{exit_codes.explained(code)}; see {run.workdir}/{pool.LOG}"
     if age is not None and age < SILENT:
@@ -115,7 +115,7 @@ def _events(file: epath.Path) -> list[dict[str, Any]]:
 
 
 def duration(seconds: float | None) -> str:
-    """``12 s``, ``3:20 min``, ``2:05 h``, ``3 d``."""
+    """Returns a duration as ``12 s``, ``3:20 min``, ``2:05 h`` or ``3 d``."""
     total = round(seconds or 0)
     if total < 60:
         return f"{total} s"
@@ -124,11 +124,11 @@ def duration(seconds: float | None) -> str:
     return f"{total // 3600}:{total % 3600 // 60:02d} h" if total < 86400 else f"{total // 86400} d"
 
 
-# ---------------------------------------------------------------------------- for people
+# ---------------------------------------------------------------------------- output
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A line for each run, and how many there are of each state."""
+    """Returns one line per run, and the number of runs in each state."""
     width = max(len(row["name"]) for row in rows)
     lines = []
     for row in rows:
@@ -141,7 +141,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _last(metrics: Mapping[str, Mapping[str, Any]]) -> str:
-    """The metrics of the last evaluation (of training, if there was none), in short."""
+    """Returns the last evaluation's metrics (training's, if there was none) in short form."""
     split = next((name for name in metrics if name != "train"), "train")
     numbers = {k: v for k, v in metrics.get(split, {}).items() if k not in ("step", "count")}
     shown = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in numbers.items()][
@@ -151,9 +151,9 @@ def _last(metrics: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A row for each run: name, state, steps, overrides, last metrics as ``split/metric``.
+    """Returns one row per run: name, state, steps, overrides, last metrics as ``split/metric``.
 
-    Nothing in it depends on when it is written, once all runs are done.
+    Once all runs are done, the text does not depend on the time of writing.
     """
     flat = [
         {f"{s}/{k}": v for s, line in row["metrics"].items() for k, v in line.items()}

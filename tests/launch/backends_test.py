@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the back ends build: golden argument lists; scripts run, with tools that pretend."""
+"""Back ends: golden argument lists, option checks, and scripts executed with fake tools."""
 
 import json
 import os
@@ -11,7 +11,9 @@ import time
 import pytest
 
 from localglobal_jax.cli.main import main, parser
-from localglobal_jax.launch import backends, expand, shell, slurm, tpu_vm, xpk
+from localglobal_jax.launch import backends, expand, local, shell, slurm, tpu, tpu_vm, xpk
+from localglobal_jax.launch.backend import Launch, Option, Started, Target
+from localglobal_jax.launch.exit_codes import ExitCode
 
 LAYOUTS = str(pathlib.Path(__file__).parents[2] / "experiments/coatnet_layouts/sweep.py")
 COMMAND = ("localglobal", "train", "--config.model.depths=(1, 1)", "--workdir", "gs://b/it's")
@@ -65,21 +67,21 @@ def test_queued_resources():
     ],
 )
 def test_tpu_names(name, slices, devices, hosts):
-    assert backends.of_tpu(name, slices) == (devices, hosts)
+    assert tpu.target(name, slices) == (devices, hosts)
 
 
 @pytest.mark.parametrize("name", ["v5e", "v8-4", "v5e:4x4", "cpu:8", "h100-8", "v4-1"])
 def test_wrong_tpu_names(name):
     with pytest.raises(ValueError, match=r"topology|--tpu_type"):
-        backends.of_tpu(name)
+        tpu.target(name)
 
 
 def test_environments():
     outside = {"HF_TOKEN": "x", "B": "y"}
     assert shell.environment(["A=1=2", "HF_TOKEN"], outside) == {"A": "1=2", "HF_TOKEN": "x"}
-    with pytest.raises(ValueError, match="not set here"):
+    with pytest.raises(ValueError, match="--env C:"):
         shell.environment(["C"], outside)
-    with pytest.raises(ValueError, match="NAME=VALUE"):
+    with pytest.raises(ValueError, match="--env 1=2:"):
         shell.environment(["1=2"], outside)
     given = {"WANDB_API_KEY": "a", "my_secret": "b", "db_password": "c", "x_token": "d", "LR": "e"}
     assert list(shell.masked(given).values()) == ["***", "***", "***", "***", "e"]
@@ -90,21 +92,65 @@ def arguments(*words):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "option"),
     [
-        (("--cluster=c",), "--cluster is for --backend xpk"),
-        (("--backend=xpk", "--cluster=c"), "needs --image"),
-        (("--backend=tpu-vm", "--tpu_type=v4-8", "--slots=1"), "needs --zone"),
-        (("--backend=slurm", "--cores_per_slot=1"), "is for --backend local"),
-        (("--backend=slurm", "--retries=0"), "is for --backend local or tpu-vm"),
-        (("--slots=0",), "--slots 0: at least 1"),
-        (("--devices=0",), "--devices 0: at least 1"),
-        (("--retries=-1",), "--retries -1: at least 0"),
+        (("--cluster=c",), "--cluster.*xpk"),
+        (("--backend=xpk", "--cluster=c"), "xpk.*--image"),
+        (("--backend=tpu-vm", "--tpu_type=v4-8", "--slots=1"), "tpu-vm.*--zone"),
+        (("--backend=slurm", "--cores_per_slot=1"), "--cores_per_slot.*local"),
+        (("--backend=slurm", "--retries=0"), "--retries.*local.*tpu-vm"),
+        (("--slots=0",), "--slots 0: .*1"),
+        (("--devices=0",), "--devices 0: .*1"),
+        (("--retries=-1",), "--retries -1: .*0"),
     ],
 )
-def test_options_of_other_back_ends(words, message):
-    with pytest.raises(ValueError, match=message):
+def test_options_of_other_back_ends(words, option):
+    with pytest.raises(ValueError, match=option):
         backends.check(arguments(*words))
+
+
+def test_a_back_end_is_one_module_and_one_line_of_the_registry(monkeypatch, capsys):
+    """A module that is added to the registry has options, help, checks and a launch."""
+
+    class Cloud:
+        NAME, REQUIRED = "cloud", ("region",)
+        OPTIONS = (Option("region", "region of the cloud"), Option("copies", "copies", least=2))
+        check = staticmethod(lambda args: None)
+        target = staticmethod(lambda args: Target(3))
+        launch = staticmethod(lambda request: Launch({}, {}, {}))
+        start = staticmethod(lambda request, environment, say: Started(ExitCode.DONE, {}))
+
+    monkeypatch.setattr(backends, "MODULES", (*backends.MODULES, Cloud))
+    monkeypatch.setitem(backends.BACKENDS, "cloud", Cloud)
+    args = arguments("--backend=cloud", "--region=r", "--copies=2")
+    backends.check(args)
+    assert backends.target(args) == (3, 1)
+    for words, named in (
+        (("--backend=cloud",), "--region"),
+        (("--backend=cloud", "--region=r", "--copies=1"), "--copies 1"),
+        (("--region=r",), "--region.*cloud"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            backends.check(arguments(*words))
+    with pytest.raises(SystemExit):
+        main(["sweep", "--help"])
+    assert "region of the cloud" in capsys.readouterr().out
+
+
+def test_a_shared_option_means_the_same_to_every_back_end():
+    seen = {}
+    for module in backends.MODULES:
+        for option in module.OPTIONS:
+            assert seen.setdefault(option.name, option) == option
+        assert set(module.REQUIRED) <= {option.name for option in module.OPTIONS}
+
+
+def test_a_slot_of_two_gpus_is_a_target_of_two_devices(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    assert local.target(arguments("--slots=2")) == (2, 1)
+    assert local.target(arguments("--gpus_per_slot=0")) is None
+    with pytest.raises(ValueError, match="--slots"):
+        local.check(arguments("--slots=5"))
 
 
 XPK = ("--backend=xpk", "--cluster=c", "--image=i", "--tpu_type=v5litepod-16")
@@ -129,7 +175,7 @@ def test_secrets_are_neither_printed_nor_written(words, tmp_path, monkeypatch, c
     assert not (tmp_path / "root").exists()
 
 
-# ------------------------------------------------ scripts, with tools that pretend
+# ------------------------------------------------ scripts, executed with fake tools
 
 
 def tool(folder, name, body):

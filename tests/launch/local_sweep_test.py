@@ -16,10 +16,10 @@ from localglobal_jax.cli.main import main
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = f"""
-from localglobal_jax import configlib
+from localglobal_jax.config import loading
 
 def get_config(arg=None):
-    config = configlib.load({str(ROOT / "configs/coatnet_digits.py")!r} + ":size=tiny,data=mock")
+    config = loading.load({str(ROOT / "configs/coatnet_digits.py")!r} + ":size=tiny,data=mock")
     config.model.update(layout="T", depths=(1,), widths=(16,), strides=(1,))
     config.batch_size, config.optim.warmup_steps = 4, 1
     config.data.eval_splits = ("test[:8]",)

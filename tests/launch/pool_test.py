@@ -21,7 +21,7 @@ from localglobal_jax.launch import exit_codes, local, pool
 def test_slots_share_no_gpu_and_leave_no_core_behind(count, cores, gpus):
     names = [f"g{i}" for i in range(gpus)]
     if 0 < gpus < count:
-        with pytest.raises(ValueError, match="lower --slots"):
+        with pytest.raises(ValueError, match="--slots"):
             local.slots(count, range(cores), names)
         names = []
     slots = local.slots(count, range(cores), names)
@@ -41,7 +41,7 @@ def test_visible_gpus():
     assert local.visible_gpus({}, files) == ["2", "10"]
     assert local.visible_gpus({"CUDA_VISIBLE_DEVICES": "3,GPU-a"}, files) == ["3", "GPU-a"]
     assert local.visible_gpus({"CUDA_VISIBLE_DEVICES": ""}, files) == []
-    assert local.Slot(gpus=("3", "4")).environment() == {"CUDA_VISIBLE_DEVICES": "3,4"}
+    assert pool.Slot(gpus=("3", "4")).environment() == {"CUDA_VISIBLE_DEVICES": "3,4"}
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_crashes_are_retried_saves_restarted_mistakes_not(tmp_path, monkeypatch)
         job(tmp_path, "diverges", "sys.exit(3)"),
     ]
     said = []
-    outcomes = pool.Pool([local.Slot()] * 2, retries=2, say=said.append).run(jobs)
+    outcomes = pool.Pool([pool.Slot()] * 2, retries=2, say=said.append).run(jobs)
     found = {name: (o.state, o.code, o.attempts) for name, o in outcomes.items()}
     assert found == {
         "good": ("done", 0, 1),
@@ -108,7 +108,7 @@ def test_crashes_are_retried_saves_restarted_mistakes_not(tmp_path, monkeypatch)
 
 def test_no_more_at_a_time_than_slots_each_in_its_own(tmp_path):
     cores = sorted(os.sched_getaffinity(0))
-    slots = [local.Slot(cores=(core,), gpus=(f"g{i}",)) for i, core in enumerate(cores[:2])]
+    slots = [pool.Slot(cores=(core,), gpus=(f"g{i}",)) for i, core in enumerate(cores[:2])]
     code = (
         "print(*os.sched_getaffinity(0), os.environ['CUDA_VISIBLE_DEVICES'], flush=True)\n"
         "begin = time.time(); time.sleep(0.3); print(begin, time.time())"
@@ -129,10 +129,10 @@ def test_nothing_runs_twice_in_one_folder(tmp_path):
     code = "open('ready', 'w'); sys.stdin.read(); time.sleep(600)"
     first = job(tmp_path, "j", code)
     launcher = f"""
-from localglobal_jax.launch import local, pool
+from localglobal_jax.launch import pool
 import pathlib
 job = pool.Job("j", {first.command!r}, pathlib.Path({str(first.directory)!r}))
-pool.Pool([local.Slot()], 0).run([job])
+pool.Pool([pool.Slot()], 0).run([job])
 """
     process = subprocess.Popen([sys.executable, "-c", launcher])
     wait_for(first.directory / "ready")
@@ -141,13 +141,13 @@ pool.Pool([local.Slot()], 0).run([job])
     (start,) = events(first)
     try:
         assert pool.is_locked(first.directory)
-        outcomes = pool.Pool([local.Slot()], 0, say=lambda line: None).run([first])
+        outcomes = pool.Pool([pool.Slot()], 0, say=lambda line: None).run([first])
         assert outcomes["j"].state == "busy" and outcomes["j"].attempts == 0
     finally:
         os.kill(start["pid"], signal.SIGKILL)
     wait_for(first.directory, lambda folder: not pool.is_locked(folder))
     again = job(tmp_path, "j", "pass")
-    assert pool.Pool([local.Slot()], 0, say=lambda line: None).run([again])["j"].state == "done"
+    assert pool.Pool([pool.Slot()], 0, say=lambda line: None).run([again])["j"].state == "done"
 
 
 @pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT])
@@ -160,10 +160,10 @@ def test_stop_requests_go_to_the_children_and_no_other_starts(asked, tmp_path):
     jobs = [job(tmp_path, name, saves) for name in ("a", "b", "later")]
     parts = [(found.name, found.command, str(found.directory)) for found in jobs]
     launcher = f"""
-from localglobal_jax.launch import local, pool
+from localglobal_jax.launch import pool
 import pathlib
 jobs = [pool.Job(name, command, pathlib.Path(path)) for name, command, path in {parts!r}]
-workers = pool.Pool([local.Slot()] * 2, 5)
+workers = pool.Pool([pool.Slot()] * 2, 5)
 outcomes = workers.run(jobs)
 print(*(o.state for o in outcomes.values()), workers.stopped, sep=",")
 """
