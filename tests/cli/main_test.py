@@ -199,8 +199,8 @@ def test_nothing_asked_shows_what_can_be_asked(capsys):
 def test_help_and_import_are_light_and_tensorflow_is_not_needed(data_dir, tmp_path):
     code = f"""
 import sys
-import localglobal_jax
-from localglobal_jax import cli
+from localglobal_jax.cli import main as cli
+cli.parser()
 assert "jax" not in sys.modules
 code = cli.main(["train", {DIGITS!r}, "--workdir={tmp_path}", "--config.data.dir={data_dir}",
                  "--config.steps=1", "--config.optim.warmup_steps=1"])

@@ -86,10 +86,12 @@ def test_ended_from_outside_it_leaves_no_compiler_behind(tmp_path):
     with subprocess.Popen([*command, "--topology", "cpu:2"], env=env) as asked:
         while asked.poll() is None and not list(cache.glob("new-*/log")):
             time.sleep(0.05)
-        (children,) = pathlib.Path(f"/proc/{asked.pid}/task").glob("*/children")
-        compiler = children.read_text().split()
-        while not compiler:
-            compiler = children.read_text().split()
+        threads = pathlib.Path(f"/proc/{asked.pid}/task")
+        while not (
+            compiler := [c for f in threads.glob("*/children") for c in f.read_text().split()]
+        ):
+            assert asked.poll() is None
+            time.sleep(0.05)
         asked.terminate()
         assert asked.wait() == 143
     assert not pathlib.Path(f"/proc/{compiler[0]}").exists()

@@ -63,7 +63,7 @@ def test_values_become_what_their_fields_are():
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("def sweep():\n yield {'optim.lr': 1}", r'run 0 of sweep: .*optim\W+lr'),
+        ("def sweep():\n yield {'optim.lr': 1}", r"run 0 of sweep: .*optim\W+lr"),
         (
             "def sweep():\n yield {'seed': 0}\n yield {'seed': 'x'}",
             "(?s)run 1 of sweep: .*seed='x'",
