@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _places(given: str, found: list[Any]) -> dict[str, pathlib.Path]:
-    """Returns the file of each picture's overlay, below DIR; raises ValueError if it is an input."""
+    """Returns each picture's overlay file, below DIR. Raises ValueError if it is an input."""
     from localglobal_jax.data.images import files
 
     directory = pathlib.Path(given)

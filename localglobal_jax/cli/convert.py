@@ -16,7 +16,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                      help="a .safetensors file, a .pt file of fairseq, or a hub name")  # fmt: skip
     parser.add_argument("--name", help="timm's name of the model (default: that of the file)")
     parser.add_argument("--args", metavar="JSON", default="{}",
-                     help="arguments of the original model: an object, @FILE or FILE.json")  # fmt: skip
+                     help="of the original model: an object, @FILE or FILE.json")  # fmt: skip
     parser.add_argument("--dict", nargs="+", default=(), metavar="DICT",
                      help="dict.txt of fairseq: one for both languages, or two")  # fmt: skip
     parser.add_argument("--out", required=True, metavar="DIR")

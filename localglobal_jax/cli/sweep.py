@@ -46,7 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="devices of a run (given by the back end's options)",
     )
     add("--env", action="append", default=[], metavar="NAME[=VALUE]",
-        help="environment of every run; keys and tokens are printed masked; may be repeated")  # fmt: skip
+        help="environment of every run, secrets printed masked; may be repeated")  # fmt: skip
     backends.add_options(parser)
 
 

@@ -23,7 +23,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--replay", type=int, metavar="STEP",
                      help="compute this step again and name what is not finite")  # fmt: skip
     parser.add_argument("--distributed", action="store_true",
-                     help="one of many hosts, found through Cloud TPU, Kubernetes or SLURM")  # fmt: skip
+                     help="one of many hosts of Cloud TPU, Kubernetes or SLURM")  # fmt: skip
     parser.add_argument(
         "--coordinator", metavar="HOST:PORT", help="address of host 0, if no cluster gives it"
     )

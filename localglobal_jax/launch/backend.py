@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The interface of a back end. Each of `local`, `slurm`, `xpk` and `tpu_vm` implements `Backend`."""
+"""The interface `Backend`, which `local`, `slurm`, `xpk` and `tpu_vm` implement."""
 
 import argparse
 import dataclasses
