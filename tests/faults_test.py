@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from localglobal_jax.checkpoints import reader
-from localglobal_jax.cli import inspect
-from localglobal_jax.training import evaluation
+from localglobal_jax.training import evaluation, verification
 
 FAULTS = pathlib.Path(__file__).parents[1] / "experiments" / "stress" / "faults"
 sys.path.insert(0, str(FAULTS))
@@ -116,7 +115,7 @@ def test_files_beside_the_checkpoints(harness, tmp_path):
     reference, data_dir = harness.reference("images")
     folder = shutil.copytree(reference, tmp_path / "run")
     steps = reader.inspect(folder)["steps"]
-    assert inspect.files(folder, steps) == [
+    assert verification.check_files(folder, steps) == [
         {"file": "config.json", "error": None},
         {"file": "metrics.jsonl", "error": None},
     ]

@@ -80,7 +80,7 @@ heat_map                     inference.heat_map
 hosts                        parallel.multihost
 in_sequence                  blocks.stack
 inspect_command              cli.inspect
-launch.target                launch.backends
+launch.target                launch.backend
 layout                       models.layout
 losses                       training.losses
 memory                       parallel.host_memory
@@ -146,7 +146,7 @@ train_command                cli.train
 train_step                   training.step
 translate                    inference.translator
 translate_command            cli.translate
-verification                 cli.inspect
+verification                 training.verification
 wandb_run                    training.reporting.wandb
 workdir                      checkpoints.workdir
 """)
@@ -220,6 +220,7 @@ hosts.roll_call                            parallel.rendezvous.rendezvous
 hosts.start                                parallel.rendezvous.start
 hosts.told                                 parallel.multihost.broadcast_text
 in_sequence.in_sequence                    blocks.stack.apply_blocks
+launch.target.of_tpu                       launch.tpu.target
 memory.give_back                           parallel.host_memory.trim_heap
 operators.muse.Kind                        operators.convolution.Kind
 operators.muse.SharedValueConv             operators.convolution.SharedValueConv

@@ -8,10 +8,9 @@ import numpy as np
 import runs
 
 from localglobal_jax.checkpoints import digests, manager, reader, workdir
-from localglobal_jax.cli import inspect as verification
 from localglobal_jax.config import loading, schema, values
 from localglobal_jax.data.text import tokenizers
-from localglobal_jax.training import setup
+from localglobal_jax.training import setup, verification
 from localglobal_jax.training.reporting import metrics_log
 
 SHORT = {"steps": "9", "checkpoint.every": "3", "checkpoint.keep": "3", "eval.every": "3"}
@@ -168,7 +167,7 @@ class Checkpointed:
             name = str(path.relative_to(self.folder))
             for damage, contents in damages(path.read_bytes(), rng, flips):
                 undo = damaged(path, contents)
-                listed = verification.files(self.folder, reader.inspect(self.folder)["steps"])
+                listed = verification.check_files(self.folder, reader.inspect(self.folder)["steps"])
                 inspect = [entry["error"] for entry in listed if entry["error"]]
                 resumed, same = self.resume(name, config)
                 undo()
