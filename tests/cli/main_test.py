@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The edges people script against: exit codes, messages, and that a refused run touches nothing."""
+"""The command line as a whole: parser, help, exit codes, completion, light imports."""
 
-import json
 import pathlib
 import shutil
 import signal
@@ -10,7 +9,11 @@ import sys
 
 import pytest
 
-from localglobal_jax.cli.main import main, take_overrides
+from localglobal_jax.cli import models, sweep
+from localglobal_jax.cli.main import COMMANDS, main, take_overrides
+from localglobal_jax.launch.exit_codes import ExitCode
+from localglobal_jax.parallel import multihost
+from localglobal_jax.profiling import compiler_process
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 DIGITS = f"--config={CONFIGS / 'coatnet_digits.py'}:size=tiny"
@@ -27,163 +30,7 @@ def test_take_overrides():
     )
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["--config.optim.lr=1"], 'unknown config key in optim: "lr"'),
-        (["--config.stepz=1"], 'did you mean "steps"'),
-        (["--config.steps=many"], "config.steps='many' (str)"),
-        (["--config.batch_size=-8"], "config.batch_size=-8"),
-        (["--config.model.depths=(1,)"], 'layout "CT" names 2 stages, but depths=(1,) has 1'),
-        (["--config.model.layout=CX"], 'unknown block in layout "CX": "X"'),
-        (["--config.model.name=coatnot"], 'unknown model "coatnot"; did you mean "coatnet"'),
-        (["--config.model.dephts=(1, 1)"], 'did you mean "depths"'),
-        (["--config.model.classes=3"], "digits has 10 classes"),
-        (["--config.model.dtype=bfloat16"], "set config.dtype"),
-        (["--config.model.drop_path=1.5"], "drop_path=1.5: it is a probability below 1"),
-        (["--config.model.head_norm=foo"], "head_norm='foo': Input should be 'batch' or 'layer'"),
-        (["--config.model.blocks.T.pool=foo"], "block T: pool='foo'"),
-        (["--config.model.blocks.T.head_width=0"], "head_width=0"),
-        (["--config.model.blocks.C.expansion=-4"], "expansion=-4"),
-        (["--config.model.blocks.C.window=2"], "needs odd sizes"),
-        (["--config.model.widths=(16.5, 32)"], "widths=(16.5, 32)"),
-        (["--config.model.stem=(0, 8)"], "stem=(0, 8)"),
-        (["--config.checkpoint.best=test/acuracy"], 'did you mean "test/accuracy"'),
-        (["--config.data.eval_splits=train[:99]"], "checkpoint.best"),
-        (["--config.log.profile=(10, 20)"], "would trace steps up to 30"),
-        (["--config.data.area=(0.9, 0.1)"], "smallest, largest"),
-        (["--config.seed=4294967296"], "config.seed"),
-        (["--config.data.image_size=(7, 8)"], "must be multiples of 2, for instance 6x8"),
-        (["--config.data.name=digit"], "digits"),
-        (["--config.data.name=fashion_mnist"], "localglobal prepare fashion_mnist"),
-        (["--config.data.train_split=trian"], "train"),
-        (["--config.batch_size=33"], "batch_size=33 is not divisible by the 2 devices"),
-        (["--config.optim.accumulate=5"], "not divisible by optim.accumulate=5"),
-        (["--config.optim.accumulate=32"], "batch_size / optim.accumulate=1 is not divisible"),
-        (["--config.optim.warmup_steps=100"], "longer than the run"),
-        (["--config.parallel.mesh={'data': 3}"], "does not fit 2 device"),
-    ],
-)
-def test_a_wrong_run_is_exit_code_2_and_touches_nothing(
-    overrides, message, data_dir, tmp_path, capsys
-):
-    workdir = tmp_path / "run"
-    command = ["train", DIGITS, f"--workdir={workdir}", f"--config.data.dir={data_dir}"]
-    assert main([*command, *overrides]) == 2
-    assert message in capsys.readouterr().err
-    assert not workdir.exists()
-
-
-def test_wrong_config_files(tmp_path, capsys):
-    assert main(["train", f"--config={CONFIGS}/coatnet_digit.py", "--workdir=x"]) == 2
-    assert "coatnet_digits.py" in capsys.readouterr().err
-    assert main(["train", f"{DIGITS},sise=tiny", "--workdir=x"]) == 2
-    assert 'did you mean "size"' in capsys.readouterr().err
-    (tmp_path / "c.py").write_text("x = 1\n")
-    assert main(["train", f"--config={tmp_path / 'c.py'}", "--workdir=x"]) == 2
-    assert "has no get_config" in capsys.readouterr().err
-    (tmp_path / "c.py").write_text("x = 1\ny = (\n")
-    assert main(["train", f"--config={tmp_path / 'c.py'}", "--workdir=x"]) == 2
-    assert "c.py:2: SyntaxError" in capsys.readouterr().err
-    (tmp_path / "c.py").write_text("def get_config(arg=None):\n    return {}\n")
-    assert main(["train", f"--config={tmp_path / 'c.py'}", "--workdir=x"]) == 2
-    assert "not an ml_collections.ConfigDict" in capsys.readouterr().err
-
-
-def test_wrong_workdirs(tmp_path, capsys):
-    (tmp_path / "file").touch()
-    assert main(["train", DIGITS, f"--workdir={tmp_path / 'file' / 'below'}"]) == 2
-    assert "is a file" in capsys.readouterr().err
-    (tmp_path / "metrics.jsonl").touch()
-    assert main(["train", DIGITS, f"--workdir={tmp_path}"]) == 2
-    assert "has metrics.jsonl but no config.json" in capsys.readouterr().err
-    assert main(["train", DIGITS, "--workdir=ftp://bucket/x"]) == 2
-    assert "give a local directory, or gs://" in capsys.readouterr().err
-
-
-def test_a_workdir_of_another_config_is_refused_and_left_alone(data_dir, tmp_path, capsys):
-    command = ["train", DIGITS, f"--workdir={tmp_path}", f"--config.data.dir={data_dir}"]
-    assert main([*command, "--config.steps=2", "--config.optim.warmup_steps=1"]) == 0
-
-    def files():
-        return {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in tmp_path.rglob("*")}
-
-    before = files()
-    assert main([*command, "--config.steps=3", "--config.optim.warmup_steps=1"]) == 2
-    error = capsys.readouterr().err
-    assert "steps: 2 there, 3 now" in error
-    assert files() == before
-
-    assert main(["evaluate", f"--workdir={tmp_path}", "--step=best", "--json"]) == 0
-    capsys.readouterr()
-    smaller = ["--config.data.eval_splits=test[:99]", "--step=2", "--json"]
-    assert main(["evaluate", f"--workdir={tmp_path}", *smaller]) == 0
-    assert json.loads(capsys.readouterr().out)["test[:99]"]["count"] == 99
-    assert main(["evaluate", f"--workdir={tmp_path}", "--step=bset"]) == 2
-    capsys.readouterr()
-    assert main(["evaluate", f"--workdir={tmp_path}", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["test"]["count"] == 360
-    assert main(["inspect", str(tmp_path), "--verify", "--json"]) == 0
-    (step,) = json.loads(capsys.readouterr().out)["steps"]
-    assert step["verified"]
-    assert main(["inspect", str(tmp_path)]) == 0
-    assert "variables/params/stem/conv1/kernel" in capsys.readouterr().out
-
-
-def test_no_workdir_no_checkpoint(tmp_path, capsys):
-    assert main(["evaluate", f"--workdir={tmp_path}"]) == 2
-    assert "is not a workdir" in capsys.readouterr().err
-    assert main(["inspect", str(tmp_path)]) == 2
-    assert "no checkpoint" in capsys.readouterr().err
-
-
-def test_prepare_prints_counts(data_dir, capsys):
-    assert main(["prepare", "digits", f"--dir={data_dir}", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"test": 360, "train": 1437}
-    assert main(["prepare"]) == 2
-    assert "name a data set" in capsys.readouterr().err
-
-
-def test_prepare_counts_the_pairs_of_own_files(tmp_path, capsys):
-    (tmp_path / "c.py").write_text(
-        "from ml_collections import ConfigDict\n"
-        "def get_config(arg=None):\n"
-        "    return ConfigDict(dict(model=dict(name='muse'), task=dict(name='translation')))\n"
-    )
-    (tmp_path / "pairs.tsv").write_text(
-        "".join(f"eins {i}\tone {i}\n" for i in range(99)) + "x\t\n"
-    )
-    command = ["prepare", f"--config={tmp_path}/c.py", f"--config.data.files={tmp_path}/pairs.tsv"]
-    assert main([*command, "--json"]) == 0
-    counts = json.loads(capsys.readouterr().out)
-    assert sum(counts.values()) == 100 and counts["train"] > 80 and counts["test"]
-    (tmp_path / "pairs.tsv").write_text("a\tb\nc\n")
-    assert main(command) == 2
-    assert "line 2 of" in capsys.readouterr().err
-
-
-def test_score(tmp_path, capsys):
-    for name, lines in (("hyp", "a b c d\n"), ("ref", "a b c d\n"), ("src", "x y\n")):
-        (tmp_path / name).write_text(lines)
-    hyp, ref, src = (str(tmp_path / name) for name in ("hyp", "ref", "src"))
-    assert main(["score", hyp, ref, "--source", src, "--tokenized"]) == 0
-    out = capsys.readouterr().out
-    assert "BLEU  100.00" in out and "tok:none|smooth:none" in out and "1-15" in out
-    assert main(["score", hyp, ref, "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert result["bleu"] == pytest.approx(100) and "tok:13a" in result["signature"]
-    (tmp_path / "ref").write_text("a b c d\ne\n")
-    assert main(["score", hyp, ref]) == 2
-    assert "1 hypotheses, 2 references" in capsys.readouterr().err
-    (tmp_path / "ref").write_bytes(b"\xff\n")
-    assert main(["score", hyp, ref]) == 2
-    assert f"{ref} is not UTF-8 text: line 1" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "command",
-    ["train", "evaluate", "prepare", "translate", "score", "inspect", "models", "convert", "sweep"],
-)
+@pytest.mark.parametrize("command", [module.NAME for module in COMMANDS])
 def test_every_command_has_help_with_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
@@ -209,23 +56,6 @@ assert "tensorflow" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-
-
-def test_a_corrupt_record_is_named_or_skipped(data_dir, tmp_path, capsys):
-    root = tmp_path / "tfds"
-    shutil.copytree(data_dir, root)
-    (file,) = root.rglob("digits-train*array_record*")
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-    workdir = tmp_path / "run"
-    command = ["train", DIGITS, f"--workdir={workdir}", f"--config.data.dir={root}"]
-    command += ["--config.steps=2", "--config.optim.warmup_steps=1"]
-    assert main(command) == 2
-    error = capsys.readouterr().err
-    assert file.name in error
-    assert not workdir.exists()
-    assert main([*command, "--config.data.max_bad_records=100"]) == 0
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
@@ -263,3 +93,80 @@ def test_a_crash_in_native_code_names_its_line():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGSEGV
     assert "Fatal Python error" in done.stderr and 'File "<string>", line 1' in done.stderr
+
+
+def test_every_file_of_a_command_is_registered():
+    files = {file.stem for file in pathlib.Path(sweep.__file__).parent.glob("*.py")}
+    assert {module.NAME for module in COMMANDS} == files - {"__init__", "main", "options"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["trian"], "trian"),
+        (["score", "a", "b", "--config.steps=1"], "--config.steps"),
+        (["translate", "--workdir=x", "--config.steps=1"], "--config.steps"),
+        (["sweep", "--config=x", "--workdir=y", "--compare.steps=1"], "--compare.steps"),
+        (["train", "--workdir=x"], "--config"),
+    ],
+)
+def test_wrong_commands_and_overrides_are_exit_code_2(argv, named, capsys):
+    try:
+        code = main(argv)
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    assert code == ExitCode.WRONG
+    assert named in capsys.readouterr().err
+
+
+class NotOurs(ValueError):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ValueError("seen"), ExitCode.WRONG),
+        (OSError("seen"), ExitCode.FAILED),
+        (FileNotFoundError("seen"), ExitCode.FAILED),
+        (compiler_process.CompilerFailed("seen"), ExitCode.FAILED),
+        (multihost.HostLost("seen"), ExitCode.FAILED),
+    ],
+)
+def test_expected_errors_are_one_line(error, code, monkeypatch, capsys):
+    def fails(args):
+        raise error
+
+    monkeypatch.delenv("LOCALGLOBAL_DEBUG", raising=False)
+    monkeypatch.setattr(models, "run", fails)
+    assert main(["models"]) == code
+    assert capsys.readouterr().err == "localglobal models: seen\n"
+    monkeypatch.setenv("LOCALGLOBAL_DEBUG", "1")
+    with pytest.raises(type(error)):
+        main(["models"])
+
+
+@pytest.mark.parametrize("error", [NotOurs("x"), RuntimeError("x"), KeyError("x")])
+def test_other_errors_keep_their_traceback(error, monkeypatch):
+    def fails(args):
+        raise error
+
+    monkeypatch.setattr(models, "run", fails)
+    with pytest.raises(type(error)):
+        main(["models"])
+
+
+def test_an_interrupt_is_exit_code_130(monkeypatch):
+    def fails(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(models, "run", fails)
+    assert main(["models"]) == 130
+
+
+def test_exit_codes_are_those_of_the_documentation():
+    codes = {code.name: int(code) for code in ExitCode}
+    assert codes == {
+        **{"DONE": 0, "FAILED": 1, "WRONG": 2, "DIVERGED": 3, "PREEMPTED": 42},
+        "INTERRUPTED": 130,
+    }

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`localglobal bench`: what it reports, of one config and of two. Nothing here depends on time."""
+"""`localglobal bench`: reports of one config and of two; no assertion depends on the speed."""
 
 import json
 
 import pytest
 
 from localglobal_jax.cli.main import main
-from localglobal_jax.parallel import chips
 
 DIGITS = ("--config", "configs/coatnet_digits.py:size=tiny")
 MUSE = ("--config", "configs/muse_lohelp.py:size=tiny,data=mock")
@@ -27,7 +26,7 @@ def test_a_training_step(capsys):
     assert there["items_per_second"] > 0
     assert found["compile_seconds"] > 0
     assert found["flops_per_device"] > 0
-    assert found["mfu"] is None  # of a CPU nobody knows the peak
+    assert found["mfu"] is None  # the peak of a CPU is unknown
     assert "times_as_fast_as_first" not in found
 
 
@@ -50,12 +49,12 @@ def test_text_and_the_other_steps(step, capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--steps", "1"], "at least 2"),
-        (["--steps", "20"], "Ask for fewer"),
-        (["--config.parallel.compile=pmap"], "jit"),
-        (["--step", "decode"], "predicts nothing"),
+        (["--steps", "1"], "--steps 1:"),
+        (["--steps", "20"], "--steps 20:"),
+        (["--config.parallel.compile=pmap"], "parallel.compile=jit"),
+        (["--step", "decode"], "--step decode"),
         (["--compare.optim.learning_rat=1"], "--compare, configs/coatnet_digits.py"),
-        (["--compare.optim.learning_rat=1"], 'did you mean "learning_rate"'),
+        (["--compare.optim.learning_rat=1"], '"learning_rate"'),
     ],
 )
 def test_refusals(args, message, capsys):
@@ -65,17 +64,4 @@ def test_refusals(args, message, capsys):
 
 def test_overrides_of_a_second_config_belong_to_two_commands(capsys):
     assert main(["models", "--compare.dtype=bfloat16"]) == 2
-    assert "takes no --compare.dtype" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("kind", "peak"),
-    [
-        ("TPU v5 lite", 197e12),
-        ("TPU v3", 61.5e12),
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("cpu", None),
-    ],
-)
-def test_peaks(kind, peak):
-    assert chips.peak_flops(kind) == peak
+    assert "--compare.dtype" in capsys.readouterr().err
