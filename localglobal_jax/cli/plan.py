@@ -11,7 +11,7 @@ from typing import Any
 
 from localglobal_jax.cli import options
 from localglobal_jax.config import loading, schema
-from localglobal_jax.profiling import compiler_process, roofline, table, topologies
+from localglobal_jax.profiling import compiler_process, roofline, search, table, topologies
 
 NAME = "plan"
 HELP = "compile for a TPU slice without one: does it fit? how fast at most?"
@@ -86,7 +86,7 @@ def searched(
         print(f"batch_size={batch_size}: {table.verdict(tried)}", file=sys.stderr, flush=True)
         return bool(tried["fits"])
 
-    best = compiler_process.largest(fits, run.batch_size, unit(run, topology.devices))
+    best = search.largest(fits, run.batch_size, unit(run, topology.devices))
     if not best:
         raise ValueError(
             f"not even batch_size={trials[-1]['batch_size']} fits {topology.name}: take more "

@@ -105,10 +105,10 @@ plan                         profiling
 plan.collectives             profiling.collectives
 plan.compile                 profiling.compile
 plan.hlo                     profiling.hlo
-plan.lints                   profiling.collectives
+plan.lints                   profiling.lints
 plan.process                 profiling.compiler_process
 plan.report                  profiling.roofline
-plan.search                  profiling.compiler_process
+plan.search                  profiling.search
 plan.shapes                  profiling.abstract_task
 plan.table                   profiling.table
 plan.topologies              profiling.topologies

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run without its data: the task of shapes alone, so that a pod is planned before a download."""
+"""Builds the task of a run from shapes alone: planning needs no data."""
 
 import pathlib
 import tempfile
@@ -15,7 +15,7 @@ Shapes = dict[str, jax.ShapeDtypeStruct]
 
 
 def create(run: schema.Run) -> Task:
-    """The task of `run` with mock data: same model, classes, vocabulary; nothing is read.
+    """Returns the task of `run` with mock data: same model, classes, vocabulary; reads nothing.
 
     Classes are those that TFDS declares for the data set, the vocabulary is ``data.vocab`` (the
     dictionaries', where the run names some, or that of the run in ``init``).
@@ -33,11 +33,10 @@ def create(run: schema.Run) -> Task:
 
 
 def batch(run: schema.Run, task: Task, *, train: bool) -> tuple[Shapes, str]:
-    """The shapes of a global batch, and a line that says which batch it is.
+    """Returns the shapes of a global batch, and a line that describes it.
 
-    Text has a shape per bucket. The data decides on their lengths, but the longest is
-    ``data.max_length`` in all but toy sets, and it holds as many tokens as any and the most
-    attention: that one is taken, in evaluation too.
+    Text has one shape per bucket. The longest bucket, ``data.max_length``, is used, in evaluation
+    too: it holds as many tokens as any other and needs the most attention.
     """
     options = run.data
     if isinstance(options, schema.Images):

@@ -26,7 +26,7 @@ WARM_UP = 2  # steps: allocators, caches, threads
 
 
 class BenchmarkedStep:
-    """A run made ready: its state on the devices, its step compiled for every shape of a batch.
+    """A run with its state on the devices and its step compiled for every batch shape.
 
     `step`: "train", "eval" (the first evaluator's metrics) or "decode" (its predictions).
     """
@@ -53,7 +53,7 @@ class BenchmarkedStep:
         self.compile_seconds = 0.0
 
     def batches(self) -> Iterator[HostBatch]:
-        """Batches for as long as they are asked for."""
+        """Yields batches without end in evaluation, and for all steps in training."""
         if self.train:
             yield from self.task.train_batches(0, self.run.steps)
         while not self.train:
@@ -69,7 +69,7 @@ class BenchmarkedStep:
             self.compile_seconds += time.perf_counter() - began
 
     def __call__(self, batch: HostBatch) -> Any:
-        """One step; what it returns may still be on its way."""
+        """Runs one step; its result may still be computing."""
         key = tuple((name, x.shape) for name, x in batch.items())
         found = self._compiled[key](self._state, self.placement.global_batch(batch))
         if self.train:
@@ -87,10 +87,10 @@ class BenchmarkedStep:
 def measure(
     runs: Sequence[schema.Run], *, step: str = "train", steps: int = 20
 ) -> list[dict[str, Any]]:
-    """One report per run; the step times of all, in turns, on one batch of each.
+    """Returns one report per run; steps of all runs alternate, each on one batch.
 
-    Variables are new ones, so that decoding is as long as those make it; the states of all runs are
-    in memory at once. MFU is the share of the peak in bfloat16, whatever the dtype.
+    Variables are newly initialised, which determines the length of decoding. The states of all runs
+    are in memory at once. MFU is the share of the peak in bfloat16, whatever the dtype.
 
     Raises ValueError where a run cannot be right, or is shorter than `steps`.
     """
@@ -146,7 +146,7 @@ def described(subject: BenchmarkedStep, batch: HostBatch, seconds: np.ndarray) -
 
 
 def with_input(subject: BenchmarkedStep, steps: int) -> dict[str, Any]:
-    """The same steps on new batches, and which share of the time was spent waiting for them."""
+    """Measures the steps on new batches; returns the rate and the share of time spent waiting."""
     waited = total = items = 0.0
     batches = subject.batches()
     following = next(batches)
@@ -165,6 +165,6 @@ def with_input(subject: BenchmarkedStep, steps: int) -> dict[str, Any]:
 
 
 def spread(values: np.ndarray) -> dict[str, float]:
-    """Median and quartiles."""
+    """Returns median and quartiles."""
     low, median, high = np.percentile(values, [25, 50, 75]).tolist()
     return {"median": median, "low": low, "high": high}

@@ -2,11 +2,8 @@
 """Collectives of a compiled program: bytes by operation, dtype and group. Pure."""
 
 import dataclasses
-import math
 import re
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 from localglobal_jax.profiling.hlo import Instruction, Program
 
@@ -46,8 +43,10 @@ class Collective:
 
 
 def collectives(program: Program) -> list[Collective]:
-    """All of a step. The same one shows in several computations when it is asynchronous, so
-    that of one channel only one is counted."""
+    """Returns all collectives of a step.
+
+    An asynchronous one is in several computations, so only one per channel is counted.
+    """
     found: dict[str, list[Collective]] = {}
     callers = program.callers
     for name, i in program.all():
@@ -91,7 +90,7 @@ def _arrays(
 
 
 def _origin(there: dict[str, Instruction], name: str) -> str:
-    """The op_name of what made an operand."""
+    """Returns the op_name of the instruction that made an operand."""
     while (found := there.get(name)) is not None:
         if found.op_name or not found.operands:
             return found.op_name
@@ -100,7 +99,7 @@ def _origin(there: dict[str, Instruction], name: str) -> str:
 
 
 def group_size(i: Instruction, devices: int) -> int:
-    """Devices that take part in one group of a collective."""
+    """Returns the number of devices in one group of a collective."""
     text = i.attributes
     if mesh := re.search(MESH, text):
         sizes = {k: int(n) for k, n in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
@@ -116,7 +115,7 @@ def group_size(i: Instruction, devices: int) -> int:
 
 
 def wire_bytes(op: str, payload: int, group: int) -> float:
-    """Bytes that each device of a ring sends for a result of `payload` bytes."""
+    """Returns the bytes that each device of a ring sends for a result of `payload` bytes."""
     if group < 2:
         return 0.0
     return payload * {
@@ -126,96 +125,3 @@ def wire_bytes(op: str, payload: int, group: int) -> float:
         "all-to-all": (group - 1) / group,
         "ragged-all-to-all": (group - 1) / group,
     }.get(op, 1.0)
-
-
-SMALL = 64 * 2**10  # bytes below which a message costs its latency
-MANY = 10
-FEW_TIMES = 4  # parameter bytes that a step may send: gathers forward and backward, gradients
-LEVELS = ("error", "warning", "notice")
-
-
-def find(facts: Mapping[str, Any], collectives: Sequence[Collective]) -> list[dict[str, str]]:
-    """``{"level", "name", "text"}`` each, the worst first."""
-    found = [
-        *_whole_batches(facts, collectives),
-        *_much(facts, collectives),
-        *_tiny(collectives),
-        *_gradient_types(facts, collectives),
-    ]
-    return sorted(found, key=lambda lint: LEVELS.index(lint["level"]))
-
-
-def _lint(level: str, name: str, text: str) -> dict[str, str]:
-    return {"level": level, "name": name, "text": text}
-
-
-def _whole_batches(facts: Mapping[str, Any], collectives: Sequence[Collective]) -> Any:
-    """A device that receives rows of all devices does work, or holds memory, that is not split.
-
-    Known by a dimension as long as the batch (or micro-batch) of all devices, beside none as long
-    as one device's share of it, in what has no parameter's size.
-    """
-    parts = math.prod(n for axis, n in facts["mesh"].items() if axis != "model")
-    if parts == 1:
-        return
-    whole = {n // m for n in (facts["rows"], facts["items"]) for m in (1, facts["micro_batches"])}
-    own = {n // parts for n in whole} - whole
-    seen: dict[tuple[Any, ...], int] = defaultdict(int)
-    names: dict[tuple[Any, ...], str] = {}
-    for c in collectives:
-        shape = set(c.shape)
-        if len(c.shape) < 2:  # a bias may be as long as the batch
-            continue
-        if shape & whole and not shape & own and math.prod(c.shape) not in facts["parameter_sizes"]:
-            at = (c.op, c.dtype, c.shape)
-            seen[at] += c.payload * c.count
-            names.setdefault(at, c.op_name or "nowhere")
-    for (op, dtype, sizes), size in sorted(seen.items(), key=lambda item: -item[1]):
-        yield _lint(
-            "error" if size >= SMALL else "warning",
-            "global batch in a collective",
-            f"{op} of {dtype}{list(sizes)} ({size / 1e6:.3g} MB a step), from "
-            f"{names[op, dtype, sizes]}: every device gets the rows of all",
-        )
-
-
-def _much(facts: Mapping[str, Any], collectives: Sequence[Collective]) -> Any:
-    wire = sum(c.wire * c.count for c in collectives)
-    if wire > FEW_TIMES * facts["parameter_bytes"]:
-        yield _lint(
-            "warning",
-            "much is sent",
-            f"a device sends {wire / 1e6:,.0f} MB a step, {wire / facts['parameter_bytes']:.1f} "
-            "times the size of all parameters; activations may travel because they are not "
-            "constrained, or because this strategy sends them (tensor)",
-        )
-
-
-def _tiny(collectives: Sequence[Collective]) -> Any:
-    sizes: dict[str, int] = defaultdict(int)
-    counts: dict[str, int] = {}
-    for c in collectives:
-        if c.op == "all-reduce":
-            sizes[c.key] += c.payload
-            counts[c.key] = c.count
-    tiny = [key for key, size in sizes.items() if size < SMALL]
-    if (number := sum(counts[key] for key in tiny)) >= MANY:
-        yield _lint(
-            "notice",
-            "many small all-reduces",
-            f"{number} all-reduces of less than 64 KiB, each of which costs its latency: gradients "
-            "of small parameters, and statistics of BatchNorm over the global batch, one each",
-        )
-
-
-def _gradient_types(facts: Mapping[str, Any], collectives: Sequence[Collective]) -> Any:
-    sizes: dict[str, int] = defaultdict(int)
-    for c in collectives:
-        summed = c.op in ("all-reduce", "reduce-scatter") and "transpose(" in c.op_name
-        if summed and math.prod(c.shape) in facts["parameter_sizes"]:
-            sizes[c.dtype] += c.payload * c.count
-    if sizes:
-        types = ", ".join(f"{n / 1e6:,.1f} MB in {t}" for t, n in sorted(sizes.items()))
-        yield _lint(
-            "notice", "type of the gradient's sum", f"gradients are summed over devices: {types}"
-        )

@@ -39,7 +39,7 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def main(request: str, directory: str) -> None:
-    """Writes ``facts.json``; an error of the user's is a fact too."""
+    """Writes ``facts.json``; a ValueError goes into its field ``error``."""
     given = json.loads(pathlib.Path(request).read_text(encoding="utf-8"))
     folder = pathlib.Path(directory)
     run, topology = validation.check(given["run"]), topologies.parse(given["topology"])
@@ -56,7 +56,7 @@ def main(request: str, directory: str) -> None:
 def compile_step(
     run: schema.Run, topology: topologies.Topology, step: str, folder: pathlib.Path
 ) -> dict[str, Any]:
-    """Facts: of memory, of work, and where the program's text is. Raises ValueError."""
+    """Returns facts on memory and work, and writes the program's text. Raises ValueError."""
     if run.parallel.compile == "pmap":
         raise ValueError(
             "plan compiles with jit: set parallel.compile=jit (pmap keeps everything on every "
@@ -115,7 +115,7 @@ def keep(folder: pathlib.Path, program: str) -> None:
 
 
 def devices_of(topology: topologies.Topology) -> list[jax.Device] | None:
-    """Devices to compile for; those of a pod are only described. None: this machine's."""
+    """Returns the devices to compile for, without the hardware; None for this machine's."""
     if topology.chip is None:
         return None
     try:
@@ -145,7 +145,7 @@ def evaluated(run: schema.Run, task: Task, step: str) -> Callable[..., Any]:
 def arguments(
     state: State, batch: abstract_task.Shapes, placement: parallel.Partitioner, *, train: bool
 ) -> dict[str, int]:
-    """Bytes of one device's share of everything the step is given, without the chip's padding."""
+    """Returns the bytes per device of each argument of the step, without the chip's padding."""
     others = {k: v for k, v in state.variables.items() if k != "params"}
     given = {"parameters": state.variables["params"], "other variables": others}
     if train:
@@ -155,26 +155,26 @@ def arguments(
 
 
 def own_bytes(tree: PyTree) -> int:
-    """Bytes of arrays on one device."""
+    """Returns the bytes of arrays on one device."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
 
 
 def nbytes(tree: PyTree) -> int:
-    """Bytes of whole arrays."""
+    """Returns the bytes of whole arrays."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def parameter_sizes(params: PyTree) -> list[int]:
-    """Elements of parameters, whole and as they are split: shapes that are no activations."""
+    """Returns the numbers of elements of parameters, whole and per shard."""
     leaves = jax.tree.leaves(params)
     shards = {math.prod(x.sharding.shard_shape(x.shape)) for x in leaves}
     return sorted({x.size for x in leaves} | shards)
 
 
 def memory(compiled: Any) -> dict[str, int]:
-    """The compiler's own account of one device's memory."""
+    """Returns the compiler's account of one device's memory, in bytes."""
     found = compiled.memory_analysis()
     return {
         "arguments": found.argument_size_in_bytes,
@@ -187,7 +187,7 @@ def memory(compiled: Any) -> dict[str, int]:
 
 
 def out_of_memory(message: str) -> dict[str, Any]:
-    """Needed and available bytes, from the compiler's message, which comes in two forms."""
+    """Parses needed and available bytes from the compiler's message, which has two forms."""
     found: dict[str, Any] = {"message": "\n".join(message.splitlines()[:40])}
     for name, pattern in (("needed", OUT_OF_MEMORY), ("temporary", TOO_MUCH_TEMPORARY)):
         if (sizes := re.search(pattern, message)) is not None:

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from localglobal_jax.config import schema
@@ -193,32 +193,3 @@ def _watch(child: "subprocess.Popen[bytes]", what: str, timeout: float) -> None:
                     f"compiling {what} took more than {timeout:g} s: give --timeout SECONDS"
                 ) from None
             print(f"compiling {what} ... {gone:.0f} s", file=sys.stderr, flush=True)
-
-
-MOST = 2**24  # no batch is larger
-CLOSE = 16  # stop where the next trial could gain less than a 16th
-
-
-def largest(fits: Callable[[int], bool], start: int, unit: int) -> int:
-    """The largest multiple of `unit` that fits, to a 16th; 0 if not even `unit` does.
-
-    Doubles or halves from `start`, then bisects. Whatever fits must fit with less.
-    """
-    good, bad = 0, 0
-    n = max(start // unit, 1)
-    while not (good and bad):
-        if n * unit > MOST:
-            return good * unit
-        if fits(n * unit):
-            good, n = n, 2 * n
-        else:
-            bad, n = n, n // 2
-            if n == 0:
-                return 0
-    while bad - good > max(1, good // CLOSE):
-        middle = (good + bad) // 2
-        if fits(middle * unit):
-            good = middle
-        else:
-            bad = middle
-    return good * unit

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the text of a compiled program (XLA's HLO). Pure; knows neither models nor chips.
+"""Parses the text of a compiled program (XLA's HLO). Pure; independent of models and chips.
 
-What XLA's own cost analysis gets wrong is done here: the body of a loop counts as often as it runs.
+Unlike XLA's own cost analysis, it counts the body of a loop as often as it runs.
 """
 
 import dataclasses
@@ -18,12 +18,12 @@ CALLS = re.compile(
     r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
     r"|\b(?:branch_computations|called_computations)=\{([^}]*)\}"
 )
-# Neither reads nor writes memory by itself: what is behind a name, or what others do.
+# Opcodes that read and write no memory themselves.
 FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
     "call", "after-all", "partition-id", "replica-id", "opt-barrier", "iota",
 }  # fmt: skip
-WINDOWS = ("dynamic-slice", "slice", "gather")  # read only what they give
+WINDOWS = ("dynamic-slice", "slice", "gather")  # read only their result's bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Instruction:
     attributes: str
 
     def attribute(self, pattern: str) -> str | None:
-        """The first group of `pattern` in the attributes."""
+        """Returns the first group of `pattern` in the attributes."""
         found = re.search(pattern, self.attributes)
         return found[1] if found else None
 
@@ -154,7 +154,7 @@ class Program:
 
     @functools.cached_property
     def scheduled(self) -> dict[str, int]:
-        """Computations whose instructions run one by one (not those inside fusions), how often."""
+        """Runs of each computation whose instructions run one by one (not inside a fusion)."""
         found: dict[str, int] = {}
 
         def visit(name: str) -> None:
@@ -170,17 +170,17 @@ class Program:
         return found
 
     def all(self) -> Iterator[tuple[str, Instruction]]:
-        """Every instruction, with the name of its computation."""
+        """Yields every instruction, with the name of its computation."""
         for name, instructions in self.instructions.items():
             for instruction in instructions:
                 yield name, instruction
 
     def traffic(self) -> Iterator[tuple[Instruction, int, int]]:
-        """Every instruction that is run by itself, its bytes in main memory, and how often.
+        """Yields every scheduled instruction, its bytes in main memory, and its number of runs.
 
-        Operands and results that are in main memory; of an operand that a fusion only takes slices
-        of, the slices, and of a result that it updates in place, the update. Not known here: reads
-        that a fusion repeats, and the padding of layouts.
+        Counts operands and results in main memory. An operand that a fusion only slices counts as
+        its slices, a result that is updated in place as its update. Repeated reads of a fusion and
+        the padding of layouts are not counted.
         """
         for name, runs in self.scheduled.items():
             there = {i.name: i for i in self.instructions[name]}
@@ -229,7 +229,7 @@ def _instruction(name: str, rest: str) -> Instruction:
 
 
 def _close(text: str, at: int) -> int:
-    """The parenthesis that closes the one at `at`."""
+    """Returns the position of the parenthesis that closes the one at `at`."""
     depth = 0
     for found in re.compile(r"[()]").finditer(text, at):
         depth += 1 if found[0] == "(" else -1
@@ -243,7 +243,7 @@ def _called(instruction: Instruction, role: str) -> str:
 
 
 def _windows(inside: list[Instruction]) -> dict[int, int]:
-    """Parameters of a fused computation that are only sliced -> bytes of their slices."""
+    """Returns bytes of slices by number of each parameter of a fusion that is only sliced."""
     users: dict[str, list[Instruction]] = {}
     for i in inside:
         for operand in i.operands:
@@ -258,7 +258,7 @@ def _windows(inside: list[Instruction]) -> dict[int, int]:
 
 
 def _update(inside: list[Instruction]) -> tuple[int, int] | None:
-    """The parameter that a fused computation updates in place at its end, and by how much."""
+    """Returns the parameter that a fusion updates in place at its end, and the update's bytes."""
     there = {i.name: i for i in inside}
     last = inside[-1] if inside else None
     while last is not None and last.opcode == "bitcast":

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from localglobal_jax.profiling import collectives, hlo
+from localglobal_jax.profiling import collectives, hlo, lints
 from localglobal_jax.profiling.collectives import Collective
 from localglobal_jax.profiling.topologies import Topology
 
@@ -15,10 +15,10 @@ NOT_VALIDATED = "the compiler's estimate, not validated on hardware"
 
 
 def build(facts: Mapping[str, Any], text: str, topology: Topology) -> dict[str, Any]:
-    """The report on one compiled step (see `compile` for the facts); bytes, FLOP, ms, a device.
+    """Returns the report on one compiled step: bytes, FLOP and ms of one device.
 
-    Of a program that does not fit there is at most the text of the attempt: then its collectives
-    and its largest arrays are told, which is where to look, but no times.
+    `facts` are those of `compile`. A program that does not fit has at most the text of the attempt:
+    its report has collectives and the largest arrays, but no times.
     """
     report: dict[str, Any] = {
         "topology": topology.name,
@@ -49,7 +49,7 @@ def build(facts: Mapping[str, Any], text: str, topology: Topology) -> dict[str, 
     report["loops_of_unknown_length"] = sum(n is None for n in program.trips.values())
     report["collectives"] = grouped(sent, facts["parts"])
     report["layers"] = layers(traffic, facts["parts"])
-    report["lints"] = collectives.find(facts, sent)
+    report["lints"] = lints.find(facts, sent)
     report["arrays"] = arrays(program, facts["parts"])
     return report | (bounds(report, topology) if "memory" in facts else {})
 
@@ -85,10 +85,10 @@ def memory(facts: Mapping[str, Any], topology: Topology) -> dict[str, Any]:
 
 
 def bounds(report: Mapping[str, Any], topology: Topology) -> dict[str, Any]:
-    """Times that no run can beat, by published peaks; and a bracket for the time of a step.
+    """Returns lower bounds of the step time from published peaks, and a bracket for it.
 
-    The lower end is the largest of three bounds: they may overlap perfectly. The upper end is the
-    compiler's own cycles, one operation after the other, and then all that is sent.
+    The lower end is the largest of the bounds of compute, memory and communication, which may
+    overlap perfectly. The upper end is the compiler's cycles without overlap plus communication.
     """
     if topology.chip is None:
         return {}
@@ -116,13 +116,13 @@ def bounds(report: Mapping[str, Any], topology: Topology) -> dict[str, Any]:
 
 
 def layer_of(op_name: str, parts: Sequence[str]) -> tuple[str, str]:
-    """``("stage3/block*/attention", "backward")`` of an op_name; blocks of a stage are one layer.
+    """Returns ``("stage3/block*/attention", "backward")`` for an op_name.
 
-    `parts`: the model's modules at the top. Outside of them, what is differentiated is the loss,
-    with what is done to its inputs; the rest is the optimizer, in training. What `remat` computes
-    again is "recomputed". Blocks in a scan have the name of their class alone.
+    The blocks of a stage are one layer. `parts`: the model's top-level modules. Differentiated
+    operations outside of them are "(loss)"; the others are the optimizer, in training. Operations
+    that `remat` repeats are "recomputed". Blocks in a scan have only the name of their class.
     """
-    before, several, after = op_name.partition("/(")  # prefix/(one:another): of a fusion of both
+    before, several, after = op_name.partition("/(")  # prefix/(one:another) names a fusion of both
     op_name = f"{before}/{after.split(':')[0]}" if several else op_name
     way = "backward" if "transpose(" in op_name else "forward"
     way = "recomputed" if "rematted_computation" in op_name else way
@@ -136,9 +136,9 @@ def layer_of(op_name: str, parts: Sequence[str]) -> tuple[str, str]:
 
 
 def grouped(sent: Sequence[Collective], parts: Sequence[str]) -> list[dict[str, Any]]:
-    """One row for each (op, dtype, group size, layer, way), the largest first.
+    """Returns one row per (op, dtype, group size, layer, pass), the largest first.
 
-    XLA sends many arrays in one message: `count` are the messages that a row has a share in.
+    XLA sends many arrays in one message: `count` is the number of messages with arrays of a row.
     """
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     keys: dict[tuple[Any, ...], dict[str, int]] = defaultdict(dict)
@@ -161,7 +161,7 @@ def grouped(sent: Sequence[Collective], parts: Sequence[str]) -> list[dict[str, 
 def layers(
     traffic: Sequence[tuple[hlo.Instruction, int, int]], parts: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Shares of the compiler's cycles and of the bytes in main memory, the largest first."""
+    """Returns each layer's shares of cycles and of bytes in main memory, the largest first."""
     cycles: dict[tuple[str, str], int] = defaultdict(int)
     sizes: dict[tuple[str, str], int] = defaultdict(int)
     for i, size, n in traffic:
@@ -182,7 +182,7 @@ def layers(
 
 
 def arrays(program: hlo.Program, parts: Sequence[str], most: int = 8) -> list[dict[str, Any]]:
-    """The largest that one operation makes in main memory, each shape once."""
+    """Returns the largest results in main memory, each dtype and shape once."""
     found: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
     for i, *_ in program.traffic():
         for a in i.result if not i.opcode.endswith("-start") else ():

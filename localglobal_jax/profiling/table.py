@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A report as lines of text for people. Pure."""
+"""Formats reports as text. Pure."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ ROWS = 12
 
 
 def size(n: float | None) -> str:
-    """``"3.82 GiB"``."""
+    """Returns a size as ``3.82 GiB``."""
     if n is None:
         return "?"
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
@@ -20,7 +20,7 @@ def size(n: float | None) -> str:
 
 
 def between(low: float | None, high: float | None, form: str, unit: str = "") -> str:
-    """``"12 to 34 ms"``, or what is known of it."""
+    """Returns a range as ``12 to 34 ms``; a missing end as ``at least`` or ``at most``."""
     if high is None or low is None:
         known = low if high is None else high
         side = "at least" if high is None else "at most"
@@ -29,11 +29,11 @@ def between(low: float | None, high: float | None, form: str, unit: str = "") ->
 
 
 def verdict(report: Mapping[str, Any]) -> str:
-    """Fits or not, and by how much."""
+    """Returns whether a program fits, and by how much."""
     found = report["memory"]
     needed, usable = found["needed"], found["usable"]
     if report["fits"] is None:
-        return f"needs {size(needed)} a device (pretended CPU devices have no limit of their own)"
+        return f"needs {size(needed)} a device (placeholder CPU devices have no limit)"
     if needed is None:
         return f"DOES NOT FIT: needs more than the {size(usable)} of a device"
     share = f"{size(needed)} of {size(usable)} a device"
@@ -43,7 +43,7 @@ def verdict(report: Mapping[str, Any]) -> str:
 
 
 def text(report: Mapping[str, Any]) -> str:
-    """The whole report."""
+    """Returns the whole report as text."""
     mesh = " x ".join(f"{axis} {n}" for axis, n in report["mesh"].items())
     lines = [
         f"{report['config']}  {report['step']} step on {report['topology']}",
@@ -133,7 +133,7 @@ def _layers(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def beside(reports: Sequence[Mapping[str, Any]]) -> str:
-    """Two reports, side by side."""
+    """Returns two reports side by side as text."""
 
     def row(name: str, *values: str) -> str:
         return f"{name:<22}" + "".join(f"{value:>30}" for value in values)

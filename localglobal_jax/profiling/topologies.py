@@ -16,7 +16,7 @@ from localglobal_jax.parallel.chips import CHIPS, Chip
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice, or `count` pretended CPU devices where `chip` is None."""
+    """A TPU slice; with `chip` None, that many placeholder CPU devices."""
 
     name: str  # as libtpu wants it
     chips: int
@@ -24,7 +24,7 @@ class Topology:
 
     @property
     def devices(self) -> int:
-        """JAX devices."""
+        """Number of JAX devices."""
         return self.chips * (self.chip.devices if self.chip else 1)
 
     @property
@@ -40,19 +40,19 @@ class Topology:
 
     @property
     def usable_bytes(self) -> int | None:
-        """Memory of one device that a program may use; None: as much as the machine has."""
+        """Memory of one device that a program may use, in bytes; None for CPU devices."""
         return int(self.chip.usable * 2**30) if self.chip else None
 
     def peak(self, what: str) -> float | None:
-        """``flops``, ``hbm`` or ``ici`` of one device."""
+        """Returns peak ``flops``, ``hbm`` or ``ici`` of one device, per second; None for a CPU."""
         return getattr(self.chip, what) / self.chip.devices if self.chip else None
 
 
 def parse(text: str) -> Topology:
-    """Raises ValueError, saying what there is, for a slice that does not exist."""
+    """Returns the slice of that name. Raises ValueError, with the known ones, for any other."""
     if cpu := re.fullmatch(r"cpu:(\d+)", text):
         if not 1 <= int(cpu[1]) <= 1024:
-            raise ValueError(f"topology {text}: give 1 to 1024 pretended devices")
+            raise ValueError(f"topology {text}: give 1 to 1024 placeholder devices")
         return Topology(text, int(cpu[1]), None)
     if (shape := re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", text)) and shape[1] != "cpu":
         return _shaped(text, shape[1], [int(n) for n in shape[2].split("x")])
@@ -63,7 +63,7 @@ def parse(text: str) -> Topology:
 
 
 def _known(kind: str) -> str:
-    """Our name of a chip, from ours or the cloud's."""
+    """Returns this package's name of a chip; accepts the cloud's name too."""
     names = {"cpu", *CHIPS, *(name for chip in CHIPS.values() for name in chip.cloud)}
     if kind not in names:
         raise unknown("chip in --topology:", kind, names)
@@ -104,7 +104,7 @@ def _cloud(text: str, kind: str, number: int) -> Topology:
 
 
 def cloud_sizes(chip: Chip) -> dict[int, tuple[int, ...]]:
-    """Chips -> shape, of the slices that a cloud name may stand for: powers of two, near cubes."""
+    """Returns shapes by number of chips of slices with a cloud name: powers of 2, near cubes."""
     known: dict[int, tuple[int, ...]] = {}
     if len(chip.limits) == 2:
         shape: tuple[int, ...] = (1, 1) if "v5e" in chip.cloud or "v6e" in chip.cloud else (2, 2)

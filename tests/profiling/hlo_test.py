@@ -127,5 +127,5 @@ def test_groups_in_all_notations(attributes, group):
 
 
 def test_no_program():
-    with pytest.raises(ValueError, match="no ENTRY"):
+    with pytest.raises(ValueError, match="ENTRY"):
         hlo.Program("HloModule nothing\n")

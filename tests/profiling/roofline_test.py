@@ -4,8 +4,7 @@ import pathlib
 
 import pytest
 
-from localglobal_jax.profiling import collectives as lints
-from localglobal_jax.profiling import compiler_process, roofline, table, topologies
+from localglobal_jax.profiling import lints, roofline, search, table, topologies
 from localglobal_jax.profiling.collectives import Collective, wire_bytes
 from localglobal_jax.profiling.compile import out_of_memory
 
@@ -194,7 +193,7 @@ def test_search_finds_the_largest_to_a_sixteenth(limit, start):
         tried.append(n)
         return n <= limit
 
-    found = compiler_process.largest(fits, start, unit=8)
+    found = search.largest(fits, start, unit=8)
     assert found <= limit and (found == 0) == (limit < 8)
     assert limit < found + max(8, found / 16) + 8 or limit < 8
     assert len(tried) < 24

@@ -4,7 +4,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from localglobal_jax.profiling.compiler_process import CLOSE, MOST, largest
+from localglobal_jax.profiling.search import CLOSE, MOST, largest
 
 
 @given(most=st.integers(1, 100_000), start=st.integers(1, 100_000), unit=st.integers(1, 64))
