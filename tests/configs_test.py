@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every config trains for a few steps, shrunken, on made-up data, and resumes."""
+"""Every config is valid, and its tiny size trains for two steps on synthetic data."""
 
 import pathlib
 
@@ -13,11 +13,11 @@ from localglobal_jax.training.step import check_batches
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 IMAGES = ["--config.batch_size=4", "--config.eval.batch_size=128"]
-# One shape of batch to compile, and no beam search: tests of tasks and decoding have those.
+# One batch shape and no beam search, to compile less; tests of tasks and decoding cover both.
 TEXT = ["--config.data.buckets=1", "--config.task.beam=0", "--config.checkpoint.best=None"]
 
 
-# A model of each kind in every run of the suite; the others compile the same things again.
+# One model of each task in every run of the suite; the others compile much the same programs.
 OFTEN = ("coatnet_digits", "muse_lohelp")
 MARKED = [
     pytest.param(file, id=file.stem, marks=() if file.stem in OFTEN else pytest.mark.slow)
@@ -27,8 +27,8 @@ MARKED = [
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda p: p.stem)
 @pytest.mark.parametrize("size", ["full", "tiny"])
-def test_is_right(file, size):
-    """The real run, whose data set is not here, and the shrunken one: all that needs no data."""
+def test_is_valid_with_its_optimizer_and_mesh(file, size):
+    """All checks that need no data, of the full run and the tiny one."""
     argument = ":size=tiny" if size == "tiny" else ""
     run = validation.check(loading.load(f"{file}{argument}"))
     optim.make_optimizer(run.optim, run.steps)

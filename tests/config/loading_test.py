@@ -52,7 +52,7 @@ def test_fine_tuning_starts_from_a_path_with_commas(name, tmp_path):
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda p: p.stem)
-def test_every_config_is_right_small_and_has_a_tiny_size(file):
+def test_every_config_is_valid_short_and_has_a_tiny_size(file):
     validation.check(loading.load(str(file)))
     tiny = validation.check(loading.load(f"{file}:size=tiny"))
     assert tiny.steps <= 100
@@ -62,7 +62,7 @@ def test_every_config_is_right_small_and_has_a_tiny_size(file):
 TRANSLATION = {"model": {"name": "muse"}, "task": {"name": "translation"}}
 
 
-def test_the_task_decides_what_the_data_are():
+def test_the_task_chooses_the_class_of_the_data():
     run = validation.check({**TRANSLATION, "data": {"vocab": 500}})
     assert isinstance(run, schema.TranslationRun) and isinstance(run.data, schema.Text)
     assert isinstance(validation.check(BASE), schema.ClassificationRun)
@@ -93,7 +93,7 @@ def test_errors_inside_the_chosen_task(section, values, message):
         validation.check({**TRANSLATION, section: values})
 
 
-def test_overrides_know_the_task():
+def test_overrides_use_the_schema_of_the_task():
     config = ConfigDict(TRANSLATION)
     loading.override(config, "data.files", "a.de,a.en")
     loading.override(config, "data.max_length", "1e2")

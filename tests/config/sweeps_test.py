@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Expansions multiply and add up; names are a function of the overrides and safe everywhere."""
+"""Counts of expansions; names that depend on the overrides only and are valid in every back end."""
 
 import math
 import re
@@ -72,7 +72,7 @@ def test_names_are_safe(prefix, index, overrides):
 
 
 @given(OVERRIDES, OVERRIDES)
-def test_a_name_says_what_is_overridden_and_nothing_else(one, other):
+def test_a_name_depends_on_the_overrides_only(one, other):
     assert sweeps.canonical(one) == sweeps.canonical(dict(reversed(one.items())))
     lists = {k: list(v) if isinstance(v, tuple) else v for k, v in one.items()}
     assert sweeps.digest(one) == sweeps.digest(lists)
@@ -81,13 +81,13 @@ def test_a_name_says_what_is_overridden_and_nothing_else(one, other):
 
 
 def test_names_never_change():
-    """Else the same command would start everything again under other names."""
+    """Otherwise the same command would start every run again under another name."""
     overrides = {"optim.learning_rate": 1e-3, "model.depths": (1, 2), "model.layout": "CT"}
     assert sweeps.name("coatnet_layouts", 3, overrides) == "coatnet-layouts-003-2af4d8c2"
 
 
 @given(prefix=st.text(min_size=1, max_size=60), index=st.integers(0, 999))
-def test_names_elsewhere_tell_two_sweeps_apart(prefix, index):
+def test_cloud_names_of_two_sweeps_differ(prefix, index):
     here = sweeps.name(prefix, index, {"seed": 1})
     one, other = (sweeps.cloud_name(here, root) for root in ("gs://a/x", "gs://b/x"))
     assert one != other and one[:-4] == other[:-4]
