@@ -20,7 +20,6 @@ from localglobal_jax.blocks import BLOCKS
 from localglobal_jax.models import flops
 from localglobal_jax.operators.adaptive import (
     AdaptiveConv,
-    AdaptiveSequence,
     EquivariantAttention,
     EquivariantSequence,
 )
@@ -49,7 +48,7 @@ GRID = {
 SEQUENCE = {
     "depthwise convolution": DepthwiseConv(7),
     "dynamic convolution": DynamicConv(D, N, window=7),
-    "adaptive convolution": AdaptiveSequence(D, N, window=7),
+    "adaptive convolution": AdaptiveConv(D, N, window=7),
     "attention": SelfAttention(D, N),
     "relative attention": SelfAttention(D, N, furthest=64),
     "equivariant attention": EquivariantSequence(D, N, furthest=64),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""C: the inverted bottleneck, LOCAL but for its squeeze-excite."""
+"""C and N: blocks around a depthwise convolution; LOCAL, except for squeeze-excite."""
 
 from functools import partial
 from typing import Literal
@@ -79,7 +79,7 @@ class MBConvBlock(nn.Module):
 
     @property
     def odd_grids(self) -> Rounding:
-        """How a stride of 2 halves an odd grid: both paths must round alike."""
+        """Rounding of a stride of 2 on an odd grid; None if the two paths round differently."""
         main = pool_rounding(self.main_pool) if self.stride_at == "pool" else "up"
         return main if main == pool_rounding(self.pool) else None
 
@@ -107,9 +107,9 @@ class MBConvBlock(nn.Module):
             self.features, self.stride, self.pool, self.use_bias, self.dtype, name="shortcut"
         )(x)
 
-        tuned = self.norm == "batch" and context.is_fused()
+        fused = self.norm == "batch" and context.is_fused()
         strided = self.stride == 2 and self.stride_at != "depthwise"
-        if tuned and not (strided or self.pre_activation):
+        if fused and not (strided or self.pre_activation):
             y = self._expand(x.astype(self.dtype), width, train=train)
         else:
             y = norm(name="norm")(x)
@@ -118,7 +118,7 @@ class MBConvBlock(nn.Module):
             if strided and self.stride_at == "pool":
                 y = pool(y, self.main_pool)
             elif strided:
-                y = y[:, ::2, ::2]  # what a 1x1 convolution with stride 2 reads
+                y = y[:, ::2, ::2]  # the input of a 1x1 convolution with stride 2
             y = norm_act(dense(width, name="expand")(y), name="expand_norm")
         stride = self.stride if self.stride_at == "depthwise" else 1
         y = DepthwiseConv(self.window, stride, dtype=self.dtype, name="depthwise")(y)
@@ -126,7 +126,7 @@ class MBConvBlock(nn.Module):
             y = excite()(y)
         y = norm_act(y, name="depthwise_norm")
         product = dot_general
-        if squeeze and not self.squeeze_early and tuned:
+        if squeeze and not self.squeeze_early and fused:
             product = partial(gated_product, excite().gate(y)[:, 0, 0])
         elif squeeze and not self.squeeze_early:
             y = excite()(y)
@@ -134,7 +134,7 @@ class MBConvBlock(nn.Module):
         return shortcut + DropPath(self.drop_path, name="drop_path")(y, train=train)
 
     def _expand(self, x: Grid, width: int, *, train: bool) -> Grid:
-        """``act(Norm(Expand(Norm(x))))``, both norms folded into the matrix."""
+        """Computes ``act(Norm(Expand(Norm(x))))`` with both norms folded into the matrix."""
         d, batch = x.shape[-1], None
         kernel = Kernel(width, name="expand")(d)
         if train:
@@ -174,7 +174,7 @@ class ConvNeXtBlock(nn.Module):
 
     @property
     def odd_grids(self) -> Rounding:
-        """How a stride of 2 halves an odd grid: both paths must round alike."""
+        """Rounding of a stride of 2 on an odd grid; None if the two paths round differently."""
         both_down = self.stride_at == "pool" and pool_rounding(self.main_pool) == "down"
         return "down" if both_down else None
 

@@ -15,7 +15,7 @@ from pydantic import PositiveInt
 
 from localglobal_jax.config.schema import Fraction
 from localglobal_jax.operators.activations import ACTIVATIONS, Activation
-from localglobal_jax.operators.adaptive import AdaptiveSequence, EquivariantSequence
+from localglobal_jax.operators.adaptive import AdaptiveConv, EquivariantSequence
 from localglobal_jax.operators.attention import CrossAttention, SelfAttention
 from localglobal_jax.operators.cache import Cache, CrossKV, Index
 from localglobal_jax.operators.convolution import DynamicConv, Kind
@@ -222,7 +222,7 @@ class AdaptiveLayer(TransformerLayer):
     window: PositiveInt = 7
 
     def mixer(self) -> nn.Module:
-        return AdaptiveSequence(window=self.window, **self.given())
+        return AdaptiveConv(window=self.window, **self.given())
 
 
 class EquivariantLayer(RelativeLayer):

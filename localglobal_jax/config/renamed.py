@@ -222,6 +222,7 @@ hosts.told                                 parallel.multihost.broadcast_text
 in_sequence.in_sequence                    blocks.stack.apply_blocks
 launch.target.of_tpu                       launch.tpu.target
 memory.give_back                           parallel.host_memory.trim_heap
+operators.adaptive.AdaptiveSequence        operators.adaptive.AdaptiveConv
 operators.muse.Kind                        operators.convolution.Kind
 operators.muse.SharedValueConv             operators.convolution.SharedValueConv
 operators.muse.mix                         operators.convolution.mix
@@ -236,7 +237,6 @@ operators.sequence.visible                 operators.cache.attention_mask
 operators.sequence.visible_at              operators.cache.attention_mask_at
 orbax_mended.mend                          checkpoints.orbax_patches.apply_patches
 parallel.Placement                         parallel.placement.Partitioner
-parallel.by_platform                       parallel.placement.by_platform
 parallel.describe                          parallel.placement.describe
 parallel.make_mesh                         parallel.placement.make_mesh
 parallel.pretend                           parallel.placement.placeholder_devices

@@ -1,30 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The vocabulary. Every operator maps ``[b, *space, d] -> [b, *space, d]`` and declares its reach.
+"""Operators. Each maps ``[b, *space, d] -> [b, *space, d]`` and declares its reach.
 
-| operator                        | file             | letter | reach  | weights          |
-|---------------------------------|------------------|--------|--------|------------------|
-| depthwise convolution           | convolution.py   | C      | LOCAL  | static           |
-| content-adaptive convolution    | adaptive.py      | A      | LOCAL  | from the content |
-| outlook attention               | outlook.py       | O      | LOCAL  | from the content |
-| attention, relative bias        | attention.py     | T      | GLOBAL | from the content |
-| attention, plain                | attention.py     | S      | GLOBAL | from the content |
-| translation-equivariant         | adaptive.py      | E      | GLOBAL | from the content |
-| attention + convolution + FFN   | muse.py          | M      | GLOBAL | from the content |
-| focal attention                 | focal.py         | F      | BOTH   | from the content |
-| focal attention, nearest keys   | focal_nearest.py | F      | BOTH   | from the content |
+Over grids ``[b, h, w, d]``; "weights": static, or dependent on the input:
 
-Over sequences, with masks, causal or not, and one step at a time with a cache (`cache.py`):
+| operator                        | class                   | letter | reach  | weights |
+|---------------------------------|-------------------------|--------|--------|---------|
+| depthwise convolution           | `DepthwiseConv`         | C, N   | LOCAL  | static  |
+| content-adaptive convolution    | `AdaptiveConv`          | A      | LOCAL  | input   |
+| outlook attention               | `Outlook`               | O      | LOCAL  | input   |
+| attention, relative bias        | `RelativeAttention`     | T      | GLOBAL | input   |
+| attention, ``bias="none"``      | `RelativeAttention`     | S      | GLOBAL | input   |
+| translation-equivariant         | `EquivariantAttention`  | E      | GLOBAL | input   |
+| attention + convolution + FFN   | `Muse`                  | M      | GLOBAL | input   |
+| focal attention                 | `FocalAttention`        | F      | BOTH   | input   |
+| focal attention, nearest keys   | `NearestFocalAttention` | F      | BOTH   | input   |
 
-| operator                        | file           | letter | reach  |
-|---------------------------------|----------------|--------|--------|
-| attention + convolution + FFN   | muse.py        | M      | GLOBAL |
-| attention, relative bias or not | attention.py   | T, S   | GLOBAL |
-| attention to another sequence   | attention.py   |        | GLOBAL |
-| gated dynamic convolution       | convolution.py | D      | LOCAL  |
-| content-adaptive convolution    | adaptive.py    | A      | LOCAL  |
-| translation-equivariant         | adaptive.py    | E      | GLOBAL |
+Over sequences ``[b, l, d]``, with masks, causal or not, and one step at a time with a cache
+(`operators.cache`):
 
-Each file has pure functions first (the mathematics), then modules (the parameters).
+| operator                        | class                 | letter | reach  |
+|---------------------------------|-----------------------|--------|--------|
+| attention + convolution + FFN   | `MuseSequence`        | M      | GLOBAL |
+| attention, relative bias or not | `SelfAttention`       | T, S   | GLOBAL |
+| attention to another sequence   | `CrossAttention`      |        | GLOBAL |
+| gated dynamic convolution       | `DynamicConv`         | D      | LOCAL  |
+| content-adaptive convolution    | `AdaptiveConv`        | A      | LOCAL  |
+| translation-equivariant         | `EquivariantSequence` | E      | GLOBAL |
+
+Each file has pure functions first (the equations), then modules (the parameters). Names are
+exported flat, as in ``operators.Outlook``; the submodules hold the rest, such as
+``operators.outlook.outlook``. `operators.kernels` holds the fused implementations, see
+`parallel.context.implementation`.
 """
 
 from localglobal_jax.operators import (
@@ -37,22 +43,110 @@ from localglobal_jax.operators import (
     focal,
     focal_nearest,
     grids,
+    kernels,
     muse,
     outlook,
     reach,
 )
+from localglobal_jax.operators.activations import ACTIVATIONS, gelu
+from localglobal_jax.operators.adaptive import (
+    AdaptiveConv,
+    EquivariantAttention,
+    EquivariantSequence,
+    adaptive_convolution,
+    adaptive_kernel,
+    cyclic_bias,
+    ring_displacements,
+)
+from localglobal_jax.operators.attention import (
+    CrossAttention,
+    DistanceBias,
+    RelativeAttention,
+    RelativeBiasMLP,
+    RelativeBiasTable,
+    SelfAttention,
+    attend,
+    attention_weights,
+    relative_bias,
+    relative_positions,
+)
+from localglobal_jax.operators.convolution import (
+    DepthwiseConv,
+    DynamicConv,
+    SharedValueConv,
+    depthwise,
+    dynamic,
+)
+from localglobal_jax.operators.dense import Dense, DenseGeneral
+from localglobal_jax.operators.focal import FocalAttention, WindowPool, attend_windows
+from localglobal_jax.operators.focal_nearest import NearestFocalAttention, nearest
+from localglobal_jax.operators.grids import (
+    grid_to_sequence,
+    pad_to_multiple,
+    sequence_to_grid,
+    window_merge,
+    window_partition,
+)
+from localglobal_jax.operators.muse import Muse, MuseSequence
+from localglobal_jax.operators.outlook import Outlook, fold, unfold
+from localglobal_jax.operators.reach import GLOBAL, Reach, local
 
 __all__ = [
+    "ACTIVATIONS",
+    "GLOBAL",
+    "AdaptiveConv",
+    "CrossAttention",
+    "Dense",
+    "DenseGeneral",
+    "DepthwiseConv",
+    "DistanceBias",
+    "DynamicConv",
+    "EquivariantAttention",
+    "EquivariantSequence",
+    "FocalAttention",
+    "Muse",
+    "MuseSequence",
+    "NearestFocalAttention",
+    "Outlook",
+    "Reach",
+    "RelativeAttention",
+    "RelativeBiasMLP",
+    "RelativeBiasTable",
+    "SelfAttention",
+    "SharedValueConv",
+    "WindowPool",
     "activations",
     "adaptive",
+    "adaptive_convolution",
+    "adaptive_kernel",
+    "attend",
+    "attend_windows",
     "attention",
+    "attention_weights",
     "cache",
     "convolution",
+    "cyclic_bias",
     "dense",
+    "depthwise",
+    "dynamic",
     "focal",
     "focal_nearest",
+    "fold",
+    "gelu",
+    "grid_to_sequence",
     "grids",
+    "kernels",
+    "local",
     "muse",
+    "nearest",
     "outlook",
+    "pad_to_multiple",
     "reach",
+    "relative_bias",
+    "relative_positions",
+    "ring_displacements",
+    "sequence_to_grid",
+    "unfold",
+    "window_merge",
+    "window_partition",
 ]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The functions between two matrices, by name."""
+"""Activation functions, by name."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,9 +16,9 @@ Activation = Literal["gelu", "gelu_tanh", "silu", "relu", "tanh", "none"]
 
 
 def gelu(x: Array) -> Array:
-    """``x (1 + erf(x / sqrt 2)) / 2`` (arXiv 1606.08415), as the references have it."""
+    """Computes ``x (1 + erf(x / sqrt 2)) / 2``, not its tanh approximation (arXiv 1606.08415)."""
     if not context.is_fused():
-        return nn.gelu(x, approximate=False)  # by erfc, which costs about twice as much as erf
+        return nn.gelu(x, approximate=False)  # by erfc, at about twice the cost of erf
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return (0.5 * wide * (1 + lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 

@@ -1,22 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two operators between convolution and attention, each with one property of the other.
 
-- Content-adaptive convolution (A): a convolution's window, an attention's weights. LOCAL, weights
-  made from the content, translation-equivariant as any convolution is.
+- Content-adaptive convolution (A): a convolution's window, an attention's weights. LOCAL, with
+  input-dependent weights, translation-equivariant as any convolution is.
 - Translation-equivariant attention (E): attention whose bias is a function of the displacement
-  around a torus. GLOBAL, weights made from the content, and it commutes exactly with cyclic shifts.
+  around a torus. GLOBAL, with input-dependent weights; it commutes exactly with cyclic shifts.
 
 Legend: b batch, l length, h w grid, d width, n heads, c width of a head.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from localglobal_jax.config import renamed
 from localglobal_jax.operators import grids
 from localglobal_jax.operators.attention import (
     Attend,
@@ -30,19 +32,16 @@ from localglobal_jax.operators.attention import (
 from localglobal_jax.operators.cache import (
     Cache,
     Index,
-    head_width,
     key_value_cache,
     last_positions,
-    split_heads,
     to_cache_layout,
 )
 from localglobal_jax.operators.convolution import dynamic
-from localglobal_jax.operators.dense import Projection, project
 from localglobal_jax.operators.reach import GLOBAL, Reach, local
 
 
 def window_padding(window: Sequence[int], *, causal: bool = False) -> tuple[tuple[int, int], ...]:
-    """How many positions before and after a window's own one: k // 2, or all of them before it."""
+    """Returns the positions before and after a window's centre; causal: all of them before it."""
     if causal:
         return tuple((k - 1, 0) for k in window)
     return tuple((k // 2, k - 1 - k // 2) for k in window)
@@ -59,7 +58,7 @@ def adaptive_convolution(
 ) -> Float[Array, "b *space n v"]:
     """``y_i = sum_{j in N(i)} softmax_j(q_i.k_j / sqrt(c) + w_{j-i}) v_j``, N(i) a window around i.
 
-    For the arguments, and what gets no weight, see `adaptive_kernel`.
+    For the arguments and the masking see `adaptive_kernel`.
     """
     kernel, window = adaptive_kernel(query, key, bias, causal=causal, mask=mask), bias.shape[:-1]
     joined, padding = value.reshape(*value.shape[:-2], -1), window_padding(window, causal=causal)
@@ -74,7 +73,9 @@ def adaptive_kernel(
     causal: bool = False,
     mask: Bool[Array, " b *space"] | None = None,
 ) -> Float[Array, "b *space n k"]:
-    """The weights of every position for its window, as `dynamic` takes them; they sum to one.
+    """Returns the weights of every position for its window, in the layout of `dynamic`.
+
+    They sum to one.
 
     `bias` is w, [*window, n], row by row from the first position before i. Positions outside the
     grid, and those where `mask` is False, get no weight. `causal` (sequences): windows end at i.
@@ -107,7 +108,7 @@ def adaptive_kernel(
 
 
 def cyclic_bias(table: Float[Array, "h w n"]) -> Float[Array, "n l l"]:
-    """``table[(qy - ky) mod h, (qx - kx) mod w]`` for all pairs of positions of an h x w grid."""
+    """Returns ``table[(qy - ky) mod h, (qx - kx) mod w]`` for all pairs of an h x w grid."""
     height, width, _ = table.shape
     # Displacements -(h-1) .. h-1 in order are the table's rows 1 .. h-1, 0, 1 .. h-1.
     table = jnp.concatenate([table[1:], table], 0)
@@ -118,12 +119,16 @@ def cyclic_bias(table: Float[Array, "h w n"]) -> Float[Array, "n l l"]:
 class AdaptiveConv(nn.Module):
     """Content-adaptive convolution over a sequence [b, l, d] or a grid [b, h, w, d].
 
+    A position attends to the window around it, with a bias per displacement. Padding gets no
+    weight.
+
     Attributes:
       features: output width; None: that of the input.
       heads: number of heads. `width`: inner width of all together; None: `features`.
       window: its side; the same in every space dimension.
       causal: the window ends at the position itself (sequences).
       use_bias: of the two projections.
+      dropout: of the weights.
       dtype: of the computation; parameters are float32, the softmax at least that.
     """
 
@@ -133,13 +138,13 @@ class AdaptiveConv(nn.Module):
     window: int = 7
     causal: bool = False
     use_bias: bool = True
+    dropout: float = 0.0
     dtype: str = "float32"
 
     @property
     def reach(self) -> Reach:
         return local(self.window - 1 if self.causal else self.window // 2)
 
-    @nn.compact
     def __call__(
         self,
         x: Float[Array, "b *space d"],
@@ -147,24 +152,66 @@ class AdaptiveConv(nn.Module):
         mask: Bool[Array, " b *space"] | None = None,
         train: bool = False,
     ) -> Float[Array, "b *space e"]:
+        def convolve(query: Array, key: Array, value: Array, bias: Array) -> Array:
+            kernel = adaptive_kernel(query, key, bias, causal=self.causal, mask=mask)
+            kernel = nn.Dropout(self.dropout, deterministic=not train, name="drop")(kernel)
+            joined = value.reshape(*value.shape[:-2], -1)
+            window = bias.shape[:-1]
+            padding = window_padding(window, causal=self.causal)
+            return dynamic(joined, kernel, window=window, padding=padding).reshape(value.shape)
+
+        return self._between_projections(x, convolve)
+
+    def init_cache(self, batch: int, length: int) -> Cache:
+        """Returns an empty cache of the window's past keys and values; `length` is not used."""
+        width = self.width or self.features
+        if width is None:
+            raise ValueError("AdaptiveConv.init_cache: features=None; give the width of the input")
+        return key_value_cache(batch, self.window - 1, width, self.heads, self.dtype)
+
+    def step(
+        self,
+        x: Float[Array, "b 1 d"],
+        cache: Cache,
+        index: Index,
+        *,
+        valid: Bool[Array, "b m"] | None = None,
+    ) -> tuple[Float[Array, "b 1 e"], Cache]:
+        """Returns the output at position `index`; `valid` is False at padding up to there."""
+        seen = (jnp.arange(self.window) >= self.window - 1 - index)[None]
+        if valid is not None:
+            seen = last_positions(valid, index, self.window)
+        new: Cache = {}
+
+        def convolve(query: Array, key: Array, value: Array, bias: Array) -> Array:
+            key = jnp.concatenate([to_cache_layout(cache["key"]), key], 1)
+            value = jnp.concatenate([to_cache_layout(cache["value"]), value], 1)
+            new["key"], new["value"] = to_cache_layout(key[:, 1:]), to_cache_layout(value[:, 1:])
+            mask = seen[:, None, None, :]
+            return Attend(name="attend")(query, key, value, bias=bias.T[:, None], mask=mask)
+
+        return self._between_projections(x, convolve), new
+
+    @nn.compact
+    def _between_projections(self, x: Array, convolve: Callable[..., Array]) -> Array:
+        """Applies ``convolve(query, key, value, bias)`` between the two projections."""
         features = self.features or x.shape[-1]
         width = self.width or features
         query, key, value = project_heads(x, self.heads, width, self.use_bias, self.dtype)
         shape = (self.window,) * (x.ndim - 2) + (self.heads,)
         bias = self.param("bias", nn.initializers.normal(0.02), shape)
-        y = adaptive_convolution(query, key, value, bias, causal=self.causal, mask=mask)
+        y = convolve(query, key, value, bias).reshape(*x.shape[:-1], self.heads, -1)
         return join_heads(y, features, self.use_bias, self.dtype)
 
 
 class EquivariantAttention(nn.Module):
     """Self-attention with a bias per displacement modulo the size: ``bias [*space, n]``.
 
-    No position is special, so rolling the input rolls the output and changes nothing else. On a
-    picture, which is no torus, this means: the far edge is a neighbour of the near one (moving by
-    -1 and by h - 1 are one displacement), and a shift that pushes content over an edge is not a
-    cyclic shift, so only what stays inside moves along. Where that hurts, pad the grid on one side
-    by the largest displacement that matters, or use a `AdaptiveConv`. The table belongs to one grid
-    size. Fields as in `AdaptiveConv`.
+    All positions are alike: rolling the input rolls the output and changes nothing else. An image
+    is not a torus. There the far edge is a neighbour of the near one, because -1 and h - 1 are the
+    same displacement; and if a shift moves content over an edge, only the content that stays inside
+    moves along. If that hurts, pad the grid on one side by the largest displacement that matters,
+    or use `AdaptiveConv`. The table fits one grid size. Fields as in `AdaptiveConv`.
     """
 
     features: int | None = None
@@ -195,11 +242,11 @@ class EquivariantAttention(nn.Module):
 
 
 def ring_displacements(mask: Bool[Array, "b l"]) -> Int[Array, "b l l"]:
-    """Query minus key the shorter way round the ring that every row's real tokens make.
+    """Returns query minus key, the shorter way round the ring of every row's real tokens.
 
     Of n tokens, the first follows the last: displacements are modulo n, from ``-(n // 2)`` on.
-    Padding is not on the ring. So rolling a row together with its mask rolls both axes, whatever
-    the length and wherever the padding ends up.
+    Padding is not on the ring. So rolling a row together with its mask rolls both axes, at every
+    length and for every place of the padding.
     """
     count = jnp.maximum(mask.sum(1), 1)[:, None, None]
     rank = jnp.cumsum(mask, 1)
@@ -207,88 +254,13 @@ def ring_displacements(mask: Bool[Array, "b l"]) -> Int[Array, "b l l"]:
     return (displacement + count // 2) % count - count // 2
 
 
-class AdaptiveSequence(nn.Module):
-    """Content-adaptive convolution: a position attends to its window, with a bias per place in it.
-
-    Padding gets no weight.
-
-    Attributes:
-      features: width of input and output. `heads`: their number.
-      window: positions that one sees. `causal`: they end at the position itself; else around it.
-      dropout: of the weights.
-      dtype: of the computation; parameters are float32.
-    """
-
-    features: int
-    heads: int
-    window: int = 7
-    causal: bool = False
-    dropout: float = 0.0
-    dtype: str = "float32"
-
-    @property
-    def reach(self) -> Reach:
-        return local(self.window - 1 if self.causal else self.window // 2)
-
-    def setup(self) -> None:
-        xavier, d = nn.initializers.xavier_uniform(), self.features
-        shape = (3, self.heads, head_width(d, self.heads))
-        self.qkv = Projection(d, shape, kernel_init=xavier, name="qkv")
-        self.output = Projection(d, (d,), kernel_init=xavier, name="output")
-        self.bias = self.param("bias", nn.initializers.normal(0.02), (self.window, self.heads))
-        self.drop = nn.Dropout(self.dropout)
-        self.attend = Attend(name="attend")
-
-    def __call__(
-        self,
-        x: Float[Array, "b l d"],
-        *,
-        mask: Bool[Array, "b l"] | None = None,
-        train: bool = False,
-    ) -> Float[Array, "b l d"]:
-        query, key, value = self._project(x)
-        kernel = adaptive_kernel(query, key, self.bias, causal=self.causal, mask=mask)
-        kernel = self.drop(kernel, deterministic=not train)
-        window = (self.window,)
-        padding = window_padding(window, causal=self.causal)
-        y = dynamic(value.reshape(x.shape), kernel, window=window, padding=padding)
-        return project(y, [self.output()], dtype=self.dtype)[0]
-
-    def init_cache(self, batch: int, length: int) -> Cache:
-        """Keys and values that the window still sees of the past; `length` does not matter."""
-        return key_value_cache(batch, self.window - 1, self.features, self.heads, self.dtype)
-
-    def step(
-        self,
-        x: Float[Array, "b 1 d"],
-        cache: Cache,
-        index: Index,
-        *,
-        valid: Bool[Array, "b m"] | None = None,
-    ) -> tuple[Float[Array, "b 1 d"], Cache]:
-        """The output at position `index`; `valid` says which positions up to it are real."""
-        query, key, value = self._project(x)
-        key = jnp.concatenate([to_cache_layout(cache["key"]), key], 1)
-        value = jnp.concatenate([to_cache_layout(cache["value"]), value], 1)
-        seen = (jnp.arange(self.window) >= self.window - 1 - index)[None]
-        if valid is not None:
-            seen = last_positions(valid, index, self.window)
-        y = self.attend(query, key, value, bias=self.bias.T[:, None], mask=seen[:, None, None, :])
-        y = project(y, [self.output()], dtype=self.dtype)[0]
-        return y, {"key": to_cache_layout(key[:, 1:]), "value": to_cache_layout(value[:, 1:])}
-
-    def _project(self, x: Array) -> tuple[Array, ...]:
-        (qkv,) = project(x, [self.qkv()], dtype=self.dtype)
-        return split_heads(qkv, 3, self.heads)
-
-
 class EquivariantSequence(SelfAttention):
     """Translation-equivariant attention: a bias per displacement, clipped at `furthest`.
 
-    In an encoder the tokens of a sentence make a ring: no token is the first, and rolling the
-    sentence rolls the output and changes nothing else, as `EquivariantAttention` does on its torus,
-    but for sentences of every length, and wherever padding stands. A causal one has a beginning and
-    no way round: there it is relative attention (T), which moves along when everything moves.
+    In an encoder the tokens of a sentence form a ring without a first token. Rolling the sentence
+    rolls the output and changes nothing else, as with `EquivariantAttention` on its torus, but for
+    sentences of every length and for every place of the padding. A causal sequence has a beginning,
+    so there this is relative attention (T).
     """
 
     furthest: int | None = 128
@@ -297,3 +269,7 @@ class EquivariantSequence(SelfAttention):
         if self.causal:
             return super().displacements(length, mask)
         return ring_displacements(jnp.ones((1, length), bool) if mask is None else mask)
+
+
+if not TYPE_CHECKING:  # names that moved from here
+    __getattr__ = renamed.attributes(__name__)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Self-attention: GLOBAL, weights made from the content; with a bias, it knows the displacement.
+"""Attention: GLOBAL, with weights that depend on the input and, by a bias, on the displacement.
 
 Legend: b batch, l m lengths, h w grid, d width, n heads, c width of a head.
 """
@@ -21,13 +21,12 @@ from localglobal_jax.operators.cache import (
     append,
     attention_mask,
     attention_mask_at,
-    head_width,
     key_value_cache,
     split_heads,
     to_cache_layout,
 )
-from localglobal_jax.operators.dense import Dense, DenseGeneral, Projection, project
-from localglobal_jax.operators.kernels.attention import attend_fused, logits_of
+from localglobal_jax.operators.dense import Dense, DenseGeneral, Projection, head_width, project
+from localglobal_jax.operators.kernels import attention as kernels
 from localglobal_jax.operators.reach import GLOBAL, Reach
 from localglobal_jax.parallel import context, host_memory
 
@@ -44,11 +43,11 @@ def attend(
 ) -> Float[Array, "*b l n v"]:
     """Softmax attention, ``softmax(q.k / sqrt(c) + bias) v`` (arXiv 1706.03762, equation 1).
 
-    The bias is added after the scaling. Where `mask` is False a key gets no weight. The softmax is
-    in float32 at least. `kept`: the weights that a `dropout` of that rate left.
+    The bias is added after the scaling. A key where `mask` is False gets no weight. The softmax is
+    in float32 at least. `kept`: True for the weights that a `dropout` of that rate keeps.
     """
     if context.is_fused():
-        return attend_fused(1 - dropout, query, key, value, bias, mask, kept)
+        return kernels.attend(1 - dropout, query, key, value, bias, mask, kept)
     weights = attention_weights(query, key, bias=bias, mask=mask)
     if kept is not None:
         weights = jnp.where(kept, weights / (1 - dropout), 0)
@@ -62,18 +61,25 @@ def attention_weights(
     bias: Float[Array, "... n #l m"] | None = None,
     mask: Bool[Array, "... #n #l m"] | None = None,
 ) -> Float[Array, "*b n l m"]:
-    """The weights that `attend` gives to the values; each row sums to one, in float32 at least."""
-    return jax.nn.softmax(logits_of("...lnc,...mnc->...nlm", query, key, bias, mask), axis=-1)
+    """Returns the weights of the values in `attend`; rows sum to one, in float32 at least."""
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    scaled = query * query.shape[-1] ** -0.5
+    logits = jnp.einsum("...lnc,...mnc->...nlm", scaled, key, preferred_element_type=wide)
+    if bias is not None:
+        logits = logits + bias.astype(wide).reshape((1,) * (logits.ndim - bias.ndim) + bias.shape)
+    if mask is not None:
+        logits = jnp.where(mask, logits, jnp.finfo(wide).min)
+    return jax.nn.softmax(logits, axis=-1)
 
 
 def show(module: nn.Module, query: Array, key: Array, bias: Array | None) -> None:
-    """Sows the weights of `module`, if somebody looks (``mutable=["intermediates"]``)."""
+    """Sows the weights of `module` as "attention" if ``mutable=["intermediates"]`` is given."""
     if module.is_mutable_collection("intermediates"):
         module.sow("intermediates", "attention", attention_weights(query, key, bias=bias))
 
 
 def relative_positions(height: int, width: int) -> Int[np.ndarray, "l l 2"]:
-    """``(qy - ky, qx - kx)`` for every pair of positions of a grid, query first."""
+    """Returns ``(qy - ky, qx - kx)`` for every pair of positions of a grid, query first."""
     host_memory.check(
         f"the relative positions of attention on a grid of {height}x{width}",
         16 * (height * width) ** 2,
@@ -93,15 +99,13 @@ def relative_bias(table: Float[Array, "dy dx n"], height: int, width: int) -> Fl
 def project_heads(
     x: Float[Array, "b *space d"], heads: int, width: int, use_bias: bool, dtype: str
 ) -> Float[Array, "3 b *space n c"]:
-    """Query, key and value, stacked; makes the submodule "qkv" of the module that calls it.
+    """Projects to query, key and value, stacked; makes the caller's submodule "qkv".
 
-    One product for all three; the head axis is explicit so that it can be sharded. Raises
-    ValueError where the heads do not divide the width.
+    One product for all three. The head axis is explicit so that it can be sharded. Raises
+    ValueError if `heads` does not divide `width`.
     """
-    if width % heads:
-        raise ValueError(f"attention: width {width} is not divisible by {heads} heads")
     qkv = DenseGeneral(
-        (3, heads, width // heads),
+        (3, heads, head_width(width, heads)),
         use_bias=use_bias,
         dtype=dtype,
         kernel_init=nn.initializers.xavier_uniform(),
@@ -113,7 +117,7 @@ def project_heads(
 def join_heads(
     y: Float[Array, "b *space n c"], features: int, use_bias: bool, dtype: str
 ) -> Float[Array, "b *space e"]:
-    """Joins the heads and projects them; makes the submodule "output"."""
+    """Joins the heads and projects them; makes the caller's submodule "output"."""
     return Dense(
         features,
         use_bias=use_bias,
@@ -136,9 +140,9 @@ class RelativeBiasTable(nn.Module):
 
 
 class RelativeBiasMLP(nn.Module):
-    """A bias per displacement made by a small MLP of its logarithm (log-CPB, arXiv 2111.09883).
+    """A bias per displacement from a small MLP of its logarithm (log-CPB, arXiv 2111.09883).
 
-    As timm's ``rmlp`` models have it: inputs ``sign(d) ln(1 + |d|)`` of (dy, dx), not normalised by
+    As in timm's ``rmlp`` models: inputs ``sign(d) ln(1 + |d|)`` of (dy, dx), not normalised by
     the window, ReLU, both layers with bias, no squashing of the output. Works at any resolution.
     """
 
@@ -227,16 +231,16 @@ class Attend(nn.Module):
     ) -> Float[Array, "b l d"]:
         drop = nn.Dropout(self.dropout, deterministic=not train, name="dropout")
         seen = self.is_mutable_collection("intermediates")
-        # For a few queries, as in decoding one sentence, the weights themselves are quicker on CPU:
-        # 0.89 of the time for the beams of one, 1.12 for those of eight.
+        # For a few queries, as in decoding one sentence, the equation is faster on CPU: 0.89 of the
+        # time for the beams of one sentence, 1.12 for those of eight.
         many = query.shape[0] * query.shape[1] > FEW
         if (train or many) and not seen and context.is_fused():
             kept = None
             if train and self.dropout:
-                # the numbers that the weights themselves would be dropped by
+                # The mask that `drop(weights)` below would draw.
                 shape = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
                 kept = drop(jnp.ones(shape, jnp.promote_types(query.dtype, jnp.float32))) != 0
-                # Drawn once. Left to itself XLA draws anew in all that reads it: 0.48 of the
+                # Drawn once. Without the barrier XLA draws again in every reader: 0.48 of the
                 # cycles of this attention with its backward pass (MUSE on WMT, v5e).
                 kept = lax.optimization_barrier(kept)
             dropout = self.dropout if train else 0.0
@@ -252,7 +256,7 @@ class DistanceBias(nn.Module):
     """A free bias per displacement, clipped at `furthest`, and head: ``table [2 furthest + 1, n]``.
 
     Displacements are query minus key, as in `RelativeBiasTable`; sequences have no largest size.
-    May be different ones for every row b.
+    Displacements may differ between the rows b.
     """
 
     heads: int
@@ -267,7 +271,7 @@ class DistanceBias(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Self-attention; with `furthest`, it knows the displacement (CoAtNet, equation 3, in 1-D).
+    """Self-attention over a sequence; `furthest` adds CoAtNet's bias (equation 3) in 1-D.
 
     Attributes:
       features: width of input and output. `heads`: their number.
@@ -313,7 +317,7 @@ class SelfAttention(nn.Module):
         return project(y, [self.output()], dtype=self.dtype)[0]
 
     def init_cache(self, batch: int, length: int) -> Cache:
-        """Room for the keys and values of `length` positions."""
+        """Returns an empty cache of keys and values for `length` positions."""
         return key_value_cache(batch, length, self.features, self.heads, self.dtype)
 
     def step(
@@ -324,7 +328,7 @@ class SelfAttention(nn.Module):
         *,
         valid: Bool[Array, "b m"] | None = None,
     ) -> tuple[Float[Array, "b 1 d"], Cache]:
-        """The output at position `index`; `valid` says which positions up to it are real."""
+        """Returns the output at position `index`; `valid` is False at padding up to there."""
         query, key, value = self._project(x)
         cache = {
             "key": append(cache["key"], key, index),
@@ -345,7 +349,7 @@ class SelfAttention(nn.Module):
         return project(y, [self.output()], dtype=self.dtype)[0], cache
 
     def displacements(self, length: int, mask: Bool[Array, "b l"] | None) -> Int[Array, "*b l l"]:
-        """Query minus key, of all pairs of positions."""
+        """Returns query minus key for all pairs of positions."""
         position = jnp.arange(length)
         return position[:, None] - position[None, :]
 
@@ -355,7 +359,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention to another sequence, whose keys and values are made once, by `precompute_kv`.
+    """Attention to another sequence, whose keys and values `precompute_kv` computes once.
 
     Attributes:
       features: width of input and output. `heads`: their number.
@@ -386,7 +390,7 @@ class CrossAttention(nn.Module):
         self.attend = Attend(self.dropout, name="attend")
 
     def precompute_kv(self, encoded: Float[Array, "b m e"], mask: Bool[Array, "b m"]) -> CrossKV:
-        """Keys and values of the other sequence, and where it is real."""
+        """Returns keys and values of the other sequence, and its padding mask."""
         (key_value,) = project(encoded, [self.key_value()], dtype=self.dtype)
         key, value = split_heads(key_value, 2, self.heads)
         return {"key": to_cache_layout(key), "value": to_cache_layout(value), "mask": mask}
@@ -394,7 +398,7 @@ class CrossAttention(nn.Module):
     def read(
         self, query: Float[Array, "rows l d"], memory: CrossKV | None, *, train: bool = False
     ) -> Float[Array, "rows l d"]:
-        """What projected queries find in the memory, before the output matrix.
+        """Attends from projected queries to the memory; the output matrix is not applied.
 
         Several rows may share one row of the memory, e.g. the beams of a sentence: they become
         positions of one query, so that the memory is neither repeated nor read more than once.

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operators over sequences: all positions at once, or one after the other with a cache.
 
-Every operator here is called as ``operator(x [b, l, d], mask=..., train=...) -> [b, l, d]``. A
-causal one also has ``init_cache(batch, length)`` and ``step(x [b, 1, d], cache, index, valid=...)
--> (y [b, 1, d], cache)``; steps 0, 1, .. give what one call gives for the whole sequence. A cache
-is a dict of arrays whose axis 0 is the batch, passed in and returned, never hidden; keys and values
-lie in it as [b, n, m, c].
+Every operator over sequences is called as ``operator(x [b, l, d], mask=..., train=...)`` and
+returns [b, l, d]. A causal one also has ``init_cache(batch, length)`` and ``step(x [b, 1, d],
+cache, index, valid=...) -> (y [b, 1, d], cache)``; steps 0, 1, .. give the output of one call on
+the whole sequence. A cache is a dict of arrays whose axis 0 is the batch, passed in and returned.
+It stores keys and values as [b, n, m, c].
 
-Masks are True at real positions, False at padding. Causal attention also lets every position see
-itself, so that padding before the beginning has something to attend to.
+Masks are True at real positions, False at padding. In causal attention every position also attends
+to itself, so that padding before the beginning has a key.
 
 Legend: b batch, l m lengths, d width, n heads, c width of a head.
 """
@@ -16,6 +16,8 @@ Legend: b batch, l m lengths, d width, n heads, c width of a head.
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from localglobal_jax.operators.dense import head_width
 
 Cache = dict[str, Float[Array, "b ..."]]
 CrossKV = dict[str, Shaped[Array, "s ..."]]  # of s sentences, maybe fewer than rows
@@ -27,7 +29,7 @@ Index = Int[Array, ""] | int
 def attention_mask(
     mask: Bool[Array, "b l"] | None, length: int, *, causal: bool
 ) -> Bool[Array, "#b 1 #l l"] | None:
-    """Which keys each query may see; None: all."""
+    """Returns the keys that each query may attend to; None: all."""
     if not causal:
         return None if mask is None else mask[:, None, None, :]
     past = jnp.tril(jnp.ones((length, length), bool))[None]
@@ -39,7 +41,7 @@ def attention_mask(
 def attention_mask_at(
     index: Index, valid: Bool[Array, "b m"] | None, length: int
 ) -> Bool[Array, "#b 1 1 m"]:
-    """Which slots of a cache the query at `index` may see."""
+    """Returns the slots of a cache that the query at `index` may attend to."""
     slots = jnp.arange(length)[None]
     seen = slots <= index
     if valid is not None:
@@ -59,7 +61,7 @@ def append(
 def last_positions(
     cache: Shaped[Array, "b ..."], index: Index, window: int, *, axis: int = 1
 ) -> Shaped[Array, "b ..."]:
-    """The `window` slots that end at `index`, zeros before slot 0: what a causal window sees."""
+    """Returns the causal window: the `window` slots that end at `index`, zeros before slot 0."""
     at = index - window + 1 + jnp.arange(window)
     there = jnp.expand_dims(at >= 0, [i for i in range(cache.ndim) if i != axis])
     found = jnp.take(cache, jnp.maximum(at, 0), axis=axis)
@@ -67,10 +69,10 @@ def last_positions(
 
 
 def to_cache_layout(x: Float[Array, "b i j c"]) -> Float[Array, "b j i c"]:
-    """[b, m, n, c] as a cache holds it, [b, n, m, c], and back.
+    """Transposes [b, m, n, c] to the layout of a cache, [b, n, m, c], and back.
 
-    Products of heads then read the slots as they lie; the other order was transposed whole by XLA
-    on CPU at every step, a third of the time of a batch of sentences.
+    Products per head then read contiguous slots. XLA on CPU transposed the other order at every
+    step, a third of the time of a batch of sentences.
     """
     return x.swapaxes(1, 2)
 
@@ -78,31 +80,24 @@ def to_cache_layout(x: Float[Array, "b i j c"]) -> Float[Array, "b j i c"]:
 def zero_padding(
     x: Float[Array, "b l ..."], mask: Bool[Array, "b l"] | None
 ) -> Float[Array, "b l ..."]:
-    """Zeros where `mask` is False."""
+    """Replaces positions where `mask` is False by zeros."""
     if mask is None:
         return x
     return jnp.where(mask.reshape(*mask.shape, *(1,) * (x.ndim - 2)), x, 0)
 
 
-def head_width(features: int, heads: int) -> int:
-    """Width of one head; ValueError where they do not divide."""
-    if features % heads:
-        raise ValueError(f"attention: width {features} is not divisible by {heads} heads")
-    return features // heads
-
-
 def split_heads(x: Float[Array, "b l _"], parts: int, heads: int) -> tuple[Array, ...]:
-    """[b, l, parts * n * c] -> `parts` arrays [b, l, n, c]."""
+    """Splits [b, l, parts * n * c] into `parts` arrays [b, l, n, c]."""
     x = x.reshape(*x.shape[:2], parts, heads, -1)
     return tuple(x[:, :, i] for i in range(parts))
 
 
 def key_value_cache(batch: int, length: int, features: int, heads: int, dtype: str) -> Cache:
-    """Empty slots for `length` keys and values."""
+    """Returns empty slots for `length` keys and values."""
     shape = (batch, heads, length, head_width(features, heads))
     return {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}
 
 
 def valid_at(valid: Bool[Array, "b m"], index: Index) -> Bool[Array, "b 1"]:
-    """Column `index`."""
+    """Returns column `index`."""
     return lax.dynamic_slice_in_dim(valid, index, 1, axis=1)

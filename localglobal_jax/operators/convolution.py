@@ -1,36 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Convolution: LOCAL, translation-equivariant; weights static, or dynamic: made at each position.
+"""Depthwise convolution: LOCAL, translation-equivariant, with a static or a dynamic kernel.
 
-A convolution that mixes channels is `flax.linen.Conv` with explicit padding, a 1x1 convolution is
-`flax.linen.Dense`. What is left, and written here, is the depthwise one: each channel by itself.
+A dynamic kernel is predicted at each position. A convolution that mixes channels is
+`flax.linen.Conv` with explicit padding; a 1x1 convolution is `flax.linen.Dense`.
 """
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from localglobal_jax.operators import grids
 from localglobal_jax.operators.cache import Cache, Index, valid_at, zero_padding
 from localglobal_jax.operators.dense import TORCH_UNIFORM, DenseGeneral, Projection, project
-from localglobal_jax.operators.kernels.convolution import (
-    Padding,
-    depthwise_grouped,
-    depthwise_shifted,
-    dynamic_banded,
-    dynamic_shifted,
-)
+from localglobal_jax.operators.kernels import convolution as kernels
+from localglobal_jax.operators.kernels.convolution import Padding
 from localglobal_jax.operators.reach import Reach, local
+from localglobal_jax.parallel import context
 
-WIDE = 8  # windows from here on do
+WIDE = 8  # positions of a window from which on band matrices are faster on CPU
 
 
 def same_padding(window: Sequence[int]) -> Padding:
-    """k // 2 on both sides, as PyTorch pads. Flax's "SAME" pads (0, 1) at stride 2 instead."""
+    """Returns k // 2 on both sides, PyTorch's padding. Flax's "SAME" is (0, 1) at stride 2."""
     if not all(k % 2 for k in window):
         raise ValueError(f"window {tuple(window)}: padding it evenly needs odd sizes")
     return tuple((k // 2, k // 2) for k in window)
@@ -54,16 +52,24 @@ def depthwise(
             f"it must be [*window, {x.shape[-1]}] with {x.ndim - 2} window dimension(s)"
         )
     padding = same_padding(kernel.shape[:-1]) if padding is None else padding
-
-    def shifted(x: Array, kernel: Array) -> Array:
-        return depthwise_shifted(x, kernel, stride, padding)
+    letters = "DHW"[3 - (x.ndim - 2) :]
 
     def grouped(x: Array, kernel: Array) -> Array:
-        return depthwise_grouped(x, kernel, stride, padding)
+        return lax.conv_general_dilated(
+            x,
+            kernel[..., None, :],
+            (stride,) * len(letters),
+            padding,
+            dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
+            feature_group_count=x.shape[-1],
+        )
 
-    # XLA's grouped convolution on CPU is several times slower than shifted multiplies, forward and
+    if not context.is_fused():
+        return grouped(x, kernel)
+    # XLA's grouped convolution on CPU is several times slower than shifted products, forward and
     # backward; on TPU and GPU the shifts' backward pass needs 6 to 9 times the temporary memory.
-    return jax.lax.platform_dependent(x, kernel, cpu=shifted, default=grouped)
+    shifted = partial(kernels.depthwise, stride=stride, padding=padding)
+    return lax.platform_dependent(x, kernel, cpu=shifted, default=grouped)
 
 
 def dynamic(
@@ -73,7 +79,7 @@ def dynamic(
     window: Sequence[int],
     padding: Padding | None = None,
 ) -> Float[Array, "b *space d"]:
-    """Depthwise convolution whose kernel is another one at every position (arXiv 1901.10430).
+    """Depthwise convolution with a kernel per position (arXiv 1901.10430).
 
     ``y[i, c] = sum_j kernel[i, head of c, j] x[i + j - padding, c]``, zeros outside; j runs over
     the window row by row, and heads are n equal runs of channels. LOCAL.
@@ -86,15 +92,17 @@ def dynamic(
     padding = same_padding(window) if padding is None else padding
 
     def shifted(x: Array, kernel: Array) -> Array:
-        return dynamic_shifted(x, kernel, window, padding)
+        heads = x.reshape(*x.shape[:-1], kernel.shape[-2], -1)
+        total = jnp.zeros_like(heads)
+        for j, moved in enumerate(grids.shifted(heads, window, padding)):
+            total = total + kernel[..., j, None] * moved
+        return total.reshape(x.shape)
 
-    def banded(x: Array, kernel: Array) -> Array:
-        return dynamic_banded(x, kernel, padding[0][0])
-
-    if len(window) > 1 or window[0] < WIDE:
+    if not context.is_fused() or len(window) > 1 or window[0] < WIDE:
         return shifted(x, kernel)
-    # Of 256 positions and 15 of a window, forward and backward, a fifth of the time on CPU.
-    return jax.lax.platform_dependent(x, kernel, cpu=banded, default=shifted)
+    # With 256 positions and a window of 15, a fifth of the time on CPU, forward and backward.
+    banded = partial(kernels.dynamic, before=padding[0][0])
+    return lax.platform_dependent(x, kernel, cpu=banded, default=shifted)
 
 
 class DepthwiseConv(nn.Module):
@@ -142,7 +150,7 @@ Kind = Literal["dynamic", "depthwise", "standard"]
 def mix(
     parts: Sequence[Float[Array, "b *space d"]], gate: Float[Array, " parts"]
 ) -> Float[Array, "b *space d"]:
-    """The parts weighed by the softmax of one learned number each (section 3.3)."""
+    """Sums the parts, weighed by the softmax of one learned number each (section 3.3)."""
     weights = jax.nn.softmax(gate)
     total = jnp.zeros_like(parts[0])
     for i, part in enumerate(parts):
@@ -181,14 +189,14 @@ class SharedValueConv(nn.Module):
     def __call__(
         self, value: Float[Array, "b *space d"], *, last: bool = False, train: bool = False
     ) -> Float[Array, "b *out e"]:
-        """`last`: of a causal sequence, only the output at its last position, [b, 1, e].
+        """Convolves and mixes. `last`: only at the last position of a causal sequence, [b, 1, e].
 
-        Then `value` need hold no more than the widest window, with zeros before the beginning.
+        Then `value` may be as short as the widest window, with zeros before the beginning.
         """
         if not self.causal and any(side % 2 == 0 for side in self.windows):
-            raise ValueError(f"muse: windows {self.windows} must be odd to be centred")
+            raise ValueError(f"muse: windows {self.windows}: centred windows have an odd size")
         if len(set(self.windows)) < len(self.windows):
-            raise ValueError(f"muse: windows {self.windows} must differ")
+            raise ValueError(f"muse: windows {self.windows}: give each size once")
         parts = [self._convolve(value, side, last, train) for side in self.windows]
         if len(parts) == 1 or not self.gate:
             return jnp.concatenate(parts, -1)
@@ -218,14 +226,14 @@ class SharedValueConv(nn.Module):
             kernel_init=TORCH_UNIFORM,
             name=name,
         )(here)
-        # Over the whole window: what falls outside keeps its share, as in the published code.
+        # Over the whole window: positions outside keep their share, as in the published code.
         kernel = jax.nn.softmax(logits.astype(jnp.promote_types(self.dtype, jnp.float32)), -1)
         kernel = nn.Dropout(self.dropout, deterministic=not train, name=f"dropout{side}")(kernel)
         kernel = kernel.astype(value.dtype)
         if not last:
             return dynamic(value, kernel, window=window, padding=padding)
         heads = value.reshape(*value.shape[:-1], self.heads, -1)
-        # A sum, no product of matrices: for that XLA on CPU transposes what the window sees.
+        # A sum instead of a matrix product, for which XLA on CPU transposes the window.
         return (kernel.swapaxes(1, 3) * heads).sum(1).reshape(here.shape)
 
 
@@ -280,7 +288,7 @@ class DynamicConv(nn.Module):
         return project(y, [self.output()], dtype=self.dtype)[0]
 
     def init_cache(self, batch: int, length: int) -> Cache:
-        """What the window still sees of the past; `length` does not matter."""
+        """Returns an empty cache of the window's past positions; `length` is not used."""
         return {"window": jnp.zeros((batch, self.window - 1, self.features), self.dtype)}
 
     def step(
@@ -291,7 +299,7 @@ class DynamicConv(nn.Module):
         *,
         valid: Bool[Array, "b m"] | None = None,
     ) -> tuple[Float[Array, "b 1 d"], Cache]:
-        """The output at the next position."""
+        """Returns the output at the next position."""
         here = valid_at(valid, index) if self.zero_padding and valid is not None else None
         window = jnp.concatenate([cache["window"], zero_padding(self._gate(x), here)], 1)
         y = self.convolution(window, last=True)

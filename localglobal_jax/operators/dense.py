@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dense layers: flax's, whose products have two axes each where that is faster.
+"""Dense layers: flax's, with products of matrices where that is faster.
 
-The gradient of a kernel contracts all axes but the last of x and of what comes back. XLA on CPU
-makes that a product of matrices by writing what comes back transposed, through strides of a whole
-image: 19 % of a training step of CoAtNet-0. Of matrices from the start, it reads both as they lie.
+The gradient of a kernel contracts all axes but the last of x and of the output's gradient. XLA on
+CPU computes that by transposing the output's gradient, with strides of a whole image: 19 % of a
+training step of CoAtNet-0. If both are matrices in the forward pass, it transposes nothing.
 """
 
 from collections.abc import Sequence
@@ -17,12 +17,13 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from localglobal_jax.operators import grids
+from localglobal_jax.parallel import context
 
 Numbers = tuple[tuple[Any, Any], tuple[Any, Any]]
 
 
 def dot_general(x: Array, kernel: Array, numbers: Numbers, **options: Any) -> Array:
-    """`lax.dot_general`; if it sums over the last axis of x and the first of kernel, see above."""
+    """`lax.dot_general`, by matrices on CPU if it contracts the last axis of x, see above."""
 
     def as_given(x: Array, kernel: Array) -> Array:
         return lax.dot_general(x, kernel, numbers, **options)
@@ -32,7 +33,8 @@ def dot_general(x: Array, kernel: Array, numbers: Numbers, **options: Any) -> Ar
         return y.reshape(*x.shape[:-1], *kernel.shape[1:])
 
     (summed, batch) = numbers
-    if any(map(len, batch)) or tuple(map(tuple, summed)) != ((x.ndim - 1,), (0,)):
+    contracts_last = not any(map(len, batch)) and tuple(map(tuple, summed)) == ((x.ndim - 1,), (0,))
+    if not (context.is_fused() and contracts_last):
         return as_given(x, kernel)
     return lax.platform_dependent(x, kernel, cpu=of_matrices, default=as_given)
 
@@ -40,8 +42,17 @@ def dot_general(x: Array, kernel: Array, numbers: Numbers, **options: Any) -> Ar
 def product(
     x: Float[Array, "*rows d"], kernel: Float[Array, " d *columns"], **options: Any
 ) -> Float[Array, "*_"]:
-    """``x @ kernel``, summed over the last axis of x and the first of kernel."""
+    """Computes ``x @ kernel`` over the last axis of x and the first of kernel."""
     return dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), **options)
+
+
+def head_width(width: int, heads: int) -> int:
+    """Returns the width of one head. Raises ValueError if `heads` does not divide `width`."""
+    if heads < 1 or width % heads:
+        raise ValueError(
+            f"width {width} is not divisible by {heads} heads: give a multiple of the heads"
+        )
+    return width // heads
 
 
 Dense = partial(nn.Dense, dot_general=dot_general)
@@ -49,19 +60,19 @@ DenseGeneral = partial(nn.DenseGeneral, dot_general=dot_general)
 
 Weights = tuple[Float[Array, "_ _"], Float[Array, " _"] | None]  # kernel, bias
 
-# torch's default for a linear layer, uniform within +-1 / sqrt(fan_in); and within sqrt(3 / fan_in)
+# Uniform within +-1 / sqrt(fan_in), torch's default for a linear layer; and +-sqrt(3 / fan_in).
 TORCH_UNIFORM = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=0)
 WIDE_UNIFORM = nn.initializers.variance_scaling(1.0, "fan_in", "uniform", in_axis=0)
 
 
 class Projection(nn.Module):
-    """The parameters of a dense layer, handed out instead of applied.
+    """The parameters of a dense layer, returned instead of applied.
 
     Attributes:
       inputs: input width.
       shape: of the output, e.g. (3, heads, width of a head); the kernel is [inputs, *shape].
       use_bias: adds a bias, zero at first.
-      kernel_init: sees the kernel as a matrix.
+      kernel_init: called with the kernel's shape as a matrix.
     """
 
     inputs: int
@@ -71,7 +82,7 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self) -> Weights:
-        """``(kernel [inputs, prod(shape)], bias [prod(shape)])``."""
+        """Returns ``(kernel [inputs, prod(shape)], bias [prod(shape)] or None)``."""
         outputs = int(np.prod(self.shape))
 
         def init(key: Array) -> Array:
@@ -87,7 +98,7 @@ class Projection(nn.Module):
 def project(
     x: Float[Array, "b l d"], weights: Sequence[Weights], *, fused: bool = False, dtype: str
 ) -> list[Float[Array, "b l _"]]:
-    """``x @ kernel + bias`` for each; `fused`: as one product, cut afterwards."""
+    """Computes ``x @ kernel + bias`` for each; `fused`: as one product, split afterwards."""
     if fused and len(weights) > 1:
         widths = [kernel.shape[-1] for kernel, _ in weights]
         kernels = jnp.concatenate([kernel for kernel, _ in weights], -1)
@@ -108,7 +119,7 @@ def project_to_one(
     fused: bool = False,
     dtype: str,
 ) -> list[Float[Array, "b l d"]]:
-    """Terms of a sum: ``x @ kernel + bias`` for each pair; `fused`: one product, the whole sum."""
+    """Computes the terms of a sum, ``x @ kernel + bias``; `fused`: their sum, as one product."""
     if fused and len(weights) > 1:
         kernel = jnp.concatenate([kernel for kernel, _ in weights])
         bias = jnp.stack([_bias(w) for w in weights]).sum(0)

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 
 from localglobal_jax.operators import grids
 from localglobal_jax.operators.attention import attend
-from localglobal_jax.operators.dense import Dense, DenseGeneral
+from localglobal_jax.operators.dense import Dense, DenseGeneral, head_width
 from localglobal_jax.operators.reach import Reach
 
 PoolMethod = Literal["fc", "conv", "mean", "max"]
@@ -115,9 +115,7 @@ class FocalAttention(nn.Module):
         check(self.window, self.expand, self.levels, self.focal_window, self.shift)
         features = self.features or x.shape[-1]
         width = self.width or features
-        if width % self.heads:
-            raise ValueError(f"focal: width {width} is not divisible by {self.heads} heads")
-        head, area = (self.heads, width // self.heads), self.window**2
+        head, area = (self.heads, head_width(width, self.heads)), self.window**2
         space = x.shape[1:3]
         qkv = DenseGeneral(
             (3, *head),

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from localglobal_jax.operators import focal, grids
-from localglobal_jax.operators.dense import Dense, DenseGeneral
+from localglobal_jax.operators.dense import Dense, DenseGeneral, head_width
 from localglobal_jax.operators.focal import PoolMethod, WindowPool, attend_windows
 from localglobal_jax.operators.reach import Reach
 
@@ -82,9 +82,7 @@ class NearestFocalAttention(nn.Module):
             )
         features = self.features or x.shape[-1]
         width = self.width or features
-        if width % self.heads:
-            raise ValueError(f"focal: width {width} is not divisible by {self.heads} heads")
-        head = (self.heads, width // self.heads)
+        head = (self.heads, head_width(width, self.heads))
         space = x.shape[1:3]
         normal = nn.initializers.normal(0.02)
         qkv = DenseGeneral(

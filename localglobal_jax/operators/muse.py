@@ -32,7 +32,6 @@ from localglobal_jax.operators.cache import (
     append,
     attention_mask,
     attention_mask_at,
-    head_width,
     key_value_cache,
     last_positions,
     split_heads,
@@ -41,7 +40,14 @@ from localglobal_jax.operators.cache import (
     zero_padding,
 )
 from localglobal_jax.operators.convolution import Kind, SharedValueConv
-from localglobal_jax.operators.dense import WIDE_UNIFORM, Dense, Projection, project, project_to_one
+from localglobal_jax.operators.dense import (
+    WIDE_UNIFORM,
+    Dense,
+    Projection,
+    head_width,
+    project,
+    project_to_one,
+)
 from localglobal_jax.operators.reach import GLOBAL, Reach
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Outlook attention (VOLO, arXiv 2106.13112): LOCAL, weights made from the content, no query.
+"""Outlook attention (VOLO, arXiv 2106.13112): LOCAL, input-dependent weights without a query.
 
-Each window's centre alone predicts how all k x k positions of the window look at one another.
+The centre of each window predicts the attention of all k x k positions of the window to each other.
 Legend: b batch, h w grid, i j windows, n heads, c width of a head, q k positions in a window.
 """
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from localglobal_jax.operators.dense import DenseGeneral
+from localglobal_jax.operators.dense import DenseGeneral, head_width
 from localglobal_jax.operators.reach import Reach, local
 
 # ---------------------------------------------------------------------------- functions
@@ -51,18 +51,18 @@ def outlook(
     return fold(positions, (h, w), window=window, stride=stride)
 
 
-# What all windows see at one of their positions is one slice of the padded grid; with the grid
-# reshaped to cells of stride x stride, a contiguous one. So unfolding is slices and folding is pads
-# and adds, and so are their gradients: no gather and no scatter, which XLA fuses with nothing and
-# for which TPUs have no fast path (not measured here). On two CPU cores (28x28, width 192, batch 8)
-# indexing took 2.5 times as long forward and 1.2 times with the gradient, and strided slices, whose
-# gradients interleave zeros, needed twice the memory.
+# The values of all windows at one of their positions are one slice of the padded grid; with the
+# grid reshaped to cells of stride x stride, a contiguous one. So unfolding is slices, folding is
+# pads and adds, and so are their gradients. There is no gather and no scatter, which XLA does not
+# fuse and for which TPUs have no fast path (not measured here). On two CPU cores (28x28, width 192,
+# batch 8) indexing took 2.5 times as long forward and 1.2 times with the gradient, and strided
+# slices, whose gradients interleave zeros, needed twice the memory.
 
 
 def unfold(
     grid: Float[Array, "b h w *d"], windows: tuple[int, int], *, window: int, stride: int
 ) -> list[Float[Array, "b i j *d"]]:
-    """What all windows see at their first position, at their second, ..., row by row.
+    """Returns the values of all windows at their first position, their second, ..., row by row.
 
     Window (i, j) is centred at position (i, j) * stride of the grid; outside are zeros.
     """
@@ -80,7 +80,7 @@ def unfold(
 def fold(
     parts: Sequence[Float[Array, "b i j *d"]], space: tuple[int, int], *, window: int, stride: int
 ) -> Float[Array, "b h w *d"]:
-    """The transpose of `unfold`: every part goes back to its position, overlaps are summed."""
+    """The transpose of `unfold`: puts every part back at its position and sums overlaps."""
     reach = (window - 1) // stride
     inside: dict[tuple[int, int], Array] = {}
     for (dy, dx), part in zip(_positions(window), parts, strict=True):
@@ -88,7 +88,7 @@ def fold(
         none = ((0, 0),) * (part.ndim - 3)
         padded = jnp.pad(part, ((0, 0), (y, reach - y), (x, reach - x), *none))
         inside[y_in, x_in] = inside.get((y_in, x_in), 0) + padded
-    nothing = jnp.zeros_like(inside[0, 0])  # with strides beyond the window, some see nothing
+    nothing = jnp.zeros_like(inside[0, 0])  # strides beyond the window leave cells uncovered
     cells = jnp.stack(
         [
             jnp.stack([inside.get((y, x), nothing) for x in range(stride)], axis=3)
@@ -140,7 +140,7 @@ class Outlook(nn.Module):
 
     @property
     def reach(self) -> Reach:
-        """A value travels across a whole window; a weight, from the far end of its cell."""
+        """A value moves across a whole window; a weight, from the far end of its cell."""
         half = self.window // 2
         return local(half + max(half, self.stride - 1))
 
@@ -149,17 +149,14 @@ class Outlook(nn.Module):
         self, x: Float[Array, "b h w d"], *, train: bool = False
     ) -> Float[Array, "b h w e"]:
         features = self.features or x.shape[-1]
-        if self.heads < 1 or features % self.heads:
-            raise ValueError(f"outlook: width {features} is not divisible by {self.heads} heads")
         if self.window < 3 or self.window % 2 == 0 or self.stride < 1:
             raise ValueError(
                 f"outlook: window={self.window}, stride={self.stride}; "
                 "the window must be odd and at least 3, the stride at least 1"
             )
         dense = partial(DenseGeneral, dtype=self.dtype, kernel_init=nn.initializers.normal(0.02))
-        value = dense((self.heads, features // self.heads), use_bias=self.value_bias, name="value")(
-            x
-        )
+        shape = (self.heads, head_width(features, self.heads))
+        value = dense(shape, use_bias=self.value_bias, name="value")(x)
         cell = (self.stride, self.stride)
         padding = tuple((0, -n % self.stride) for n in x.shape[1:3])
         centres = nn.avg_pool(x, cell, cell, padding, count_include_pad=False)

@@ -95,8 +95,8 @@ def test_logits_made_twice_are_those_made_once(dtype):
         key = jax.random.normal(keys[1], (2, 4, 3, 7, 8), dtype)
         bias = jax.random.normal(keys[2], (4, 3, 5, 7), dtype)
         mask = (jnp.arange(7) < 6)[None, None, None, None]
-        once = kernels._numerator(query, key, bias, mask)
-        twice = jax.jit(partial(kernels._numerator, twice=True))(query, key, bias, mask)
+        once = kernels.numerator(query, key, bias, mask)
+        twice = jax.jit(partial(kernels.numerator, twice=True))(query, key, bias, mask)
         for a, b in zip(once, twice, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 

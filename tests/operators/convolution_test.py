@@ -17,22 +17,24 @@ from localglobal_jax.operators.kernels import convolution as kernels
     stride=st.sampled_from([1, 2, 3]),
     causal=st.booleans(),
 )
-def test_both_formulations_agree_forward_and_backward(space, k, stride, causal):
+def test_shifted_sums_are_the_convolution_forward_and_backward(space, k, stride, causal):
     """The CPU trains with one, the TPU with the other."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(2, *space, 3)), jnp.float32)
     kernel = jnp.asarray(rng.normal(size=(k,) * len(space) + (3,)), jnp.float32)
     padding = [(k - 1, 0) if causal else (k // 2, k // 2)] * len(space)
 
-    def run(f):
-        return jax.value_and_grad(lambda x, w: jnp.sin(f(x, w, stride, padding)).sum(), (0, 1))(
-            x, kernel
-        )
+    options = {"stride": stride, "padding": padding}
 
-    ours = kernels.depthwise_shifted(x, kernel, stride, padding)
-    theirs = kernels.depthwise_grouped(x, kernel, stride, padding)
+    def run(f):
+        return jax.value_and_grad(lambda x, w: jnp.sin(f(x, w, **options)).sum(), (0, 1))(x, kernel)
+
+    ours, theirs = (
+        kernels.depthwise(x, kernel, **options),
+        convolution.depthwise(x, kernel, **options),
+    )
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
-    a, b = run(kernels.depthwise_shifted), run(kernels.depthwise_grouped)
+    a, b = run(kernels.depthwise), run(convolution.depthwise)
     jax.tree.map(lambda u, v: np.testing.assert_allclose(u, v, atol=2e-4), a, b)
 
 
@@ -91,8 +93,9 @@ def test_dynamic_kernels_as_bands_of_matrices(length, k, heads, data):
     def run(f):
         return jax.value_and_grad(lambda x, w: jnp.sin(f(x, w)).sum(), (0, 1))(x, kernel)
 
-    shifted = run(lambda x, w: kernels.dynamic_shifted(x, w, (k,), ((before, k - 1 - before),)))
-    banded = run(lambda x, w: kernels.dynamic_banded(x, w, before))
+    padding = ((before, k - 1 - before),)
+    shifted = run(lambda x, w: convolution.dynamic(x, w, window=(k,), padding=padding))
+    banded = run(lambda x, w: kernels.dynamic(x, w, before=before))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), shifted, banded
     )

@@ -18,7 +18,6 @@ import pytest
 from localglobal_jax import operators
 from localglobal_jax.operators.adaptive import (
     AdaptiveConv,
-    AdaptiveSequence,
     EquivariantAttention,
     EquivariantSequence,
 )
@@ -55,7 +54,7 @@ TABLE = {  # operator, space, input-adaptive, translation-equivariant, reach, ra
     "plain 1-D": (SelfAttention(4, 2), SEQUENCE, True, True, "GLOBAL", None),
     "relative 1-D": (SelfAttention(4, 2, furthest=3), SEQUENCE, True, False, "GLOBAL", None),
     "gated dynamic": (DynamicConv(4, 2, window=5), SEQUENCE, True, True, "LOCAL", 2),
-    "adaptive over sequences": (AdaptiveSequence(4, 2, 5), SEQUENCE, True, True, "LOCAL", 2),
+    "adaptive over sequences": (AdaptiveConv(4, 2, window=5), SEQUENCE, True, True, "LOCAL", 2),
     "equivariant over sequences": (
         *(EquivariantSequence(4, 2, furthest=3), SEQUENCE, True, True, "GLOBAL", None),
     ),

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fused softmax attention: one array of weights per direction, derivative by hand."""
+"""Fused softmax attention: stores one array of weights per direction. Derivative by hand.
+
+The equation is `operators.attention.attend`. Legend: b batch, l m lengths, n heads, c v widths.
+"""
 
 from functools import partial
 from typing import Any
@@ -11,15 +14,13 @@ from jaxtyping import Array
 
 
 def _by_heads(*arrays: Array) -> list[Array]:
-    """[..., l, n, c] -> [..., n, l, c], and back."""
+    """Swaps positions and heads: [..., l, n, c] -> [..., n, l, c], and back."""
     return [jnp.swapaxes(x, -3, -2) for x in arrays]
 
 
-def logits_of(
-    product: str, query: Array, key: Array, bias: Array | None, mask: Array | None
-) -> Array:
+def _logits(query: Array, key: Array, bias: Array | None, mask: Array | None) -> Array:
     logits = jnp.einsum(
-        product,
+        "...nlc,...nmc->...nlm",
         query * query.shape[-1] ** -0.5,
         key,
         preferred_element_type=jnp.promote_types(query.dtype, jnp.float32),
@@ -33,14 +34,16 @@ def logits_of(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attend_fused(keep: float, *inputs: Any) -> Array:
-    """`attend`, writing one array [b, n, l, m] in each direction, in the dtype of the values.
+def attend(keep: float, *inputs: Any) -> Array:
+    """Computes softmax attention, storing one array [b, n, l, m] in each direction.
 
-    Forward, that is the numerator of the softmax, which the backward pass reads again. Backward, it
-    is the gradient of the logits: what the softmax subtracts from it, ``sum_m g_lm w_lm``, is
-    ``g_l . y_l`` (arXiv 2205.14135, B.4). Products have the heads in front, ``[b, n, l, c]``: XLA
-    on CPU took 2.5 times as long for the others.
-    Of CoAtNet's 196 positions, 0.52 of the cycles and 0.36 of the bytes (v5e).
+    `keep` is 1 - dropout; `inputs` are query, key, value, bias, mask and kept of
+    `operators.attention.attend`. The stored arrays have the dtype of the values. Forward, that is
+    the numerator of the softmax, which the backward pass reads again. Backward, it is the gradient
+    of the logits: the term that the softmax subtracts, ``sum_m g_lm w_lm``, is ``g_l . y_l``
+    (arXiv 2205.14135, B.4). Products have the heads in front, ``[b, n, l, c]``: XLA on CPU took
+    2.5 times as long for the others. With CoAtNet's 196 positions it takes 0.52 of the cycles and
+    0.36 of the bytes of the equation (v5e).
     """
     return _attend_forward(keep, *inputs)[0]
 
@@ -48,47 +51,47 @@ def attend_fused(keep: float, *inputs: Any) -> Array:
 def _attend_forward(keep: float, *inputs: Any) -> tuple[Array, Any]:
     query, key, value, bias, mask, kept = inputs
     query, key, value = _by_heads(query, key, value)
-    numerator, total = lax.platform_dependent(
-        query, key, bias, mask, tpu=partial(_numerator, twice=True), default=_numerator
+    exponentials, total = lax.platform_dependent(
+        query, key, bias, mask, tpu=partial(numerator, twice=True), default=numerator
     )
-    numerator = numerator.astype(value.dtype)
-    left = _where(kept, numerator)
+    exponentials = exponentials.astype(value.dtype)
+    left = _where(kept, exponentials)
     y = jnp.einsum("...nlm,...nmv->...nlv", left, value, preferred_element_type=total.dtype)
     (y,) = _by_heads((y / (total * keep)).astype(value.dtype))
-    return y, (*inputs, numerator, total, y)
+    return y, (*inputs, exponentials, total, y)
 
 
-def _numerator(
+def numerator(
     query: Array, key: Array, bias: Array | None, mask: Array | None, *, twice: bool = False
 ) -> tuple[Array, Array]:
-    """``(exp(logits - their maximum), its sum [..., n, l, 1])``.
+    """Returns ``exp(logits - their maximum)`` [..., n, l, m] and its sum [..., n, l, 1].
 
-    `twice`: the logits are made anew from a barrier on, else float32 ones are stored and read three
-    times. That is cheaper on TPU, which joins ``exp`` to the product; not on CPU (1.25 times the
-    time), nor where products are a library's calls, as on GPU.
+    Query and key have the heads in front. `twice`: computes the logits again behind a barrier;
+    otherwise XLA stores them in float32 and reads them three times. Twice is cheaper on TPU, which
+    fuses ``exp`` with the product. It is not on CPU (1.25 times the time), nor on GPU, where a
+    product is a library call.
     """
-    by_heads = "...nlc,...nmc->...nlm"
-    logits = logits_of(by_heads, query, key, bias, mask)
+    logits = _logits(query, key, bias, mask)
     highest = logits.max(-1, keepdims=True, initial=-jnp.inf)
     if twice:
         *again, highest = jax.lax.optimization_barrier((query, key, bias, mask, highest))
-        logits = logits_of(by_heads, *again)
-    numerator = jnp.exp(logits - highest)
-    return numerator, numerator.sum(-1, keepdims=True)
+        logits = _logits(*again)
+    exponentials = jnp.exp(logits - highest)
+    return exponentials, exponentials.sum(-1, keepdims=True)
 
 
 def _attend_backward(keep: float, saved: Any, g: Array) -> tuple[Array | None, ...]:
-    query, key, value, bias, mask, kept, numerator, total, y = saved
+    query, key, value, bias, mask, kept, exponentials, total, y = saved
     wide, scale = total.dtype, query.shape[-1] ** -0.5
     subtracted = jnp.sum(g.astype(wide) * y.astype(wide), -1)[..., None].swapaxes(-3, -2)
     share = (g / (total * keep).swapaxes(-3, -2)).astype(g.dtype)
     key, value, gradient = _by_heads(key, value, g)
     d_weights = jnp.einsum("...nlv,...nmv->...nlm", gradient, value, preferred_element_type=wide)
     d_weights = _where(kept, d_weights / keep)
-    d_logits = (numerator * ((d_weights - subtracted) / total)).astype(query.dtype)
+    d_logits = (exponentials * ((d_weights - subtracted) / total)).astype(query.dtype)
     d_logits = _where(mask, d_logits)
-    # over queries, XLA on CPU is quicker (by a third) with the heads where they were
-    d_value = jnp.einsum("...nlm,...lnv->...mnv", _where(kept, numerator), share)
+    # Sums over queries: XLA on CPU is a third faster with the heads behind the positions.
+    d_value = jnp.einsum("...nlm,...lnv->...mnv", _where(kept, exponentials), share)
     d_key = jnp.einsum("...nlm,...lnc->...mnc", d_logits, query) * scale
     (d_query,) = _by_heads(jnp.einsum("...nlm,...nmc->...nlc", d_logits, key) * scale)
     d_bias = None
@@ -99,7 +102,7 @@ def _attend_backward(keep: float, saved: Any, g: Array) -> tuple[Array | None, .
     return d_query, d_key, d_value, d_bias, None, None
 
 
-attend_fused.defvjp(_attend_forward, _attend_backward)
+attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _where(mask: Array | None, x: Array) -> Array:

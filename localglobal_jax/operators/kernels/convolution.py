@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Depthwise and dynamic convolution as shifts, groups and bands, with derivatives by hand."""
+"""Depthwise convolution as shifted sums, with derivatives by hand; dynamic convolution as bands.
+
+Both are for CPU. The equations are in `operators.convolution`. Legend: b batch, n heads, d width,
+l length, k positions of a window.
+"""
 
 import functools
 import operator
@@ -8,32 +12,32 @@ from itertools import product
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array
 
 from localglobal_jax.operators import grids
-from localglobal_jax.parallel import context
 
 Padding = Sequence[tuple[int, int]]
 BLOCK = 32  # positions whose dynamic kernels make one matrix
 
 
-def depthwise_shifted(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
+def depthwise(x: Array, kernel: Array, *, stride: int, padding: Padding) -> Array:
+    """Computes `operators.convolution.depthwise` as a sum of shifted products."""
     window, space = kernel.shape[:-1], x.shape[1:-1]
     sizes = tuple(zip(space, window, padding, strict=True))
     out = [(n + before + after - k) // stride + 1 for n, k, (before, after) in sizes]
-    # Every stride-th row and column, from each beginning, as arrays of their own, [s.., b, ..., d]:
-    # then all offsets of the window are plain slices. XLA computes what strided ones read anew.
+    # Every stride-th row and column, from each start, as an array of its own, [s.., b, ..., d]:
+    # then all offsets of the window are slices without a stride. XLA computes the input of strided
+    # slices again for each of them.
     whole = [(before, -(n + before + after) % stride + after) for n, _, (before, after) in sizes]
     padded = jnp.pad(x, ((0, 0), *whole, (0, 0)))
     cut = [part for n in padded.shape[1:-1] for part in (n // stride, stride)]
     parts = padded.reshape(x.shape[0], *cut, x.shape[-1])
     rank = len(space)
     parts = jnp.moveaxis(parts, [2 * i + 2 for i in range(rank)], range(rank))
-    tuned = context.is_fused()
-    return (_tuned_sum_of_shifts if tuned else _sum_of_shifts)(parts, kernel, tuple(out))
+    return _sum_of_shifts(parts, kernel, tuple(out))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _sum_of_shifts(parts: Array, kernel: Array, out: tuple[int, ...]) -> Array:
     """``sum_o parts[o % s, :, o // s : o // s + out] kernel[o]`` over all offsets of the window."""
     terms = (
@@ -46,8 +50,8 @@ def _sum_of_shifts(parts: Array, kernel: Array, out: tuple[int, ...]) -> Array:
 def _sum_of_shifts_backward(
     out: tuple[int, ...], saved: tuple[Array, Array], g: Array
 ) -> tuple[Array, Array]:
-    """Made of slices. Autodiff adds up padded arrays, of which every element asks for every offset
-    whether it is there: 1.7 times the time with a stride of 2, 1.1 without.
+    """Sums slices. Autodiff sums padded arrays instead, whose elements test every offset for being
+    inside: 1.7 times the time with a stride of 2, 1.1 times without.
     """
     parts, kernel = saved
     rank, stride = len(out), parts.shape[0]
@@ -69,15 +73,14 @@ def _sum_of_shifts_backward(
     return of_parts.reshape(parts.shape), jnp.stack(of_kernel).reshape(kernel.shape)
 
 
-_tuned_sum_of_shifts = jax.custom_vjp(_sum_of_shifts, nondiff_argnums=(2,))
-_tuned_sum_of_shifts.defvjp(
+_sum_of_shifts.defvjp(
     lambda parts, kernel, out: (_sum_of_shifts(parts, kernel, out), (parts, kernel)),
     _sum_of_shifts_backward,
 )
 
 
 def _offsets(kernel: Array, stride: int) -> Iterator[tuple[tuple[int, ...], ...]]:
-    """Every offset of a window, which part it is of, and its place there."""
+    """Yields every offset of a window, the part that holds it, and its place there."""
     for offset in product(*map(range, kernel.shape[:-1])):
         first, which = zip(*(divmod(o, stride) for o in offset), strict=True)
         yield offset, which, first
@@ -88,31 +91,12 @@ def _slice(x: Array, first: Sequence[int], size: Sequence[int]) -> Array:
     return x[(slice(None), *steps)]
 
 
-def depthwise_grouped(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-    letters = "DHW"[3 - (x.ndim - 2) :]
-    return lax.conv_general_dilated(
-        x,
-        kernel[..., None, :],
-        (stride,) * len(letters),
-        padding,
-        dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
-        feature_group_count=x.shape[-1],
-    )
+def dynamic(x: Array, kernel: Array, *, before: int) -> Array:
+    """Computes `operators.convolution.dynamic` of a sequence as products with band matrices.
 
-
-def dynamic_shifted(x: Array, kernel: Array, window: Sequence[int], padding: Padding) -> Array:
-    heads = x.reshape(*x.shape[:-1], kernel.shape[-2], -1)
-    total = jnp.zeros_like(heads)
-    for j, moved in enumerate(grids.shifted(heads, window, padding)):
-        total = total + kernel[..., j, None] * moved
-    return total.reshape(x.shape)
-
-
-def dynamic_banded(x: Array, kernel: Array, before: int) -> Array:
-    """Of a sequence: blocks of positions times the matrices whose bands are their kernels.
-
-    A block of l positions sees l + k - 1 of x. Kernels [l, k] with l zeros behind each, read on as
-    rows of l + k - 1, move by one from row to row: that is the band. Its zeros do not stop a NaN.
+    A block of l positions reads l + k - 1 positions of x. Kernels [l, k] padded by l zeros each and
+    reshaped to rows of l + k - 1 move by one from row to row: the band. A NaN under one of its
+    zeros spreads. `before`: positions of padding in front.
     """
     (b, length, d), (n, k) = x.shape, kernel.shape[-2:]
     block = min(BLOCK, length)
