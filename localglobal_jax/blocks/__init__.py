@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The grammar: an operator plus residual wiring, norm, MLP. One letter each.
+"""Blocks: an operator with residual connection, norm and MLP. Each has one letter.
 
-Every block is a module with the fields `features` (output width), `stride` (1 or 2), `drop_path`
-(rate) and `dtype`, and is called as ``block(x, train=...)`` on a grid [b, h, w, d].
+Every block over grids is a module with the fields `features` (output width), `stride` (1 or 2),
+`drop_path` (rate) and `dtype`, and is called as ``block(x, train=...)`` on a grid [b, h, w, d].
+`SEQUENCE_BLOCKS` are those over sequences, see `blocks.sequence`.
 """
 
 from typing import TYPE_CHECKING
@@ -10,6 +11,26 @@ from typing import TYPE_CHECKING
 import flax.linen as nn
 
 from localglobal_jax.blocks.convolution import ConvNeXtBlock, MBConvBlock
+from localglobal_jax.blocks.layers import (
+    MLP,
+    DropPath,
+    LayerScale,
+    Shortcut,
+    SqueezeExcite,
+    make_divisible,
+    make_norm,
+    norm_activation,
+    pool,
+)
+from localglobal_jax.blocks.sequence import (
+    SEQUENCE_BLOCKS,
+    AdaptiveLayer,
+    DynamicConvLayer,
+    EquivariantLayer,
+    MuseLayer,
+    RelativeLayer,
+    TransformerLayer,
+)
 from localglobal_jax.blocks.transformer import (
     AdaptiveConvBlock,
     AttentionBlock,
@@ -18,6 +39,7 @@ from localglobal_jax.blocks.transformer import (
     MuseBlock,
     OutlookerBlock,
     RelativeAttentionBlock,
+    TransformerBlock,
 )
 from localglobal_jax.config import renamed
 
@@ -35,15 +57,32 @@ BLOCKS: dict[str, type[nn.Module]] = {
 
 __all__ = [
     "BLOCKS",
+    "MLP",
+    "SEQUENCE_BLOCKS",
     "AdaptiveConvBlock",
+    "AdaptiveLayer",
     "AttentionBlock",
     "ConvNeXtBlock",
+    "DropPath",
+    "DynamicConvLayer",
     "EquivariantAttentionBlock",
+    "EquivariantLayer",
     "FocalAttentionBlock",
+    "LayerScale",
     "MBConvBlock",
     "MuseBlock",
+    "MuseLayer",
     "OutlookerBlock",
     "RelativeAttentionBlock",
+    "RelativeLayer",
+    "Shortcut",
+    "SqueezeExcite",
+    "TransformerBlock",
+    "TransformerLayer",
+    "make_divisible",
+    "make_norm",
+    "norm_activation",
+    "pool",
 ]
 
 

@@ -237,7 +237,7 @@ def test_mistakes():
         MUSE(windows=(4,)).init(jax.random.key(0), x)
     with pytest.raises(ValueError, match="hidden=0"):
         MuseSequence(D, HEADS).init(jax.random.key(0), x)
-    with pytest.raises(ValueError, match="width 8 .* 3 heads"):
+    with pytest.raises(ValueError, match=r"width 8 .* 3 heads"):
         MuseSequence(D, 3, 4).init(jax.random.key(0), x)
     with pytest.raises(ValueError, match="memory_features"):
         MUSE(memory_features=3).init(jax.random.key(0), x)
