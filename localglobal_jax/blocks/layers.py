@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What blocks are made of beside their operator: norms, pooling, shortcuts, scales, small nets."""
+"""Layers of blocks beside their operator: norms, pooling, shortcuts, scales, pointwise nets."""
 
 from functools import partial
 from typing import Literal
@@ -80,7 +80,7 @@ def pool(x: Grid, kind: Pool) -> Grid:
 
 
 def pool_rounding(kind: Pool) -> Rounding:
-    """How `pool` halves an odd grid."""
+    """Returns how `pool` rounds when it halves an odd grid."""
     return "down" if kind.endswith("2") else "up"
 
 
@@ -154,7 +154,7 @@ class SqueezeExcite(nn.Module):
 
     @nn.compact
     def gate(self, x: Grid) -> Float[Array, "b 1 1 d"]:
-        """What every channel is multiplied with."""
+        """Returns the factor of every channel."""
         s = x.mean((1, 2), keepdims=True)
         s = Dense(self.hidden, dtype=self.dtype, name="reduce")(s)
         s = Dense(x.shape[-1], dtype=self.dtype, name="expand")(ACTIVATIONS[self.activation](s))

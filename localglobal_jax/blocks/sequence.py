@@ -73,7 +73,7 @@ class MuseLayer(nn.Module):
         return y if self.pre_norm else self.norm(y)
 
     def precompute_kv(self, encoded: Sequence, mask: Mask) -> CrossKV:
-        """What the cross-attention keeps of the encoder's output."""
+        """Returns the keys and values of the encoder's output for the cross-attention."""
         return self.muse.precompute_kv(encoded, mask)
 
     def init_cache(self, batch: int, length: int) -> Cache:
@@ -163,7 +163,7 @@ class TransformerLayer(nn.Module):
         return self._rest(x, memory, train)
 
     def precompute_kv(self, encoded: Sequence, mask: Mask) -> CrossKV:
-        """What the cross-attention keeps of the encoder's output."""
+        """Returns the keys and values of the encoder's output for the cross-attention."""
         return self.cross.precompute_kv(encoded, mask)
 
     def init_cache(self, batch: int, length: int) -> Cache:

@@ -26,7 +26,7 @@ OWN = ("parent", "name", "drop_path")  # may differ between equal blocks
 def apply_blocks(
     parent: nn.Module, blocks: Sequence[nn.Module], x: Array, call: Call, given: Sequence[Any]
 ) -> list[Array]:
-    """What every block gives: ``call(block, x, own)``, `x` from the block before, `own` of `given`.
+    """Returns the output of every block: ``call(block, x, own)``, with `own` from `given`.
 
     `blocks` are submodules of `parent`.
     """

@@ -60,7 +60,7 @@ class TransformerBlock(nn.Module):
 
     @property
     def odd_grids(self) -> Rounding:
-        """How a stride of 2 halves an odd grid; with positions, it may not lose a row of them."""
+        """Rounding of a stride of 2 on an odd grid; with positions, no row may be lost."""
         rounding = pool_rounding(self.pool)
         return rounding if rounding == "up" else None
 

@@ -399,7 +399,7 @@ def _nearest_buffers(options: Mapping, level: int | None) -> Iterator[tuple[str,
 
 
 def _as_near(options: Mapping, level: int | None, index: np.ndarray) -> bool:
-    """Whether other keys were chosen, no nearer and no farther than ours."""
+    """Returns whether the original chose other keys at the same distance as ours."""
     tiles, cells, factor = _geometry(options, level or 0)
     ours, away = nearest(tiles, cells, factor, options["nearest"])
     if index.shape != ours.shape or np.array_equal(index, ours):

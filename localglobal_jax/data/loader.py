@@ -112,7 +112,7 @@ def eval_batches(
 
 
 def _part(source: Source, batch_size: int, shard: tuple[int, int]) -> tuple[int, int]:
-    """This host's number and its share of a batch."""
+    """Returns the index of this host and its number of rows in a batch."""
     host, hosts = shard
     if not 0 <= host < hosts:
         raise ValueError(f"shard {shard}: want (this host, hosts) with 0 <= this host < hosts")

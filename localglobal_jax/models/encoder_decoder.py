@@ -355,7 +355,7 @@ class EncoderDecoder(nn.Module):
         return x, real, layers
 
     def _embed(self, table: nn.Embed, tokens: Array, positions: Array, real: Array) -> Array:
-        """sqrt(d) times the embedding, plus the position; padding has no position."""
+        """Returns sqrt(d) times the embedding, plus the position; padding has no position."""
         x = table(tokens) * jnp.asarray(table.features**0.5, self.dtype)
         if self.positions == "none":
             return x

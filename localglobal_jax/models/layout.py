@@ -111,7 +111,7 @@ class BlockStage(nn.Module):
 
 
 def odd_grids(letter: str, options: Options) -> Rounding:
-    """How a block with stride 2 halves an odd grid; None: not at all, or it does not say."""
+    """Returns the rounding of a block with stride 2 on an odd grid; None: no rounding."""
     block = BLOCKS[letter](features=1, parent=None, **options.get(letter, {}))
     return getattr(block, "odd_grids", None)
 

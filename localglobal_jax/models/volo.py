@@ -196,7 +196,7 @@ class VOLO(nn.Module):
         return list(zip(self.heads, expansions, strict=True))
 
     def _options(self, stage: layouts.Stage, heads: int, expansion: float) -> layouts.Options:
-        """What a stage says of its blocks if they have heads; `blocks` has the last word."""
+        """Returns the options of a stage's blocks that have heads; `blocks` overrides them."""
         options = dict(self.blocks)
         for letter in set(stage.letters):
             fields = {field.name for field in dataclasses.fields(BLOCKS[letter])}

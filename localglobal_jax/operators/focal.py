@@ -165,7 +165,7 @@ class FocalAttention(nn.Module):
         )(y[:, : space[0], : space[1]])
 
     def _bias(self) -> Float[Array, "n l m"]:
-        """Of the keys in their order: own window, neighbours, then every pooled level."""
+        """Returns the biases of the keys: own window, neighbours, then every pooled level."""
         window, heads, normal = self.window, self.heads, nn.initializers.normal(0.02)
         side = 2 * window - 1
         table = self.param("window_bias", nn.initializers.zeros, (side, side, heads))
@@ -236,7 +236,7 @@ def neighbours(x: Float[Array, "b h w d"], window: int, expand: int) -> Float[Ar
 def coarse_windows(
     x: Float[Array, "b h w d"], window: int, level: int
 ) -> Float[Array, "b i j y x d"]:
-    """What level 1, 2, .. pools: the map in windows of ``window // 2^(level - 1)``.
+    """Splits the map into the windows that level 1, 2, .. pools: ``window // 2^(level - 1)``.
 
     There are 2^(level - 1) of them per window and side. Where they do not fill the map, it is
     trimmed around its centre.
@@ -317,7 +317,7 @@ def key_mask(
     focal_window: int,
     shift: int,
 ) -> np.ndarray:
-    """What is added to the logits of every window beside the biases: [i, j, 1, 1 or l, m]."""
+    """Returns the mask that is added to the logits of every window: [i, j, 1, 1 or l, m]."""
     area = window**2
     groups = [np.zeros((*tiles, 1, 1, area + 4 * (area - (window - expand) ** 2)), np.float32)]
     for level in range(1, levels):
@@ -331,7 +331,7 @@ def key_mask(
 
 
 def radius(window: int, expand: int, levels: int, focal_window: int) -> int | None:
-    """How many rows or columns away a key can be, not counting wrap-around.
+    """Returns the distance of the farthest key in rows or columns, without wrap-around.
 
     None where some level's windows do not divide the window (7 has no halves): those levels are
     trimmed around the map's centre and drift away from the window, the farther the larger the map.

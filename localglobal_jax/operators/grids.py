@@ -56,7 +56,7 @@ def shifted(
     window: Sequence[int],
     padding: Sequence[tuple[int, int]],
 ) -> Iterator[Shaped[Array, " b *space"]]:
-    """For every offset o of a window, row by row: ``x[i + o - before]``, zeros outside.
+    """Yields, for every offset o of a window by rows, ``x[i + o - before]``, zeros outside.
 
     The window covers the axes after the batch; those left over (heads, width) come along.
 

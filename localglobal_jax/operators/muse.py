@@ -212,7 +212,7 @@ class MuseSequence(nn.Module):
         return self._sum(attention, convolution, source, rest, memory, train)
 
     def precompute_kv(self, encoded: Float[Array, "b m e"], mask: Bool[Array, "b m"]) -> CrossKV:
-        """What the cross-attention keeps of the other sequence."""
+        """Returns the keys and values of the other sequence for the cross-attention."""
         return self.cross.precompute_kv(encoded, mask)
 
     def init_cache(self, batch: int, length: int) -> Cache:

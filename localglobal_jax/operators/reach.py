@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far an operator sees. Declared by each operator, proven by its Jacobian in the tests."""
+"""Reach of an operator: declared by each operator, tested by its Jacobian."""
 
 import dataclasses
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which axis of a mesh splits which axis of a parameter: one table, one rule; and the way back."""
+"""Sharding rules: the mesh axes that split the axes of a parameter."""
 
 import re
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ TENSOR_RULES = (
 def spec(
     path: str, shape: tuple[int, ...], strategy: str, mesh: Mapping[str, int]
 ) -> PartitionSpec:
-    """How an array at `path` is split: by the table over "model", by its size over "fsdp".
+    """Returns the spec of an array: by the table over "model", by its size over "fsdp".
 
     The optimizer's moments have the paths of their parameters at the end of theirs.
     """
