@@ -115,12 +115,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def debugging() -> bool:
-    """Whether errors are shown with tracebacks."""
+    """Returns whether errors are shown with tracebacks."""
     return bool(os.environ.get("LOCALGLOBAL_DEBUG"))
 
 
 def is_expected(error: Exception) -> bool:
-    """Whether one line explains `error`: a ValueError, an OSError, or a class of this package."""
+    """Returns whether one line explains `error`: a ValueError, an OSError or one of ours."""
     package = __name__.partition(".")[0]
     ours = type(error).__module__.partition(".")[0] == package
     return ours or type(error) is ValueError or isinstance(error, OSError)

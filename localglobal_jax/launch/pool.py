@@ -114,7 +114,7 @@ class Pool:
 
     @property
     def stopped(self) -> bool:
-        """Whether a signal asked the pool to stop."""
+        """Returns whether a signal asked the pool to stop."""
         return self._stops > 0
 
     def _start(self, job: Job, slot: Slot, outcome: Outcome) -> "_Child | None":
@@ -227,7 +227,7 @@ def run_jobs(
 
 
 def is_locked(directory: pathlib.Path) -> bool:
-    """Whether a process of a pool is running in `directory`."""
+    """Returns whether a process of a pool is running in `directory`."""
     try:
         with open(directory / LOG, "rb") as log:
             return not _locked(log, tries=1, how=fcntl.LOCK_SH)

@@ -216,7 +216,7 @@ class MuseSequence(nn.Module):
         return self.cross.precompute_kv(encoded, mask)
 
     def init_cache(self, batch: int, length: int) -> Cache:
-        """Room for `length` positions. A separate projection also keeps what its window sees."""
+        """Allocates the cache of `length` positions, with the window of a separate projection."""
         cache = key_value_cache(batch, length, self.features, self.heads, self.dtype)
         if self.windows and self.projection == "separate":
             shape = (batch, max(self.windows) - 1, self.features)

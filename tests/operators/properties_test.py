@@ -78,12 +78,12 @@ def case(request):
 def test_every_operator_is_in_the_table():
     found = set()
     for info in pkgutil.iter_modules(operators.__path__):
-        room = importlib.import_module(f"{operators.__name__}.{info.name}")
+        module = importlib.import_module(f"{operators.__name__}.{info.name}")
         found |= {
             member
-            for member in vars(room).values()
+            for member in vars(module).values()
             if isinstance(member, type) and issubclass(member, nn.Module)
-            if hasattr(member, "reach") and member.__module__ == room.__name__
+            if hasattr(member, "reach") and member.__module__ == module.__name__
         }
     assert found == {type(row[0]) for row in TABLE.values()}
 
