@@ -23,12 +23,11 @@ Norm = Literal["batch", "layer"]
 
 
 def make_norm(kind: Norm, *, eps: float, train: bool, dtype: str, name: str) -> nn.Module:
-    """A "batch" or "layer" norm; statistics are float32 at least.
+    """Returns a "batch" or "layer" norm; statistics are float32 at least.
 
-    Those of a batch are over the global batch, however many devices share it (or over a device's
-    part, if `parallel.batch_norm` says so). Running statistics
-    follow TensorFlow's rule: momentum 0.9 and the biased variance of the batch
-    (torch keeps the unbiased one; they differ by n / (n - 1)).
+    Batch statistics are over the global batch on any number of devices, or over a device's part
+    with `parallel.batch_norm=per_device`. Running statistics follow TensorFlow's rule: momentum 0.9
+    and the biased variance (torch keeps the unbiased one; they differ by n / (n - 1)).
     """
     if kind == "batch":
         return nn.BatchNorm(
@@ -52,7 +51,7 @@ def norm_activation(
     dtype: str,
     name: str,
 ) -> Float[Array, "b *space d"]:
-    """``act(Norm(x))``, see `make_norm`; makes the submodule `name` of the module that calls it."""
+    """Computes ``act(Norm(x))``, see `make_norm`; makes the caller's submodule `name`."""
     if kind == "batch" and context.is_fused():
         affine = BatchNorm(x.shape[-1], eps, name=name)(moments(x) if train else None)
         return activate(x.astype(dtype), affine, activation)
@@ -74,7 +73,7 @@ def pool(x: Grid, kind: Pool) -> Grid:
     window, padding = (2, "VALID") if kind.endswith("2") else (3, ((1, 1), (1, 1)))
     if kind.startswith("max"):
         return nn.max_pool(x, (window, window), (2, 2), padding)
-    # Counting what is inside gives float32 whatever comes in; windows of 2 have nothing outside.
+    # Counting inside positions gives float32 for any input; windows of 2 are always inside.
     y = nn.avg_pool(x, (window, window), (2, 2), padding, count_include_pad=window == 2)
     return y.astype(x.dtype)
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers of encoders and decoders. One letter each, like the blocks of grids, with other edges.
+"""Layers of encoders and decoders. Each has one letter, like the blocks over grids.
 
-Every layer has the fields `features`, `heads`, `hidden`, `causal`, `memory_features` (width of what
-its cross-attention reads; None: it has none), `pre_norm`, `zero_padding`, dropouts and `dtype`, and
-is called as the operators of `operators.sequence` are, with ``memory=`` beside ``mask=``.
+Every layer has the fields `features`, `heads`, `hidden`, `causal`, `memory_features` (width of the
+encoder's output for cross-attention; None: no cross-attention), `pre_norm`, `zero_padding`,
+dropouts and `dtype`, and is called as the operators of `operators.cache` are, with ``memory=``
+beside ``mask=``.
 """
 
 from collections.abc import Callable
@@ -77,7 +78,7 @@ class MuseLayer(nn.Module):
         return self.muse.precompute_kv(encoded, mask)
 
     def init_cache(self, batch: int, length: int) -> Cache:
-        """Empty, for `length` positions."""
+        """Returns an empty cache for `length` positions."""
         return self.muse.init_cache(batch, length)
 
     def step(
@@ -89,7 +90,7 @@ class MuseLayer(nn.Module):
         valid: Mask | None = None,
         memory: CrossKV | None = None,
     ) -> tuple[Sequence, Cache]:
-        """One position."""
+        """Returns the output at position `index`, and the new cache."""
         y = self.norm(x) if self.pre_norm else x
         y, cache = self.muse.step(y, cache, index, valid=valid, memory=memory)
         return (x + y if self.pre_norm else self.norm(x + y)), cache
@@ -99,7 +100,7 @@ class TransformerLayer(nn.Module):
     """S: self-attention, cross-attention and a pointwise net one after the other (1706.03762).
 
     Each has its own norm and residual. The other layers in sequence differ in the first operator,
-    which `mixer` makes: anything with the edges of `operators.sequence`.
+    which `mixer` makes: any operator with the interface of `operators.cache`.
     """
 
     features: int
@@ -117,11 +118,11 @@ class TransformerLayer(nn.Module):
     dtype: str = "float32"
 
     def mixer(self) -> nn.Module:
-        """The operator that reads other positions."""
+        """Returns the operator that reads other positions."""
         return SelfAttention(**self.given())
 
     def given(self) -> dict[str, Any]:
-        """The fields that every attention takes."""
+        """Returns the fields of every attention."""
         return {
             "features": self.features,
             "heads": self.heads,
@@ -167,7 +168,7 @@ class TransformerLayer(nn.Module):
         return self.cross.precompute_kv(encoded, mask)
 
     def init_cache(self, batch: int, length: int) -> Cache:
-        """Empty, for `length` positions."""
+        """Returns an empty cache for `length` positions."""
         return self.mix.init_cache(batch, length)
 
     def step(
@@ -179,7 +180,7 @@ class TransformerLayer(nn.Module):
         valid: Mask | None = None,
         memory: CrossKV | None = None,
     ) -> tuple[Sequence, Cache]:
-        """One position."""
+        """Returns the output at position `index`, and the new cache."""
         y = self.norm(x) if self.pre_norm else x
         y, cache = self.mix.step(y, cache, index, valid=valid)
         x = x + y if self.pre_norm else self.norm(x + y)
@@ -226,9 +227,9 @@ class AdaptiveLayer(TransformerLayer):
 
 
 class EquivariantLayer(RelativeLayer):
-    """E: translation-equivariant attention; the tokens of an encoder's sentence make a ring.
+    """E: translation-equivariant attention; the tokens of an encoder's sentence form a ring.
 
-    Positions that are added to the tokens would tell where the ring begins: ``positions="none"``.
+    Position embeddings would mark the start of the ring: use ``positions="none"``.
     """
 
     def mixer(self) -> nn.Module:

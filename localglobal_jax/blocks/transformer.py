@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""T, S, A, E and F: an operator and an MLP, each with its norm and residual."""
+"""T, S, A, E, F, O and M: an operator and an MLP, with norms and residual connections."""
 
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -65,7 +65,7 @@ class TransformerBlock(nn.Module):
         return rounding if rounding == "up" else None
 
     def operator(self, grid: tuple[int, int], **options: Any) -> nn.Module:
-        """The operator for a grid; `options`: features, heads, width, dtype and name."""
+        """Returns the operator for a grid; `options`: features, heads, width, dtype and name."""
         raise TypeError(f"{type(self).__name__} has no operator: use a block with a letter")
 
     @nn.compact
@@ -123,7 +123,7 @@ class RelativeAttentionBlock(TransformerBlock):
 
 
 class AttentionBlock(RelativeAttentionBlock):
-    """S: the same without a bias: attention that does not know where things are."""
+    """S: the same without a bias; it does not depend on positions."""
 
     bias: Literal["table", "mlp", "none"] = "none"
 
@@ -183,7 +183,7 @@ class FocalAttentionBlock(TransformerBlock):
 class OutlookerBlock(nn.Module):
     """O: ``x + Outlook(Norm(x))``, then ``x + MLP(Norm(x))`` (VOLO, equations 1 and 2).
 
-    With stride 2, which VOLO itself never asks of it, the block is halved as a T block is:
+    With stride 2, which VOLO does not use, the grid is halved as in a T block:
     ``Proj(Pool(x)) + Outlook(Pool(Norm(x)))``.
 
     Attributes:

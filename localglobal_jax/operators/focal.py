@@ -8,7 +8,7 @@ published code does, not an idealisation of it:
 - Neighbours come in four groups, each the map rolled towards a corner by `expand`. The groups
   overlap, so some neighbours are keys twice, each time with a bias of its own, and count twice.
 - Rolling wraps around: a window at the edge has neighbours from the opposite edge.
-- A grid that is no multiple of the window is padded with zeros, whose keys are not masked.
+- A grid whose sides are not multiples of the window is padded with zeros; their keys stay unmasked.
 - Pooled windows outside the map have zero keys and values and a bias of -100.
 
 Legend: b batch, h w grid, i j windows, l queries of a window, m keys, n heads, c head width.
@@ -185,7 +185,7 @@ OUTSIDE = -100.0  # the authors' finite "minus infinity"; it is added, so large 
 
 
 def check(window: int, expand: int, levels: int, focal_window: int, shift: int) -> None:
-    """Raises ValueError for windows that do not fit each other."""
+    """Raises ValueError if the windows do not fit each other."""
     if not 0 <= expand <= window:
         raise ValueError(f"focal: expand {expand} must lie between 0 and the window, {window}")
     if not 0 <= shift < window:
@@ -202,17 +202,17 @@ def check(window: int, expand: int, levels: int, focal_window: int, shift: int) 
 
 
 def fit_window(grid: tuple[int, int], window: int, expand: int, shift: int) -> tuple[int, int, int]:
-    """The authors' rule: a window that fills the grid shrinks to it and needs no neighbours."""
+    """Shrinks a window that fills the grid to it, without neighbours (the authors' rule)."""
     if min(grid) <= window:
         return min(grid), 0, 0
     return window, expand, shift
 
 
 def neighbours(x: Float[Array, "b h w d"], window: int, expand: int) -> Float[Array, "b i j m d"]:
-    """Positions around each window, up to `expand` away, corners included; edges wrap around.
+    """Returns the positions around each window, up to `expand` away; edges wrap around.
 
-    Four groups, from (+e, +e), (+e, -e), (-e, +e), (-e, -e) away; of each, row by row, what the
-    window itself does not have: ``4 w^2 - 4 (w - e)^2`` positions in all.
+    Four groups: the window moved by (+e, +e), (+e, -e), (-e, +e), (-e, -e), row by row, without the
+    positions of the window itself: ``4 w^2 - 4 (w - e)^2`` positions in all.
     """
     keep, every = window - expand, slice(None)
     groups = []
@@ -251,7 +251,7 @@ def coarse_windows(
 def surroundings(
     x: Float[Array, "b p q d"], focal_window: int, level: int
 ) -> Float[Array, "b i j m d"]:
-    """The pooled cells that each window sees: its own 2^(level - 1) a side, and a margin.
+    """Returns the pooled cells of each window: its own 2^(level - 1) a side, and a margin.
 
     The margin is ``focal_window // 2`` cells on every side; outside the map there are zeros.
     Row by row, ``(focal_window + 2^(level - 1) - 1)^2`` cells.

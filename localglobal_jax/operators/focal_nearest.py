@@ -4,8 +4,8 @@
 In place of rolled maps and padded regions, every window attends to the `count` positions of the
 map nearest to its centre, and to the `count` pooled windows nearest to it: nothing wraps, nothing
 is masked, and near an edge a window sees farther inwards. The bias is a small MLP of the
-displacement, so no parameter depends on the size of the map. There is no paper on these models;
-this follows what their published code computes for two levels.
+displacement, so no parameter depends on the size of the map. No paper describes these models;
+this follows their published code for two levels.
 
 Legend: b batch, h w grid, i j windows, l queries of a window, m keys, n heads, c head width.
 """
@@ -26,7 +26,7 @@ from localglobal_jax.operators.reach import Reach
 def nearest(
     tiles: tuple[int, int], cells: tuple[int, int], factor: int, count: int
 ) -> tuple[Int[np.ndarray, "k m"], Int[np.ndarray, "k m 2"]]:
-    """The `count` cells nearest to each of k = i * j windows, and (dy, dx), centre minus cell.
+    """Returns the `count` cells nearest to each of k = i * j windows, and centre minus cell.
 
     A window is `factor` cells wide. Distances are Euclidean; ties go to the cell that comes first,
     row by row (the reference leaves them to its sorting routine).
@@ -67,7 +67,7 @@ class NearestFocalAttention(nn.Module):
 
     @property
     def reach(self) -> Reach:
-        """No fixed radius: on a map of no more than `count` positions it is everything."""
+        """Unbounded: on a map of at most `count` positions every key is a neighbour."""
         return Reach(None, windows=True)
 
     @nn.compact
@@ -140,7 +140,7 @@ class NearestFocalAttention(nn.Module):
         hidden: int,
         stored: bool,
     ) -> tuple[Array, Array]:
-        """Indices [i*j, m] of the keys in the flat map, and their biases [i*j, n, l, m]."""
+        """Returns indices [i*j, m] of the keys in the flat map, and their biases [i*j, n, l, m]."""
         index, displacement = nearest(tiles, cells, factor, self.count)
         chosen, away = jnp.asarray(index), jnp.asarray(displacement)
         if stored and self.has_variable("nearest", f"{name}_index"):

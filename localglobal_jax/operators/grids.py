@@ -24,12 +24,12 @@ def sequence_to_grid(
 
 
 def per_channel(vector: Shaped[Array, " d"], x: Array) -> Shaped[Array, "..."]:
-    """A vector over the last axis with the rank of `x`: broadcasting that is written down."""
+    """Reshapes a vector over the last axis to the rank of `x`, for explicit broadcasting."""
     return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
 def pad_to_multiple(x: Shaped[Array, "b h w d"], window: int) -> Shaped[Array, "b H W d"]:
-    """Zeros below and to the right, until height and width are multiples of `window`."""
+    """Pads with zeros below and to the right, to multiples of `window`."""
     bottom, right = (-n % window for n in x.shape[1:3])
     return jnp.pad(x, ((0, 0), (0, bottom), (0, right), (0, 0)))
 

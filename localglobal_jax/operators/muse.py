@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """MUSE: attention, convolution and a pointwise net side by side, summed (arXiv 1911.09483).
 
-``Attention(x) + Conv(x) + FFN(x)``, all reading the same x. What makes it more than three branches:
-the convolution reads attention's value projection, and both leave through one output projection.
+``Attention(x) + Conv(x) + FFN(x)``, all of the same x. The convolution reads attention's value
+projection, and both share one output projection.
 
 Legend: b batch, d width, n heads, c width of a head, k positions of a kernel's window.
 """
@@ -107,23 +107,23 @@ Pointwise = Literal["own", "shared", "off"]
 
 
 class MuseSequence(nn.Module):
-    """All of a layer's branches, summed. The convolution's window is the tail of the value cache.
+    """The sum of all branches of a layer. The convolution reads the end of the value cache.
 
     Attributes:
       features: width of input and output. `heads`: of both attentions and of the kernels.
       windows, kind, gate: of the convolutions, see `SharedValueConv`; no windows: MUSE-simple.
-      projection: what the convolution reads: attention's value projection ("shared"), or a
+      projection: the input of the convolution: attention's value projection ("shared"), or a
         projection of its own ("separate"; table 6 of the paper).
       ffn: "own": a pointwise net of width `hidden`; "shared": its input matrix is the one that the
         convolution reads from (table 7); "off": none.
       causal: no position sees a later one, and windows end at the position.
-      memory_features: width of the sequence that the cross-attention reads; None: no such branch.
-      zero_padding: values at padding are zeroed before the convolution, so that no result depends
-        on how much padding there is. The published code lets them leak in.
+      memory_features: width of the cross-attention's sequence; None: no cross-attention.
+      zero_padding: values at padding are zeroed before the convolution, so that results
+        do not depend on the amount of padding. In the published code they do.
       fused: all input matrices as one, all output matrices as one. The same numbers; where dropout
         has to come between them (training), the products stay apart.
       dropout: of every branch. `attention_dropout`: of attention weights. `kernel_dropout`: of
-        dynamic kernels. `input_dropout`: of what self-attention and convolution read.
+        dynamic kernels. `input_dropout`: of the input of self-attention and convolution.
         `activation_dropout`: inside the pointwise net.
       dtype: of the computation; parameters are float32.
     """
@@ -232,7 +232,7 @@ class MuseSequence(nn.Module):
         valid: Bool[Array, "b m"] | None = None,
         memory: CrossKV | None = None,
     ) -> tuple[Float[Array, "b 1 d"], Cache]:
-        """The output at position `index`; `valid` says which positions up to it are real."""
+        """Returns the output at position `index`; `valid` is False at padding up to there."""
         query, key, value, source, rest = self._project(x, False)
         if self.zero_padding and valid is not None:
             here = valid_at(valid, index)
@@ -259,7 +259,7 @@ class MuseSequence(nn.Module):
         return self._sum(attention, convolution, source, rest, memory, False), cache
 
     def _project(self, x: Array, train: bool) -> tuple[Array, Array, Array, Array, list[Array]]:
-        """Query, key and value by heads; what the convolution reads; what is left for `_sum`."""
+        """Returns query, key, value by heads, the convolution's input, and inputs of `_sum`."""
         own, others = [self.qkv()], []
         separate = self.windows and self.projection == "separate"
         if separate:
@@ -287,7 +287,7 @@ class MuseSequence(nn.Module):
         memory: CrossKV | None,
         train: bool,
     ) -> Array:
-        """All branches through their output matrices."""
+        """Sums all branches after their output matrices."""
         if convolution is not None:
             attention = jnp.concatenate([attention, convolution], -1)
         xs, weights = [attention], [self.output()]

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses, per example; what to average over is the caller's decision."""
+"""Losses per example; the caller averages."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
-
-from localglobal_jax.parallel import context
 
 
 def cross_entropy(
@@ -19,30 +17,24 @@ def cross_entropy(
     Args:
       logits: any leading axes; v classes.
       targets: class numbers in [0, v), or a distribution over the classes (MixUp, CutMix). A
-        number out of range gives a meaningless finite value or NaN: mask those positions.
-      label_smoothing: the part of every target that is spread evenly over all v classes
+        number out of range gives NaN: mask those positions.
+      label_smoothing: fraction of every target that is spread evenly over all v classes
         (arXiv 1512.00567, section 7).
     """
-    if not context.is_fused():
-        log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
-        if jnp.issubdtype(targets.dtype, jnp.integer):
-            hit = jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
-        else:
-            hit = jnp.sum(targets.astype(jnp.float32) * log_p, axis=-1)
-        mean = jnp.mean(log_p, axis=-1)
-    else:  # sums over the classes alone: of [*b, v], nothing but the gradient is written
-        wide = logits.astype(jnp.float32)
-        wide = wide - jax.lax.stop_gradient(wide.max(-1, keepdims=True))
-        total = jnp.log(jnp.exp(wide).sum(-1))
-        if jnp.issubdtype(targets.dtype, jnp.integer):
-            classes = jax.lax.broadcasted_iota(jnp.int32, wide.shape, wide.ndim - 1)
-            here = classes == targets.astype(jnp.int32)[..., None]
-            hit = jnp.sum(jnp.where(here, wide, 0), -1) - total
-            hit = jnp.where((targets >= 0) & (targets < wide.shape[-1]), hit, jnp.nan)
-        else:
-            weights = targets.astype(jnp.float32)
-            hit = jnp.sum(weights * wide, -1) - weights.sum(-1) * total
-        mean = wide.mean(-1) - total
+    # Sums over the classes, without log-probabilities [*b, v] or a lookup in them: of that shape,
+    # only the gradient is written to memory.
+    wide = logits.astype(jnp.float32)
+    wide = wide - jax.lax.stop_gradient(wide.max(-1, keepdims=True))
+    total = jnp.log(jnp.exp(wide).sum(-1))
+    if jnp.issubdtype(targets.dtype, jnp.integer):
+        classes = jax.lax.broadcasted_iota(jnp.int32, wide.shape, wide.ndim - 1)
+        here = classes == targets.astype(jnp.int32)[..., None]
+        hit = jnp.sum(jnp.where(here, wide, 0), -1) - total
+        hit = jnp.where((targets >= 0) & (targets < wide.shape[-1]), hit, jnp.nan)
+    else:
+        weights = targets.astype(jnp.float32)
+        hit = jnp.sum(weights * wide, -1) - weights.sum(-1) * total
+    mean = wide.mean(-1) - total
     if label_smoothing:  # 0 * mean would be NaN where a class is switched off with -inf
         return -((1 - label_smoothing) * hit + label_smoothing * mean)
     return -hit

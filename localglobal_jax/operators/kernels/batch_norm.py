@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BatchNorm with what stands around it (arXiv 1502.03167): a matrix before, an activation after.
+"""BatchNorm fused with the matrix before it and the activation after it (arXiv 1502.03167).
 
 Convolution stages cost memory traffic, and autodiff of the plain chain keeps several copies of
-every expanded activation. Three identities do without them. With them, and `attention.attend`, a
+every expanded activation. Three identities avoid them. With them, and `attention.attend`, a
 training step of CoAtNet-0 has 0.74 of the cycles, 0.67 of the bytes and 0.60 of the temporary
 memory (TPU v5e, experiments/benchmarks/tpu.csv); on CPU an MBConv block in evaluation takes half.
 
-- ``act(norm(x))`` is computed again where its derivative is needed: only x is kept.
+- ``act(norm(x))`` is computed again in the backward pass: only x is kept.
 - The statistics of ``x @ kernel`` follow from the mean and the covariance of x. So the norm after
   a matrix, and one before it, are folded into the matrix: nothing between them is ever stored.
 - A gate per example and channel before a matrix has its gradient, and the matrix its own, from one
@@ -44,15 +44,17 @@ class Affine(NamedTuple):
 
 
 def moments(x: Float[Array, "*b d"]) -> Moments:
-    """Mean and variance of every channel, in one pass, over all devices if a step asks for it."""
+    """Returns mean and variance per channel, in one pass; over all devices under `norm_axis`."""
     x, axes = x.astype(_wide(x)), tuple(range(x.ndim - 1))
     mean, square = _over_devices((x.mean(axes), jnp.square(x).mean(axes)))
     return mean, jnp.maximum(square - jnp.square(mean), 0)
 
 
 def covariance(x: Float[Array, "*b d"]) -> tuple[Float[Array, " d"], Float[Array, "d d"]]:
-    """Mean and biased covariance of the channels, likewise; in two passes, so that a mean that is
-    large beside the deviation takes no digits away."""
+    """Returns mean and biased covariance of the channels, in two passes.
+
+    So a mean that is large relative to the deviation does not cost digits.
+    """
     rows = x.reshape(-1, x.shape[-1])
     (mean,) = _over_devices((rows.astype(_wide(x)).mean(0),))
     centered = (rows - grids.per_channel(mean, rows)).astype(x.dtype)
@@ -63,7 +65,7 @@ def covariance(x: Float[Array, "*b d"]) -> tuple[Float[Array, " d"], Float[Array
 def product_moments(
     covariance: Float[Array, "d d"], before: Affine, kernel: Float[Array, "d e"]
 ) -> tuple[Float[Array, " e"], Float[Array, " e"]]:
-    """`moments` of ``before(x) @ kernel``, for x of that covariance and the mean before.center."""
+    """Returns the `moments` of ``before(x) @ kernel``, from the covariance and mean of x."""
     scaled = before.scale[:, None] * kernel
     variance = jnp.sum(scaled * jnp.matmul(covariance, scaled, precision="highest"), 0)
     return jnp.matmul(before.offset, kernel, precision="highest"), jnp.maximum(variance, 0)
@@ -94,10 +96,10 @@ def _over_devices(means: tuple[Array, ...]) -> tuple[Array, ...]:
 
 
 def recomputed(function: Callable[..., Array]) -> Callable[..., Array]:
-    """`function`; the backward pass keeps its arguments alone and computes it again from them.
+    """Returns `function` with a backward pass that computes it again from its arguments.
 
-    The barrier of `jax.checkpoint` would also hold back what the derivative is multiplied with, and
-    so write it to memory; this one is around the arguments alone. No forward-mode derivative.
+    The barrier of `jax.checkpoint` also covers the factor of the derivative and so writes it to
+    memory; this one covers the arguments alone. No forward-mode derivative.
     """
 
     @jax.custom_vjp
@@ -112,11 +114,11 @@ def recomputed(function: Callable[..., Array]) -> Callable[..., Array]:
 
 
 def activate(x: Float[Array, "*b d"], norm: Affine, activation: Activation) -> Array:
-    """``act(norm(x))``, computed again from x in the backward pass."""
+    """Computes ``act(norm(x))``, and again from x in the backward pass."""
 
     def apply(x: Array, norm: Affine) -> Array:
         center, scale, offset = (grids.per_channel(v, x) for v in norm)
-        # Rounded before the activation: so is what comes back, a float32 copy of it otherwise.
+        # Rounded before the activation, so that its gradient is not a float32 copy.
         return ACTIVATIONS[activation](((x - center) * scale + offset).astype(x.dtype))
 
     return recomputed(apply)(x, norm)
@@ -131,7 +133,7 @@ def activate_product(
     *,
     train: bool,
 ) -> Float[Array, "*b e"]:
-    """``act(after(before(x) @ kernel))`` as one product, repeated from x in the backward pass."""
+    """Computes ``act(after(before(x) @ kernel))`` as one product, again in the backward pass."""
 
     def multiply(x: Array, kernel: Array, before: Affine, after: Affine) -> tuple[Array, Array]:
         folded = (before.scale[:, None] * kernel * after.scale[None, :]).astype(x.dtype)
@@ -163,7 +165,7 @@ def gated_product(
     *_: Any,
     **__: Any,
 ) -> Float[Array, "b *space e"]:
-    """``(x * gate) @ kernel``, with a gate per example; what follows is `lax.dot_general`'s."""
+    """Computes ``(x * gate) @ kernel``, a gate per example; ignores `lax.dot_general`'s options."""
     return _gated_product(gate, x, kernel)
 
 
@@ -201,7 +203,7 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, batch: Moments | None) -> Affine:
-        """The norm by a batch's moments, which the running ones then follow; None: by those."""
+        """Returns the norm by the batch's moments and updates the running ones; None: by those."""
         shape = (self.features,)
         running = (
             self.variable("batch_stats", "mean", jnp.zeros, shape),
