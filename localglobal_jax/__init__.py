@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from localglobal_jax.inference.load import load
     from localglobal_jax.inference.translator import load as load_translator
     from localglobal_jax.models.registry import create_model, list_models
+    from localglobal_jax.parallel.context import implementation
     from localglobal_jax.training.evaluation import evaluate
     from localglobal_jax.training.loop import train
 
@@ -60,6 +61,7 @@ __all__ = [
     "data",
     "decoding",
     "evaluate",
+    "implementation",
     "list_models",
     "load",
     "load_classifier",
@@ -75,6 +77,7 @@ __all__ = [
 _FUNCTIONS = {
     "create_model": "models.registry:create_model",
     "evaluate": "training.evaluation:evaluate",
+    "implementation": "parallel.context:implementation",
     "list_models": "models.registry:list_models",
     "load": "inference.load:load",
     "load_classifier": "inference.classifier:load",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m localglobal_jax`` is ``localglobal``."""
+"""Runs the command line: ``python -m localglobal_jax`` is the same as ``localglobal``."""
 
 import sys
 

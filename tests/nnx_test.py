@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NNX users can have our modules through flax's own bridge, as the README says."""
+"""Linen modules in NNX, through the bridge of flax."""
 
 import jax
 import numpy as np

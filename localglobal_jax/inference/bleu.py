@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How good translations are: BLEU and chrF by sacreBLEU, and both by length of the source.
+"""BLEU and chrF of translations, by sacreBLEU, in total and by length of the source.
 
-BLEU of plain text (the default) can be compared between systems, by its signature. The MUSE paper
-reports BLEU of tokenised text: words parted by blanks, no smoothing, as fairseq counts it.
+BLEU of plain text (the default) is comparable between systems with the same signature. The MUSE
+paper reports BLEU of tokenised text: words separated by blanks, no smoothing, as in fairseq.
 """
 
 from collections.abc import Sequence
@@ -21,20 +21,24 @@ def score(
     *,
     tokenized: bool = False,
 ) -> dict[str, Any]:
-    """BLEU and chrF of translations, one reference each, in percent.
+    """Computes BLEU and chrF of translations, one reference each, in percent.
 
-    ``tokenized``: the text is tokenised already, and a word is what stands between blanks. With
-    ``sources``, ``by_length`` lists both scores per bucket of source words (blanks part them); a
-    bucket without sentences is left out. Raises ValueError if the numbers of lines differ.
+    ``tokenized``: the text is tokenised already, with words separated by blanks. With ``sources``,
+    ``by_length`` lists both scores per bucket of source words (separated by blanks); buckets
+    without sentences are left out. Raises ValueError if the numbers of lines differ, or are 0.
     """
     given = {"hypotheses": hypotheses, "references": references}
     if sources is not None:
         given["sources"] = sources
     if len({len(lines) for lines in given.values()}) > 1:
         sizes = ", ".join(f"{len(lines)} {name}" for name, lines in given.items())
-        raise ValueError(f"there are {sizes}: line i of each has to belong to line i of the others")
+        raise ValueError(
+            f"the numbers of lines differ: {sizes}. Give files whose lines i belong together"
+        )
     if not hypotheses:
-        raise ValueError("there is nothing to score: the files have no lines")
+        raise ValueError(
+            "0 hypotheses: there is nothing to score. Give files with at least one line"
+        )
     result = {"sentences": len(hypotheses), **_scores(hypotheses, references, tokenized)}
     if sources is not None:
         result["by_length"] = by_length(hypotheses, references, sources, tokenized=tokenized)
@@ -67,7 +71,7 @@ def by_length(
     *,
     tokenized: bool = False,
 ) -> list[dict[str, Any]]:
-    """One corpus score per bucket of source words, shortest first, empty buckets left out."""
+    """Computes one corpus score per bucket of source words, shortest first; no empty buckets."""
     words = [len(source.split()) for source in sources]
     lines = []
     for first, last in BUCKETS:
@@ -86,7 +90,7 @@ def by_length(
 
 
 def report(result: dict[str, Any]) -> str:
-    """What `score` found, for people."""
+    """Returns the result of `score` as a table of text."""
     precisions = "/".join(f"{p:.1f}" for p in result["precisions"])
     lines = [
         f"BLEU  {result['bleu']:.2f}  {precisions}  (brevity penalty "

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures in, their classes out, in the same order.
+"""Image classification with a trained model: files in, class probabilities out, in order.
 
-    classifier = classify.load("runs/mine")             # a workdir, or a checkpoint in it
+    classifier = lg.load_classifier("runs/mine")        # a workdir, or a checkpoint in it
     for found in classifier.classify(["cat.jpg", "dog.png"], top=3):
         print(found.path, found.best[0].name, found.best[0].probability)
 
-Pictures are prepared by the functions that evaluation uses, and go through the model in batches of
-one shape, compiled once. Nothing is printed here, see `classify_command`.
+The preprocessing is that of evaluation. All batches have one shape, so the model is compiled once.
+Nothing is printed here, see `cli.classify`.
 """
 
 import concurrent.futures
@@ -30,12 +30,16 @@ from localglobal_jax.models import EncoderDecoder
 from localglobal_jax.models.registry import Variables, create_model
 from localglobal_jax.parallel import context
 
-NEEDED = ("data.image_size", "data.mean", "data.std")  # to prepare pictures, if no run says how
+NEEDED = (
+    "data.image_size",
+    "data.mean",
+    "data.std",
+)  # required for converted weights, which come without a config
 PREPARING = (*NEEDED, "data.crop", "data.threads")
 
 
 class Guess(NamedTuple):
-    """A class; its name is its number where nobody has named it."""
+    """A class and its probability. `name` is the number of the class where there are no names."""
 
     label: int
     name: str
@@ -43,16 +47,16 @@ class Guess(NamedTuple):
 
 
 class Classified(NamedTuple):
-    """What became of a picture. No guess: `problem` says why."""
+    """The result of one file. `best` is empty if the file cannot be read: `problem` says why."""
 
     path: str
     best: tuple[Guess, ...] = ()  # the likeliest first
     problem: str = ""
-    overlay: np.ndarray | None = None  # uint8 [h, w, 3], if it was asked for
+    overlay: np.ndarray | None = None  # uint8 [h, w, 3], with ``overlay=True``
 
 
 class _Prepared(NamedTuple):
-    """A picture as the model sees it, and, to draw on, as people do."""
+    """An image as the model receives it, and the original to draw the overlay on."""
 
     image: np.ndarray
     shown: np.ndarray | None
@@ -69,10 +73,10 @@ class _Asked(NamedTuple):
 
 
 class Classifier:
-    """A trained model, how its pictures are prepared, and what its classes are called.
+    """A trained model with its preprocessing (`options`) and its class names (`labels`).
 
-    Position tables are resized if `options.image_size` is not that of the training. Raises
-    ValueError for a module that does not classify images, or not of this size.
+    Position tables are resized if `options.image_size` differs from that of the training. Raises
+    ValueError for a module that does not classify images, or cannot take this image size.
     """
 
     def __init__(
@@ -102,7 +106,7 @@ class Classifier:
     def _computed(
         self, variables: Variables, image: jax.Array, *, overlay: bool, stage: int | None
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Probabilities, and where the likeliest class was seen."""
+        """Returns the probabilities and, with `overlay`, the map of the likeliest class."""
         x, maps = device_ops.normalize(image, self.options), None
         if overlay:
             logits, maps = grad_cam.grad_cam(self.module, variables, x, stage)
@@ -120,24 +124,24 @@ class Classifier:
         overlay: bool = False,
         stage: int | None = None,
     ) -> Iterator[Classified]:
-        """One `Classified` per path, in their order, as they become known.
+        """Yields one `Classified` per path, in the order of `paths`, batch by batch.
 
         Args:
-          paths: files, ``file://`` URLs, or paths in a store (gs://, s3://); of folders, see
-            `picture_files.find`.
-          top: how many of the likeliest classes; all if there are fewer.
-          batch_size: pictures that go through the model together.
-          overlay: also draw where the model saw the likeliest class, by Grad-CAM.
-          stage: whose output `overlay` shows; None: the last one's, see `grad_cam`.
+          paths: files, ``file://`` URLs, or objects in a store (gs://, s3://). The files of a
+            folder: `data.images.files.find`.
+          top: number of the likeliest classes to return; all if there are fewer.
+          batch_size: images per batch.
+          overlay: also draw the Grad-CAM map of the likeliest class.
+          stage: the stage whose output `overlay` shows; None: the last one, see `grad_cam`.
 
-        Raises ValueError for options out of their range.
+        Raises ValueError for options out of range.
         """
         if isinstance(paths, str | os.PathLike):
-            raise ValueError("paths is one path: give a list")
+            raise ValueError(f"paths={paths!r} is one path: give a list, [{paths!r}]")
         if min(top, batch_size) < 1:
-            raise ValueError(f"top={top}, batch_size={batch_size}: at least one each")
+            raise ValueError(f"top={top}, batch_size={batch_size}: give at least 1 for each")
         if stage is not None and not overlay:
-            raise ValueError(f"stage={stage} is that of an overlay: ask for both")
+            raise ValueError(f"stage={stage} is used by overlays only: give overlay=True too")
         asked = _Asked(top, max(1, min(batch_size, len(paths))), overlay, stage)
         return self._classify([os.fspath(path) for path in paths], asked)
 
@@ -158,7 +162,7 @@ class Classifier:
     def _answers(
         self, paths: list[str], prepared: list[_Prepared | str], asked: _Asked
     ) -> Iterator[Classified]:
-        """Of a batch; what is missing of it, or bad, are black pictures."""
+        """Yields the results of one batch. Rows without a readable image are black."""
         batch = np.zeros((asked.rows, *self.options.image_size, self.channels), np.uint8)
         for row, one in enumerate(prepared):
             if isinstance(one, _Prepared):
@@ -176,7 +180,7 @@ class Classifier:
             yield Classified(path, self._best(probabilities[row], asked.top), overlay=drawn)
 
     def _prepare(self, path: str, overlay: bool) -> _Prepared | str:
-        """In a thread; a text says what is wrong."""
+        """Reads and preprocesses one file, in a thread. Returns a message if it cannot be read."""
         try:
             picture = files.read(path, self.channels)
         except ValueError as error:
@@ -194,7 +198,7 @@ class Classifier:
         return tuple(Guess(int(i), self.name(int(i)), float(probabilities[i])) for i in order)
 
     def name(self, index: int) -> str:
-        """Of a class."""
+        """Returns the name of class `index`."""
         return self.labels[index] if index < len(self.labels) else str(index)
 
 
@@ -213,12 +217,16 @@ def load(
     average: int = 1,
     overrides: Mapping[str, str] | None = None,
 ) -> Classifier:
-    """Of a workdir, a checkpoint in it, or the directory that a checkpoint was converted to.
+    """Loads a classifier from a workdir, a checkpoint in it, or a converted checkpoint.
 
-    `step` and `average`: see `evaluate.load`; as there, an average of the variables that the run
-    kept is what is used. `overrides`: of how pictures are prepared (`PREPARING`), for instance
-    ``{"data.image_size": "(384, 384)"}``; of converted weights nobody knows it, and `NEEDED` must
-    be given. Raises ValueError where there is no such checkpoint, or it does not classify images.
+    Args:
+      path: the workdir, the checkpoint, or the directory that `localglobal convert` wrote.
+      step, average: see `inference.load.load`.
+      overrides: fields of the preprocessing (`PREPARING`) as text, for instance
+        ``{"data.image_size": "(384, 384)"}``. Converted weights have no config, so that `NEEDED`
+        must be given.
+
+    Raises ValueError if there is no such checkpoint, or it does not classify images.
     """
     _, variables, metadata = inference_load.read_variables(path, step, average)
     module = create_model(**values.tuples(metadata["model"]))
@@ -226,12 +234,12 @@ def load(
     overrides = overrides or {}
     for field in overrides:
         if field not in PREPARING:
-            raise validation.unknown("field of how pictures are prepared:", field, PREPARING)
+            raise validation.unknown("field of the preprocessing:", field, PREPARING)
     missing = [f"--config.{field}" for field in NEEDED if field not in overrides]
     if missing and "config" not in metadata:
         raise ValueError(
-            f"{path} was converted, and does not say how its pictures are prepared: give "
-            f"{', '.join(missing)} as its authors had them. For most models of ImageNet: "
+            f"{path} is a converted checkpoint, without a config of its preprocessing: give "
+            f"{', '.join(missing)}, the values of its authors. For most ImageNet models: "
             "--config.data.image_size='(224, 224)' --config.data.mean='(0.485, 0.456, 0.406)' "
             "--config.data.std='(0.229, 0.224, 0.225)' --config.data.crop=resized"
         )
@@ -239,5 +247,7 @@ def load(
     for field, text in overrides.items():
         loading.override(config, field, text)
     options = validation.check(config).data
-    assert isinstance(options, schema.Images), "a run whose model classifies images has images"
+    assert isinstance(options, schema.Images), (
+        "the data of a classification run is of the class Images"
+    )
     return Classifier(module, jax.device_put(variables), options, metadata.get("labels") or ())

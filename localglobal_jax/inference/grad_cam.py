@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model of images looked at: Grad-CAM (arXiv 1610.02391), and a picture of it.
+"""Grad-CAM (arXiv 1610.02391): which places of an image raise the score of a class, and drawing.
 
-Of a grid of features, the channels that speak for a class are added up, each as much as its mean
-gradient says. It needs no attention, so it is the same for convolution and for all mixtures. A
-global block may put what it sees at one place into another: a map taken behind it says where the
-model keeps the evidence, one taken before it (an earlier stage, finer, less sure of the class)
-where it found it.
+The map is the sum of the channels of a stage, each weighted by its mean gradient. Attention weights
+are not needed, so that the method is the same for convolution, attention and their mixtures. A
+global block can move evidence from one place to another. A map taken behind it shows where the
+model keeps the evidence. A map taken before it (an earlier stage: finer, less specific to the
+class) shows where the evidence is in the image.
 """
 
 from collections.abc import Mapping
@@ -20,10 +20,10 @@ from jaxtyping import Array, Float
 
 from localglobal_jax.parallel import context as step_context
 
-SHOWN = (384, 1024)  # pixels: the longer side of a drawn picture is at least, at most
+SHOWN = (384, 1024)  # pixels: smallest and largest longer side of a drawn image
 BRIGHTEST = 225  # of the 255 levels of the colour map
 OPAQUE = 0.65  # of the colours where the map is largest
-UNSEEN = 0.35  # brightness of what the model was not shown
+UNSEEN = 0.35  # brightness outside the crop that the model received
 
 
 def grad_cam(
@@ -32,11 +32,11 @@ def grad_cam(
     images: Float[Array, "b h w c"],
     stage: int | None = None,
 ) -> tuple[Float[Array, "b classes"], Float[Array, "b i j"]]:
-    """The logits, and for each image where its likeliest class is seen; equations 1 and 2.
+    """Returns the logits and a map per image for its likeliest class; equations 1 and 2.
 
-    `module` gives ``(logits, {"stage1": ..., "stage2": ...})``, outputs [b, i, j, d] of submodules
-    of these names. The map is that of `stage`, by default the last one; it is at least 0, and its
-    scale means nothing. Raises ValueError for a stage that is not there.
+    `module` returns ``(logits, {"stage1": ..., "stage2": ...})``, outputs [b, i, j, d] of the
+    submodules of these names. The map is that of `stage`, by default the last one. It is at least
+    0, and its scale has no meaning. Raises ValueError for a stage that does not exist.
     """
 
     def apply(x: Array) -> Any:
@@ -47,7 +47,7 @@ def grad_cam(
     stages = sum(name.startswith("stage") for name in shapes)
     name = f"stage{stages if stage is None else stage}"
     if name not in shapes:
-        raise ValueError(f"there is no stage {stage}: the model has the stages 1 to {stages}")
+        raise ValueError(f"stage={stage}: the model has the stages 1 to {stages}")
 
     def score(change: Array) -> tuple[Array, Any]:
         def changed(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -55,9 +55,9 @@ def grad_cam(
             here = context.module.path == (name,) and context.method_name == "__call__"
             return y + change if here else y
 
-        with nn.intercept_methods(changed):  # so that models need not know of this
+        with nn.intercept_methods(changed):  # no change to the models
             logits, found = apply(images)
-        # the images do not know of each other, so the gradient of the sum is that of each
+        # images are independent, so the gradient of the sum is the gradient of each
         return logits.max(-1).sum(), (logits, found[name])
 
     nothing = jnp.zeros(shapes[name].shape, shapes[name].dtype)
@@ -67,7 +67,7 @@ def grad_cam(
 
 
 def shrunk(picture: np.ndarray) -> np.ndarray:
-    """``uint8 [h, w, c]``: no larger than it will be drawn."""
+    """Returns the image ``uint8 [h, w, c]``, reduced to the size at which it is drawn."""
     return _resized(picture, min(1.0, SHOWN[1] / max(picture.shape[:2])), cv2.INTER_AREA)
 
 
@@ -76,13 +76,13 @@ def overlay(
     looked: np.ndarray,
     seen: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0),
 ) -> np.ndarray:
-    """A picture in grey, in colour where the model looked: yellow most, then red, then violet.
+    """Draws the image in grey with the map in colour: yellow is highest, then red, then violet.
 
     Args:
       picture: ``uint8 [h, w, c]``.
-      looked: ``[i, j]``, at least 0; of any scale.
-      seen: ``(top, left, height, width)`` of what the map is of, as shares of the picture's sides.
-        What is outside is dark.
+      looked: the map ``[i, j]``, at least 0; of any scale.
+      seen: the crop that the map covers, ``(top, left, height, width)`` as fractions of the sides
+        of the image. The rest is drawn dark.
     """
     scale = max(1.0, SHOWN[0] / max(picture.shape[:2]))
     picture = _resized(shrunk(picture), scale, cv2.INTER_NEAREST)

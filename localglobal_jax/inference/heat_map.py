@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A picture of a matrix whose rows and columns are pieces of text."""
+"""Heat maps of matrices whose rows and columns are pieces of text."""
 
 import math
 import pathlib
@@ -15,12 +15,12 @@ LETTERS = 6.5, 10.0  # points: the smallest and the largest
 
 
 def check(path: str) -> None:
-    """Raises ValueError for a file that could not be written, before hours go into its content."""
+    """Raises ValueError for a file that cannot be written; call it before the computation."""
     file = pathlib.Path(path)
     if file.suffix not in KINDS:
-        raise ValueError(f"{path}: a picture's name ends in {', '.join(KINDS)}")
+        raise ValueError(f"{path}: give a file name that ends in {', '.join(KINDS)}")
     if not file.parent.is_dir():
-        raise ValueError(f"{path}: there is no directory {file.parent}")
+        raise ValueError(f"{path}: the directory {file.parent} does not exist; create it first")
 
 
 def draw(
@@ -33,14 +33,18 @@ def draw(
     row_name: str,
     column_name: str,
 ) -> None:
-    """Writes `weights` [rows, columns], which are at least 0; the darker, the more. Files that are
-    already open get a PNG."""
+    """Draws `weights` [rows, columns], all at least 0; darker is larger.
+
+    A file that is already open gets a PNG.
+    """
     # Objects, not pyplot: no global state, no display. Imported here, as it takes a second.
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     cell = min(CELL, LARGEST / max(weights.shape))
     size = min(LETTERS[1], max(LETTERS[0], 0.55 * cell * 72))
-    every = math.ceil(1.2 * size / 72 / cell)  # of more pieces than can be read, some are named
+    every = math.ceil(
+        1.2 * size / 72 / cell
+    )  # with more pieces than can be labelled, every n-th is
     height, width = (cell * n for n in weights.shape)
     # the axes fill the figure, and the picture is cut around what stands beside them
     figure = Figure(figsize=(width, height))
@@ -48,12 +52,14 @@ def draw(
     image = axes.imshow(weights, cmap="Blues", vmin=0, aspect="auto", interpolation="nearest")
     named = (range(0, n, every) for n in weights.shape)
     for axis, places, pieces in zip((axes.yaxis, axes.xaxis), named, (rows, columns), strict=True):
-        # SentencePiece's sign for a blank would be a fat bar
+        # SentencePiece's sign for a blank would be drawn as a thick bar
         axis.set_ticks(places, [pieces[i].replace("\u2581", "_") for i in places])
         if every == 1:
             axis.set_ticks(np.arange(1, len(pieces)) - 0.5, minor=True)
         for label in axis.get_ticklabels():
-            label.set(fontsize=size, parse_math=False)  # a dollar is a dollar
+            label.set(
+                fontsize=size, parse_math=False
+            )  # a dollar sign is text, not the start of a formula
     axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=2)
     axes.tick_params(which="minor", length=0)
     for label in axes.get_xticklabels():
@@ -68,5 +74,7 @@ def draw(
     figure.colorbar(image, cax=bar).outline.set_visible(False)
     bar.tick_params(labelsize=8, length=2)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # drawn as boxes
+        warnings.filterwarnings(
+            "ignore", "Glyph", UserWarning
+        )  # characters without a glyph are drawn as boxes
         figure.savefig(path, dpi=120, bbox_inches="tight", pad_inches=0.2)

@@ -16,11 +16,11 @@ from localglobal_jax.models.registry import Variables, create_model
 
 
 def find_step(path: str | pathlib.Path, step: int | str | None) -> int | None:
-    """The number of a step given as a number, as "best" (of a workdir), or as None: the newest."""
+    """Returns the step named by a number or "best" (of a workdir); None for None: the newest."""
     if step is None or str(step).isdigit():
         return None if step is None else int(step)
     if step != "best":
-        raise ValueError(f'step "{step}": give a number, or "best"')
+        raise ValueError(f'step="{step}": give a number, or "best"')
     copy = gcs.LocalMirror(path)
     best = manager.Checkpoints(copy.checkpoints, read_run(copy.local).checkpoint).best()
     if best is None:
@@ -29,7 +29,7 @@ def find_step(path: str | pathlib.Path, step: int | str | None) -> int | None:
 
 
 def read_run(workdir: pathlib.Path) -> schema.Run:
-    """The config that `workdir` was trained with."""
+    """Reads the config that `workdir` was trained with."""
     file = workdir / "config.json"
     if not file.is_file():
         raise ValueError(
@@ -42,15 +42,15 @@ def read_run(workdir: pathlib.Path) -> schema.Run:
 def load(
     path: str | pathlib.Path, step: int | str | None = None, average: int = 1
 ) -> tuple[nn.Module, Variables]:
-    """A trained model from our checkpoints: ``(module, variables)``, ready for ``module.apply``.
+    """Loads a trained model: ``(module, variables)``, ready for ``module.apply``.
 
     Args:
       path: a workdir, its checkpoints folder, or one step's folder.
       step: a number, "best" (of a workdir), or None: the newest.
-      average: the mean over so many checkpoints, this one and those before it.
+      average: number of checkpoints to average, this one and those before it.
 
-    If the run kept a moving average of its variables, that is what is given. Needs neither the
-    data set nor the config.
+    Returns the moving average of the variables if the run kept one. Needs neither the data set
+    nor the config.
     """
     _, variables, metadata = read_variables(path, step, average)
     spec: dict[str, Any] = values.tuples(metadata["model"])
@@ -60,7 +60,7 @@ def load(
 def read_variables(
     path: str | pathlib.Path, step: int | str | None = None, average: int = 1
 ) -> tuple[int, Variables, dict[str, Any]]:
-    """``(step, variables, metadata)`` as NumPy arrays, see `load`.
+    """Reads ``(step, variables, metadata)``, with NumPy arrays, see `load`.
 
     Checkpoint averaging as in arXiv 1706.03762, section 6.1. Raises ValueError if fewer than
     `average` checkpoints are kept.
@@ -69,8 +69,8 @@ def read_variables(
     kept = [n for n in reader.steps(path) if n <= last][-average:]
     if average < 1 or len(kept) < average:
         raise ValueError(
-            f"cannot average {average} checkpoints: {path} has {len(kept)} up to step {last}. "
-            "Give a number from 1 to that, or keep more (checkpoint.keep)"
+            f"average={average}: {path} has {len(kept)} checkpoints up to step {last}. "
+            f"Give a number from 1 to {len(kept)}, or keep more (checkpoint.keep)"
         )
     variables = state.get("average") or state["variables"]
     if average > 1:
@@ -83,10 +83,10 @@ def read_variables(
 
 
 def pretrained(path: str, module: nn.Module, inputs: tuple[jax.ShapeDtypeStruct, ...]) -> Variables:
-    """The variables of the checkpoint `path`, made to fit `module` on `inputs`.
+    """Reads the variables of the checkpoint `path` and fits them to `module` on `inputs`.
 
-    Position tables are resized, and a classifier for another number of classes starts at zero.
-    Raises ValueError where anything else differs.
+    Position tables are resized. A classifier for another number of classes is replaced by zeros.
+    Raises ValueError if anything else differs.
     """
     try:
         old, variables = load(path)

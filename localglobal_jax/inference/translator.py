@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lines of text in, their translations out, in the same order.
+"""Translation with a trained model: lines of text in, translations out, in order.
 
-    translator = translate.load("runs/muse")            # a workdir, or a converted checkpoint
+    translator = lg.load_translator("runs/muse")        # a workdir, or a converted checkpoint
     for found in translator.translate(["Click the button.", ""], beam=4):
         print(found.text)
 
-Sentences of like length go through the model together, in a few static shapes, each compiled once.
-None of them depends on the others. Nothing is printed here, see `translate_command`.
+Sentences are batched by length, in a few static shapes, each compiled once. The translation of a
+line does not depend on the other lines. Nothing is printed here, see `cli.translate`.
 """
 
 import collections
@@ -31,7 +31,7 @@ from localglobal_jax.parallel import context
 SHORTEST = 16  # tokens of the first length bucket; each next one is twice as long
 BATCH = 2048  # tokens
 LONGEST = 1024  # tokens of a source
-ONE_LINE = str.maketrans("\n\r\t\0", "    ")  # a model that knows bytes may say these
+ONE_LINE = str.maketrans("\n\r\t\0", "    ")  # a model with a byte vocabulary can output these
 
 
 class Hypothesis(NamedTuple):
@@ -44,7 +44,7 @@ class Hypothesis(NamedTuple):
 
 
 class Translation(NamedTuple):
-    """What became of a line. No hypothesis: it is blank, or `problem` says why."""
+    """The result of one line. Without hypotheses the line is blank, or `problem` says why."""
 
     tokens: int  # of the source, the end token included
     hypotheses: tuple[Hypothesis, ...]  # best first
@@ -52,12 +52,12 @@ class Translation(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The best translation, in one line; empty if there is none."""
+        """Returns the best translation, in one line; empty if there is none."""
         return self.hypotheses[0].text if self.hypotheses else ""
 
 
 class Sampling(NamedTuple):
-    """Draws in place of a search, see `decoding.sample`."""
+    """Options of random sampling in place of beam search, see `decoding.sample`."""
 
     seed: int = 0
     temperature: float = 1.0
@@ -66,7 +66,7 @@ class Sampling(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """Which source piece was looked at for which target piece; rows of `weights` sum to 1."""
+    """Cross-attention of target pieces to source pieces. Rows of `weights` sum to 1."""
 
     weights: np.ndarray  # [target, source]
     source: list[str]
@@ -74,7 +74,7 @@ class Attention(NamedTuple):
     title: str
 
     def draw(self, file: str | BinaryIO, *, titled: bool = True) -> None:
-        """As a picture; see `heat_map.draw`."""
+        """Draws the weights as a heat map, see `heat_map.draw`."""
         heat_map.draw(
             file,
             self.weights,
@@ -87,23 +87,26 @@ class Attention(NamedTuple):
 
 
 class Translator:
-    """A trained model and its words.
+    """A trained model and its tokenizers.
 
-    Converted checkpoints let padding into the encoder's convolution, as the published code does:
-    what they say then depends on the longest sentence of the batch. Here padding does not exist
-    (``pad_values="zero"``): every line gets what the published code gives it alone.
+    In the published code, padding enters the convolution of the encoder, so that a translation
+    depends on the longest sentence of its batch. Here padding is zero (``pad_values="zero"``):
+    every line gets the translation that the published code gives it in a batch of its own.
 
-    Raises ValueError for a module that does not translate, or a vocabulary of another size.
+    Raises ValueError for a module that does not translate, or tokenizers of another size.
     """
 
     def __init__(self, module: nn.Module, variables: Variables, tokenizers: tokenizer.Tokenizers):
         if not isinstance(module, EncoderDecoder) or len(module.layout) != 2:
-            raise ValueError(f"a {type(module).__name__} does not translate: give another model")
+            raise ValueError(
+                f"a {type(module).__name__} does not translate: give an encoder-decoder"
+            )
         sizes = tuple(side.size for side in tokenizers)
         if sizes != (module.source_vocab, module.target_vocab):
             raise ValueError(
-                f"the tokenizer has {sizes[0]} source and {sizes[1]} target ids, but the model "
-                f"{module.source_vocab} and {module.target_vocab}: they are not of one run"
+                f"the tokenizers have {sizes[0]} source and {sizes[1]} target ids, but the model "
+                f"has source_vocab={module.source_vocab} and target_vocab={module.target_vocab}: "
+                "give the tokenizers of the model's own run"
             )
         self.module: Any = module.clone(pad_values="zero")
         self.variables, self.tokenizers = variables, tokenizers
@@ -122,30 +125,32 @@ class Translator:
         max_source: int = LONGEST,
         first: int = 0,
     ) -> list[Translation]:
-        """One `Translation` per line, in their order.
+        """Returns one `Translation` per line, in the order of `lines`.
 
         Args:
-          lines: sentences, in the form that the model was trained on.
-          beam: hypotheses that the search keeps. `nbest`: how many of them to return.
+          lines: sentences, tokenised as the training text was.
+          beam: hypotheses that the search keeps.
+          nbest: how many of them to return.
           length_penalty: exponent of the length that divides a score.
-          min_length, max_length: tokens of a translation, without the end token. None: what
-            `decoding.max_length` gives for the length bucket of the source.
-          sampling: draw `nbest` hypotheses, instead of searching.
+          min_length, max_length: tokens of a translation, without the end token. None: the value of
+            `decoding.max_length` for the length bucket of the source.
+          sampling: draws `nbest` hypotheses at random in place of the search.
           batch_size: source tokens in a batch, padding included.
-          max_source: tokens; a longer line is not translated, and says so.
-          first: number of the first line; the draws of a line are a function of seed and number.
+          max_source: tokens. A longer line is not translated; its `problem` says so.
+          first: number of the first line. The random numbers of a line are a function of the seed
+            and the number of the line.
 
-        Raises ValueError for options out of their range.
+        Raises ValueError for options out of range.
         """
         if isinstance(lines, str):
-            raise ValueError("lines is one string: give a list of sentences")
+            raise ValueError("lines is one string: give a list of strings")
         if min(nbest, batch_size, max_source) < 1 or (nbest > beam and sampling is None):
             raise ValueError(
-                f"nbest={nbest}, beam={beam}, batch_size={batch_size}, max_source={max_source}: at "
-                "least one each, and no more of the best than the beam holds"
+                f"nbest={nbest}, beam={beam}, batch_size={batch_size}, max_source={max_source}: "
+                "give at least 1 for each, and nbest <= beam"
             )
         if sampling and not 0 <= sampling.seed < 2**32:
-            raise ValueError(f"seed={sampling.seed}: give one from 0 to {2**32 - 1}")
+            raise ValueError(f"seed={sampling.seed}: give a number from 0 to {2**32 - 1}")
         ids = self._encode(lines)
         problem = f"{{}} tokens, but at most {max_source} are translated (max_source)"
         found = [
@@ -160,7 +165,7 @@ class Translator:
             options = {"length_penalty": length_penalty, "min_length": min_length}
             for start in range(0, len(members), rows):
                 batch = members[start : start + rows]
-                # filled up with its shortest: rows of padding alone might never say the end token
+                # filled up with its shortest line: a row of padding might never reach the end token
                 numbers = np.array(batch + batch[:1] * (rows - len(batch)))
                 source = self._padded([ids[i] for i in numbers], length)
                 search = self._search(beam, nbest, sampling, first + numbers)
@@ -171,7 +176,10 @@ class Translator:
         return found
 
     def attention(self, line: str, hypothesis: Hypothesis) -> Attention:
-        """Of the cross-attention, for a line and one of its translations."""
+        """Returns the cross-attention between a line and one of its hypotheses.
+
+        The weights are the mean over layers and heads.
+        """
         (ids,) = self._encode([line])
         before = (self.module.start, *hypothesis.tokens[:-1])
         source, target = (jnp.asarray([side], jnp.int32) for side in (ids, before))
@@ -186,12 +194,12 @@ class Translator:
         )
 
     def _encode(self, lines: Sequence[str]) -> list[list[int]]:
-        """Ids and the end token; nothing for a blank line. Blanks are squeezed, as in training."""
+        """Returns ids and the end token; no ids for a blank line. Runs of blanks count as one."""
         found = self.tokenizers.source.encode([" ".join(line.split()) for line in lines])
         return [[*ids, self.module.end] if ids else [] for ids in found]
 
     def _buckets(self, ids: list[list[int]], longest: int) -> list[tuple[int, list[int]]]:
-        """(padded length, numbers of its lines), shortest first."""
+        """Returns pairs (padded length, indices of its lines), shortest first."""
         buckets = collections.defaultdict(list)
         for i in sorted(range(len(ids)), key=lambda i: len(ids[i])):
             if 0 < len(ids[i]) <= longest:
@@ -228,14 +236,14 @@ class Translator:
 
 
 def bucket_of(length: int) -> int:
-    """The padded length of a source of `length` tokens: `SHORTEST` times a power of two."""
+    """Returns the padded length of a source of `length` tokens: `SHORTEST` times a power of two."""
     return max(SHORTEST, 1 << (length - 1).bit_length())
 
 
 def rows_of(sentences: int, most: int) -> int:
-    """Rows of the batches that translate so many sentences: a power of four, or `most`.
+    """Returns the rows per batch for this number of sentences: a power of four, or `most`.
 
-    So one sentence is not padded to a whole batch, and yet few shapes are ever compiled.
+    One sentence is not padded to a whole batch, and few shapes are compiled.
     """
     rows = 1
     while rows < min(sentences, most):
@@ -247,7 +255,7 @@ def rows_of(sentences: int, most: int) -> int:
 def _cross_attention(
     module: EncoderDecoder, variables: Variables, source: jax.Array, target: jax.Array
 ) -> list[jax.Array]:
-    """The weights of every decoder layer, [b, heads, target, source]."""
+    """Returns the cross-attention weights of every decoder layer, [b, heads, target, source]."""
     with context.implementation("fused"):
         _, sown = module.apply(variables, source, target, train=False, mutable=["intermediates"])
     leaves = jax.tree_util.tree_leaves_with_path(sown["intermediates"]["decoder"])
@@ -258,23 +266,23 @@ def _cross_attention(
 
 
 def load(path: str | pathlib.Path, step: int | str | None = None, average: int = 1) -> Translator:
-    """Of a workdir, or of the directory that a checkpoint was converted to.
+    """Loads a translator from a workdir, or from the directory of a converted checkpoint.
 
-    `step` and `average`: see `evaluate.load`. Raises ValueError where there is no such
-    checkpoint, or no vocabulary beside it.
+    `step` and `average`: see `inference.load.load`. Raises ValueError if there is no such
+    checkpoint, or no tokenizer beside it.
     """
     module, variables = inference_load.load(path, step, average)
     tokenizers = tokenizer.load(gcs.LocalMirror(path).local / tokenizer.DIRECTORY)
     if tokenizers is None:
         raise ValueError(
-            f"{path} has no words (no tokenizer/tokenizer.json). Give the workdir of a translation "
-            "run; or convert the checkpoint again, with --dict"
+            f"{path} has no tokenizer/tokenizer.json. Give the workdir of a translation run, or "
+            "convert the checkpoint again with --dict"
         )
     return Translator(module, variables, tokenizers)
 
 
 def defaults(path: str | pathlib.Path) -> Mapping[str, Any]:
-    """Beam and length penalty of the run in `path`; where there is none, 4 and 1."""
+    """Returns beam and length penalty of the run in `path`; 4 and 1 if it has no config."""
     workdir = gcs.LocalMirror(path).local
     task = inference_load.read_run(workdir).task if (workdir / "config.json").is_file() else None
     return {

@@ -77,12 +77,12 @@ def test_every_length_is_in_one_bucket(words):
         assert line["words"] == ">105" and words > 105
 
 
-def test_what_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="2 hypotheses, 3 references"):
+def test_different_or_no_lines_raise():
+    with pytest.raises(ValueError, match="2 hypotheses"):
         bleu.score(["a", "b"], ["a", "b", "c"])
-    with pytest.raises(ValueError, match="1 hypotheses, 1 references, 2 sources"):
+    with pytest.raises(ValueError, match="2 sources"):
         bleu.score(["a"], ["a"], ["a", "b"])
-    with pytest.raises(ValueError, match="nothing to score"):
+    with pytest.raises(ValueError, match="0 hypotheses"):
         bleu.score([], [])
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A language model that is a table, so that everything it can say can be written down."""
+"""Decodes a language model that is a table, so that all its sentences can be enumerated."""
 
 import dataclasses
 import itertools
@@ -256,13 +256,13 @@ def test_draws_of_a_sentence_go_with_its_number():
 
 
 def test_wrong_arguments():
-    with pytest.raises(ValueError, match="at least one hypothesis"):
+    with pytest.raises(ValueError, match="hypotheses=0"):
         run(0, beam=0)
-    with pytest.raises(ValueError, match="min_length <= max_length"):
+    with pytest.raises(ValueError, match="min_length"):
         run(0, beam=1, min_length=MAX + 1)
-    with pytest.raises(ValueError, match="for 0 use greedy"):
+    with pytest.raises(ValueError, match="temperature"):
         draw(0, 0, 1, temperature=0.0)
-    with pytest.raises(ValueError, match=r"in \(0, 1\]"):
+    with pytest.raises(ValueError, match="top_p"):
         draw(0, 0, 1, top_p=1.5)
     for wrong in (float("nan"), float("inf"), -1.0):
         with pytest.raises(ValueError, match="temperature"):
@@ -270,5 +270,5 @@ def test_wrong_arguments():
         with pytest.raises(ValueError, match=f"length_penalty={wrong}"):
             run(0, beam=1, length_penalty=wrong)
     none = np.ones((0, 2), np.int32)
-    with pytest.raises(ValueError, match=r"give integers \[sentences, length\]"):
+    with pytest.raises(ValueError, match="source"):
         decoding.greedy(Table(), jnp.asarray(tables(0)), none, max_length=MAX)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text in, text out: against the published code's hypotheses, and whatever else is in the batch."""
+"""Translations against hypotheses of the published code; independence of the rest of the batch."""
 
 import json
 import pathlib
@@ -239,11 +239,11 @@ def test_the_picture_is_drawn(tmp_path, shape):
     assert width > 15 * shape[1] and height > 15 * shape[0]
 
 
-def test_a_picture_that_could_not_be_written_is_refused_at_once(tmp_path):
+def test_a_heat_map_that_cannot_be_written_raises_first(tmp_path):
     heat_map.check(str(tmp_path / "x.svg"))
-    with pytest.raises(ValueError, match=r"ends in \.png, \.pdf, \.svg"):
+    with pytest.raises(ValueError, match=r"x\.jpg"):
         heat_map.check(str(tmp_path / "x.jpg"))
-    with pytest.raises(ValueError, match="there is no directory"):
+    with pytest.raises(ValueError, match="nowhere"):
         heat_map.check(str(tmp_path / "nowhere" / "x.png"))
 
 
@@ -253,11 +253,12 @@ def test_a_picture_that_could_not_be_written_is_refused_at_once(tmp_path):
 def test_wrong_parts():
     words = Dictionary(WORDS[:-1])
     translator = fixture("muse_post")[0]
-    with pytest.raises(ValueError, match=r"has 39 source and 39 target ids, but the model 40"):
+    with pytest.raises(ValueError, match="source_vocab=40"):
         translate.Translator(translator.module, translator.variables, Tokenizers(words, words))
     for name, fields in (("coatnet", {}), ("muse", {"layout": "M", "depths": (1,)})):
-        with pytest.raises(ValueError, match="does not translate"):
-            translate.Translator(lg.create_model(name, **fields), {}, Tokenizers(words, words))
+        module = lg.create_model(name, **fields)
+        with pytest.raises(ValueError, match=type(module).__name__):
+            translate.Translator(module, {}, Tokenizers(words, words))
 
 
 def test_beam_and_length_penalty_are_those_of_the_run(tmp_path):

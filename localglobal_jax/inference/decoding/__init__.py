@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a model that predicts the next token to whole sentences: beam search, greedy, sampling.
+"""Decoding of models that predict the next token: beam search, greedy search, sampling.
 
-Blind to models: `hypotheses.Decodable` says what a module needs. Everything runs in one
-``lax.while_loop`` on the device, which ends when the last sentence has ended. It is compiled once
-per module, shape of `source` and ``max_length``: give both from a few buckets.
+Works with every module that has the methods of `hypotheses.Decodable`. Everything runs in one
+``lax.while_loop`` on the device, which ends with the last sentence. It is compiled once per module,
+shape of `source` and ``max_length``: choose both from a few buckets.
 """
 
 from localglobal_jax.inference.decoding.beam import beam_search

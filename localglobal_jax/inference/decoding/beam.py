@@ -34,7 +34,7 @@ class _Search(NamedTuple):
     token: Int[Array, "b k"]
     total: Float[Array, "b k"]
     cache: PyTree[Shaped[Array, "r ..."]]
-    alive: Hypotheses  # what is still growing; its scores and lengths are not used
+    alive: Hypotheses  # hypotheses without an end token; their scores and lengths are not used
     ended: Hypotheses  # in the order in which they ended
     found: Int[Array, " b"]  # how many have ended
     done: Bool[Array, " b"]
@@ -51,7 +51,7 @@ def beam_search(
     min_length: int = 1,
     early_stop: bool = True,
 ) -> Hypotheses:
-    """The `beam` best hypotheses of every sentence, as fairseq's generator finds them.
+    """Searches the `beam` best hypotheses of every sentence, as fairseq's generator does.
 
     A step extends the alive hypotheses by the 2 `beam` best tokens. An end token counts only among
     the `beam` best of these; the others go on. A sentence is done when `beam` hypotheses have ended
@@ -61,7 +61,7 @@ def beam_search(
     ``max_length + 1``.
 
     Args:
-      source: token ids, padded; its padding belongs to the model.
+      source: token ids, padded with the model's padding token.
       length_penalty: exponent of the length, the end token included, that divides the score.
       min_length: tokens before the first possible end token.
 
@@ -90,7 +90,7 @@ def _beam_search(
     beam, max_length, min_length, early_stop = options
     b, length = source.shape[0], max_length + 1
     memory, cache = module.apply(variables, source, length, method="init_cache")
-    # all hypotheses of a sentence begin the same: at first, only the first one counts
+    # all hypotheses of a sentence begin alike: at the first step, only the first one counts
     first = jnp.where(jnp.arange(beam) == 0, 0.0, LOWEST)
     search = _Search(
         step=jnp.int32(0),
@@ -126,7 +126,7 @@ def _beam_search(
         ended = _add(search.ended, search.found, candidates, counts, best=not early_stop)
         found = jnp.minimum(search.found + counts.sum(1), beam)
 
-        # stable: the alive in their order, then those that ended, which go on only as the dead
+        # stable: the alive in their order, then the ended ones, which continue with a score of -inf
         order = jnp.argsort(ends, axis=1, stable=True)[:, :beam]
         total = jnp.where(pick(ends, order), LOWEST, pick(total, order))
         rows = (jnp.arange(b)[:, None] * beam + pick(parent, order)).reshape(-1)
@@ -138,7 +138,7 @@ def _beam_search(
             step + 1,
             pick(token, order),
             total,
-            # the only hypothesis stays in its place; XLA would copy the cache all the same
+            # the only hypothesis keeps its row; XLA would copy the cache without this case
             cache if beam == 1 else jax.tree.map(lambda x: x[rows], cache),
             jax.tree.map(lambda x: pick(x, order), candidates),
             ended,
@@ -159,9 +159,9 @@ def _add(
     *,
     best: bool,
 ) -> Hypotheses:
-    """Puts the candidates that count behind those that have ended, while there is room.
+    """Appends the candidates that count to the ended hypotheses, up to `beam` of them.
 
-    `best`: not the first ones stay, but the best.
+    `best`: the best ones stay; otherwise the first ones.
     """
     beam = ended.scores.shape[1]
     there = jnp.concatenate([jnp.arange(beam)[None] < found[:, None], counts], 1)
@@ -171,7 +171,7 @@ def _add(
     there = pick(there, order)
     scores = jnp.where(there, pick(both.scores, order), LOWEST)
     lengths = jnp.where(there, pick(both.lengths, order), 0)
-    # what is not there keeps the content of an empty slot: those are the last of `ended`
+    # missing entries keep the content of an empty slot: these are the last ones of `ended`
     return Hypotheses(
         jnp.where(there[..., None], pick(both.tokens, order), ended.tokens),
         scores,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What decoding needs of a module, and what it returns.
+"""The interface of modules that can be decoded, and the result of decoding.
 
 Legend: b batch, k hypotheses of a sentence, r = b k rows, l length, v vocabulary.
 """
@@ -18,10 +18,10 @@ LOWEST = -jnp.inf
 
 
 class Hypotheses(NamedTuple):
-    """Best first. `tokens` begin after the start token, include the end token, then padding.
+    """Decoded sentences, best first. `tokens` exclude the start and include the end token.
 
-    `scores` are the sum of `token_scores` over ``length ** length_penalty``. Where fewer hypotheses
-    exist than were asked for, the score is -inf and the length 0.
+    Padding follows the end token. `scores` are the sum of `token_scores` over ``length **
+    length_penalty``. An empty slot has the score -inf and the length 0.
     """
 
     tokens: Int[Array, "b k l"]
@@ -32,12 +32,12 @@ class Hypotheses(NamedTuple):
 
 @runtime_checkable
 class Decodable(Protocol):
-    """The module that is decoded: a flax module with three tokens and two more methods,
+    """A flax module that can be decoded. It has three token ids and two methods:
 
         init_cache(source [b, ls], length) -> (memory, cache)   rows of both: b
         step(token [r], memory, cache) -> (logits [r, v], cache)   rows r: b times hypotheses
 
-    where the memory never changes, and axis 0 of every leaf of the cache is the row.
+    The memory is constant. Axis 0 of every leaf of the cache is the row.
     """
 
     pad: int
@@ -54,7 +54,10 @@ def log_probabilities(
     min_length: int,
     max_length: int,
 ) -> Float[Array, "r v"]:
-    """Log softmax, and -inf for what may not come next: padding; the end too early; all but it."""
+    """Computes the log softmax, with -inf for tokens that are not allowed at `step`.
+
+    Padding is never allowed, the end token not before `min_length`, and no other from `max_length`.
+    """
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
     token = jnp.arange(log_p.shape[-1])[None]
     forbidden = token == module.pad
@@ -64,7 +67,7 @@ def log_probabilities(
 
 
 def nothing(rows: int, hypotheses: int, length: int, pad: int) -> Hypotheses:
-    """Empty slots."""
+    """Returns empty slots."""
     shape = (rows, hypotheses)
     return Hypotheses(
         jnp.full((*shape, length), pad, jnp.int32),
@@ -75,7 +78,7 @@ def nothing(rows: int, hypotheses: int, length: int, pad: int) -> Hypotheses:
 
 
 def pick(x: Shaped[Array, "b n ..."], index: Int[Array, "b k"]) -> Shaped[Array, "b k ..."]:
-    """``x[i, index[i]]`` for every row i."""
+    """Returns ``x[i, index[i]]`` for every row i."""
     return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
@@ -95,16 +98,16 @@ def compiled(search: Callable[..., Hypotheses]) -> Callable[..., Hypotheses]:
 
 
 def max_length(source_length: int) -> int:
-    """Tokens that are enough for the translation of a source of (padded) length `source_length`.
+    """Returns the default limit of tokens for a source of (padded) length `source_length`.
 
-    Half as many again, and ten: of real pairs next to none is longer. It costs memory, and time
-    only where a model does not stop by itself.
+    The limit is 1.5 times the source, plus ten; few real translations are longer. A larger limit
+    costs memory; it costs time only if no end token comes before it.
     """
     return source_length + source_length // 2 + 10
 
 
 def check_source(source: Any) -> Int[Array, "b ls"]:
-    """As an array; ValueError unless it is a batch of sentences of token ids."""
+    """Returns `source` as int32 [sentences, length]; raises ValueError for other arrays."""
     source = jnp.asarray(source)
     if source.ndim != 2 or not source.size or not jnp.issubdtype(source.dtype, jnp.integer):
         raise ValueError(
@@ -114,14 +117,15 @@ def check_source(source: Any) -> Int[Array, "b ls"]:
 
 
 def check_number(name: str, value: float, *, positive: bool = False) -> None:
-    """Raises ValueError unless it is finite, and not negative (or positive)."""
+    """Raises ValueError unless `value` is finite and >= 0, or > 0 with `positive`."""
     if not math.isfinite(value) or value < 0 or (positive and not value):
-        raise ValueError(f"{name}={value}: give a {'positive' if positive else 'finite'} number")
+        raise ValueError(f"{name}={value}: give a finite number {'> 0' if positive else '>= 0'}")
 
 
 def check(hypotheses: int, min_length: int, max_length: int) -> None:
+    """Raises ValueError for numbers of hypotheses or tokens out of range."""
     if hypotheses < 1 or not 0 <= min_length <= max_length or max_length < 1:
         raise ValueError(
-            f"{hypotheses} hypotheses, min_length={min_length}, max_length={max_length}: "
-            "give at least one hypothesis, and 0 <= min_length <= max_length, max_length >= 1"
+            f"hypotheses={hypotheses}, min_length={min_length}, max_length={max_length}: "
+            "give hypotheses >= 1, max_length >= 1 and 0 <= min_length <= max_length"
         )

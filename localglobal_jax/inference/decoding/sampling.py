@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy decoding and sampling: hypotheses that grow without looking at each other.
+"""Greedy decoding and sampling: every hypothesis grows independently of the others.
 
 Legend: b batch, k hypotheses of a sentence, r = b k rows, l length, v vocabulary.
 """
@@ -51,7 +51,7 @@ def greedy(
     max_length: int,
     min_length: int = 1,
 ) -> Hypotheses:
-    """The likeliest token at every step, until the end token: one hypothesis per sentence."""
+    """Takes the likeliest token at every step, until the end token: one hypothesis per sentence."""
     check(1, min_length, max_length)
     source = check_source(source)
     numbers = jnp.arange(source.shape[0], dtype=jnp.int32)
@@ -75,11 +75,11 @@ def sample(
     max_length: int,
     min_length: int = 1,
 ) -> Hypotheses:
-    """Draws hypotheses token by token; `token_scores` are the model's own log probabilities.
+    """Draws hypotheses token by token; `token_scores` are the model's log probabilities.
 
     Args:
-      key: a sentence's draws are a function of the key and its number, not of the other rows.
-      numbers: of the sentences; None: their rows.
+      key: the draws of a sentence are a function of the key and the sentence's number only.
+      numbers: the numbers of the sentences; None: their rows.
       samples: hypotheses per sentence.
       temperature: divides the logits before drawing. For 0, use `greedy`.
       top_k: draws among the k likeliest tokens; 0: all.
@@ -87,13 +87,13 @@ def sample(
         (arXiv 1904.09751).
 
     Raises:
-      ValueError: an argument out of its range.
+      ValueError: an argument out of range.
     """
     check(samples, min_length, max_length)
     check_number("length_penalty", length_penalty)
-    check_number("temperature (for 0 use greedy)", temperature, positive=True)
+    check_number("for temperature=0 use greedy; temperature", temperature, positive=True)
     if not 0 < top_p <= 1 or top_k < 0:
-        raise ValueError(f"top_k={top_k}, top_p={top_p}: they must be >= 0 and in (0, 1]")
+        raise ValueError(f"top_k={top_k}, top_p={top_p}: give top_k >= 0 and 0 < top_p <= 1")
     numbers = np.arange(len(source)) if numbers is None else numbers
     scalars = (jnp.float32(x) for x in (temperature, top_p, length_penalty))
     options = _Options(samples, max_length, min_length, True, top_k, top_p < 1)
@@ -163,7 +163,7 @@ def _sample(
 def _cut(
     logits: Float[Array, "r v"], top_p: Float[Array, ""], options: _Options
 ) -> Float[Array, "r v"]:
-    """-inf for the tokens outside the `top_k`, and outside the nucleus of mass `top_p`."""
+    """Sets tokens outside the `top_k`, and outside the nucleus of mass `top_p`, to -inf."""
     if options.top_k:
         least = lax.top_k(logits, min(options.top_k, logits.shape[-1]))[0][:, -1:]
         logits = jnp.where(logits < least, LOWEST, logits)
