@@ -67,7 +67,7 @@ def test_layers_keep_flax_parameters_and_numbers(ours, theirs):
 
 
 def test_on_cpu_the_gradient_of_a_kernel_transposes_nothing():
-    """What the formulation is for: XLA once wrote the whole gradient through a transposition."""
+    """The reason for `dot_general`: XLA transposed the whole gradient in memory."""
     x, kernel = jnp.ones((2, 8, 8, 4)), jnp.ones((4, 16))
     gradient = jax.grad(lambda kernel: jnp.sin(dense.product(x, kernel)).sum())
     program = jax.jit(gradient).lower(kernel).compile().as_text()
