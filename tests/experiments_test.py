@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Studies: what is committed is what make.py draws from results.csv; their sweeps are right."""
+"""Committed tables equal those that make.py draws from results.csv; every sweep is valid."""
 
 import importlib
 import math

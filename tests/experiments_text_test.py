@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The studies of translation: models of equal size, and measures that say what they should."""
+"""The studies of translation: models of equal size, and measures of known inputs."""
 
 import math
 import pathlib

@@ -51,7 +51,7 @@ def test_five_kills_change_no_bit(harness):
 
 
 def test_the_comparison_finds_differences(harness, tmp_path):
-    """Else the test above could not fail."""
+    """Without this the test above could not fail."""
     reference, _ = harness.reference("images")
     steps = [entry["step"] for entry in reader.inspect(reference)["steps"]]
 

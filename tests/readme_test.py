@@ -80,9 +80,11 @@ def test_the_front_page_is_short():
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_files_named_in_code_exist(page):
+def test_files_named_in_the_text_exist(page):
     """`operators/dense.py`: from the root, the package, the page's folder or any other."""
-    for name in re.findall(r"`([\w/]+\.(?:py|sh))`", PAGES[page]):
+    names = re.findall(r"`(\w+\.(?:py|sh))`", PAGES[page])
+    names += re.findall(r"(?<![\w/])([a-z][\w/]*/\w+\.(?:py|sh))\b", PAGES[page])
+    for name in names:
         assert any(file == name or file.endswith(f"/{name}") for file in FILES), name
 
 
