@@ -11,8 +11,16 @@ from hypothesis import given, settings
 from jax import lax
 
 from localglobal_jax.operators import dense
+from localglobal_jax.parallel import context
 
 SIZES = st.integers(1, 4)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fused():
+    """The reference is `lax.dot_general` itself."""
+    with context.implementation("fused"):
+        yield
 
 
 @settings(max_examples=12, deadline=None)
