@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other people's weights: theirs to ours, and ours to another resolution or number of classes.
+"""Converters of published weights; and our weights to another image size or number of classes.
 
 A converter takes a state dict (any mapping name -> array; `weights.read_safetensors` reads one
 without torch) and returns ``(module, variables)``. It is strict both ways: a name that is missing

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our weights to another resolution or another number of classes, for fine-tuning.
+"""Adapts variables to another resolution or another number of classes, for fine-tuning.
 
 Both compare the variables with what the module would have in its new shape, so they are blind to
 the architecture: parameters are known by the end of their path.
@@ -29,7 +29,7 @@ def resize(
     *,
     channels: int = 3,
 ) -> Variables:
-    """The variables of `module` for images of `image_size` (height, width).
+    """Returns the variables of `module` for images of `image_size` (height, width).
 
     Relative tables [2h-1, 2w-1, heads] are resized bilinearly, as CoAtNet's authors do (arXiv
     2106.04803, appendix A.2; half-pixel centres, no antialiasing), so displacement zero stays where
@@ -45,7 +45,7 @@ def resize(
 def fit(
     module: nn.Module, variables: Mapping[str, Any], *inputs: jax.ShapeDtypeStruct
 ) -> Variables:
-    """The variables of `module` for such inputs, whatever they are: `resize` without its images."""
+    """Returns the variables of `module` for inputs of these shapes, of any kind."""
 
     def init(*args: jax.Array) -> Any:
         return module.init(jax.random.key(0), *args, train=False)
@@ -78,7 +78,7 @@ def _resize(path: Path, leaf: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def reclassify(
     module: nn.Module, variables: Mapping[str, Any], classes: int
 ) -> tuple[nn.Module, Variables]:
-    """The module and variables with `classes` outputs (0: none), every classifier new and zero.
+    """Returns module and variables with `classes` outputs (0: none); every classifier is new, zero.
 
     A classifier is a submodule whose name ends in "classifier", and classes are the last axis of
     its parameters. A zero one gives all classes the same logit at first, and still has a gradient.

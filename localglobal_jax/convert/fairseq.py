@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of MUSE's published code, a fork of fairseq 0.6.2 that also calls it Prime -> ours.
+"""Converts checkpoints of MUSE's published code, a fork of fairseq 0.6.2 (MUSE is Prime there).
 
 Their training arguments become the fields of `EncoderDecoder`, with padding as their code has it.
 Left behind, because it cannot move a result: ``encoder_attn_layer_norm`` (never called), the gate
@@ -57,9 +57,11 @@ ACTIVATIONS = {
     "linear": "none",
 }
 
+METERS = ("AverageMeter", "StopwatchMeter", "TimeMeter")  # of fairseq.meters
+
 
 def load(args: Any, state_dict: Mapping[str, Any]) -> tuple[EncoderDecoder, Variables]:
-    """Module and variables for a checkpoint.
+    """Returns module and variables of a checkpoint.
 
     Args:
       args: the checkpoint's ``args``: a mapping, or the namespace itself.
@@ -101,8 +103,87 @@ def load(args: Any, state_dict: Mapping[str, Any]) -> tuple[EncoderDecoder, Vari
     return module, variables
 
 
+# ---------------------------------------------------------------------------- files
+
+
+def read(
+    path: pathlib.Path, arguments: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Returns arguments and state dict of a checkpoint file, for `fairseq.load`.
+
+    `arguments` are added to those in the file, and win. Raises ValueError for a file that is not
+    a checkpoint, holds other classes or no arguments, and where torch is missing.
+    """
+    if path.suffix != ".pt":
+        if not arguments:
+            raise ValueError(
+                f"{path} has no training arguments: give them, the checkpoint's args as a JSON "
+                "object, with --args"
+            )
+        return dict(arguments), weights.read_safetensors(path)
+    args, model = _load(path)
+    if args is None and not arguments:
+        raise ValueError(f"{path} holds no training arguments (args): give them with --args")
+    state_dict = {name: _array(tensor) for name, tensor in model.items()}
+    return {**vars(args or argparse.Namespace()), **arguments}, state_dict
+
+
+def _load(path: pathlib.Path) -> tuple[argparse.Namespace | None, Mapping[str, Any]]:
+    torch = _torch()
+    meters = [type(name, (), {"__module__": "fairseq.meters"}) for name in METERS]
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace, *meters]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged file makes torch do
+        other = re.search(r"GLOBAL (\S+)", str(error))
+        if other is None:
+            reason = str(error).split("\n")[0].split(". ")[0]
+            raise ValueError(f"{path} is damaged, or not a torch file: {reason}") from error
+        raise ValueError(
+            f"{path} holds a {other[1]}, which is not loaded: only tensors, plain containers and "
+            "the training arguments are. Where you trust it, save its weights as .safetensors and "
+            "give its arguments with --args"
+        ) from error
+    parts = checkpoint if isinstance(checkpoint, dict) else {}
+    args, model = parts.get("args"), parts.get("model")
+    if (
+        not isinstance(args, argparse.Namespace | None)
+        or not isinstance(model, Mapping)
+        or not all(isinstance(x, torch.Tensor) for x in model.values())
+    ):
+        raise ValueError(
+            f'{path} is not a checkpoint of fairseq 0.6: it should be a dict with "args" (a '
+            f'namespace) and "model" (tensors by name), but has {sorted(map(str, parts)) or "none"}'
+        )
+    return args, model
+
+
+def _torch() -> Any:
+    try:
+        import torch  # noqa: PLC0415  (an extra)
+    except ImportError:
+        torch = None
+    # until 2.5, a file could run code in spite of weights_only (CVE-2025-32434)
+    if torch is None or tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < (2, 6):
+        found = f"this is {torch.__version__}" if torch else "it is not installed"
+        raise ValueError(
+            f"reading a .pt file needs torch 2.6 or newer, and {found}: "
+            "run `pip install 'localglobal_jax[torch]'`"
+        )
+    return torch
+
+
+def _array(tensor: Any) -> np.ndarray:
+    """Returns a tensor as an array; half precision (NumPy has no bfloat16) becomes float32."""
+    tensor = tensor.detach()
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+
+
+# ---------------------------------------------------------------------------- arguments
+
+
 def fields(args: Mapping[str, Any]) -> dict[str, Any]:
-    """Their arguments as fields of `EncoderDecoder`, but for the sizes of the vocabularies.
+    """Returns fairseq's arguments as fields of `EncoderDecoder`, except the sizes of vocabularies.
 
     Arguments of training, data and logging are not looked at. Raises ValueError for values that
     ask for what we do not build.
@@ -168,7 +249,7 @@ def fields(args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def windows(args: Mapping[str, Any], depth: int) -> tuple[Any, ...]:
-    """The kernels: of all layers, or one tuple per layer."""
+    """Returns the kernel sizes: one tuple for all layers, or one tuple per layer."""
     kind = args["attn_dynamic_type"]
     if kind == 0 or not args["attn_dynamic_cat"]:
         return ()
@@ -205,6 +286,8 @@ def _list(args: Mapping[str, Any], name: str) -> list[int]:
     return list(value)
 
 
+# ---------------------------------------------------------------------------- names
+
 TOP = {
     "embedding": "encoder.embed_tokens.weight",
     "source_embedding": "encoder.embed_tokens.weight",
@@ -227,7 +310,7 @@ INSIDE = {
 def _source(
     module: EncoderDecoder,
 ) -> Callable[[Path, tuple[int, ...]], tuple[str, Transform]]:
-    """Path and shape of a leaf of ours -> the name of their array, and how to bring it to ours."""
+    """Returns a function: path and shape of our leaf -> fairseq's name, and the transform."""
 
     def source(path: Path, shape: tuple[int, ...]) -> tuple[str, Transform]:
         _, side, *middle, leaf = path
@@ -256,7 +339,7 @@ def _source(
 
 
 def _reshaped(shape: tuple[int, ...], part: tuple[int, int] | None = None) -> Transform:
-    """[out, in] -> [in, *shape of the output], of some of the three parts of `out`."""
+    """Returns the transform of (a part of) [out, in] to [in, *shape of the output]."""
 
     def transform(array: np.ndarray) -> np.ndarray:
         if part is not None:
@@ -271,7 +354,7 @@ def _reshaped(shape: tuple[int, ...], part: tuple[int, int] | None = None) -> Tr
 
 
 def _ignored(module: EncoderDecoder, args: Mapping[str, Any]) -> Callable[[str], bool]:
-    """Names that cannot move a result."""
+    """Returns a predicate for names of arrays that cannot change a result."""
     names = [r"(en|de)coder\.version", r"(en|de)coder\.embed_positions\._float_tensor"]
     names.append(r"decoder\.layers\.\d+\.encoder_attn_layer_norm\.(weight|bias)")
     if module.embeddings == "shared":
@@ -282,79 +365,3 @@ def _ignored(module: EncoderDecoder, args: Mapping[str, Any]) -> Callable[[str],
         names.append(r"(en|de)coder\.layers\.\d+\.self_attn\.dynamic_gate_para")
     pattern = re.compile("|".join(names))
     return lambda name: pattern.fullmatch(name) is not None
-
-
-METERS = ("AverageMeter", "StopwatchMeter", "TimeMeter")  # of fairseq.meters
-
-
-def read(
-    path: pathlib.Path, arguments: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Arguments and state dict of a checkpoint, for `fairseq.load`.
-
-    `arguments` are added to those in the file, and win. Raises ValueError for a file that is no
-    checkpoint, holds other classes or no arguments, and where torch is missing.
-    """
-    if path.suffix != ".pt":
-        if not arguments:
-            raise ValueError(
-                f"{path} has no training arguments: give them, the checkpoint's args as a JSON "
-                "object, with --args"
-            )
-        return dict(arguments), weights.read_safetensors(path)
-    args, model = _load(path)
-    if args is None and not arguments:
-        raise ValueError(f"{path} holds no training arguments (args): give them with --args")
-    state_dict = {name: _array(tensor) for name, tensor in model.items()}
-    return {**vars(args or argparse.Namespace()), **arguments}, state_dict
-
-
-def _load(path: pathlib.Path) -> tuple[argparse.Namespace | None, Mapping[str, Any]]:
-    torch = _torch()
-    meters = [type(name, (), {"__module__": "fairseq.meters"}) for name in METERS]
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace, *meters]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged file makes torch do
-        other = re.search(r"GLOBAL (\S+)", str(error))
-        if other is None:
-            reason = str(error).split("\n")[0].split(". ")[0]
-            raise ValueError(f"{path} is damaged, or no file of torch's: {reason}") from error
-        raise ValueError(
-            f"{path} holds a {other[1]}, which is not loaded: only tensors, plain containers and "
-            "the training arguments are. Where you trust it, save its weights as .safetensors and "
-            "give its arguments with --args"
-        ) from error
-    parts = checkpoint if isinstance(checkpoint, dict) else {}
-    args, model = parts.get("args"), parts.get("model")
-    if (
-        not isinstance(args, argparse.Namespace | None)
-        or not isinstance(model, Mapping)
-        or not all(isinstance(x, torch.Tensor) for x in model.values())
-    ):
-        raise ValueError(
-            f'{path} is no checkpoint of fairseq 0.6: it should be a dict with "args" (a '
-            f'namespace) and "model" (tensors by name), but has {sorted(map(str, parts)) or "none"}'
-        )
-    return args, model
-
-
-def _torch() -> Any:
-    try:
-        import torch  # noqa: PLC0415  (an extra)
-    except ImportError:
-        torch = None
-    # until 2.5, a file could run code in spite of weights_only (CVE-2025-32434)
-    if torch is None or tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < (2, 6):
-        found = f"this is {torch.__version__}" if torch else "it is not installed"
-        raise ValueError(
-            f"reading a .pt file needs torch 2.6 or newer, and {found}: "
-            "run `pip install 'localglobal_jax[torch]'`"
-        )
-    return torch
-
-
-def _array(tensor: Any) -> np.ndarray:
-    """Half precision (NumPy has no bfloat16) becomes float32."""
-    tensor = tensor.detach()
-    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other people's weights as a checkpoint of ours, and checkpoints as a start for fine-tuning."""
+"""Converts a file of published weights into a checkpoint directory."""
 
 import json
 import logging
@@ -104,7 +104,7 @@ def vocabularies(files: Sequence[str], module: nn.Module) -> tokenizers.Tokenize
 
 
 def read_arguments(given: str) -> dict[str, Any]:
-    """A JSON object: as it stands, or from ``@FILE`` or ``FILE.json``."""
+    """Returns a JSON object, given as text, ``@FILE`` or ``FILE.json``."""
     text, where = given, given
     if given.startswith("@") or given.endswith(".json"):
         where = given.removeprefix("@")
@@ -117,12 +117,12 @@ def read_arguments(given: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"--args {where} is not JSON: {error}") from None
     if not isinstance(arguments, dict):
-        raise ValueError(f'--args {where} is no JSON object: give {{"name": value, ...}}')
+        raise ValueError(f'--args {where} is not a JSON object: give {{"name": value, ...}}')
     return arguments
 
 
 def find_weights(weights: str) -> pathlib.Path:
-    """The local file, or the hub's ``model.safetensors`` under that name."""
+    """Returns the local file, or downloads the hub's ``model.safetensors`` of that name."""
     file = pathlib.Path(weights)
     if file.is_file():
         return file
@@ -134,7 +134,7 @@ def find_weights(weights: str) -> pathlib.Path:
         from huggingface_hub import hf_hub_download  # noqa: PLC0415, an optional package
     except ImportError:
         raise ValueError(
-            f"{weights} is no file; to fetch it as a hub name, pip install huggingface_hub"
+            f"{weights} is not a file; to fetch it as a hub name, pip install huggingface_hub"
         ) from None
-    # of whatever revision, only numbers are read, by a reader that trusts nothing
+    # of any revision, only arrays are read: .safetensors holds no code
     return pathlib.Path(hf_hub_download(weights, "model.safetensors"))  # nosec B615

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights of the authors' Focal Transformers (PyTorch names) -> our module and variables."""
+"""Converts weights of the authors' Focal Transformers (PyTorch names)."""
 
 import dataclasses
 import math
@@ -52,13 +52,16 @@ CHOICES = {
     "expand_layer": ("all", "even", "odd"),
     "focal_pool": ("none", *get_args(PoolMethod)),
 }
-# What our modules do not have or never use: the last two change nothing in the reference either.
+# Arguments without a field of ours. The ignored two change nothing in the reference either.
 FIXED: dict[str, Any] = {"drop_rate": 0.0, "attn_drop_rate": 0.0}
 IGNORED = ("expand_stages", "use_checkpoint")
 
 
+# ---------------------------------------------------------------------------- arguments
+
+
 def fields(kwargs: Mapping[str, Any], *, nearest: bool = False) -> dict[str, Any]:
-    """The reference constructor's arguments as fields of `FocalTransformer`.
+    """Returns the reference constructor's arguments as fields of `FocalTransformer`.
 
     `nearest`: for the authors' second ("fast") class, which has the same arguments. Raises
     ValueError for arguments that it does not have, and for values that we do not build.
@@ -108,6 +111,9 @@ def fields(kwargs: Mapping[str, Any], *, nearest: bool = False) -> dict[str, Any
     }
 
 
+# ---------------------------------------------------------------------------- loading
+
+
 def load(
     kwargs: Mapping[str, Any],
     state_dict: Mapping[str, Any],
@@ -115,7 +121,7 @@ def load(
     image_size: int | tuple[int, int] | None = None,
     **overrides: Any,
 ) -> tuple[FocalTransformer, dict[str, Any]]:
-    """The module and variables of a reference state dict (name -> array).
+    """Returns the module and variables of a reference state dict (name -> array).
 
     Every parameter must be found and every entry be used, or ValueError lists them. Index tables
     and masks among the entries are compared with what the configuration implies. As it comes, the
@@ -150,7 +156,7 @@ def load(
 def read(
     module: FocalTransformer, channels: int, state_dict: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], dict[str, Array]]:
-    """Our paths -> values, and the choices among equally near keys; see `load` for the errors."""
+    """Returns our paths -> values, and the choices among equally near keys. Errors: see `load`."""
     params: dict[str, np.ndarray] = {}
     missing, used = [], set()
     for path, shape in parameter_shapes(module, channels).items():
@@ -176,7 +182,7 @@ def read(
 def fit(
     params: Mapping[str, np.ndarray], target: Mapping[str, tuple[int, ...]], new_classes: bool
 ) -> dict[str, Array]:
-    """The parameters in the shapes of another image size or number of classes.
+    """Returns the parameters in the shapes of another image size or number of classes.
 
     What has no source starts at 0: a new classifier, and the biases of neighbours that a window
     had none of. Raises ValueError where anything else appears or disappears.
@@ -203,7 +209,7 @@ def fit(
 
 
 def parameter_shapes(module: nn.Module, channels: int) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of every parameter; nothing is allocated."""
+    """Returns path -> shape of every parameter; nothing is allocated."""
     size = module.image_size
     height, width = (size, size) if isinstance(size, int) else size
     image = jax.ShapeDtypeStruct((1, height, width, channels), jnp.float32)
@@ -212,7 +218,7 @@ def parameter_shapes(module: nn.Module, channels: int) -> dict[str, tuple[int, .
 
 
 def resize(path: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """A bias table, pooling kernel or position embedding for a window of another size.
+    """Returns a bias table, pooling kernel or position embedding for another window size.
 
     Bilinear, without anti-aliasing. A pooling kernel keeps its sum, so that it still averages.
     """
@@ -225,9 +231,10 @@ def resize(path: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return resized
 
 
-RENAMED: tuple[
-    tuple[str, Any], ...
-] = (  # ours -> the reference's; stages and blocks count from 0 there
+# ---------------------------------------------------------------------------- names
+
+# ours -> the reference's; stages and blocks count from 0 there
+RENAMED: tuple[tuple[str, Any], ...] = (
     (r"^stem/conv/", "patch_embed.proj/"),
     (r"^stem/norm/", "patch_embed.norm/"),
     (r"^position$", "absolute_pos_embed"),
@@ -263,7 +270,7 @@ HEADS_FIRST = r"/pooled\d+_bias$"  # every other table there has its heads last,
 
 
 def reference(path: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
-    """The reference's name and shape of our parameter."""
+    """Returns the reference's name and shape of our parameter."""
     name = path
     for pattern, replacement in RENAMED:
         name = re.sub(pattern, replacement, name)
@@ -288,7 +295,7 @@ def reference(path: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
 
 
 def convert(path: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The reference's value of our parameter, in our layout."""
+    """Returns the reference's value of our parameter in our layout."""
     if path.endswith("/conv/kernel") or (re.search(PER_CHANNEL, path) and value.ndim == 4):
         return value.transpose(2, 3, 1, 0).reshape(shape)
     if re.search(HEADS_FIRST, path) or (path.endswith("/kernel") and "/pool" not in path):
@@ -296,13 +303,15 @@ def convert(path: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return value.reshape(shape)
 
 
+# ---------------------------------------------------------------------------- buffers
+
 NAME = re.compile(r"^layers\.(\d+)\.blocks\.(\d+)\.(?:attn\.)?([a-z_]+?)(?:_(\d+))?$")
 
 
 def check(
     module: FocalTransformer, entries: Mapping[str, np.ndarray]
 ) -> tuple[list[str], dict[str, Array]]:
-    """Names that are no buffer of `module`, and the choices among equally near keys.
+    """Returns names that are not buffers of `module`, and the choices among equally near keys.
 
     Raises ValueError for a buffer whose values are not those the configuration implies.
     """
@@ -362,7 +371,7 @@ def _window_buffers(options: Mapping, level: int | None) -> Iterator[tuple[str, 
 
 
 def _displacement_index(queries: int, keys: int) -> np.ndarray:
-    """[l, m] into a flat table of queries + keys - 1 a side."""
+    """Returns indices [l, m] into a flat table of queries + keys - 1 a side."""
     away = np.arange(queries)[:, None] - np.arange(keys)[None] + keys - 1
     index = away[:, None, :, None] * (queries + keys - 1) + away[None, :, None, :]
     return index.reshape(queries**2, keys**2)

@@ -41,19 +41,19 @@ def as_is(array: np.ndarray) -> np.ndarray:
 
 
 def dense(weight: np.ndarray) -> np.ndarray:
-    """A linear layer [out, in], or a 1x1 convolution [out, in, 1, 1] -> [in, out]."""
+    """Returns a linear layer [out, in] or a 1x1 convolution [out, in, 1, 1] as [in, out]."""
     if weight.ndim > 2 and weight.shape[2:] == (1,) * (weight.ndim - 2):
         weight = weight.reshape(weight.shape[:2])
     return weight.T
 
 
 def convolution(weight: np.ndarray) -> np.ndarray:
-    """[out, in, *window] -> [*window, in, out]."""
+    """Returns [out, in, *window] as [*window, in, out]."""
     return np.moveaxis(weight, (0, 1), (-1, -2))
 
 
 def depthwise(weight: np.ndarray) -> np.ndarray:
-    """[d, 1, *window] -> [*window, d]."""
+    """Returns [d, 1, *window] as [*window, d]."""
     return np.moveaxis(weight, 0, -1)[0]
 
 
@@ -68,7 +68,7 @@ def assemble(
     ignored: Callable[[str], bool] = lambda name: False,
     what: str = "the model",
 ) -> Variables:
-    """Fills `template` from `state_dict`.
+    """Returns `template` filled from `state_dict`.
 
     Args:
       template: variables of a module, as shapes (``jax.eval_shape``) or arrays.
@@ -110,7 +110,7 @@ def assemble(
 
 
 def _some(names: list[str], at_most: int = 20) -> str:
-    """Each name once; of very many the first, and how many more there are."""
+    """Returns each name once: the first `at_most`, and how many more there are."""
     names = list(dict.fromkeys(names))
     more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
     return ", ".join(names[:at_most]) + more

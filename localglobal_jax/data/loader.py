@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Order, batches, hosts and prefetching. Knows nothing of what an example is.
+"""Order, batches, hosts and prefetching of any kind of example.
 
 The training stream is an endless list of positions: position p holds a record that is a function
 of (seed, epoch, place in the epoch), and batch number ``step`` is the positions from
@@ -20,7 +20,7 @@ Batch = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class PositionRng:
-    """The random numbers of consecutive positions ``first, first + 1, ...`` of a training stream.
+    """Random numbers of consecutive positions ``first, first + 1, ...`` of a training stream.
 
     Philox is a function of (key, counter): the key is the seed and a stream, the counter the
     position. Nothing depends on which positions are drawn together.
@@ -30,14 +30,14 @@ class PositionRng:
     first: int
 
     def uniforms(self, count: int, width: int) -> np.ndarray:
-        """``float64 [count, width]`` in [0, 1) for the first ``count`` positions, all at once."""
+        """Returns ``float64 [count, width]`` in [0, 1) for the first ``count`` positions."""
         blocks = -(-width // 4)  # one tick of the counter yields four numbers
         philox = self._philox(0, [self.first * blocks, 0, 0, 0])
         bits = philox.random_raw(count * blocks * 4).reshape(count, blocks * 4)
         return (bits[:, :width] >> np.uint64(11)) * 2.0**-53
 
     def generator(self, offset: int, stream: int = 0) -> np.random.Generator:
-        """A generator for position ``first + offset``; another ``stream``, other numbers."""
+        """Returns a generator for position ``first + offset`` and ``stream``."""
         return np.random.Generator(self._philox(stream + 1, [0, self.first + offset, 0, 0]))
 
     def _philox(self, stream: int, counter: list[int]) -> np.random.Philox:
@@ -51,10 +51,10 @@ class Source(Protocol):
     """Random access to examples, a batch at a time. Called from several threads."""
 
     def __len__(self) -> int:
-        """Records of the split."""
+        """Returns the number of records."""
 
     def batch(self, index: np.ndarray, draws: PositionRng | None) -> Batch:
-        """The examples ``index [b]`` as arrays ``[b, ...]``, among them a float32 ``mask``.
+        """Returns the examples ``index [b]`` as arrays ``[b, ...]``, with a float32 ``mask``.
 
         ``draws``: randomness of these positions in training, None in evaluation. A record that
         cannot be used keeps its slot with mask 0, so that nothing after it moves.
@@ -71,12 +71,12 @@ def train_batches(
     shard: tuple[int, int] = (0, 1),
     threads: int = 2,
 ) -> Iterator[Batch]:
-    """Batches ``start`` to ``stop - 1`` of the stream, this host's part of each.
+    """Yields batches ``start`` to ``stop - 1`` of the stream, this host's part of each.
 
     ``batch_size`` is global, ``shard`` is (this host, hosts), ``threads`` batches are prepared at
     a time. Batches may straddle epochs. Each has ``mask`` and ``index: int32 [b]``, the record
-    numbers. Raises ValueError for an empty source or an indivisible batch, at once; what a
-    thread raises comes out of ``next``.
+    numbers. Raises ValueError for an empty source or an indivisible batch, at once; an error
+    in a thread is raised by ``next``.
     """
     host, local = _part(source, batch_size, shard)
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
@@ -92,7 +92,7 @@ def train_batches(
 def eval_batches(
     source: Source, *, batch_size: int, shard: tuple[int, int] = (0, 1), threads: int = 2
 ) -> Iterator[Batch]:
-    """Every record once, in order, this host's part of each batch.
+    """Yields every record once, in order, this host's part of each batch.
 
     The last batch is padded with copies of the last record under mask 0, so that all hosts take
     the same number of steps and the masks of all of them sum to the size of the split.

@@ -1,9 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Against recordings of the published code, and against a rewriting of it in loops for the rest."""
+"""MUSE from fairseq: recordings of the published code, a rewriting of it in loops, and its files.
 
+Reading .pt files needs torch (the extra); without it those tests are skipped.
+"""
+
+import argparse
+import builtins
+import collections
 import json
 import math
+import os
 import pathlib
+import sys
+import types
 from functools import cache, partial
 
 import jax
@@ -346,15 +355,13 @@ def test_missing_left_over_and_misshapen_names_are_listed():
     del state["encoder.layers.1.fc1.bias"]
     state["decoder.embed_out"] = state["decoder.embed_out"][:, 1:]
     state["decoder.more"] = np.zeros(3)
-    with pytest.raises(ValueError, match=r"missing: encoder.layers.1.fc1.bias") as error:
+    with pytest.raises(ValueError, match=r"encoder\.layers\.1\.fc1\.bias") as error:
         fairseq.load(ARGS, state)
     assert "left over: decoder.more" in str(error.value)
     assert "of another shape: decoder.embed_out (9, 11) (for output_embedding" in str(error.value)
 
 
 def test_a_namespace_and_a_kernel_list_as_text():
-    import argparse
-
     args = {**ARGS, "attn_wide_kernels": "[3, 15]"}
     module, _ = fairseq.load(argparse.Namespace(**args), random_state(ARGS))
     assert module == fairseq.load(ARGS, random_state(ARGS))[0]
@@ -364,19 +371,19 @@ def test_a_namespace_and_a_kernel_list_as_text():
     ("given", "message"),
     [
         ({"combine": 0}, "combine=0"),
-        ({"encoder_learned_pos": True}, "learned positions"),
-        ({"adaptive_softmax_cutoff": "100"}, "adaptive softmax"),
-        ({"lnv": "adanorm"}, "LayerNorm"),
-        ({"attn_wide_kernels": [3, 4]}, "odd"),
-        ({"attn_wide_kernels": None}, "attn_wide_kernels is not in the arguments"),
-        ({"attn_dynamic_type": 3}, "allowed are 0, 1 and 2"),
-        ({"dynamic_gate": 2}, "fails in their code too"),
-        ({**GROWING, "dynamic_depth_kernels": [3]}, "give one each"),
-        ({"attn_wide_kernels": 5}, "attn_wide_kernels=5: give a list of integers"),
-        ({"encoder_layers": "2"}, "encoder_layers='2': give an integer"),
-        ({"dropout": "lots"}, "dropout='lots': give a number"),
-        ({"activation_fn": "swish"}, "allowed are relu"),
-        ({"decoder_output_dim": 6}, "must be decoder_embed_dim"),
+        ({"encoder_learned_pos": True}, "encoder_learned_pos"),
+        ({"adaptive_softmax_cutoff": "100"}, "adaptive_softmax_cutoff"),
+        ({"lnv": "adanorm"}, "lnv"),
+        ({"attn_wide_kernels": [3, 4]}, "kernels"),
+        ({"attn_wide_kernels": None}, "attn_wide_kernels"),
+        ({"attn_dynamic_type": 3}, "attn_dynamic_type=3"),
+        ({"dynamic_gate": 2}, "dynamic_gate=2"),
+        ({**GROWING, "dynamic_depth_kernels": [3]}, "dynamic_depth_kernels"),
+        ({"attn_wide_kernels": 5}, "attn_wide_kernels=5"),
+        ({"encoder_layers": "2"}, "encoder_layers='2'"),
+        ({"dropout": "lots"}, "dropout='lots'"),
+        ({"activation_fn": "swish"}, "activation_fn='swish'"),
+        ({"decoder_output_dim": 6}, "decoder_output_dim=6"),
     ],
 )
 def test_arguments_that_we_do_not_build(given, message):
@@ -386,12 +393,131 @@ def test_arguments_that_we_do_not_build(given, message):
 
 def test_states_that_are_none():
     state = random_state(ARGS)
-    with pytest.raises(ValueError, match="not a fairseq model"):
+    with pytest.raises(ValueError, match="embed_tokens"):
         fairseq.load(ARGS, {})
-    with pytest.raises(ValueError, match="version is 1"):
+    with pytest.raises(ValueError, match=r"encoder\.version"):
         fairseq.load(ARGS, {**state, "encoder.version": np.array([1.0])})
     args = {**ARGS, **SHARE}
     state = random_state(args, (11, 11))
     state["decoder.embed_tokens.weight"] = state["decoder.embed_tokens.weight"] + 1
-    with pytest.raises(ValueError, match="differ"):
+    with pytest.raises(ValueError, match="share_all_embeddings"):
         fairseq.load(args, state)
+
+
+# ---------------------------------------------------------------------------- files
+
+RECORDED = json.loads((GOLDEN / "muse_post.json").read_text())["args"]
+STORED = weights.read_safetensors(GOLDEN / "muse_post.safetensors")
+
+
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch")
+
+
+class AverageMeter:
+    """As fairseq's: what a checkpoint of a training run holds beside its weights."""
+
+    def __init__(self):
+        self.sum, self.count = 3.5, 2
+
+
+def checkpoint(torch, monkeypatch, **changed):
+    monkeypatch.setattr(AverageMeter, "__module__", "fairseq.meters")
+    meters = types.SimpleNamespace(AverageMeter=AverageMeter)
+    monkeypatch.setitem(sys.modules, "fairseq", types.SimpleNamespace(meters=meters))
+    monkeypatch.setitem(sys.modules, "fairseq.meters", meters)
+    return {
+        "args": argparse.Namespace(**RECORDED),
+        "model": collections.OrderedDict((k, torch.tensor(v)) for k, v in STORED.items()),
+        "optimizer_history": [{"criterion_name": "x", "lr_scheduler_state": {"best": 3.2}}],
+        "extra_state": {"epoch": 3, "train_meters": collections.OrderedDict(loss=AverageMeter())},
+        "last_optimizer_state": {"state": {0: {"exp_avg": torch.zeros(3)}}},
+        **changed,
+    }
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_a_checkpoint_as_fairseq_writes_it(torch, monkeypatch, tmp_path, new_format):
+    file = tmp_path / "checkpoint_best.pt"
+    torch.save(checkpoint(torch, monkeypatch), file, _use_new_zipfile_serialization=new_format)
+    for name in ("fairseq", "fairseq.meters"):
+        monkeypatch.delitem(sys.modules, name)
+    args, state = fairseq.read(file, {"dynamic_padding": 1})
+    assert args == {**RECORDED, "dynamic_padding": 1}
+    assert state.keys() == STORED.keys()
+    for name, array in state.items():
+        np.testing.assert_array_equal(array, STORED[name])
+    assert fairseq.load(args, state)[0].pad_values == "zero"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_becomes_float32(torch, monkeypatch, tmp_path, dtype):
+    whole = checkpoint(torch, monkeypatch)
+    half = {k: v.to(getattr(torch, dtype)) for k, v in whole["model"].items()}
+    torch.save({"args": whole["args"], "model": half}, tmp_path / "half.pt")
+    _, state = fairseq.read(tmp_path / "half.pt", {})
+    for name, array in state.items():
+        assert array.dtype == np.float32
+        np.testing.assert_array_equal(array, half[name].float())
+
+
+class Evil:
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.file),)
+
+
+def test_nothing_else_is_unpickled(torch, monkeypatch, tmp_path):
+    whole = checkpoint(torch, monkeypatch, evil=Evil(tmp_path / "harm"))
+    torch.save(whole, tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match=r"evil\.pt .*\.mkdir"):
+        fairseq.read(tmp_path / "evil.pt", {})
+    assert not (tmp_path / "harm").exists()
+
+
+def test_files_that_are_no_checkpoints(torch, monkeypatch, tmp_path):
+    file = tmp_path / "x.pt"
+    whole = checkpoint(torch, monkeypatch)
+    for content in (
+        {"model": whole["model"], "args": {"a": 1}},
+        whole["model"],
+        [1],
+        {"args": None},
+    ):
+        torch.save(content, file)
+        with pytest.raises(ValueError, match=r"x\.pt"):
+            fairseq.read(file, {})
+    torch.save({"model": whole["model"], "args": None}, file)
+    with pytest.raises(ValueError, match=r"x\.pt .*--args"):
+        fairseq.read(file, {})
+    assert fairseq.read(file, RECORDED)[0] == RECORDED
+    for damage in (b"", b"\x80\x02garbage", file.read_bytes()[:999]):
+        file.write_bytes(damage)
+        with pytest.raises(ValueError, match=r"x\.pt"):
+            fairseq.read(file, RECORDED)
+
+
+def test_safetensors_need_arguments_and_no_torch():
+    args, state = fairseq.read(GOLDEN / "muse_post.safetensors", RECORDED)
+    assert args == RECORDED and state.keys() == STORED.keys()
+    with pytest.raises(ValueError, match="--args"):
+        fairseq.read(GOLDEN / "muse_post.safetensors", {})
+
+
+@pytest.mark.parametrize("version", [None, "2.5.1", "1.13.0+cpu"])
+def test_a_missing_or_unsafe_torch_is_named(monkeypatch, version):
+    real = builtins.__import__
+
+    def instead(name, *args, **kwargs):
+        if name == "torch":
+            if version is None:
+                raise ImportError(name)
+            return types.SimpleNamespace(__version__=version)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", instead)
+    with pytest.raises(ValueError, match=r"pip install 'localglobal_jax\[torch\]'"):
+        fairseq.read(pathlib.Path("checkpoint_best.pt"), {})

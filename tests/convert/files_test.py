@@ -118,7 +118,7 @@ def test_half_precision_becomes_float32(tmp_path):
         ([], "has no training arguments"),
         (["--args=nowhere.json"], "cannot read nowhere.json"),
         (["--args=@dict.txt"], "--args dict.txt is not JSON"),
-        (["--args=[1]"], "no JSON object"),
+        (["--args=[1]"], "--args"),
         (["--args=args.json", "--dict", "short.txt"], "35 words and 4 special tokens are 39, but "
          "the source embedding has 40 rows"),
         (["--args=args.json", "--dict", "dict.txt", "short.txt"], "but the target embedding has"),
@@ -198,5 +198,5 @@ def test_hub_names_have_tags(monkeypatch, tmp_path):
     assert found == tmp_path / "model.safetensors"
     assert asked == [("timm/coatnet_0_rw_224.sw_in1k", "model.safetensors")]
     for name in ("timm/weights.safetensors", "coatnet_0_rw_224.sw_in1k", "a/b/c"):
-        with pytest.raises(ValueError, match="no such file"):
+        with pytest.raises(ValueError, match=name):
             files.find_weights(name)

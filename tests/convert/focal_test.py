@@ -88,7 +88,7 @@ def test_missing_and_left_over_entries_are_listed():
         focal.load(kwargs, changed)
     with pytest.raises(
         ValueError,
-        match=r"head.weight has shape \(10, 127\); the configuration implies \(10, 128\)",
+        match=r"head\.weight .*\(10, 127\).*\(10, 128\)",
     ):
         focal.load(kwargs, state | {"head.weight": state["head.weight"][:, 1:]})
     outside = {"layers.9.blocks.0.attn.relative_position_index": np.zeros((16, 16))}
@@ -100,7 +100,7 @@ def test_missing_and_left_over_entries_are_listed():
 def test_buffers_are_compared(buffer):
     kwargs, state, _ = fixture("focal_w4")
     name = f"layers.0.blocks.0.attn.{buffer}"
-    with pytest.raises(ValueError, match="other windows"):
+    with pytest.raises(ValueError, match="focal_windows"):
         focal.load(kwargs, state | {name: state[name] + 1})
 
 
@@ -120,7 +120,7 @@ def test_masks_of_shifted_windows_and_of_trimmed_surroundings_are_compared():
     }
     focal.load(kwargs, state | buffers)
     for name, value in buffers.items():
-        with pytest.raises(ValueError, match="other windows"):
+        with pytest.raises(ValueError, match="focal_windows"):
             focal.load(kwargs, state | {name: value + 1})
         unshifted = name.replace("blocks.1", "blocks.0")
         if "mask" in name:
@@ -215,11 +215,11 @@ def test_another_number_of_classes_starts_from_zero():
     logits, mid = jax.jit(module.apply)(variables, x)
     np.testing.assert_array_equal(logits, np.zeros((2, 3)))
     np.testing.assert_allclose(mid["features"], arrays["pooled_features"], atol=1e-4)
-    with pytest.raises(ValueError, match='unknown override "class"'):
+    with pytest.raises(ValueError, match='"class"'):
         focal.load(kwargs, state, **{"class": 3})
-    with pytest.raises(ValueError, match="which the weights do not have"):
+    with pytest.raises(ValueError, match="overrides"):
         focal.load(kwargs, state, layer_scale=1e-4)
-    with pytest.raises(ValueError, match="of the weights would not be used"):
+    with pytest.raises(ValueError, match="overrides"):
         focal.load(kwargs, state, qkv_bias=False)
     headless, variables = focal.load(kwargs, state, classes=0)
     assert "classifier" not in variables["params"]["head"] and headless.classes == 0
@@ -252,5 +252,5 @@ def test_fast_models_keep_their_choice_among_equally_near_keys():
     assert float(jnp.abs(changed - plain).max()) > 1e-6
     elsewhere, _ = jax.jit(module.apply)(kept, x[:, :, :40])  # another map: chosen anew
     assert bool(jnp.isfinite(elsewhere).all())
-    with pytest.raises(ValueError, match="other windows"):
+    with pytest.raises(ValueError, match="focal_windows"):
         focal.load(FAST, state | {prefix: ours + 1})

@@ -178,7 +178,7 @@ def prefetching_threads():
 
 def test_what_a_thread_raises_reaches_the_consumer_and_the_threads_end():
     seen = []
-    with pytest.raises(ValueError, match="record 7 is corrupt"):
+    with pytest.raises(ValueError, match="record 7"):
         for batch in eval_batches(Failing(100), batch_size=2):
             seen += batch["index"].tolist()
     assert seen == list(range(6))

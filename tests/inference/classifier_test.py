@@ -264,7 +264,7 @@ def test_overlays_lie_as_the_pictures_do(run, root, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["."], "no picture is in this folder"),
+        (["."], ".webp"),
         ([""], "the path is empty"),
         (["file://host/a.png"], "want a local path, file:///PATH"),
         (["a.png", "--top=0"], "top=0"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights of timm (pytorch-image-models). This file finds the family; each has a file of its own.
+"""Converts weights of timm (pytorch-image-models). One file per model family.
 
 A family is a function ``load(name_or_cfg, state_dict, **model_kwargs) -> (module, variables)``.
 """
@@ -23,7 +23,7 @@ FAMILIES: dict[str, Callable[..., tuple[nn.Module, Variables]]] = {
 def load(
     name_or_cfg: str | Mapping[str, Any], state_dict: Mapping[str, Any], **model_kwargs: Any
 ) -> tuple[nn.Module, Variables]:
-    """The module that timm's name or configuration means, and its variables from `state_dict`.
+    """Returns the module of a timm name or configuration, and its variables from `state_dict`.
 
     Args:
       name_or_cfg: a timm model name (``coatnet_0_rw_224``; a leading ``timm/`` and a trailing

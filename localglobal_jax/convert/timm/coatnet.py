@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""timm's CoAtNet: its names -> our paths, its arrays -> our layout."""
+"""Converts timm's CoAtNet: names -> our paths, arrays -> our layout."""
 
 import re
 from collections.abc import Mapping
@@ -71,7 +71,7 @@ LEAVES = {
 
 
 def _key(module: CoAtNet, path: Path) -> str:
-    """timm's name of the leaf at `path` of our variables."""
+    """Returns timm's name of the leaf at `path` of our variables."""
     _, *middle, leaf = path
     if middle[0].startswith("stage"):
         stage, block = (int(re.sub(r"\D", "", part)) - 1 for part in middle[:2])
@@ -133,7 +133,10 @@ MODEL = {
 def load(
     name_or_cfg: str | Mapping[str, Any], state_dict: Mapping[str, Any], **model_kwargs: Any
 ) -> tuple[nn.Module, Variables]:
-    """See `timm.load`. The relative tables must be of ``img_size``: resize afterwards (`adapt`)."""
+    """Returns module and variables; see `timm.load`.
+
+    The relative tables must be of ``img_size``: resize afterwards (`adapt`).
+    """
     model = Section("model arguments", model_kwargs, MODEL)
     model.must_be("global_pool", "avg")
     model.must_be("drop_rate", 0.0)
@@ -156,7 +159,7 @@ def load(
 
 
 def _named(name: str) -> tuple[str, dict[str, Any], int]:
-    """A timm name -> our name, fields, image size."""
+    """Returns our name, fields and image size of a timm name."""
     match = re.fullmatch(r"(.+)_(\d{3})", name)
     base, size = (match[1], int(match[2])) if match else (name, 224)
     known = [known for known in VARIANTS if known in TIMM or re.fullmatch(r"coatnet_[0-5]", known)]

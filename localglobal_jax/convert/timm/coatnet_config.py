@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""timm's CoAtNet configuration -> fields of our module. Follows timm 1.0.31.
+"""Converts timm's CoAtNet configuration into fields of our module. Follows timm 1.0.31.
 
 A value that our module cannot express is a ValueError that names it. What only MaxViT reads
 (windows, partitions, channels-last norms), or only the initialisation, is passed over.
@@ -81,7 +81,7 @@ BIASES = {"bias": "table", "bias_tf": "table", "mlp": "mlp", "": "none", None: "
 
 
 class Section:
-    """Fields of a configuration over their defaults; knows its own name for errors."""
+    """Fields of a configuration over their defaults, with the section's name for errors."""
 
     def __init__(self, name: str, given: Mapping[str, Any], defaults: Mapping[str, Any]):
         for field in given:
@@ -94,27 +94,27 @@ class Section:
         return self.values[field]
 
     def refuse(self, field: str, allowed: str) -> ValueError:
-        """The error for a value of `field` that we cannot express."""
+        """Returns the error for a value of `field` that our module does not have."""
         return ValueError(
             f"timm's {self.name}: {field}={self.values[field]!r} has no counterpart here; "
             f"can be converted: {allowed}"
         )
 
     def one_of(self, field: str, allowed: Mapping[Any, Any]) -> Any:
-        """Our word for the value of `field`."""
+        """Returns our name for the value of `field`."""
         value = self.values[field]
         if not isinstance(value, str | None) or value not in allowed:
             raise self.refuse(field, ", ".join(map(repr, allowed)))
         return allowed[value]
 
     def must_be(self, field: str, *allowed: Any) -> None:
-        """Refuses any other value of `field`."""
+        """Raises ValueError for any other value of `field`."""
         if self.values[field] not in allowed:
             raise self.refuse(field, ", ".join(map(repr, allowed)))
 
 
 def fields(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `CoAtNet` that timm's configuration (a nested dict) stands for."""
+    """Returns the fields of `CoAtNet` that equal timm's configuration (a nested dict)."""
     top = Section("cfg", cfg, CFG)
     conv = Section("conv_cfg", top["conv_cfg"], CONV)
     attention = Section("transformer_cfg", top["transformer_cfg"], TRANSFORMER)
@@ -156,7 +156,7 @@ def fields(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _letters(kind: Any, depth: int, letters: Mapping[str, str]) -> str:
-    """A stage's blocks: timm repeats the LAST type up to the depth (our layouts the pattern)."""
+    """Returns a stage's blocks. timm repeats the last type, our layouts the pattern."""
     kinds = [kind] if isinstance(kind, str) else list(kind)
     for name in kinds:
         if name not in letters:

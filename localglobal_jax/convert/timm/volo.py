@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VOLO's published weights: the names of timm and of the authors (they agree) to ours."""
+"""Converts VOLO's published weights; timm and the authors use the same names."""
 
 import math
 import re
@@ -41,7 +41,7 @@ ARGUMENTS: dict[str, Any] = {
 
 
 def arguments(name: str) -> dict[str, Any]:
-    """timm's arguments for one of its model names, e.g. ``"volo_d1_384"``, for `load`."""
+    """Returns timm's arguments of one of its model names, e.g. ``"volo_d1_384"``, for `load`."""
     found = re.fullmatch(r"(volo_d[1-5])_(\d+)(\.\w+)?", name)
     if not found:
         raise ValueError(f'"{name}" is not a VOLO of timm: they are called volo_d1_224 and so on')
@@ -57,7 +57,7 @@ def arguments(name: str) -> dict[str, Any]:
 
 
 def load(name_or_cfg: str, state_dict: Mapping[str, Any], **kwargs: Any) -> tuple[VOLO, Variables]:
-    """The module that timm's ``VOLO(**kwargs)`` is, and the weights in `state_dict` as its own.
+    """Returns the module of timm's ``VOLO(**kwargs)`` and its variables from `state_dict`.
 
     `name_or_cfg` is "volo", with all of timm's arguments in `kwargs`, or one of timm's names
     (``"volo_d1_384"``), whose arguments `kwargs` override. The position embedding is resized if
@@ -102,7 +102,7 @@ def load(name_or_cfg: str, state_dict: Mapping[str, Any], **kwargs: Any) -> tupl
 
 
 def build(kwargs: Mapping[str, Any]) -> VOLO:
-    """The module that timm's ``VOLO(**kwargs)`` is."""
+    """Returns the module of timm's ``VOLO(**kwargs)``."""
     unknown = sorted(set(kwargs) - set(ARGUMENTS))
     missing = sorted(k for k, v in ARGUMENTS.items() if v is None and kwargs.get(k) is None)
     if unknown or missing:
@@ -160,7 +160,7 @@ def _shape(
 
 
 def _modules(module: VOLO) -> dict[str, str]:
-    """Our modules, blocks and free parameters -> theirs."""
+    """Returns our modules, blocks and free parameters -> timm's names."""
     modules = {
         "params/position": "pos_embed",
         "params/head/class_token": "cls_token",
@@ -219,7 +219,7 @@ def _their_name(path: str, modules: Mapping[str, str]) -> str:
 
 
 def _turn(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Torch's axes to ours: input before output, heads apart, embeddings without a batch axis."""
+    """Returns an array in our axes: input before output, heads apart, embeddings without batch."""
     if (extra := array.ndim - len(shape)) > 0:
         ones = array.shape[:extra] == (1,) * extra
         return array.reshape(array.shape[extra:]) if ones else array

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Crops, flips and erasing of images on the host: uint8 in, uint8 out, NumPy and OpenCV only.
 
-First what a whole batch takes at once, given its random numbers; then what one image takes, given a
+First the functions of a whole batch, given its random numbers; then those of one image, given a
 generator. OpenCV's own threads are off: images are already spread over threads one by one.
 """
 
@@ -48,7 +48,7 @@ def flip(images: np.ndarray, uniform: np.ndarray) -> np.ndarray:
 
 
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """``[h, w, c] -> [*size, c]``; averages areas to shrink, else cubic."""
+    """Returns ``[h, w, c]`` resized to ``[*size, c]``: area averages to shrink, else cubic."""
     if image.shape[:2] == tuple(size):
         return image
     shrink = size[0] <= image.shape[0] and size[1] <= image.shape[1]
@@ -58,7 +58,7 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def center_crop(image: np.ndarray, size: tuple[int, int], fraction: float) -> np.ndarray:
-    """The middle ``fraction`` of the image in the aspect of ``size``, resized to ``size``.
+    """Returns the middle ``fraction`` of the image in the aspect of ``size``, resized to ``size``.
 
     The same as resizing the short side to ``size / fraction`` and cutting out the centre.
     """
@@ -69,7 +69,7 @@ def center_crop(image: np.ndarray, size: tuple[int, int], fraction: float) -> np
 def center_box(
     shape: tuple[int, int], size: tuple[int, int], fraction: float
 ) -> tuple[int, int, int, int]:
-    """``(top, left, height, width)`` of `center_crop` in an image of ``shape``."""
+    """Returns ``(top, left, height, width)`` of `center_crop` in an image of ``shape``."""
     h, w = shape
     scale = min(h / size[0], w / size[1]) * fraction
     ch, cw = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
@@ -82,7 +82,7 @@ def random_resized_crop(
     area: tuple[float, float],
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """A random rectangle of the image, resized (Inception, arXiv 1409.4842, section 6).
+    """Returns a random rectangle of the image, resized (arXiv 1409.4842, section 6).
 
     Its share of the image is uniform in ``area``, its aspect log-uniform in `ASPECT`.
     """

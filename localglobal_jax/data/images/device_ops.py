@@ -14,7 +14,7 @@ from localglobal_jax.operators import grids
 
 
 def normalize(image: UInt8[Array, "b h w c"], options: schema.Images) -> Float[Array, "b h w c"]:
-    """Bytes to float32: ``(x / 255 - mean) / std`` per channel."""
+    """Returns float32 ``(x / 255 - mean) / std`` per channel."""
     pixels = image.astype(jnp.float32) / 255
     mean, std = (grids.per_channel(jnp.array(v), pixels) for v in (options.mean, options.std))
     return (pixels - mean) / std
@@ -61,7 +61,7 @@ def mix(
 
 
 def _box(key: jax.Array, area: jax.Array, h: int, w: int) -> jax.Array:
-    """1 inside, 0 outside a rectangle of the image's aspect: ``[h, w]``; its centre is anywhere."""
+    """Returns ``[h, w]``: 1 inside, 0 outside a rectangle at a random centre."""
     centre = jax.random.uniform(key, (2,)) * jnp.array([h, w])
     half = jnp.sqrt(area) * jnp.array([h, w]) / 2
     low, high = jnp.round(centre - half), jnp.round(centre + half)

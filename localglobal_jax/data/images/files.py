@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures that a user names one by one: files, folders with all that lies in them, URLs."""
+"""Images given as files, folders (all images below them) and URLs."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from localglobal_jax.data.images.folder import ENDINGS
 
 
 class Found(NamedTuple):
-    """A picture, or what is none and why."""
+    """An image, or a path that is not one and the reason."""
 
     path: str  # as it was given, or the folder's with the name in it
     folder: str = ""  # that was given, or in which the file is
@@ -23,9 +23,9 @@ class Found(NamedTuple):
 
 
 def find(given: Iterable[str | os.PathLike[str]]) -> list[Found]:
-    """Files as they are, folders by what `folder` would take for pictures in them, sorted by path.
+    """Returns the files given, and of folders the images below them, sorted by path.
 
-    As there, hidden files are left out, and links to folders are not followed.
+    As in `folder`, hidden files are left out, and links to folders are not followed.
     """
     found: list[Found] = []
     for name in [os.fspath(one) for one in given]:
@@ -39,12 +39,12 @@ def find(given: Iterable[str | os.PathLike[str]]) -> list[Found]:
         found += [Found(file, _absolute(folder)) for file in inside]
         if not inside:
             endings = ", ".join(sorted(ENDINGS))
-            found.append(Found(name, problem=f"no picture is in this folder ({endings})"))
+            found.append(Found(name, problem=f"this folder holds no picture ({endings})"))
     return found
 
 
 def locate(name: str) -> epath.Path:
-    """The path that a user means. Raises ValueError for an address of another kind."""
+    """Returns the path of a file or URL. Raises ValueError for any other kind of address."""
     if not name:
         raise ValueError("the path is empty")
     scheme = re.match(r"\w+://", name)
@@ -57,7 +57,7 @@ def locate(name: str) -> epath.Path:
 
 
 def read(name: str, channels: int) -> np.ndarray:
-    """``uint8 [h, w, channels]``. Raises ValueError that says what is wrong with the file."""
+    """Returns ``uint8 [h, w, channels]``. Raises ValueError with the reason."""
     try:
         return readers.decode(locate(name).read_bytes(), channels)
     except ValueError:
@@ -67,7 +67,7 @@ def read(name: str, channels: int) -> np.ndarray:
 
 
 def below(found: Sequence[Found]) -> list[str]:
-    """The path of each below the folder that all of them share: no two files have the same."""
+    """Returns the path of each below their common folder; no two files have the same."""
     root = os.path.commonpath([picture.folder for picture in found])
     return [os.path.relpath(_absolute(locate(picture.path)), root) for picture in found]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of one's own: a folder with a folder per class, ``DIR/cat/1.jpg``, ``DIR/dog/2.png``.
+"""Data sets of image files: one folder per class, ``DIR/cat/1.jpg``, ``DIR/dog/2.png``.
 
 Where DIR holds the folder ``train``, its folders are the splits (``validation`` may be called
 ``val``), each with folders of classes. Else a picture's split is a function of its class and name,
@@ -32,14 +32,14 @@ THREADS = 8
 
 
 class Picture(NamedTuple):
-    """A file and the number of its class."""
+    """An image file and the number of its class."""
 
     path: pathlib.Path
     label: int
 
 
 def classes(directory: str | None) -> list[str]:
-    """Their names, sorted: a class's number is its place. Raises ValueError for fewer than two."""
+    """Returns the names of classes, sorted by name; ValueError for fewer than two."""
     root = _root(directory)
     found = [path.name for path in _folders(root / "train" if _is_split(root) else root)]
     if len(found) < 2:
@@ -82,13 +82,13 @@ def pictures(directory: str | None, split: str) -> list[Picture]:
 
 
 def split_of(name: str) -> str:
-    """The split of ``CLASS/NAME`` where the folder has none: a function of that name alone."""
+    """Returns the split of ``CLASS/NAME`` in a folder without splits: a function of the name."""
     number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % EVERY
     return {0: "test", 1: "validation"}.get(number, "train")
 
 
 def count(directory: str | None) -> dict[str, int]:
-    """``{"train": 90, "train/cat": 45, ...}``, after decoding every picture.
+    """Returns ``{"train": 90, "train/cat": 45, ...}``, after decoding every picture.
 
     Raises ValueError that lists the files that are no whole pictures.
     """
@@ -124,12 +124,12 @@ class FolderReader:
             log.warning("warning: no picture to train on of %s", ", ".join(empty))
 
     def balance(self) -> dict[str, int]:
-        """Pictures per class."""
+        """Returns the number of pictures per class."""
         labels = collections.Counter(picture.label for picture in self.pictures)
         return {name: labels[i] for i, name in enumerate(self.names)}
 
     def announce(self) -> Self:
-        """Logs the balance; returns itself."""
+        """Logs the balance and returns the reader."""
         balance = ", ".join(f"{name} {n}" for name, n in self.balance().items())
         log.info("pictures %s: %d (%s)", self.split, len(self), balance)
         return self
@@ -158,7 +158,7 @@ class FolderReader:
         )
 
     def problems(self) -> list[str]:
-        """``"FILE: why"`` for every picture that cannot be decoded."""
+        """Returns ``"FILE: why"`` for every picture that cannot be decoded."""
 
         def problem(index: int) -> str | None:
             record = self._read(index)

@@ -33,7 +33,7 @@ CROP, CHANGE = 0, 1  # streams of random numbers
 
 
 def describe(options: schema.Images) -> tuple[int, int]:
-    """Classes and channels of a data set, which need not be there yet."""
+    """Returns classes and channels of a data set, prepared or not."""
     if options.name == folder.NAME:
         return len(folder.classes(options.dir)), folder.FolderReader.channels
     info = records.find_builder(options.name, records.data_root(options.dir)).info
@@ -54,20 +54,20 @@ def class_names(options: schema.Images) -> tuple[str, ...]:
 
 
 def for_evaluation(image: np.ndarray, options: schema.Images) -> np.ndarray:
-    """``uint8 [h, w, c] -> [*image_size, c]``: what evaluation shows a model of an image."""
+    """Returns ``uint8 [h, w, c]`` as ``[*image_size, c]``, cropped as in evaluation."""
     top, left, height, width = seen_in_evaluation((image.shape[0], image.shape[1]), options)
     return augment.resize(image[top : top + height, left : left + width], options.image_size)
 
 
 def seen_in_evaluation(shape: tuple[int, int], options: schema.Images) -> tuple[int, int, int, int]:
-    """``(top, left, height, width)`` of the part that evaluation sees of an image of ``shape``."""
+    """Returns ``(top, left, height, width)`` of evaluation's crop of an image of ``shape``."""
     if options.crop == "resized":
         return augment.center_box(shape, options.image_size, EVAL_FRACTION)
     return 0, 0, *shape
 
 
 def open_split(options: schema.Images, split: str, *, train: bool) -> "ImageSource":
-    """The images of one split, ready for `loader.train_batches` or `loader.eval_batches`.
+    """Returns the images of one split, for `loader.train_batches` or `loader.eval_batches`.
 
     Prepares an embedded data set by itself. Raises ValueError for a data set that is missing,
     damaged, or holds no images with class labels.
@@ -115,11 +115,11 @@ class ImageSource:
 
     @property
     def skipped(self) -> int:
-        """Bad records met so far and tolerated."""
+        """Number of bad records tolerated so far."""
         return len(self._tolerance.seen)
 
     def batch(self, index: np.ndarray, draws: PositionRng | None) -> Batch:
-        """See `loader.Source`. A split opened for training has no evaluation batches."""
+        """Returns a batch; see `loader.Source`. A training split has no evaluation batches."""
         if (draws is not None) != self._train:
             raise ValueError(f"this split was opened with train={self._train}")
         images, labels, mask = self._gather(index)
@@ -136,7 +136,7 @@ class ImageSource:
         return self._train and self._options.crop == "resized"
 
     def _shape(self) -> tuple[int, int] | None:
-        """(height, width) of every decoded image; None if they differ."""
+        """Returns (height, width) of every decoded image; None if they differ."""
         return self._reader.shape if self._crops_original() else self._options.image_size
 
     def _fits(self) -> bool:
@@ -146,7 +146,7 @@ class ImageSource:
         return shape is not None and len(self) * math.prod(shape) * self.channels < IN_MEMORY
 
     def _load(self) -> tuple[Any, np.ndarray, np.ndarray]:
-        """All images, decoded; one array if they are of one size, else a list."""
+        """Returns all images, decoded: one array if they have one size, else a list."""
         size, shape = len(self), self._shape()
         images: Any = [None] * size
         if shape is not None:
@@ -172,7 +172,7 @@ class ImageSource:
         return list(images), np.array(labels, np.int32), np.array(mask, np.float32)
 
     def _decode(self, record: Any, index: int) -> tuple[np.ndarray, int, float]:
-        """Image, label, mask of one record, resized; the zeros of a bad one, if tolerated."""
+        """Returns image (resized), label and mask of a record; zeros for a tolerated bad one."""
         size = self._options.image_size
         try:
             if isinstance(record, records.BadRecord):

@@ -34,7 +34,7 @@ def _warp(image: np.ndarray, matrix: list[list[float]]) -> np.ndarray:
 
 
 def identity(image: np.ndarray, strength: float, sign: int) -> np.ndarray:
-    """One of the fourteen: sometimes nothing happens."""
+    """Returns the image; the first of the fourteen operations."""
     return image
 
 
@@ -63,19 +63,19 @@ def rotate(image: np.ndarray, strength: float, sign: int) -> np.ndarray:
 
 
 def solarize(image: np.ndarray, strength: float, sign: int) -> np.ndarray:
-    """Inverts what is brighter than a threshold."""
+    """Inverts levels above a threshold."""
     kept = np.arange(256) < 256 * (1 - strength)
     return _table(image, np.where(kept, LEVELS, 255 - LEVELS))
 
 
 def posterize(image: np.ndarray, strength: float, sign: int) -> np.ndarray:
-    """Keeps the highest bits: eight at rest, four at strength one."""
+    """Keeps the highest bits: eight at strength zero, four at one."""
     dropped = min(7, round(4 * strength))
     return _table(image, (np.arange(256) >> dropped << dropped).astype(float))
 
 
 def color(image: np.ndarray, strength: float, sign: int) -> np.ndarray:
-    """Moves from or towards the greyscale image; nothing to do without three channels."""
+    """Moves from or towards the greyscale image; returns images without three channels as given."""
     if image.shape[2] != 3:
         return image
     grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
@@ -137,7 +137,7 @@ OPERATIONS: dict[str, Callable[[np.ndarray, float, int], np.ndarray]] = {
 def randaugment(
     image: np.ndarray, layers: int, magnitude: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """``layers`` random operations of `OPERATIONS` in turn (arXiv 1909.13719, algorithm 1).
+    """Applies ``layers`` random operations of `OPERATIONS` in turn (arXiv 1909.13719, algorithm 1).
 
     ``magnitude``: 0 to 30, on the paper's scale where 10 is AutoAugment's strongest. Unlike the
     first implementation, and like those that DeiT and VOLO train with, every operation grows with

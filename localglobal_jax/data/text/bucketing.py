@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sentences of like length together, and which of them batch number n holds. Pure arithmetic.
+"""Buckets of similar lengths, and the sentences of batch number n. Pure arithmetic.
 
 A batch has one of a few static shapes, ``rows x length``, so that each is compiled once. Every
 bucket is an endless stream: its sentences in one random order after the other, cut into batches
@@ -19,12 +19,12 @@ GRANULE = 8  # lengths are multiples of it, as accelerators like them
 
 
 def round_up(lengths: np.ndarray) -> np.ndarray:
-    """Each length rounded up to a multiple of `GRANULE`."""
+    """Returns each length rounded up to a multiple of `GRANULE`."""
     return -(-lengths // GRANULE) * GRANULE
 
 
 def make_edges(lengths: np.ndarray, count: int) -> tuple[int, ...]:
-    """The ``count`` bucket lengths (or fewer, if all can be met) that need least padding.
+    """Returns the ``count`` bucket lengths (fewer where all are met) that need least padding.
 
     ``lengths: int [n]``, n > 0. The last edge holds the longest. Exact, by dynamic programming
     over the distinct rounded lengths g_0 < g_1 < ...: the cheapest way to cover the first j of
@@ -53,7 +53,7 @@ def make_edges(lengths: np.ndarray, count: int) -> tuple[int, ...]:
 
 
 def rows_of(edges: Sequence[int], tokens: int, multiple: int) -> tuple[int, ...]:
-    """Sentences in a batch of each length: as many as ``tokens`` padded tokens allow.
+    """Returns the rows of a batch of each length: as many as ``tokens`` padded tokens allow.
 
     A multiple of ``multiple``, and never less, even where that takes more tokens.
     """
@@ -70,7 +70,7 @@ def check_budget(edges: Sequence[int], tokens: int, multiple: int) -> None:
 
 
 def shuffled(size: int, seed: int, stream: int, epoch: int) -> np.ndarray:
-    """A permutation ``int32 [size]``, a function of its arguments alone (Philox, then a sort)."""
+    """Returns a permutation ``int32 [size]``, a pure function (Philox, then a sort)."""
     key = np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]
     philox = np.random.Philox(
         key=np.array([key, stream], np.uint64), counter=np.array([0, epoch, 0, 0], np.uint64)
@@ -87,7 +87,7 @@ class Schedule:
     seed: int
 
     def batch(self, n: int) -> tuple[int, np.ndarray]:
-        """``(bucket, sentence numbers [rows])`` of batch ``n``."""
+        """Returns ``(bucket, sentence numbers [rows])`` of batch ``n``."""
         epoch = self._epoch(n)
         before = [self._done(bucket, epoch) for bucket in range(len(self.rows))]
         after = [self._done(bucket, epoch + 1) for bucket in range(len(self.rows))]
@@ -102,7 +102,7 @@ class Schedule:
         return n / sum(len(m) / r for m, r in zip(self.members, self.rows, strict=True))
 
     def _done(self, bucket: int, epochs: int) -> int:
-        """Batches of a bucket that are full after so many epochs."""
+        """Returns the number of a bucket's full batches after so many epochs."""
         return epochs * len(self.members[bucket]) // self.rows[bucket]
 
     def _epoch(self, n: int) -> int:

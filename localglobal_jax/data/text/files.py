@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain text files of one's own, line by line: one language each, or a table of pairs.
+"""Plain text files of sentence pairs: one file per language, or a table of two columns.
 
-What suggests that a file is not what its owner believes (another encoding, sides of unequal
-length, a column too many) is an error that names the line: going on would shift or garble pairs.
+Another encoding, sides of unequal length and a wrong number of columns are errors that name the
+line: going on would shift or garble pairs.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ EVERY = 20  # one pair in so many is for testing, one for validation
 
 
 def read_lines(path: str | pathlib.Path) -> list[str]:
-    """The `lines` of a file."""
+    """Returns the `lines` of a file."""
     try:
         data = pathlib.Path(path).expanduser().read_bytes()
     except OSError as error:
@@ -25,10 +25,10 @@ def read_lines(path: str | pathlib.Path) -> list[str]:
 
 
 def lines(data: bytes, name: str, *, first: int = 1) -> list[str]:
-    """The lines of UTF-8 text, without line ends and byte order mark.
+    """Returns the lines of UTF-8 text, without line ends and byte order mark.
 
     Only line feeds end a line: other characters that Unicode calls line breaks occur inside
-    sentences of web corpora. Raises ValueError for what is no UTF-8 text, with the number of its
+    sentences of web corpora. Raises ValueError for other text, with the number of its
     first bad line, where the first of all is number `first`.
     """
     bad, why = data.find(b"\0"), "a NUL byte"
@@ -50,14 +50,14 @@ def lines(data: bytes, name: str, *, first: int = 1) -> list[str]:
 
 
 def split_of(source: str) -> str:
-    """The split of a pair in one's own files: a function of its source: repeats stay together."""
+    """Returns the split of a pair, a function of its source, so that repeats stay together."""
     words = " ".join(source.split()).encode()  # blanks do not make another sentence
     number = int.from_bytes(hashlib.sha256(words).digest()[:8], "big") % EVERY
     return {0: "test", 1: "validation"}.get(number, "train")
 
 
 def read_pairs(files: Sequence[str], split: str) -> tuple[list[str], list[str]]:
-    """Sources and targets of one split, from two files, or one of lines ``source TAB target``.
+    """Returns sources and targets of a split, from two files or one of ``source TAB target``.
 
     With ``{split}`` in their names each split has files of its own, else see `split_of`.
     """

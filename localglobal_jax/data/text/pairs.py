@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pairs of sentences as strings: from a prepared TFDS set, from files of your own, or made up.
+"""Pairs of sentences as strings: from a prepared TFDS set, from text files, or mock pairs.
 
 Whitespace is squeezed: a sentence is a line, its words parted by single blanks. A pair with an
 empty side is left out and counted.
@@ -33,7 +33,7 @@ class Pairs(NamedTuple):
 
 
 def read(options: schema.Text, split: str) -> Pairs:
-    """The pairs of one split. Raises ValueError for data that is missing, damaged or no text."""
+    """Returns the pairs of a split. Raises ValueError for data that is missing or damaged."""
     if options.mock:
         return _filtered(*mock_language(options, split))
     if options.files:
@@ -49,7 +49,7 @@ def read(options: schema.Text, split: str) -> Pairs:
 
 
 def count(options: schema.Text) -> dict[str, int]:
-    """Reads every split that `options` name, and all that files are parted into.
+    """Counts the pairs of every split that `options` name, and of all splits of text files.
 
     Returns split -> pairs, and what was left out of them.
     """
@@ -116,7 +116,7 @@ def _text(value: Any) -> str:
 def languages(
     info: tfds.core.DatasetInfo, source: str | None = None, target: str | None = None
 ) -> tuple[str, str]:
-    """The text features to translate from and to; by default those that the data set names."""
+    """Returns the text features to translate from and to; by default the data set's own."""
     known = [key for key, kind in info.features.items() if isinstance(kind, tfds.features.Text)]
     for given in (source, target):
         if given is not None and given not in known:
@@ -136,12 +136,12 @@ def languages(
 
 
 def mock_words(options: schema.Text) -> list[str]:
-    """The vocabulary of the made-up language, both sides: as many words as the options allow."""
+    """Returns the mock vocabulary of both sides, as many words as the options allow."""
     return [f"w{i}" for i in range(options.vocab - 4)]
 
 
 def mock_language(options: schema.Text, split: str) -> tuple[list[str], list[str]]:
-    """Pairs of a made-up language: each word has one translation, and the order is reversed."""
+    """Returns pairs of a mock language: each word has one translation, the order is reversed."""
     words = mock_words(options)[:MOCK_WORDS]
     meaning = np.random.default_rng(0).permutation(len(words))
     stream = int.from_bytes(hashlib.sha256(split.encode()).digest()[:8], "big")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pairs of sentences as batches of token ids, a few static shapes, every batch by its number.
+"""Sentence pairs as batches of token ids of a few static shapes, addressed by number.
 
 The door is `open_train`, then `open_eval` for each split beside it. A batch holds
 
@@ -49,7 +49,7 @@ class Ragged:
 
     @classmethod
     def encode(cls, tokenizer: Tokenizer, texts: Sequence[str]) -> "Ragged":
-        """The ids of ``texts``, without special ones."""
+        """Returns the ids of ``texts``, without special ids."""
         flat, lengths = [np.empty(0, np.int32)], [np.empty(0, np.int64)]
         for start in range(0, len(texts), BLOCK):
             ids = tokenizer.encode(texts[start : start + BLOCK])
@@ -58,11 +58,11 @@ class Ragged:
         return cls(np.concatenate(flat), np.concatenate(lengths))
 
     def where(self, kept: np.ndarray) -> "Ragged":
-        """The sequences where ``kept: bool [n]``."""
+        """Returns the sequences where ``kept: bool [n]``."""
         return Ragged(self.flat[np.repeat(kept, self.lengths)], self.lengths[kept])
 
     def padded(self, index: np.ndarray, length: int) -> np.ndarray:
-        """Sequences ``index [b]`` and EOS as ``int32 [b, length]``, PAD behind that."""
+        """Returns sequences ``index [b]`` and EOS as ``int32 [b, length]``, then PAD."""
         place, end = np.arange(length), self.lengths[index][:, None]
         inside = place < end
         at = np.where(inside, self._starts[index][:, None] + place, 0)
@@ -114,12 +114,12 @@ class TextSource:
 
     @property
     def tokens(self) -> int:
-        """Target tokens that count, EOS included: what the masks of an evaluation sum to."""
+        """Number of target tokens with EOS, the sum of an evaluation's masks."""
         return len(self._target.flat) + len(self)
 
     @property
     def summary(self) -> str:
-        """One line for people: what is used, how, and what was left out."""
+        """Returns one line: pairs used, their shapes, and pairs left out."""
         sizes = " + ".join(str(t.size) for t in dict.fromkeys(self.tokenizers))
         dropped = [
             f"{count:,} {name}"
@@ -136,7 +136,7 @@ class TextSource:
 
     @property
     def unknown(self) -> float:
-        """Share of the tokens that the vocabulary does not know: much of it means a wrong one."""
+        """Returns the share of unknown tokens; a large one means the wrong vocabulary."""
         both = (self._source.flat, self._target.flat)
         return float(np.mean(np.concatenate(both) == UNK))
 
@@ -149,12 +149,12 @@ class TextSource:
         return f"{len(self)} pairs of lengths {lengths:08x} and words {words:08x}"
 
     def members(self) -> tuple[np.ndarray, ...]:
-        """The numbers of the pairs in each bucket, in order."""
+        """Returns the numbers of the pairs in each bucket, in order."""
         bucket = np.searchsorted(self.edges, self.lengths)
         return tuple(np.flatnonzero(bucket == i).astype(np.int32) for i in range(len(self.edges)))
 
     def batch(self, index: np.ndarray, length: int) -> Batch:
-        """The pairs ``index [b]``, padded to ``length``."""
+        """Returns the pairs ``index [b]``, padded to ``length``."""
         target = self._target.padded(index, length)
         before = np.full((len(index), 1), EOS, np.int32)  # fairseq's decoder starts with EOS
         shifted = np.concatenate([before, target[:, :-1]], axis=1)
@@ -169,7 +169,7 @@ class TextSource:
 
 
 def open_train(options: schema.Text, tokenizers: Tokenizers | None = None) -> TextSource:
-    """The training split. Makes the tokenizers from it unless they are given (from a workdir).
+    """Returns the training split. Trains tokenizers on it unless they are given (a workdir's).
 
     Raises ValueError for data that is missing, damaged, or too little for the vocabulary.
     """
@@ -184,7 +184,7 @@ def open_train(options: schema.Text, tokenizers: Tokenizers | None = None) -> Te
 def open_eval(
     options: schema.Text, split: str, tokenizers: Tokenizers, edges: tuple[int, ...] = ()
 ) -> TextSource:
-    """A split to evaluate, with the vocabulary of training; no pair is too long.
+    """Returns a split to evaluate, with the vocabulary of training; no pair is too long.
 
     ``edges``: the lengths of training, if it was opened; else the split gets lengths of its own.
     """
@@ -208,7 +208,7 @@ def train_batches(
     shard: tuple[int, int] = (0, 1),
     threads: int = 2,
 ) -> Iterator[Batch]:
-    """Batches ``start`` to ``stop - 1``, this host's rows of each.
+    """Yields batches ``start`` to ``stop - 1``, this host's rows of each.
 
     ``tokens``: the budget of the global batch, of the longer side, padding included. Batch n is a
     function of (seed, n): hosts and threads change nothing. Raises ValueError at once for a budget
@@ -240,7 +240,7 @@ def eval_batches(
     shard: tuple[int, int] = (0, 1),
     threads: int = 2,
 ) -> Iterator[Batch]:
-    """Every pair once, shortest bucket first, this host's rows of each batch.
+    """Yields every pair once, shortest bucket first, this host's rows of each batch.
 
     The last batch of a bucket is filled up with copies of its last pair under mask 0. A pair's
     own mask is never all 0, because its EOS counts.

@@ -33,20 +33,20 @@ class Tokenizer(Protocol):
     def encode(self, texts: Sequence[str]) -> list[list[int]]: ...
 
     def plain(self, text: str) -> str:
-        """The text without marks of subwords, as `decode` gives it."""
+        """Returns the text without marks of subwords, as `decode` does."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text before the first EOS; padding and BOS do not show."""
+        """Returns the text before the first EOS, without padding and BOS."""
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """Every id as it stands in the vocabulary, special ones too."""
+        """Returns every id's entry in the vocabulary, special ids too."""
 
     def dump(self) -> bytes:
-        """The contents of the file that makes it again."""
+        """Returns the contents of the file that restores the tokenizer."""
 
 
 def content(ids: Iterable[int]) -> list[int]:
-    """The ids before the first EOS that are not padding or BOS."""
+    """Returns the ids before the first EOS that are not padding or BOS."""
     found = []
     for i in map(int, ids):
         if i == EOS:
@@ -60,7 +60,7 @@ def content(ids: Iterable[int]) -> list[int]:
 
 
 class SentencePiece:
-    """A SentencePiece model. Text comes back as it was, but for blanks that follow blanks."""
+    """A SentencePiece model. Decoding restores the text, except repeated blanks."""
 
     tokenized = False
 
@@ -95,7 +95,7 @@ class SentencePiece:
 
 
 def train_sentencepiece(texts: Sequence[str], vocab: int, kind: str) -> SentencePiece:
-    """A vocabulary of ``vocab`` ids (kind ``"bpe"`` or ``"unigram"``), the same in every process.
+    """Trains a vocabulary of ``vocab`` ids (``"bpe"`` or ``"unigram"``), deterministic.
 
     Nothing is normalised, and characters that were never seen become bytes: every text can be
     encoded, and comes back, but for U+2581, SentencePiece's own sign of a blank.
@@ -229,7 +229,7 @@ FORMATS: dict[str, Callable[[bytes], Tokenizer]] = {
 
 
 def save(tokenizers: Tokenizers, directory: str | pathlib.Path) -> None:
-    """Writes both to ``directory``, each file in one rename: a killed run leaves no half of one."""
+    """Writes both to ``directory``, each file in one rename, so that no partial file is left."""
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     kind = "sentencepiece" if isinstance(tokenizers.source, SentencePiece) else "dict"

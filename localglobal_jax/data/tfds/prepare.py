@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts a data set on disk through TFDS, always as array_record, and checks what is there.
+"""Prepares data sets through TFDS as array_record, and verifies them.
 
 Killed at any moment, an attempt leaves at most directories named ``incomplete.*``; the next one
 removes them. TFDS renames a finished directory into place, so a version is there whole or not at
@@ -60,7 +60,7 @@ def _config(builder: tfds.core.DatasetBuilder) -> str:
 
 
 def verify(builder: tfds.core.DatasetBuilder) -> dict[str, int]:
-    """Split -> number of records, after counting them in every file. Raises ValueError."""
+    """Returns split -> records, counted in every file. Raises ValueError for damaged files."""
     if not records.is_prepared(builder):
         raise ValueError(records.missing(builder))
     return {split: len(records.Records(builder, split)) for split in builder.info.splits}
@@ -68,7 +68,7 @@ def verify(builder: tfds.core.DatasetBuilder) -> dict[str, int]:
 
 @contextlib.contextmanager
 def _alone(directory: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Locks ``directory``, removes what killed attempts left, and lends a directory for downloads.
+    """Context manager that locks ``directory``, sweeps it, and yields a directory for downloads.
 
     The lock is one of the kernel's, so it ends with its process, however that ends.
     """
@@ -95,7 +95,7 @@ def _alone(directory: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def _lock(handle: int, directory: pathlib.Path) -> bool:
-    """Waits for the lock; False where the file system has none."""
+    """Waits for the lock; returns False where the file system has none."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -108,7 +108,7 @@ def _lock(handle: int, directory: pathlib.Path) -> bool:
 
 
 def _sweep(directory: pathlib.Path) -> None:
-    """Removes what killed attempts left. Only under the lock: a live attempt looks the same."""
+    """Removes files of killed attempts. Needs the lock: a live attempt looks the same."""
     for leftover in list(directory.rglob(f"{INCOMPLETE}*")):
         log.info("removing what a killed attempt left: %s", leftover)
         if leftover.is_dir():
@@ -125,7 +125,7 @@ def _refuse_remains(directory: pathlib.Path) -> None:
 def _make(
     builder: tfds.core.DatasetBuilder, root: str, source: str | None, staging: pathlib.Path
 ) -> None:
-    """Writes the data set. What TFDS prints goes to stderr: stdout may be somebody's JSON.
+    """Writes the data set. TFDS's output goes to stderr, because stdout may be JSON.
 
     Of ours it prints only sizes that it does not know.
     """
@@ -177,7 +177,7 @@ def from_tfrecord(directory: str, data_dir: str | None = None) -> dict[str, int]
     root = pathlib.Path(records.data_root(data_dir))
     target = root.joinpath(*builder.info.full_name.split("/"))
     if target.resolve() == origin:
-        raise ValueError(f"the twin of {origin} needs another data directory than its own")
+        raise ValueError(f"the twin of {origin} needs another data directory: give another --dir")
     with _alone(root / builder.name):
         if not (target / INFO).exists():
             _refuse_remains(target)
@@ -186,7 +186,7 @@ def from_tfrecord(directory: str, data_dir: str | None = None) -> dict[str, int]
 
 
 def _convert(builder: tfds.core.DatasetBuilder, origin: pathlib.Path, target: pathlib.Path) -> None:
-    """Shard by shard into a temporary directory beside ``target``, then one rename."""
+    """Writes shard by shard into a temporary directory beside ``target``, then renames it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=INCOMPLETE, dir=target.parent) as scratch:
         made = pathlib.Path(scratch, target.name)

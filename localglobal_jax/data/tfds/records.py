@@ -39,19 +39,19 @@ class BadRecord(ValueError):
 
 
 def data_root(directory: str | None) -> str:
-    """The TFDS data directory: as given, else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    """Returns the TFDS directory: as given, else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     root = os.path.expanduser(directory or default)
     if "://" in root or "\0" in root or root.startswith("~"):
         raise ValueError(
-            f"the data directory {root!r} (data.dir, or $TFDS_DATA_DIR) is no local directory: "
+            f"the data directory {root!r} (data.dir, or $TFDS_DATA_DIR) is not a local directory: "
             "give a path on this machine, or mount the store"
         )
     return os.path.abspath(root)
 
 
 def find_builder(name: str, data_dir: str | None = None) -> tfds.core.DatasetBuilder:
-    """The TFDS builder of ``name`` (``name[/config][:version]``), prepared or not.
+    """Returns the TFDS builder of ``name`` (``name[/config][:version]``), prepared or not.
 
     Raises ValueError for a name, config or version that does not exist, and for a description on
     disk that is damaged, or names code that is not TFDS's own.
@@ -59,7 +59,7 @@ def find_builder(name: str, data_dir: str | None = None) -> tfds.core.DatasetBui
     root = data_root(data_dir)
     if not (parts := NAME.fullmatch(name)):  # TFDS reads addresses and options into such names
         raise ValueError(
-            f"{name!r} is no name of a TFDS data set: want NAME, NAME/CONFIG, NAME:VERSION or "
+            f"{name!r} is not a name of a TFDS data set: want NAME, NAME/CONFIG, NAME:VERSION or "
             "NAME/CONFIG:VERSION"
         )
     try:
@@ -86,12 +86,12 @@ def _unknown(name: str) -> str:
 
 
 def is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
-    """TFDS writes the directory in one rename, so its description being there is proof."""
+    """Returns whether it is prepared: TFDS writes the whole directory in one rename."""
     return (builder.data_path / INFO).exists()
 
 
 def missing(builder: tfds.core.DatasetBuilder) -> str:
-    """The message for a data set that is not prepared: where it was looked for, what to run."""
+    """Returns the message for a data set that is not prepared: where it was sought, what to run."""
     name = _asked_name(builder)
     root = builder.data_path.parents[len(name.split("/"))]
     where = "" if str(root) == data_root(None) else f" --dir {root}"
@@ -159,14 +159,14 @@ class Records:
         return len(self._raw)
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        """Feature name -> value: bytes, a number, a list of either. Raises `BadRecord`."""
+        """Returns feature name -> bytes, a number or a list of either. Raises `BadRecord`."""
         try:
             return _parse(self._raw[index])
         except (RuntimeError, DecodeError) as error:
             raise self.bad(index, error) from error
 
     def block(self, indices: Sequence[int]) -> list[Mapping[str, Any] | BadRecord]:
-        """Many records at once, far cheaper than one by one; a bad one is returned, not raised."""
+        """Returns many records at once, far cheaper than singly; a bad one as its error."""
         if self._files:  # mock data can only be had one by one
             with contextlib.suppress(RuntimeError, DecodeError):
                 return [_parse(raw) for raw in self._raw.__getitems__(list(indices))]
@@ -179,7 +179,7 @@ class Records:
             return error
 
     def bad(self, index: int, why: Any) -> BadRecord:
-        """The error that names record ``index`` of this split, and its place in its file."""
+        """Returns the error that names record ``index`` of this split and its place in the file."""
         at = f"record {index} of {self.info.full_name} {self.split}"
         if self._files:
             number = bisect.bisect_right(self._ends, index) - 1

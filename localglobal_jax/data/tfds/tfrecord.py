@@ -16,7 +16,7 @@ FOOTER = struct.Struct("<I")
 
 
 def masked_crc(data: bytes) -> int:
-    """CRC-32C, rotated and shifted: the CRC of data that holds CRCs would be a weak one."""
+    """Returns TFRecord's masked CRC-32C: rotated and shifted, since a CRC of CRCs is weak."""
     crc = google_crc32c.value(data)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 

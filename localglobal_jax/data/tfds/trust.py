@@ -20,7 +20,7 @@ PLAIN = re.compile(r"\w[\w.+@-]*")  # a name that is one folder or file, and no 
 
 @contextlib.contextmanager
 def trusted(folder: pathlib.Path) -> Iterator[None]:
-    """Around what lets TFDS read the descriptions in `folder` (of a version, a config or a set).
+    """Context manager that checks the descriptions in `folder` before TFDS reads them.
 
     Whatever damage makes TFDS raise becomes a ValueError that names the folder.
     """
@@ -43,7 +43,7 @@ def trusted(folder: pathlib.Path) -> Iterator[None]:
 
 
 def open_directory(folder: pathlib.Path) -> tfds.core.DatasetBuilder:
-    """The builder of a version's folder. Raises ValueError for one that cannot be trusted."""
+    """Returns the builder of a version's folder. Raises ValueError for an unsafe one."""
     with trusted(folder):
         builder = tfds.builder_from_directory(str(folder))
         splits = list(builder.info.splits)
@@ -80,7 +80,7 @@ def _refuse_foreign_code(path: pathlib.Path) -> None:
 
 
 def _foreign(tree: Any) -> set[str]:
-    """The names of classes in a tree of JSON that are not of TFDS."""
+    """Returns the names of classes in a JSON tree that are not TFDS's."""
     if isinstance(tree, list):
         return set().union(*map(_foreign, tree))
     if not isinstance(tree, dict):

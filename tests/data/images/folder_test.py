@@ -74,10 +74,10 @@ def test_splits_that_are_folders(tmp_path, second):
         **{"train": 2, "train/a": 1, "train/b": 1},
         **{"validation": 1, "validation/a": 1, "validation/b": 0},
     }
-    with pytest.raises(ValueError, match=r"no picture of .* is in the split test"):
+    with pytest.raises(ValueError, match="split test"):
         folder.pictures(str(tmp_path), "test")
     write(tmp_path / second / "c" / "4.png")
-    with pytest.raises(ValueError, match=r"no such class, but a, b"):
+    with pytest.raises(ValueError, match="a, b"):
         folder.pictures(str(tmp_path), "validation")
 
 

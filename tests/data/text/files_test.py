@@ -59,7 +59,7 @@ def test_other_encodings_are_named(tmp_path, data, message):
 
 
 def test_missing_files(tmp_path):
-    with pytest.raises(ValueError, match=r"cannot read .*nowhere: No such file"):
+    with pytest.raises(ValueError, match="nowhere"):
         read_lines(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="Is a directory"):
         read_lines(tmp_path)
@@ -96,18 +96,18 @@ def test_files_per_split(tmp_path):
         put(tmp_path / f"{split}.en", f"{split} one\n")
     files = (str(tmp_path / "{split}.de"), str(tmp_path / "{split}.en"))
     assert read_pairs(files, "dev") == (["dev eins"], ["dev one"])
-    with pytest.raises(ValueError, match=r"cannot read .*test.de"):
+    with pytest.raises(ValueError, match=r"test\.de"):
         read_pairs(files, "test")
-    with pytest.raises(ValueError, match="either both"):
+    with pytest.raises(ValueError, match=r"data\.files"):
         read_pairs((files[0], str(tmp_path / "train.en")), "train")
 
 
 def test_files_that_do_not_fit(tmp_path):
     a, b = put(tmp_path / "a", "1\n2\n3\n"), put(tmp_path / "b", "1\n2")
-    with pytest.raises(ValueError, match=r"a has 3 lines, .*b has 2"):
+    with pytest.raises(ValueError, match=r"a .*3 .*b .*2"):
         read_pairs((a, b), "train")
     with pytest.raises(ValueError, match=r'unknown split.*"tset"; did you mean "test"'):
         read_pairs((a, a), "tset")
     tsv = put(tmp_path / "t.tsv", "a\tb\nc\nd\te\n")
-    with pytest.raises(ValueError, match=r"line 2 of .*t.tsv has 1 columns: want two"):
+    with pytest.raises(ValueError, match=r"line 2 of .*t\.tsv"):
         read_pairs((tsv,), "train")

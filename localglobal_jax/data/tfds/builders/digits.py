@@ -18,7 +18,7 @@ EVERY = 5  # each fifth image is a test image
 
 
 def split_indices(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Seeded, stratified split: ``(train, test)`` indices into ``labels [n]``.
+    """Returns a seeded, stratified split: ``(train, test)`` indices into ``labels [n]``.
 
     Shuffled, then ordered by class, then every fifth: no class gets more than one image beyond
     its fair share, and the total is exact.

@@ -30,7 +30,7 @@ LARGEST = 16 + 28 * 28 * COUNTS["train"]  # bytes of a file
 
 
 def packages(config: str = "") -> list[str]:
-    """The package of Debian and Ubuntu that holds the files."""
+    """Returns the Debian and Ubuntu package of the files."""
     del config  # there is one
     return ["dataset-fashion-mnist"]
 
@@ -38,7 +38,7 @@ def packages(config: str = "") -> list[str]:
 def locate(
     directory: str | pathlib.Path, config: str = ""
 ) -> dict[str, tuple[pathlib.Path, pathlib.Path]]:
-    """The four IDX files (gzipped or not) in ``directory``: split -> (images, labels)."""
+    """Returns the four IDX files (gzipped or not) in ``directory``: split -> (images, labels)."""
     del config
     found, missing = {}, []
     for split, stems in FILES.items():
@@ -55,7 +55,7 @@ def locate(
 
 
 def read_idx(path: pathlib.Path, count: int) -> np.ndarray:
-    """An IDX file of bytes (gzipped or not) as ``uint8 [count, ...]``.
+    """Returns an IDX file of bytes (gzipped or not) as ``uint8 [count, ...]``.
 
     The format (LeCun's MNIST page): two zero bytes, a type code (8: unsigned byte), the number of
     dimensions, then each dimension as a big-endian 32-bit integer, then the values.

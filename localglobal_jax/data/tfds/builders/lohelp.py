@@ -45,12 +45,12 @@ class Pair(NamedTuple):
 
 
 def packages(config: str) -> list[str]:
-    """The Debian packages that hold both languages of a pair such as ``en-de``."""
+    """Returns the Debian packages of both languages of a pair such as ``en-de``."""
     return [f"libreoffice-help-{FOLDERS[language].lower()}" for language in config.split("-")]
 
 
 def locate(directory: str | pathlib.PurePath, config: str) -> list[pathlib.Path]:
-    """The folders of pages of both languages of a pair such as ``en-de`` below ``directory``."""
+    """Returns the folders of both languages' pages of a pair such as ``en-de``."""
     found = [pathlib.Path(directory, FOLDERS[language], "text") for language in config.split("-")]
     if missing := [str(path) for path in found if not any(path.rglob("*.html"))]:
         raise ValueError(
@@ -130,7 +130,7 @@ class Page(html.parser.HTMLParser):
 
 
 def paragraphs(path: pathlib.Path) -> dict[str, list[str]]:
-    """Id -> the texts that bear it (a page may quote a paragraph twice), in order."""
+    """Returns id -> its texts (a page may quote a paragraph twice), in order."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -145,7 +145,7 @@ def paragraphs(path: pathlib.Path) -> dict[str, list[str]]:
 
 
 def align(sources: pathlib.Path, targets: pathlib.Path) -> Iterator[Pair]:
-    """All paragraphs that a page has equally often in both languages."""
+    """Returns all paragraphs that a page has equally often in both languages."""
     for path in sorted(sources.rglob("*.html")):
         page = path.relative_to(sources)
         if not (targets / page).is_file():
@@ -158,7 +158,7 @@ def align(sources: pathlib.Path, targets: pathlib.Path) -> Iterator[Pair]:
 
 
 def clean(pairs: Iterable[Pair]) -> tuple[list[Pair], dict[str, int]]:
-    """Pairs worth learning from, and how many were there, left out (by reason) and kept."""
+    """Returns the usable pairs, and the numbers read, left out (by reason) and kept."""
     counts: collections.Counter[str] = collections.Counter()
     seen: set[str] = set()
     kept = []
@@ -196,7 +196,7 @@ def _letters(text: str) -> float:
 
 
 def split_of(page: str) -> str:
-    """The split of a page: a function of its name alone."""
+    """Returns the split of a page: a function of its name alone."""
     number = int.from_bytes(hashlib.sha256(page.encode()).digest()[:8], "big") % EVERY
     return {0: "test", 1: "validation"}.get(number, "train")
 
