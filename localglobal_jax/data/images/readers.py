@@ -118,6 +118,8 @@ class RecordReader:
     def decode(self, record: Any) -> tuple[np.ndarray, int]:
         image = record[self._image]
         if not isinstance(image, np.ndarray):  # TFDS's mock data comes decoded
+            if not isinstance(image, bytes):
+                raise TypeError(f"its image is of type {type(image).__name__}, want bytes")
             image = decode(image, self.channels)
         if self.shape and image.shape[:2] != self.shape:
             raise ValueError(f"the image is {image.shape[:2]}, all should be {self.shape}")
