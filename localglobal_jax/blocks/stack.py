@@ -102,6 +102,8 @@ def _scan(
 
     def body(x: Array, own: tuple[PyTree, Array, Any, Any]) -> tuple[Array, Any]:
         variables, rate, given, key = own
+        if forms.gather:
+            variables = {**variables, **forms.gather({"params": variables["params"]})}
         changes: dict[str, Any] = {"drop_path": rate} if any(rates) else {}
         block = first.clone(parent=None, name=None, **changes)
         rngs = {} if key is None else {"dropout": key}

@@ -111,7 +111,8 @@ class CoAtNet(nn.Module):
         intermediates = {"stem": x}
         rates = layouts.drop_path_rates(stages, self.drop_path)
         for i, (stage, rate) in enumerate(zip(stages, rates, strict=True), start=1):
-            x = layouts.BlockStage(stage, self.blocks, rate, self.dtype, name=f"stage{i}")(
+            options = tuple(self.blocks.get(letter, {}) for letter in stage.letters)
+            x = layouts.BlockStage(stage, options, rate, self.dtype, name=f"stage{i}")(
                 x, train=train
             )
             intermediates[f"stage{i}"] = x

@@ -162,13 +162,13 @@ class FocalTransformer(nn.Module):
         intermediates = {"stem": x}
         rates = layouts.drop_path_rates(stages, self.drop_path)
         for i, stage in enumerate(stages):
-            x = FocalStage(
+            letters = enumerate(stage.letters)
+            x = layouts.BlockStage(
                 stage,
-                tuple(self.block_options(i, j) for j in range(len(stage.letters))),
+                tuple(self.block_options(i, j)[letter] for j, letter in letters),
                 rates[i],
-                conv_embed=self.conv_embed,
-                pre_norm=self.pre_norm,
-                dtype=self.dtype,
+                self.dtype,
+                self._downsample(stage.width) if i else None,
                 name=f"stage{i + 1}",
             )(x, train=train)
             intermediates[f"stage{i + 1}"] = x
@@ -177,6 +177,13 @@ class FocalTransformer(nn.Module):
             self.classes, norm="layer", norm_first=True, norm_eps=1e-5, dtype=wide.name, name="head"
         )(x.astype(wide), train=train)
         return logits, {**intermediates, "features": features}
+
+    def _downsample(self, width: int) -> PatchEmbed:
+        """The convolution before a stage; the stage adopts it under its own name "downsample"."""
+        convolution = (3, 2, 1) if self.conv_embed else (2, 2, 0)
+        return PatchEmbed(
+            width, *convolution, pre_norm=self.pre_norm, dtype=self.dtype, parent=None
+        )
 
     def _check(self, size: tuple[int, int]) -> None:
         """Raises ValueError for fields that disagree, and for images too small for the stages."""
@@ -203,39 +210,3 @@ class FocalTransformer(nn.Module):
 def _known(letter: str, options: Mapping[str, Any]) -> dict[str, Any]:
     fields = {field.name for field in dataclasses.fields(BLOCKS[letter])}
     return {name: value for name, value in options.items() if name in fields}
-
-
-class FocalStage(nn.Module):
-    """One stage: a strided convolution where it is not the first, then its blocks.
-
-    `options` are per block and letter; the other fields are those of `FocalTransformer`.
-    """
-
-    stage: layouts.Stage
-    options: tuple[Mapping[str, Mapping[str, Any]], ...]
-    drop_path: tuple[float, ...]
-    conv_embed: bool = False
-    pre_norm: bool = False
-    dtype: str = "float32"
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "b h w d"], *, train: bool = False
-    ) -> Float[Array, "b i j e"]:
-        if self.stage.stride > 1:
-            x = PatchEmbed(
-                self.stage.width,
-                *((3, 2, 1) if self.conv_embed else (2, 2, 0)),
-                pre_norm=self.pre_norm,
-                dtype=self.dtype,
-                name="downsample",
-            )(x, train=train)
-        for i, letter in enumerate(self.stage.letters):
-            x = BLOCKS[letter](
-                features=self.stage.width,
-                drop_path=self.drop_path[i],
-                dtype=self.dtype,
-                name=f"block{i + 1}",
-                **self.options[i][letter],
-            )(x, train=train)
-        return x

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from localglobal_jax.blocks.layers import MLP, Norm, make_norm
+from localglobal_jax.blocks.stack import apply_blocks
 from localglobal_jax.operators import grids
 from localglobal_jax.operators.attention import attend
 from localglobal_jax.operators.dense import Dense, DenseGeneral
@@ -119,15 +120,23 @@ class ClassAttentionHead(nn.Module):
         if self.blocks:
             token = self.param("class_token", nn.initializers.normal(0.02), (d,))
             token = jnp.broadcast_to(token.astype(x.dtype), (b, 1, d))
-            for i in range(self.blocks):
-                token = ClassBlock(
+            blocks = [
+                ClassBlock(
                     self.heads,
                     self.expansion,
                     self.qkv_bias,
                     self.norm_eps,
                     self.dtype,
                     name=f"block{i + 1}",
-                )(token, x, train=train)
+                )
+                for i in range(self.blocks)
+            ]
+
+            def call(block: nn.Module, token: Array, own: None) -> Array:
+                del own
+                return block(token, x, train=train)
+
+            token = apply_blocks(self, blocks, token, call, [None] * self.blocks)[-1]
             x = jnp.concatenate([token, x], axis=1)
         # The logits are float32 at least, whatever the blocks compute in.
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))

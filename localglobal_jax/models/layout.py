@@ -80,25 +80,35 @@ def drop_path_rates(stages: Sequence[Stage], rate: float) -> list[tuple[float, .
 
 
 class BlockStage(nn.Module):
-    """One stage: its blocks in sequence, the first of which may change width and resolution."""
+    """One stage: its blocks in sequence, the first of which may change width and resolution.
+
+    Attributes:
+      options: fields per block, one mapping for each letter of the stage.
+      drop_path: stochastic depth per block.
+      downsample: module that takes the stride and the change of width away from the first block.
+    """
 
     stage: Stage
-    options: Options
+    options: tuple[Mapping[str, Any], ...]
     drop_path: tuple[float, ...]
     dtype: str = "float32"
+    downsample: nn.Module | None = None
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "b h w d"], *, train: bool = False
     ) -> Float[Array, "b i j e"]:
+        stride = self.stage.stride
+        if self.downsample is not None:
+            x, stride = self.downsample(x, train=train), 1
         blocks = [
             BLOCKS[letter](
                 features=self.stage.width,
-                stride=self.stage.stride if i == 0 else 1,
+                stride=stride if i == 0 else 1,
                 drop_path=self.drop_path[i],
                 dtype=self.dtype,
                 name=f"block{i + 1}",
-                **self.options.get(letter, {}),
+                **self.options[i],
             )
             for i, letter in enumerate(self.stage.letters)
         ]

@@ -149,9 +149,10 @@ class VOLO(nn.Module):
             # The authors give outlookers no stochastic depth, yet count them in its schedule.
             letters = zip(stage.letters, rate, strict=True)
             rate_here = tuple(0.0 if letter == "O" else r for letter, r in letters)
+            options = self._options(stage, *per_stage[i - 1])
             x = layouts.BlockStage(
                 dataclasses.replace(stage, stride=1),
-                self._options(stage, *per_stage[i - 1]),
+                tuple(options.get(letter, {}) for letter in stage.letters),
                 rate_here,
                 self.dtype,
                 name=f"stage{i}",

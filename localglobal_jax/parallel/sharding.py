@@ -17,8 +17,9 @@ SMALL = 2**14  # elements: splitting less than this costs more messages than it 
 # End of a parameter's path -> the axis that "model" splits: the way out of a product, then the way
 # in of the next, so that only its result has to be summed over devices.
 TENSOR_RULES = (
-    (r"/(qkv|query|key_value)/(kernel|bias)", -2),  # heads
-    (r"/attention/output/kernel", -2),
+    (r"/(qkv|query|key_value|outlook/value)/(kernel|bias)", -2),  # heads
+    (r"/outlook/weights/(kernel|bias)", -3),
+    (r"/(attention|cross|outlook)/output/kernel", -2),
     (r"/(hidden|expand)/(kernel|bias)", -1),
     (r"/depthwise/kernel", -1),
     (r"/(mlp/output|pointwise|project)/kernel", -2),

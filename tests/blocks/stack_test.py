@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Unrolled, remat, scan, plain: the same numbers, the same tree (more: `strategies_test.py`)."""
+"""Unrolled, remat, scan, plain, over all four families: the same step, and another program.
+
+Strategies on eight devices: `tests/parallel/strategies_test.py`.
+"""
 
 import functools
 import pathlib
@@ -10,6 +13,7 @@ import numpy as np
 import pytest
 
 from localglobal_jax.config import loading, schema, validation
+from localglobal_jax.parallel import context
 from localglobal_jax.parallel import placement as parallel
 from localglobal_jax.training import optim
 from localglobal_jax.training.step import init_state, make_update
@@ -20,6 +24,30 @@ RUNS = {
     "coatnet": (
         "coatnet_digits.py:size=tiny,data=mock",
         {"model.depths": "(3, 3)", "model.drop_path": "0.0"},
+    ),
+    "volo": (
+        "volo_imagenet.py:size=tiny,data=mock",
+        {
+            "model.layout": "OS",
+            "model.depths": "(3, 2)",
+            "model.widths": "(24, 48)",
+            "model.strides": "(1, 2)",
+            "model.heads": "(2, 4)",
+            "model.drop_path": "0.0",
+        },
+    ),
+    "focal": (
+        "focal_imagenet.py:size=tiny,data=mock",
+        {
+            "model.layout": "FF",
+            "model.depths": "(2, 3)",
+            "model.widths": "(16, 32)",
+            "model.heads": "(2, 2)",
+            "model.expand": "(2, 2)",
+            "model.levels": "(2, 2)",
+            "model.focal_windows": "(3, 1)",
+            "model.drop_path": "0.0",
+        },
     ),
     "muse": (
         "muse_wmt14.py:size=tiny,data=mock",
@@ -33,6 +61,20 @@ RUNS = {
         },
     ),
 }
+BLOCKS = {  # every block of the models above: module paths, in the order of the computation
+    "coatnet": [f"stage{i}/block{j}" for i in (1, 2) for j in (1, 2, 3)],
+    "volo": [
+        *(f"stage1/block{j}" for j in (1, 2, 3)),
+        *(f"stage2/block{j}" for j in (1, 2)),
+        *(f"head/block{j}" for j in (1, 2)),
+    ],
+    "focal": [
+        *(f"stage1/block{j}" for j in (1, 2)),
+        *(f"stage2/block{j}" for j in (1, 2, 3)),
+    ],
+    "muse": [f"{stack}/layer{j}" for stack in ("encoder", "decoder") for j in (1, 2)],
+}
+COMPILED = {"coatnet": 3, "volo": 3, "focal": 2, "muse": 2}  # blocks that are left with scan
 FORMS = {
     "unrolled": {},
     "remat": {"remat": "blocks"},
@@ -42,20 +84,27 @@ FORMS = {
 
 
 @functools.cache
-def step_of(model, form, drop=False):
-    """(compiled step, its state after one batch, metrics), on both devices."""
+def task_of(model, drop=False):
+    """(task, run, state); the state on the host, since steps take the one that they are given."""
     config, overrides = RUNS[model]
-    rate = {"coatnet": "model.drop_path", "muse": "model.dropout"}[model]
+    rate = "model.dropout" if model == "muse" else "model.drop_path"
     overrides = {**overrides, "optim.accumulate": "1", **({rate: "0.3"} if drop else {})}
     run = validation.check(loading.load(str(CONFIGS / config), overrides))
     task = create_task(run)
     optimizer = optim.make_optimizer(run.optim, run.steps)
-    placement = parallel.Partitioner(schema.Parallel(**FORMS[form]))
-    state = jax.jit(lambda: init_state(task, optimizer, run))()
-    batch = placement.train_batch(next(task.train_batches(0, 1)))
-    step = placement.compile_step(make_update(task, optimizer, run), jax.eval_shape(lambda: state))
-    compiled = step.lower(placement.put(state), batch).compile()
-    return compiled, *compiled(placement.put(state), batch)
+    return task, run, jax.device_get(jax.jit(lambda: init_state(task, optimizer, run))())
+
+
+@functools.cache
+def step_of(model, form):
+    """(lowered step, its state after one batch, metrics), on both devices."""
+    task, run, state = task_of(model)
+    optimizer = optim.make_optimizer(run.optim, run.steps)
+    partitioner = parallel.Partitioner(schema.Parallel(**FORMS[form]))
+    batch = partitioner.train_batch(next(task.train_batches(0, 1)))
+    step = partitioner.compile_step(make_update(task, optimizer, run), state)
+    lowered = step.lower(partitioner.put(state), batch)
+    return lowered.as_text(), *lowered.compile()(partitioner.put(state), batch)
 
 
 @pytest.mark.parametrize("form", list(FORMS)[1:])
@@ -78,13 +127,56 @@ def test_the_same_step(model, form):
 
 
 @pytest.mark.parametrize("model", RUNS)
+def test_remat_computes_every_block_again(model):
+    """JAX puts one barrier before what the backward pass computes again of one block."""
+    unrolled, remat = (step_of(model, form)[0] for form in ("unrolled", "remat"))
+    barriers = [text.count("stablehlo.optimization_barrier") for text in (unrolled, remat)]
+    assert barriers[1] - barriers[0] == len(BLOCKS[model])
+
+
+@pytest.mark.parametrize("model", RUNS)
 def test_scan_is_one_program_for_equal_blocks(model):
-    unrolled, scanned = (step_of(model, form)[0].as_text() for form in ("unrolled", "scan"))
-    assert scanned.count(" dot(") < unrolled.count(" dot(")
+    unrolled, scanned = (step_of(model, form)[0] for form in ("unrolled", "scan"))
+    assert scanned.count("stablehlo.dot_general") < unrolled.count("stablehlo.dot_general")
 
 
-def test_scan_draws_other_blocks_to_drop_in_every_block():
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("model", RUNS)
+def test_every_block_gathers_its_parameters_and_constrains_its_activations(model, scan):
+    task, _, state = task_of(model)
+    gathered, edges = [], []
+
+    def gather(params):
+        gathered.append(jax.tree.map(jnp.shape, params["params"]))
+        return params
+
+    def edge(x):
+        edges.append(x.shape)
+        return x
+
+    batch = next(task.train_batches(0, 1))
+    forms = context.StackOptions(scan=scan, gather=gather)
+    with context.tracing(edge=edge, forms=forms):
+        jax.eval_shape(lambda v, b: task.loss(v, b, jax.random.key(0)), state.variables, batch)
+    shapes = jax.tree.map(jnp.shape, state.variables["params"])
+    blocks = [functools.reduce(dict.__getitem__, p.split("/"), shapes) for p in BLOCKS[model]]
+    if scan:
+        assert all(block in gathered for block in blocks)
+        assert (len(gathered), len(edges)) == (COMPILED[model], 2 * COMPILED[model])
+    else:
+        assert gathered == blocks
+        assert len(edges) == 2 * len(blocks)
+
+
+@pytest.mark.parametrize("model", RUNS)
+def test_scan_draws_other_blocks_to_drop_in_every_block(model):
     """The rates differ from block to block inside one loop; the loss stays a loss."""
-    loss, weight = step_of("coatnet", "scan", drop=True)[2].metrics["loss"]
-    same, _ = step_of("coatnet", "unrolled")[2].metrics["loss"]
+
+    def loss_of(drop):
+        task, _, state = task_of(model, drop)
+        batch = next(task.train_batches(0, 1))
+        with context.tracing(forms=context.StackOptions(scan=True)):
+            return jax.jit(task.loss)(state.variables, batch, jax.random.key(0)).metrics["loss"]
+
+    (loss, weight), (same, _) = loss_of(True), loss_of(False)
     assert np.isfinite(loss) and weight > 0 and not np.isclose(loss, same, rtol=1e-6)
