@@ -16,7 +16,7 @@ from localglobal_jax.checkpoints.workdir import is_remote
 from localglobal_jax.config import schema, validation, values
 from localglobal_jax.launch import expand, status
 from localglobal_jax.launch.backend import Target
-from localglobal_jax.parallel import placement as parallel
+from localglobal_jax.parallel import placement
 from localglobal_jax.training import optim, step, tasks
 
 
@@ -26,7 +26,7 @@ class Preview:
     def __init__(self, base: schema.Run, target: Target | None = None):
         """`target`: devices and hosts of a run; None: one process with this process's devices."""
         self._base, self._hosts = base, target.hosts if target else 1
-        self._devices = parallel.placeholder_devices(target.devices if target else None)
+        self._devices = placement.placeholder_devices(target.devices if target else None)
         self._known: dict[str, tuple[int, list[str]]] = {}
 
     def row(self, run: expand.Description) -> dict[str, Any]:
@@ -38,8 +38,8 @@ class Preview:
 
     def _row(self, described: expand.Description) -> dict[str, Any]:
         run = described.run
-        placement = parallel.Partitioner(run.parallel, self._devices)
-        step.check_batches(run, placement)
+        partitioner = placement.Partitioner(run.parallel, self._devices)
+        step.check_batches(run, partitioner)
         optim.make_optimizer(run.optim, run.steps)
         parameters, metrics = self._model(run)
         best = (run.checkpoint.best or "").removeprefix("-")
@@ -56,12 +56,12 @@ class Preview:
             "overrides": dict(described.overrides),
             "difference": {k: list(v) for k, v in difference.items()},
             "batch_size": run.batch_size,
-            "per_device": run.batch_size / placement.batch_parts,
+            "per_device": run.batch_size / partitioner.batch_parts,
             "accumulate": run.optim.accumulate,
             "unit": "tokens" if isinstance(run.data, schema.Text) else "images",
             "model": run.model["name"],
             "parameters": parameters,
-            "mesh": dict(placement.mesh.shape),
+            "mesh": dict(partitioner.mesh.shape),
             "strategy": run.parallel.strategy,
             "devices": len(self._devices),
             "hosts": self._hosts,

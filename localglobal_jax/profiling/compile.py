@@ -25,7 +25,7 @@ from jaxtyping import PyTree
 from localglobal_jax.config import schema, validation
 from localglobal_jax.inference import decoding
 from localglobal_jax.models import flops
-from localglobal_jax.parallel import placement as parallel
+from localglobal_jax.parallel import placement
 from localglobal_jax.profiling import abstract_task, topologies
 from localglobal_jax.training import optim
 from localglobal_jax.training.step import State, check_batches, init_state, make_update
@@ -62,19 +62,19 @@ def compile_step(
             "plan compiles with jit: set parallel.compile=jit (pmap keeps everything on every "
             "device, which is strategy=replicate)"
         )
-    placement = parallel.Partitioner(run.parallel, devices_of(topology))
-    check_batches(run, placement)
+    partitioner = placement.Partitioner(run.parallel, devices_of(topology))
+    check_batches(run, partitioner)
     task = abstract_task.create(run)
     optimizer = optim.make_optimizer(run.optim, run.steps)
-    state = placement.template(jax.eval_shape(lambda: init_state(task, optimizer, run)))
+    state = partitioner.template(jax.eval_shape(lambda: init_state(task, optimizer, run)))
     batch, described = abstract_task.batch(run, task, train=step == "train")
     loops = None
     if step == "train":
-        function: Any = placement.compile_step(make_update(task, optimizer, run), state)
+        function: Any = partitioner.compile_step(make_update(task, optimizer, run), state)
         args: tuple[Any, ...] = (state, batch)
     else:
-        function = placement.compile_eval(evaluated(run, task, step))
-        args = (state.average or state.variables, placement.split(batch))
+        function = partitioner.compile_eval(evaluated(run, task, step))
+        args = (state.average or state.variables, partitioner.split(batch))
     if step == "decode":
         loops = decoding.max_length(batch["source"].shape[1])  # of the search, at most
 
@@ -86,11 +86,11 @@ def compile_step(
         "items_name": task.items,
         "rows": next(iter(batch.values())).shape[0],
         "micro_batches": run.optim.accumulate if step == "train" else 1,
-        "mesh": dict(placement.mesh.shape),
+        "mesh": dict(partitioner.mesh.shape),
         "parameters": sum(x.size for x in jax.tree.leaves(state.variables["params"])),
         "parameter_bytes": nbytes(state.variables["params"]),
         "multiply_adds": flops.computed(traced.jaxpr, loops=loops),
-        "arguments": arguments(state, batch, placement, train=step == "train"),
+        "arguments": arguments(state, batch, partitioner, train=step == "train"),
         "parts": sorted(state.variables["params"]),
         "parameter_sizes": parameter_sizes(state.variables["params"]),
         "trace_seconds": time.monotonic() - began,
@@ -143,7 +143,7 @@ def evaluated(run: schema.Run, task: Task, step: str) -> Callable[..., Any]:
 
 
 def arguments(
-    state: State, batch: abstract_task.Shapes, placement: parallel.Partitioner, *, train: bool
+    state: State, batch: abstract_task.Shapes, partitioner: placement.Partitioner, *, train: bool
 ) -> dict[str, int]:
     """Returns the bytes per device of each argument of the step, without the chip's padding."""
     others = {k: v for k, v in state.variables.items() if k != "params"}
@@ -151,7 +151,7 @@ def arguments(
     if train:
         given |= {"optimizer": state.optimizer, "average": state.average}
     sizes = {name: own_bytes(tree) for name, tree in given.items()}
-    return sizes | {"batch": own_bytes(placement.split(batch))}
+    return sizes | {"batch": own_bytes(partitioner.split(batch))}
 
 
 def own_bytes(tree: PyTree) -> int:

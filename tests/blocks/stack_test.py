@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from localglobal_jax.config import loading, schema, validation
-from localglobal_jax.parallel import context
-from localglobal_jax.parallel import placement as parallel
+from localglobal_jax.parallel import context, placement
 from localglobal_jax.training import optim
 from localglobal_jax.training.step import init_state, make_update
 from localglobal_jax.training.tasks import create_task
@@ -100,7 +99,7 @@ def step_of(model, form):
     """(lowered step, its state after one batch, metrics), on both devices."""
     task, run, state = task_of(model)
     optimizer = optim.make_optimizer(run.optim, run.steps)
-    partitioner = parallel.Partitioner(schema.Parallel(**FORMS[form]))
+    partitioner = placement.Partitioner(schema.Parallel(**FORMS[form]))
     batch = partitioner.train_batch(next(task.train_batches(0, 1)))
     step = partitioner.compile_step(make_update(task, optimizer, run), state)
     lowered = step.lower(partitioner.put(state), batch)

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from localglobal_jax.config import schema
-from localglobal_jax.parallel import placement as parallel
+from localglobal_jax.parallel import placement
 
 
 def test_mesh_takes_all_devices():
-    assert dict(parallel.make_mesh().shape) == {"data": 2}
-    assert dict(parallel.make_mesh({"data": -1, "model": 2}).shape) == {"data": 1, "model": 2}
+    assert dict(placement.make_mesh().shape) == {"data": 2}
+    assert dict(placement.make_mesh({"data": -1, "model": 2}).shape) == {"data": 1, "model": 2}
 
 
 @pytest.mark.parametrize(
@@ -19,15 +19,15 @@ def test_mesh_takes_all_devices():
 )
 def test_mesh_that_does_not_fit_is_refused(shape):
     with pytest.raises(ValueError, match=r"parallel\.mesh"):
-        parallel.make_mesh(shape)
+        placement.make_mesh(shape)
 
 
 def test_fsdp_splits_what_is_large_but_no_depthwise_kernel():
     options = schema.Parallel(strategy="fsdp", mesh={"data": 1, "fsdp": 2})
-    placement = parallel.Partitioner(options)
+    partitioner = placement.Partitioner(options)
 
     def spec(path, shape):
-        return tuple(placement.spec(path, shape))
+        return tuple(partitioner.spec(path, shape))
 
     assert spec("variables/params/stage1/block1/expand/kernel", (64, 2048)) == (None, "fsdp")
     assert spec("variables/params/stage1/block1/expand/bias", (2048,)) == (None,)
@@ -37,29 +37,29 @@ def test_fsdp_splits_what_is_large_but_no_depthwise_kernel():
 
 
 def test_batch_must_divide():
-    placement = parallel.Partitioner()
-    placement.check_batch(4)
+    partitioner = placement.Partitioner()
+    partitioner.check_batch(4)
     with pytest.raises(ValueError, match=r"batch_size=5 is not divisible by the 2 .* use 4 or 6"):
-        placement.check_batch(5)
+        partitioner.check_batch(5)
     with pytest.raises(ValueError, match="use 2"):
-        placement.check_batch(1)
+        partitioner.check_batch(1)
 
 
 def test_global_batch_is_split_over_devices():
     batch = {"x": np.arange(8).reshape(4, 2)}
-    x = parallel.Partitioner().global_batch(batch)["x"]
+    x = placement.Partitioner().global_batch(batch)["x"]
     np.testing.assert_array_equal(x, batch["x"])
     assert {s.data.shape for s in x.addressable_shards} == {(2, 2)}
 
 
 def test_the_compilation_cache_is_off_on_cpu_unless_it_is_named(tmp_path):
     try:
-        parallel.use_compilation_cache("auto")
+        placement.use_compilation_cache("auto")
         assert jax.config.jax_compilation_cache_dir is None
-        parallel.use_compilation_cache(str(tmp_path))
+        placement.use_compilation_cache(str(tmp_path))
         assert jax.config.jax_compilation_cache_dir == str(tmp_path)
     finally:
-        parallel.use_compilation_cache(None)
+        placement.use_compilation_cache(None)
 
 
 def test_hosts_that_share_rows_read_the_same_ones():
@@ -70,11 +70,13 @@ def test_hosts_that_share_rows_read_the_same_ones():
             self.process_index = number // 2
 
     def shards(sizes, axes):
-        placement = parallel.Partitioner()
+        partitioner = placement.Partitioner()
         devices = np.array([Device(i) for i in range(np.prod(sizes))]).reshape(sizes)
-        placement.mesh = SimpleNamespace(devices=devices, shape=dict(zip(axes, sizes, strict=True)))
-        placement._batch = tuple(axis for axis in axes if axis != "model")
-        return placement.shard
+        partitioner.mesh = SimpleNamespace(
+            devices=devices, shape=dict(zip(axes, sizes, strict=True))
+        )
+        partitioner._batch = tuple(axis for axis in axes if axis != "model")
+        return partitioner.shard
 
     assert shards((8,), ("data",)) == (0, 4)
     assert shards((2, 4), ("data", "fsdp")) == (0, 4)
