@@ -36,7 +36,7 @@ INSTALL = [
     "sentencepiece>=0.2",
     "shtab>=1.7",  # completion for shells, made from the parser
     "tensorboardX>=2.6.2",
-    "tensorstore>=0.1.80",  # orbax's storage; see orbax_mended.py
+    "tensorstore>=0.1.80",  # orbax's storage; see checkpoints/orbax_patches.py
     "tensorflow-datasets>=4.9.10",
 ]
 TEST = [

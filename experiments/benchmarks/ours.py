@@ -10,7 +10,7 @@ import os
 import sys
 import time
 
-# what `localglobal` sets for itself, see `cli.console`
+# what `localglobal` sets for itself, see `cli.main.console`
 if "GLIBC_TUNABLES" not in os.environ:
     os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
     os.execv(sys.executable, [sys.executable, *sys.argv])

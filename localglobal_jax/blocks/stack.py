@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks one after the other: the same function in three forms, which `parallel.Partitioner` picks.
+"""Consecutive blocks in one of three forms, which `placement.Partitioner` selects.
 
 Unrolled; with `remat` (a block's activations are computed again in the backward pass, so that only
 what goes in is kept, arXiv 1604.06174); with `scan` (equal blocks in a row are compiled once). The
@@ -20,13 +20,13 @@ from jaxtyping import Array, PyTree
 from localglobal_jax.parallel import context
 
 Call = Callable[[nn.Module, Array, Any], Array]
-OWN = ("parent", "name", "drop_path")  # may differ between equal blocks
+MAY_DIFFER = ("parent", "name", "drop_path")  # may differ between equal blocks
 
 
 def apply_blocks(
-    parent: nn.Module, blocks: Sequence[nn.Module], x: Array, call: Call, given: Sequence[Any]
+    parent: nn.Module, blocks: Sequence[nn.Module], x: Array, call: Call, inputs: Sequence[Any]
 ) -> list[Array]:
-    """Returns the output of every block: ``call(block, x, own)``, with `own` from `given`.
+    """Returns the output of every block: ``call(block, x, inputs[i])``.
 
     `blocks` are submodules of `parent`.
     """
@@ -38,7 +38,7 @@ def apply_blocks(
         keys = [_kind(parent, block) for block in blocks]
         runs = [list(run) for _, run in groupby(range(len(blocks)), key=keys.__getitem__)]
     for run in runs:
-        own = [given[i] for i in run]
+        own = [inputs[i] for i in run]
         if len(run) == 1:
             step = _edged(call)
             step = _gathered(step, forms.gather) if forms.gather else step
@@ -62,10 +62,10 @@ def _gathered(call: Call, gather: Callable[[PyTree], PyTree]) -> Call:
 
 
 def _kind(parent: nn.Module, block: nn.Module) -> tuple[Any, ...]:
-    """Equal for blocks that differ in their weights and drop rates alone."""
+    """Returns a key that is equal for blocks that differ only in weights and drop rates."""
     fields = {f.name: getattr(block, f.name) for f in dataclasses.fields(block)}
     shapes = jax.tree.map(jnp.shape, _variables(parent, block))
-    return type(block), {k: v for k, v in fields.items() if k not in OWN}, shapes
+    return type(block), {k: v for k, v in fields.items() if k not in MAY_DIFFER}, shapes
 
 
 def _variables(parent: nn.Module, block: nn.Module) -> dict[str, PyTree]:
@@ -83,7 +83,7 @@ def _scan(
     blocks: Sequence[nn.Module],
     x: Array,
     call: Call,
-    given: Sequence[Any],
+    inputs: Sequence[Any],
     *,
     forms: context.StackOptions,
 ) -> list[Array]:
@@ -100,18 +100,18 @@ def _scan(
         jax.random.split(parent.make_rng("dropout"), count) if parent.has_rng("dropout") else None
     )
 
-    def body(x: Array, own: tuple[PyTree, Array, Any, Any]) -> tuple[Array, Any]:
-        variables, rate, given, key = own
+    def body(x: Array, each: tuple[PyTree, Array, Any, Any]) -> tuple[Array, Any]:
+        variables, rate, own, key = each
         if forms.gather:
             variables = {**variables, **forms.gather({"params": variables["params"]})}
         changes: dict[str, Any] = {"drop_path": rate} if any(rates) else {}
         block = first.clone(parent=None, name=None, **changes)
         rngs = {} if key is None else {"dropout": key}
-        y, new = block.apply(variables, x, given, method=_edged(call), mutable=changing, rngs=rngs)
+        y, new = block.apply(variables, x, own, method=_edged(call), mutable=changing, rngs=rngs)
         return y, (y, new)
 
     step = jax.checkpoint(body, prevent_cse=False) if forms.remat else body
-    xs = (variables, jnp.asarray(rates, jnp.float32), stack(given), keys)
+    xs = (variables, jnp.asarray(rates, jnp.float32), stack(inputs), keys)
     _, (outputs, changed) = jax.lax.scan(step, x, xs)
     for i, block in enumerate(blocks):
         for kind, tree in jax.tree.map(operator.itemgetter(i), changed).items():

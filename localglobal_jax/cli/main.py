@@ -154,7 +154,8 @@ def parser() -> argparse.ArgumentParser:
         prog="localglobal",
         description="Train and use models that join convolution and self-attention.",
         epilog="Exit codes: 0 done, 42 preempted (state saved, start again to resume), "
-        "2 wrong config or input, 3 diverged, 1 anything else. LOCALGLOBAL_DEBUG=1: tracebacks.",
+        "2 wrong config or input, 3 diverged, 130 interrupted, 1 anything else. "
+        "LOCALGLOBAL_DEBUG=1: tracebacks.",
     )
     top.add_argument("--version", action="version", version=f"localglobal_jax {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -176,7 +177,11 @@ def add_completion(top: argparse.ArgumentParser, subs: Iterable[argparse.Argumen
     """Adds ``--print_completion SHELL``: shell code that completes commands, options and files."""
     import shtab
 
-    shtab.add_argument_to(top, "--print_completion", help="for a shell to read, see the README")
+    shtab.add_argument_to(
+        top,
+        "--print_completion",
+        help='shell code for completion: eval "$(localglobal --print_completion bash)"',
+    )
     for sub in subs:
         for action in sub._actions:
             kind = shtab.FILE if action.metavar in FILES else shtab.DIR

@@ -1,1 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Input data: images, text, TFDS data sets, and the loader that orders their batches."""

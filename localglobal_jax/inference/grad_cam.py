@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from localglobal_jax.parallel import context as step_context
+from localglobal_jax.parallel import context
 
 SHOWN = (384, 1024)  # pixels: smallest and largest longer side of a drawn image
 BRIGHTEST = 225  # of the 255 levels of the colour map
@@ -40,7 +40,7 @@ def grad_cam(
     """
 
     def apply(x: Array) -> Any:
-        with step_context.implementation(step_context.chosen_implementation("fused")):
+        with context.implementation(context.chosen_implementation("fused")):
             return module.apply(variables, x, train=False)
 
     shapes = jax.eval_shape(apply, images)[1]
@@ -50,9 +50,9 @@ def grad_cam(
         raise ValueError(f"stage={stage}: the model has the stages 1 to {stages}")
 
     def score(change: Array) -> tuple[Array, Any]:
-        def changed(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        def changed(call: Any, args: Any, kwargs: Any, called: Any) -> Any:
             y = call(*args, **kwargs)
-            here = context.module.path == (name,) and context.method_name == "__call__"
+            here = called.module.path == (name,) and called.method_name == "__call__"
             return y + change if here else y
 
         with nn.intercept_methods(changed):  # no change to the models

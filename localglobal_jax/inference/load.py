@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads trained models: from workdirs, checkpoints, and as a start for fine-tuning."""
 
+import logging
 import pathlib
 from typing import Any
 
@@ -11,8 +12,9 @@ import numpy as np
 from localglobal_jax import convert
 from localglobal_jax.checkpoints import gcs, manager, reader
 from localglobal_jax.config import loading, schema, values
-from localglobal_jax.convert.files import log
 from localglobal_jax.models.registry import Variables, create_model
+
+log = logging.getLogger(__name__)
 
 
 def find_step(path: str | pathlib.Path, step: int | str | None) -> int | None:

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from localglobal_jax.checkpoints import gcs
-from localglobal_jax.data.text import tokenizers as tokenizer
+from localglobal_jax.data.text.tokenizers import DIRECTORY, Tokenizers
+from localglobal_jax.data.text.tokenizers import load as load_tokenizers
 from localglobal_jax.inference import decoding, heat_map
 from localglobal_jax.inference import load as inference_load
 from localglobal_jax.models import EncoderDecoder
@@ -96,7 +97,7 @@ class Translator:
     Raises ValueError for a module that does not translate, or tokenizers of another size.
     """
 
-    def __init__(self, module: nn.Module, variables: Variables, tokenizers: tokenizer.Tokenizers):
+    def __init__(self, module: nn.Module, variables: Variables, tokenizers: Tokenizers):
         if not isinstance(module, EncoderDecoder) or len(module.layout) != 2:
             raise ValueError(
                 f"a {type(module).__name__} does not translate: give an encoder-decoder"
@@ -272,7 +273,7 @@ def load(path: str | pathlib.Path, step: int | str | None = None, average: int =
     checkpoint, or no tokenizer beside it.
     """
     module, variables = inference_load.load(path, step, average)
-    tokenizers = tokenizer.load(gcs.LocalMirror(path).local / tokenizer.DIRECTORY)
+    tokenizers = load_tokenizers(gcs.LocalMirror(path).local / DIRECTORY)
     if tokenizers is None:
         raise ValueError(
             f"{path} has no tokenizer/tokenizer.json. Give the workdir of a translation run, or "

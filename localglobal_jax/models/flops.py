@@ -45,8 +45,8 @@ def model_cost(module: nn.Module, *inputs: Any) -> ModelCost:
 def multiply_adds(function: Callable[..., Any], *args: Any) -> int:
     """Counts the multiply-adds of one call of a function of arrays (or of `jax.ShapeDtypeStruct`s).
 
-    What a formulation does twice to move fewer bytes counts once, and so does what `remat`
-    computes again: the work of the model, for MFU.
+    Work that the fused implementation or `remat` repeats counts once: the result is the work of
+    the model, for MFU.
     """
     with context.implementation("reference"):
         return _count(jax.make_jaxpr(function)(*args).jaxpr)

@@ -64,7 +64,7 @@ def all_gather(rows: np.ndarray) -> np.ndarray:
 
 
 def barrier(name: str, timeout: float = BARRIER) -> None:
-    """Until all hosts are here; after `timeout` seconds raises Lost with the ranks that are not."""
+    """Waits for all hosts; after `timeout` seconds raises HostLost with the absent ranks."""
     client = _client()
     if client is None:
         return
@@ -79,7 +79,7 @@ def barrier(name: str, timeout: float = BARRIER) -> None:
 
 
 def broadcast_text(name: str, text: str) -> str:
-    """The `text` of host 0, on every host; raises Lost if it says nothing."""
+    """The `text` of host 0, on every host; raises HostLost if it says nothing."""
     client = _client()
     if client is None:
         return text
@@ -103,7 +103,7 @@ def _client() -> Any:
 
 @contextlib.contextmanager
 def naming_the_lost() -> Iterator[None]:
-    """Turns what a collective raises after the death of another host into Lost."""
+    """Turns what a collective raises after the death of another host into HostLost."""
     try:
         yield
     except (jax.errors.JaxRuntimeError, ValueError, OSError) as error:

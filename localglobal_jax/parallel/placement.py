@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Devices: the only file that names them. Mesh, shardings, compilation, hosts, platforms.
+"""Mesh, shardings and compiled steps of a run.
 
 A mesh has up to three axes: "data" and "fsdp" split the batch, "fsdp" also the parameters (each
 device keeps a part and gathers a layer when it needs it, arXiv 1910.02054, stage 3), "model" splits
@@ -255,7 +255,7 @@ class Partitioner:
         """``(state, batch) -> (state, metrics)``, compiled; the state is donated.
 
         `state`: its shapes. Under pmap it is the same on every device, and the step has to use
-        `step_context.sum_over_devices`.
+        `context.sum_over_devices`.
         """
 
         axis = "data" if self.compile == "pmap" else None
@@ -289,7 +289,7 @@ def _name(path: Any) -> str:
 
 
 def describe() -> str:
-    """E.g. ``"2 x cpu (TFRT_CPU) on 1 host"``."""
+    """Returns the devices and hosts of this run: ``"2 x cpu (cpu), 1 host"``."""
     device, hosts = jax.devices()[0], jax.process_count()
     plural = "" if hosts == 1 else "s"
     return f"{jax.device_count()} x {device.device_kind} ({device.platform}), {hosts} host{plural}"

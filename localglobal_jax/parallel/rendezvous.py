@@ -2,6 +2,7 @@
 """Multi-host start-up: detects the cluster, connects its hosts, names those that are absent."""
 
 import contextlib
+import logging
 import re
 import socket
 import time
@@ -10,8 +11,9 @@ from typing import NamedTuple
 import jax
 from jax._src.clusters import ClusterEnv  # and no other way to ask without starting
 
-from localglobal_jax.parallel.multihost import HostLost, log
+from localglobal_jax.parallel.multihost import HostLost
 
+log = logging.getLogger(__name__)
 HEARTBEAT = 60  # seconds without a sign of life after which a host is taken for lost
 
 
@@ -22,9 +24,6 @@ class Cluster(NamedTuple):
     size: int
     rank: int
     local_devices: tuple[int, ...] | None = None  # None: all of this machine
-
-
-# ---------------------------------------------------------------------------------------- start
 
 
 def detect(timeout: float) -> Cluster:
@@ -70,7 +69,7 @@ def start(cluster: Cluster, timeout: float = 300.0) -> None:
 
 
 def rendezvous(cluster: Cluster, timeout: float) -> list[str]:
-    """The host names by rank, once all have called rank 0; Lost, naming ranks, if they do not.
+    """The host names by rank, once all have called rank 0; HostLost, with ranks, if they do not.
 
     On the coordinator's own port, which jax opens only afterwards.
     """

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles a run's real step for devices that are not here, and says what that will take."""
+"""Cost of a run's real step: compiled for absent devices, measured on present ones."""

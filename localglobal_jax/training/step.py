@@ -61,7 +61,7 @@ def check_batches(run: schema.Run, partitioner: Partitioner) -> None:
 def make_update(
     task: Task, optimizer: optax.GradientTransformation, run: schema.Run
 ) -> Callable[[State, Batch], tuple[State, Outcome]]:
-    """Returns `train_step` of a task: ``(state, batch) -> (state, outcome)``."""
+    """Binds `train_step` to a task and its optimizer: ``(state, batch) -> (state, outcome)``."""
 
     def update(state: State, batch: Batch) -> tuple[State, Outcome]:
         return train_step(

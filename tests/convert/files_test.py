@@ -14,7 +14,7 @@ import safetensors.numpy
 import localglobal_jax as lg
 from localglobal_jax.cli.main import main
 from localglobal_jax.convert import files, weights
-from localglobal_jax.data.text import tokenizers as tokenizer
+from localglobal_jax.data.text import tokenizers as text_tokenizers
 
 ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
@@ -90,7 +90,7 @@ def test_a_checkpoint_of_fairseq_with_its_words(tmp_path, capsys):
     assert report["parameters"] == sum(
         x.size for x in jax.tree.leaves(lg.load(tmp_path / "out")[1])
     )
-    tokenizers = tokenizer.load(tmp_path / "out" / "tokenizer")
+    tokenizers = text_tokenizers.load(tmp_path / "out" / "tokenizer")
     assert tokenizers.source.encode(["w0 w35"]) == [[4, 39]]
     golden = np.load(GOLDEN / "muse_post.npz")
     module, variables = lg.load(tmp_path / "out")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encoder-decoders as wholes. ``python tests/models/muse_test.py`` writes the golden tree anew."""
+"""Encoder-decoders. ``python tests/models/encoder_decoder_test.py`` rewrites the golden tree."""
 
 import json
 import pathlib

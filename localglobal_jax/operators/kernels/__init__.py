@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fused formulations of operators, with derivatives written by hand. Equations are one level up."""
+"""Fused implementations of operators, with derivatives written by hand."""

@@ -18,7 +18,7 @@ from localglobal_jax.models.registry import create_model
 from localglobal_jax.training import losses, metrics
 from localglobal_jax.training.tasks.task import Batch, Evaluator, HostBatch, Loss, Task, Variables
 
-USE = """(found,) = lg.classify.load("path/to/this/directory").classify(["picture.png"])
+USE = """(found,) = lg.load_classifier("path/to/this/directory").classify(["picture.png"])
 print(found.best[0].name, found.best[0].probability)
 
 module, variables = lg.load("path/to/this/directory")

@@ -19,7 +19,7 @@ from localglobal_jax.models.registry import create_model
 from localglobal_jax.training import losses, metrics
 from localglobal_jax.training.tasks.task import Batch, Evaluator, HostBatch, Loss, Task, Variables
 
-USE = """translator = lg.translate.load("path/to/this/directory")
+USE = """translator = lg.load_translator("path/to/this/directory")
 print(translator.translate(["A sentence."])[0].text)"""
 UNKNOWN = 0.05  # share of unknown tokens above which a warning is logged
 log = logging.getLogger(__name__)

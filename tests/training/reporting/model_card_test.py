@@ -2,8 +2,13 @@
 """The card says what it was given, in tables that stay tables."""
 
 import json
+import re
 
+import pytest
+
+import localglobal_jax as lg
 from localglobal_jax.training.reporting import model_card
+from localglobal_jax.training.tasks import classification, translation
 
 GIVEN = {
     "name": "coatnet-digits",
@@ -40,3 +45,9 @@ def test_what_is_not_there_leaves_no_hole():
     assert "No evaluation was run." in card
     assert "learning curve" not in card and "How it was trained" not in card
     assert "\n\n\n" not in card
+
+
+@pytest.mark.parametrize("task", [classification, translation])
+def test_the_code_of_the_card_uses_public_names(task):
+    names = set(re.findall(r"lg\.(\w+)", task.USE))
+    assert names and names <= set(lg.__all__)
