@@ -57,5 +57,5 @@ def test_logits_are_float32_whatever_the_blocks_compute_in():
 
 
 def test_heads_that_do_not_divide_the_width_are_refused():
-    with pytest.raises(ValueError, match="width 8 is not divisible by 3 heads"):
+    with pytest.raises(ValueError, match=r"8.*3 heads"):
         ClassAttention(3).init(jax.random.key(0), jnp.zeros((1, 4, 8)))

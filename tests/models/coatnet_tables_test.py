@@ -143,20 +143,20 @@ def test_odd_grids_are_halved_where_both_paths_of_a_block_agree():
     assert grids((36, 20), **shape, blocks=three) == [(18, 10), (9, 5), (5, 3)]
     two = {"C": {"stride_at": "pool"}, "S": {"head_width": 8}}
     assert grids((20, 12), **shape | {"layout": "CS"}, blocks=two) == [(10, 6), (5, 3), (2, 1)]
-    with pytest.raises(ValueError, match="stage 2 cannot halve its 5x3 grid"):
+    with pytest.raises(ValueError, match=r"stage 2.*5x3"):
         grids((20, 12), **shape, blocks={"C": two["C"], "T": two["S"]})  # positions would be lost
 
 
 @pytest.mark.parametrize("size", [(48, 32), (224, 100), (16, 16)])
 def test_images_it_refuses(size):
-    with pytest.raises(ValueError, match=rf"image {size[0]}x{size[1]}: stage . cannot halve"):
+    with pytest.raises(ValueError, match=f"{size[0]}x{size[1]}.*stage"):
         counted("coatnet_0", size)
 
 
 def test_the_sizes_that_a_refusal_suggests_are_taken():
-    with pytest.raises(ValueError, match="multiples of 32, for instance 192x32 or 224x64"):
+    with pytest.raises(ValueError, match=r"192x32.*224x64"):
         counted("coatnet_0", (200, 40))
-    with pytest.raises(ValueError, match="patches of 16: use 32x48 or 48x48"):
+    with pytest.raises(ValueError, match=r"32x48.*48x48"):
         counted("vit_rel", (40, 48))
     assert counted("vit_rel", (32, 48)).multiply_adds
 

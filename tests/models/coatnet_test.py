@@ -77,9 +77,7 @@ def test_a_mixed_stage_and_strides_of_one():
 
 
 def test_size_that_does_not_divide_says_which_would():
-    with pytest.raises(
-        ValueError, match=r"image 20x16: stage 2 cannot .* multiples of 8, .* 16x16"
-    ):
+    with pytest.raises(ValueError, match=r"20x16.*stage 2.*16x16"):
         init(tiny(), 20, 16)
 
 
@@ -88,9 +86,9 @@ def test_wrong_fields():
         create_model("coatnet_O")
     with pytest.raises(ValueError, match='"depth"; did you mean "depths"'):
         create_model("coatnet_0", depth=3)
-    with pytest.raises(ValueError, match="names 2 stages, but depths"):
+    with pytest.raises(ValueError, match="depths"):
         init(tiny(depths=(1,)), 16, 16)
-    with pytest.raises(ValueError, match='option of block T: "head_with"'):
+    with pytest.raises(ValueError, match=r"T.*head_with"):
         init(tiny(blocks={"T": {"head_with": 8}}), 16, 16)
 
 

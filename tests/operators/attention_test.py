@@ -82,7 +82,7 @@ def test_mlp_bias_works_at_another_resolution():
 
 
 def test_heads_must_divide():
-    with pytest.raises(ValueError, match="width 8 is not divisible by 3 heads"):
+    with pytest.raises(ValueError, match=r"8.*3 heads"):
         attention.RelativeAttention(heads=3).init(jax.random.key(0), jnp.ones((1, 2, 2, 8)))
 
 

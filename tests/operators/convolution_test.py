@@ -69,7 +69,7 @@ def test_translation_equivariant_away_from_the_border():
 
 
 def test_kernel_that_does_not_fit():
-    with pytest.raises(ValueError, match=r"kernel \(3, 3, 4\) does not fit"):
+    with pytest.raises(ValueError, match=r"kernel \(3, 3, 4\)"):
         convolution.depthwise(jnp.ones((1, 5, 5, 2)), jnp.ones((3, 3, 4)))
 
 

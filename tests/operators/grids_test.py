@@ -31,7 +31,7 @@ def test_windows_and_back(h, w, window):
 
 
 def test_partition_refuses_what_it_would_cut():
-    with pytest.raises(ValueError, match="5x4 grid is not made of 2x2 windows"):
+    with pytest.raises(ValueError, match=r"5x4.*2x2"):
         grids.window_partition(jnp.zeros((1, 5, 4, 1)), 2)
 
 

@@ -127,7 +127,7 @@ def test_half_precision_keeps_its_dtype_and_stays_close():
 
 @pytest.mark.parametrize("shape", [(1, 2, 3, 1, 9, 9), (1, 3, 3, 1, 9, 4), (1, 3, 3, 1, 4, 4)])
 def test_logits_that_do_not_fit_are_refused(shape):
-    with pytest.raises(ValueError, match=r"outlook: logits .* do not fit value"):
+    with pytest.raises(ValueError, match="outlook"):
         outlook.outlook(jnp.zeros((1, 5, 5, 1, 2)), jnp.zeros(shape), stride=2)
 
 

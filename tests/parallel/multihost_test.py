@@ -208,7 +208,7 @@ def test_two_hosts_with_one_number():
     ("address", "rank"), [("nowhere", 0), ("localhost:1", 2), ("localhost:99999", 0)]
 )
 def test_a_cluster_that_cannot_be(address, rank):
-    with pytest.raises(ValueError, match="want HOST:PORT, and 0 <= host < hosts"):
+    with pytest.raises(ValueError, match="HOST:PORT"):
         rendezvous.start(rendezvous.Cluster(address, 2, rank))
 
 

@@ -39,9 +39,9 @@ def test_fsdp_splits_what_is_large_but_no_depthwise_kernel():
 def test_batch_must_divide():
     partitioner = placement.Partitioner()
     partitioner.check_batch(4)
-    with pytest.raises(ValueError, match=r"batch_size=5 is not divisible by the 2 .* use 4 or 6"):
+    with pytest.raises(ValueError, match=r"batch_size=5.*4.*6"):
         partitioner.check_batch(5)
-    with pytest.raises(ValueError, match="use 2"):
+    with pytest.raises(ValueError, match=r"batch_size=1.*2"):
         partitioner.check_batch(1)
 
 
@@ -83,5 +83,5 @@ def test_hosts_that_share_rows_read_the_same_ones():
     assert shards((4, 2), ("data", "model")) == (0, 4)
     assert shards((2, 4), ("data", "model")) == (0, 2)  # two hosts hold halves of the same rows
     assert shards((4, 2), ("model", "data")) == (0, 1)  # each host holds a part of every row
-    with pytest.raises(ValueError, match="share some rows of a batch but not all"):
+    with pytest.raises(ValueError, match=r"parallel\.mesh"):
         shards((8 // 3, 3), ("data", "model"))
