@@ -245,7 +245,7 @@ def test_json_says_everything(run, root, tmp_path):
     assert first["classes"][0]["name"] == "blue"
     assert cv2.imread(first["overlay"]).shape == (384, 384, 3)
     assert [other["path"] for other in others] == [*map(str, given[1:3]), f"{given[1]}"]
-    assert "no JPEG" in others[0]["problem"] and "file:///PATH" in others[1]["problem"]
+    assert "JPEG" in others[0]["problem"] and "file:///PATH" in others[1]["problem"]
 
 
 def test_overlays_lie_as_the_pictures_do(run, root, tmp_path):

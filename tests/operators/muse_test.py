@@ -67,5 +67,5 @@ def test_without_windows_it_is_muse_simple():
 
 
 def test_even_windows_have_no_centre():
-    with pytest.raises(ValueError, match=r"\(3, 4\) must be odd"):
+    with pytest.raises(ValueError, match=r"\(3, 4\)"):
         Muse(8, heads=2, windows=(3, 4)).init(jax.random.key(0), normal(1, 4, 4, 8))
