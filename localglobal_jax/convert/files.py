@@ -51,8 +51,8 @@ def convert_file(
       weights: a local ``.safetensors`` file (of fairseq also ``.pt``), or a hub name such as
         ``timm/coatnet_0_rw_224.sw_in1k`` (where there is internet; needs huggingface_hub).
       name: timm's name of the model; None: that of the file or hub name.
-      arguments: what the original model was built with, where neither its default nor the file
-        says so.
+      arguments: those of the original model that differ from its defaults and are not in the
+        file.
       dictionaries: of fairseq, the ``dict.txt`` of source and target, or one for both; they
         become ``out/tokenizer``, which translating needs.
 

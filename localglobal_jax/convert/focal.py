@@ -124,11 +124,11 @@ def load(
     """Returns the module and variables of a reference state dict (name -> array).
 
     Every parameter must be found and every entry be used, or ValueError lists them. Index tables
-    and masks among the entries are compared with what the configuration implies. As it comes, the
-    module runs on images of any size, with the windows of ``img_size``.
+    and masks among the entries are compared with those of the configuration.
+    The module runs on images of any size, with the windows of ``img_size``.
 
     Args:
-      kwargs: what the reference's constructor was called with.
+      kwargs: the arguments of the reference's constructor.
       state_dict: of the authors' first models, or of their second, told apart by its names.
       image_size: chooses the windows anew, for images of this size. Where a window changes with
         it, its bias tables and pooling kernels are resized bilinearly; where one gains neighbours

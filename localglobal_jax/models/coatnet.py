@@ -29,8 +29,8 @@ __all__ = ["VARIANTS", "CoAtNet"]
 class CoAtNet(nn.Module):
     """Images [b, h, w, channels] -> (logits [b, classes], intermediates).
 
-    `intermediates` holds the output of "stem", every "stage1".. and "features", what the classifier
-    reads. Each stride of 2 needs an even grid: with the default strides, height and width are
+    `intermediates` holds the output of "stem", every "stage1".. and "features", the input of
+    the classifier. Each stride of 2 needs an even grid: by default, height and width are
     multiples of 32. The stem alone may round up, and blocks whose `odd_grids` say so.
 
     Attributes:

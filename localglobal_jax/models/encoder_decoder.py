@@ -52,7 +52,7 @@ def sinusoids(positions: Int[Array, "b l"], width: int) -> Float[Array, "b l d"]
 
 
 def layer_options(options: Mapping[str, Any], layer: int) -> dict[str, Any]:
-    """The options of one layer: those that are given per layer, at `layer`."""
+    """Returns the options of one layer: per-layer options are indexed by `layer`."""
 
     def depth(value: Any) -> int:
         if isinstance(value, str) or not isinstance(value, Sequence):
@@ -72,7 +72,7 @@ def layer_options(options: Mapping[str, Any], layer: int) -> dict[str, Any]:
 
 
 class Stack(nn.Module):
-    """Layers one after the other, and a last norm if the layers norm their input.
+    """Consecutive layers, with a final norm if the layers norm their input.
 
     Attributes:
       letters: one layer each, see `SEQUENCE_BLOCKS`.
@@ -104,7 +104,7 @@ class Stack(nn.Module):
         memory: Mapping[str, CrossKV] | None = None,
         train: bool = False,
     ) -> tuple[Float[Array, "b l d"], dict[str, Float[Array, "b l d"]]]:
-        """The output, and that of every layer."""
+        """Returns the output, and the output of every layer."""
 
         def call(layer: nn.Module, x: Array, own: tuple[Any, Any]) -> Array:
             mask, memory = own
@@ -122,7 +122,7 @@ class Stack(nn.Module):
         return {name: layer.precompute_kv(encoded, mask) for name, layer in self._named()}
 
     def init_cache(self, batch: int, length: int) -> dict[str, Cache]:
-        """Empty caches for `length` positions."""
+        """Returns empty caches for `length` positions."""
         return {name: layer.init_cache(batch, length) for name, layer in self._named()}
 
     def step(
@@ -134,7 +134,7 @@ class Stack(nn.Module):
         valid: Bool[Array, "b m"] | None,
         memory: Mapping[str, CrossKV],
     ) -> tuple[Float[Array, "b 1 d"], dict[str, Cache]]:
-        """One position through all layers."""
+        """Runs one position through all layers."""
         new = {}
         for name, layer in self._named():
             x, new[name] = layer.step(x, cache[name], index, valid=valid, memory=memory[name])
@@ -302,7 +302,7 @@ class EncoderDecoder(nn.Module):
         return self._logits(x), intermediates
 
     def encode(self, source: Int[Array, "b ls"]) -> Float[Array, "b ls d"]:
-        """The encoder's output."""
+        """Returns the encoder's output."""
         return self._encode(source, False)[0]
 
     def init_cache(
@@ -327,7 +327,7 @@ class EncoderDecoder(nn.Module):
     def step(
         self, token: Int[Array, " r"], memory: dict[str, CrossKV], cache: Caches
     ) -> tuple[Float[Array, "r v"], Caches]:
-        """Logits after one more token, and the new cache; rows r are a multiple of the memory's.
+        """Returns logits after one more token, and the new cache; r: a multiple of memory's rows.
 
         Token by token, this gives what ``__call__`` gives for the whole target; with
         ``target_padding="attend"`` only up to the first padding, as in the published code.

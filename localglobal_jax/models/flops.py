@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counting without computing: parameters and multiply-adds of a module, from one abstract trace.
+"""Parameters and multiply-adds of a module, counted from one abstract trace.
 
 Nothing is allocated, so a model of billions of parameters takes seconds. A multiply-add is one
 multiplication and its addition inside a matrix product or a convolution, the unit that the vision
@@ -53,7 +53,7 @@ def multiply_adds(function: Callable[..., Any], *args: Any) -> int:
 
 
 def computed(jaxpr: ClosedJaxpr, *, loops: int | None = None) -> int:
-    """Multiply-adds of a program as it was traced, with all that it computes again.
+    """Counts the multiply-adds of a program as traced, repeated work included.
 
     `loops`: how often a while loop is taken to run, which a jaxpr does not say.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Focal Transformer (arXiv 2107.00641): stages of focal attention on a grid that shrinks.
+"""Focal Transformer (arXiv 2107.00641): stages of focal attention on ever coarser grids.
 
 A patch embedding, then stages of blocks; every stage but the first begins with a strided
 convolution that doubles the width. It computes what the authors' published code does (their first
@@ -53,8 +53,8 @@ FIGURES: dict[str, tuple[float, float | None, int]] = {
 class FocalTransformer(nn.Module):
     """Images [b, h, w, channels] -> (logits [b, classes], intermediates).
 
-    `intermediates` holds the output of "stem", every "stage1".. and "features", what the classifier
-    reads. Any image size works: grids are padded to whole windows.
+    `intermediates` holds the output of "stem", every "stage1".. and "features", the input of the
+    classifier. Any image size works: grids are padded to whole windows.
 
     Attributes:
       classes: number of logits; 0: no classifier, "features" come out in place of logits.
@@ -65,7 +65,7 @@ class FocalTransformer(nn.Module):
       expand_except: blocks of a stage, counted from 0, that see no neighbours.
       shift: cyclic shift by half a window in every second block (Swin).
       nearest: keys per level of the "fast" attention (`operators.focal_nearest`); 0: the paper's.
-      image_size: what windows are chosen for: a stage whose grid is no larger than the window gets
+      image_size: chooses the windows: a stage whose grid is no larger than the window gets
         one window and no neighbours. The parameters serve images of any other size too.
       patch: side of a patch. `conv_embed`: overlapping convolutions instead: 7x7 stride 4, 3x3
         stride 2. Then an odd grid rounds up, which the reference refuses; else it rounds down.

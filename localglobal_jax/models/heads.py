@@ -92,7 +92,7 @@ class ClassBlock(nn.Module):
 
 
 class ClassAttentionHead(nn.Module):
-    """Class blocks, a norm over all tokens, a classifier; one more for every token, if asked.
+    """Class blocks, a norm over all tokens, a classifier; with `aux`, another for every token.
 
     Attributes:
       classes: number of logits; 0: no classifiers, the class features come out in their place.

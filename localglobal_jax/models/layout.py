@@ -38,7 +38,7 @@ def parse(
     *,
     blocks: Mapping[str, type[nn.Module]] = BLOCKS,
 ) -> tuple[Stage, ...]:
-    """The stages of a layout; strides default to 2. Raises ValueError where the lists disagree."""
+    """Parses the stages of a layout; strides default to 2. Raises ValueError if lengths differ."""
     strides = (2,) * len(layout) if strides is None else strides
     for name, values in (("depths", depths), ("widths", widths), ("strides", strides)):
         if len(values) != len(layout):

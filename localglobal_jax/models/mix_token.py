@@ -21,7 +21,7 @@ NO_BOX = (0, 0, 0, 0)
 
 
 def sample_box(key: Key[Array, ""], grid: tuple[int, int]) -> Box:
-    """A box with a uniform centre that covers a uniform share of the grid, before it is clipped."""
+    """Samples a box: uniform centre, and a uniform share of the grid before it is clipped."""
     share_key, centre_key = jax.random.split(key)
     size = jnp.array(grid)
     side = jnp.sqrt(jax.random.uniform(share_key))  # lambda ~ Beta(1, 1), side = sqrt(1 - lambda)
@@ -44,6 +44,6 @@ def swap(x: Shaped[Array, "b h w d"], box: Box, *, scale: int = 1) -> Shaped[Arr
 
 
 def kept_share(box: Box, grid: tuple[int, int]) -> Float[Array, ""]:
-    """The share of an image's tokens that are its own: weight of its own label."""
+    """Returns the share of an image's tokens that are its own: the weight of its label."""
     top, left, bottom, right = box
     return 1 - (bottom - top) * (right - left) / (grid[0] * grid[1])

@@ -41,7 +41,7 @@ FIGURES: dict[str, tuple[float, float | None, int | None]] = {
 
 
 def describe(module: nn.Module) -> dict[str, Any]:
-    """The name and fields that make `create_model` build `module` again; plain data."""
+    """Returns the name and fields, as plain data, from which `create_model` rebuilds `module`."""
     name = next(name for name, (cls, _) in MODELS.items() if cls is type(module))  # the bare one
     fields = {f.name for f in dataclasses.fields(module)} - {"parent", "name"}
     return {"name": name, **{f: _plain(getattr(module, f)) for f in sorted(fields)}}
@@ -52,7 +52,7 @@ def _plain(value: Any) -> Any:
 
 
 def list_models() -> list[str]:
-    """The names that `create_model` knows."""
+    """Returns the names that `create_model` accepts, sorted."""
     return sorted(MODELS)
 
 
@@ -62,7 +62,7 @@ def named_models() -> list[str]:
 
 
 def example(name: str) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Inputs, a batch of one, at the size where a model is counted: an image, or two sentences."""
+    """Returns inputs (batch 1) at the size where a model is counted: image, or two sentences."""
     if issubclass(MODELS[name][0], EncoderDecoder):
         return tuple(jax.ShapeDtypeStruct((1, length), "int32") for length in LENGTHS)
     _, _, size = FIGURES.get(name, (None, None, 224))
@@ -70,7 +70,7 @@ def example(name: str) -> tuple[jax.ShapeDtypeStruct, ...]:
 
 
 def create_model(name: str, **overrides: Any) -> nn.Module:
-    """The linen module called `name`, with some of its fields overridden.
+    """Builds the linen module called `name`, with some of its fields overridden.
 
     Raises ValueError for a name or a field that does not exist, or a value of another type.
     """

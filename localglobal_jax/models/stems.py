@@ -108,7 +108,7 @@ class ConvPatchStem(nn.Module):
 
 
 def patch_grid(size: tuple[int, int], patch: int) -> tuple[int, int]:
-    """The grid that `ConvPatchStem` makes of images of `size` (height, width)."""
+    """Returns the grid of `ConvPatchStem` for images of `size` (height, width)."""
     if patch < 2 or patch % 2:
         raise ValueError(f"patch={patch}: half of it is done by the stem's stride, so it is even")
     height, width = ((n + 1) // 2 // (patch // 2) for n in size)

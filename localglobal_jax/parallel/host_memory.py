@@ -31,8 +31,8 @@ def check(what: str, size: int, remedy: str) -> None:
 def trim_heap() -> None:
     """Returns freed memory to the system, where the C library is glibc; elsewhere nothing happens.
 
-    A save frees what it filled in the arenas of a dozen threads, and there it stays. (Two arenas
-    for all threads keep less as well, but training took 7 and 8 % longer with them, in two pairs.)
+    A save frees memory in the arenas of a dozen threads, and glibc keeps it there. (With two arenas
+    for all threads less is kept, but training took 7 and 8 % longer, measured in two pairs.)
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

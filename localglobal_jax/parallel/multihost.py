@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many hosts, a process each: find each other, wait for each other, stop together.
+"""Barriers, broadcasts and coordinated shutdown of several hosts, one process per host.
 
 Everything here names who is missing. JAX alone does not: a host that does not turn up ends the
 others by SIGABRT after five minutes, and one that is slow or lost lets them hang in a collective.
@@ -42,13 +42,13 @@ def rank() -> int:
 
 
 def peak_flops() -> float | None:
-    """FLOP/s in bf16 of all devices of all hosts together; None where it is not known."""
+    """Returns the peak bf16 FLOP/s of all devices of all hosts; None for an unknown device."""
     peak = chips.peak_flops(jax.devices()[0].device_kind)
     return peak and peak * jax.device_count()
 
 
 def peak_bytes() -> int:
-    """The most memory that a device of this host ever held; on CPU, that this process did."""
+    """Returns the peak bytes in use of a device of this host; on CPU, of this process."""
     stats = (device.memory_stats() or {} for device in jax.local_devices())
     found = max(each.get("peak_bytes_in_use", 0) for each in stats)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -56,7 +56,7 @@ def peak_bytes() -> int:
 
 
 def all_gather(rows: np.ndarray) -> np.ndarray:
-    """The rows of all hosts; all have to call it."""
+    """Gathers the rows of all hosts. Every host must call it."""
     return np.asarray(multihost_utils.process_allgather(rows, tiled=True)) if count() > 1 else rows
 
 
@@ -79,7 +79,7 @@ def barrier(name: str, timeout: float = BARRIER) -> None:
 
 
 def broadcast_text(name: str, text: str) -> str:
-    """The `text` of host 0, on every host; raises HostLost if it says nothing."""
+    """Returns the `text` of host 0 on every host; raises HostLost if none arrives in time."""
     client = _client()
     if client is None:
         return text
@@ -103,7 +103,7 @@ def _client() -> Any:
 
 @contextlib.contextmanager
 def naming_the_lost() -> Iterator[None]:
-    """Turns what a collective raises after the death of another host into HostLost."""
+    """Context manager that turns the errors of collectives without a host into HostLost."""
     try:
         yield
     except (jax.errors.JaxRuntimeError, ValueError, OSError) as error:
@@ -133,10 +133,10 @@ def leave(code: int) -> NoReturn:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[int], bool]]:
-    """A function of the step, which all hosts have to ask at every step: shall we stop now?
+    """Yields ``stop(step) -> bool``, which every host must call at every step.
 
-    SIGTERM asks for it, as schedulers send it before they take a machine away; on any host, and
-    then all of them stop at the same step. On one host Ctrl-C does too, once; the second one
+    A SIGTERM on any host, as schedulers send it before they take a machine away, makes it True on
+    all hosts at the same step. On one host Ctrl-C does too, once; the second one
     interrupts as usual.
     """
     if count() > 1:  # jax has its own handler, and agrees on a step

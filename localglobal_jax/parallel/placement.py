@@ -24,7 +24,7 @@ from localglobal_jax.parallel import context, sharding
 def make_mesh(
     shape: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """A mesh over all devices, e.g. ``{"data": -1}``; one axis may be -1, "all that are left".
+    """Returns a mesh over all devices, e.g. ``{"data": -1}``; -1: the devices that remain.
 
     `devices`: others than those of this machine, e.g. of a topology that is only compiled for.
 
@@ -62,7 +62,7 @@ def make_mesh(
 
 
 def use_compilation_cache(directory: str | None) -> None:
-    """Keeps what was compiled in `directory`, see `schema.Parallel`; of many hosts, 0 writes.
+    """Caches compiled programs in `directory`, see `schema.Parallel`; only host 0 writes.
 
     Not on CPU unless a directory is named: a program there is tied to the kind of CPU, and writing
     one (jaxlib 0.10.2) has crashed the interpreter in a long process.
@@ -126,7 +126,7 @@ class Partitioner:
 
     @property
     def batch_parts(self) -> int:
-        """Into how many parts the batch is split."""
+        """Returns the number of parts into which the batch is split."""
         return int(np.prod([self.mesh.shape[axis] for axis in self._batch]))
 
     @property
@@ -164,7 +164,7 @@ class Partitioner:
             )
 
     def split(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
-        """The shapes of a global batch, with their shardings."""
+        """Returns the shapes of a global batch, with their shardings."""
         where = self._batched()
         return {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for k, x in batch.items()}
 
@@ -181,7 +181,7 @@ class Partitioner:
         return jax.tree_util.tree_map_with_path(where, tree)
 
     def template(self, shapes: PyTree) -> PyTree:
-        """The shapes with their shardings, to restore into."""
+        """Returns the shapes with their shardings, to restore into."""
         return jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             shapes,
@@ -189,7 +189,7 @@ class Partitioner:
         )
 
     def put(self, tree: PyTree) -> PyTree:
-        """Arrays of the host to where they live."""
+        """Moves arrays of the host to the devices of their shardings."""
         return jax.device_put(tree, self.shardings(tree))
 
     def train_batch(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
@@ -213,7 +213,7 @@ class Partitioner:
         return NamedSharding(self.mesh, PartitionSpec())
 
     def _whole(self, params: PyTree) -> PyTree:
-        """Parameters of a block, no longer split over "fsdp"."""
+        """Gathers the parameters of a block over "fsdp"."""
 
         def whole(path: Any, leaf: jax.Array) -> jax.Array:
             spec = self.spec("/" + _name(path), leaf.shape)
@@ -240,7 +240,7 @@ class Partitioner:
             yield
 
     def compile_init(self, init: Callable[[], Any]) -> Callable[[], Any]:
-        """jit of a function without arguments that makes a state.
+        """Compiles a function without arguments that makes a state.
 
         Runs once, so it is compiled without optimisation: five times faster for XLA's random
         numbers.
@@ -252,7 +252,7 @@ class Partitioner:
         )
 
     def compile_step(self, step: Callable[..., Any], state: PyTree) -> Callable[..., Any]:
-        """``(state, batch) -> (state, metrics)``, compiled; the state is donated.
+        """Compiles ``(state, batch) -> (state, metrics)``; the state is donated.
 
         `state`: its shapes. Under pmap it is the same on every device, and the step has to use
         `context.sum_over_devices`.
@@ -275,7 +275,7 @@ class Partitioner:
         )
 
     def compile_eval(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """jit of ``(variables, batch) -> metrics``; the variables stay where they live."""
+        """Compiles ``(variables, batch) -> metrics``; variables keep their shardings."""
 
         def traced(variables: PyTree, batch: PyTree) -> Any:
             with self._tracing():

@@ -53,7 +53,7 @@ def spec(
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def gather(x: jax.Array, parts: NamedSharding, whole: NamedSharding) -> jax.Array:
-    """`x`, kept in parts, as a whole; its gradient in parts.
+    """Gathers a sharded `x`; its gradient is scattered again.
 
     The transpose of a sharding constraint is the same one: it would sum the whole gradient on every
     device, twice what summing parts sends.

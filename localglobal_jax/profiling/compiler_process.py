@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiler in a process of its own: started, watched, stopped; what it found is kept on disk.
+"""Runs the compiler in a subprocess with a time limit, and caches its results on disk.
 
-Imports no jax: the process that asks needs none.
+Does not import jax.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from localglobal_jax.profiling.topologies import Topology
 CACHE = pathlib.Path("~/.cache/localglobal/plan")
 TELL = 15.0  # seconds between two lines of progress
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu")
-# Without these two libtpu asks the cloud where it is, and writes that nobody answered; the type
+# Without the first two, libtpu queries the cloud's metadata server and logs a failure; the type
 # need not be that of the target. Without the last one, two compilations cannot run side by side.
 LIBTPU = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
@@ -179,7 +179,7 @@ def _compile(
 
 
 def _watch(child: "subprocess.Popen[bytes]", what: str, timeout: float) -> None:
-    """Waits, and tells how long it has been."""
+    """Waits for the process and prints the time passed."""
     began = time.monotonic()
     while True:
         gone = time.monotonic() - began

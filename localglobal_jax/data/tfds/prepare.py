@@ -37,10 +37,10 @@ SHARD_NAME = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"  # TFDS's default
 def prepare(name: str, data_dir: str | None = None, source: str | None = None) -> dict[str, int]:
     """Prepares TFDS data set ``name``, or only verifies it where it is there: split -> records.
 
-    Behind the splits come the counts that its builder noted, such as what it left out and why.
+    After the splits come the counts of its builder, such as left-out records and the reasons.
     ``source``: a directory with the raw files, where they cannot be downloaded: the IDX files of
-    fashion_mnist, or what TFDS calls the manual directory (imagenet2012). Raises ValueError where
-    the data set cannot be had or does not hold what its description says.
+    fashion_mnist, or the manual directory of TFDS (imagenet2012). Raises ValueError where
+    the data set cannot be downloaded or contradicts its description.
     """
     root = records.data_root(data_dir)
     builder = records.find_builder(name, root)
