@@ -77,11 +77,12 @@ def test_merging_different_metrics_is_refused():
 SHARDED = """
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from localglobal_jax import metrics, parallel
+from localglobal_jax.parallel import placement
+from localglobal_jax.training import metrics
 rng = np.random.default_rng(0)
 args = rng.normal(size=(64, 10)).astype(np.float32), rng.integers(0, 10, 64), np.arange(64) < 61
 one = metrics.compute(metrics.classification(*map(jax.numpy.asarray, args)))
-mesh = parallel.make_mesh({"data": -1})
+mesh = placement.make_mesh({"data": -1})
 assert mesh.size == 8
 batch = jax.device_put(args, NamedSharding(mesh, PartitionSpec("data")))
 many = metrics.compute(jax.jit(metrics.classification)(*batch))

@@ -54,8 +54,8 @@ KILL = """
     import os, signal, sys
     from etils import epath
     import tensorflow_datasets as tfds
-    from localglobal_jax.data.prepare import prepare
-    from localglobal_jax.data.builders.digits import Digits
+    from localglobal_jax.data.tfds.prepare import prepare
+    from localglobal_jax.data.tfds.builders.digits import Digits
 
     def die_in(owner, name, when=lambda *args: True):
         original = getattr(owner, name)
@@ -95,7 +95,7 @@ def test_killed_at_any_stage_leaves_nothing_half_made(tmp_path, stage):
 def test_two_at_once_both_succeed(tmp_path):
     code = """
         import sys
-        from localglobal_jax.data.prepare import prepare
+        from localglobal_jax.data.tfds.prepare import prepare
         print(prepare("digits", sys.argv[1]))
     """
     both = [run(code, tmp_path) for _ in range(2)]
@@ -201,7 +201,7 @@ def test_damaged_tfrecords_make_no_twin(tfrecord, tmp_path, damage):
 def test_killed_while_converting(tfrecord, tmp_path):
     code = """
         import os, signal, sys
-        from localglobal_jax.data import prepare
+        from localglobal_jax.data.tfds import prepare
         def die(*args, **kwargs):
             os.kill(os.getpid(), signal.SIGKILL)
         prepare.json.dumps = die
@@ -232,8 +232,10 @@ def test_none_of_this_imports_tensorflow(tfrecord, tmp_path):
     (tmp_path / "tensorflow/__init__.py").write_text("raise SystemExit('imports tensorflow')")
     code = """
         import importlib.util, sys
-        from localglobal_jax.data import images, loader, mixing, prepare
-        from localglobal_jax.schema import Images
+        from localglobal_jax.data import loader
+        from localglobal_jax.data.images import device_ops, pipeline as images
+        from localglobal_jax.data.tfds import prepare
+        from localglobal_jax.config.schema import Images
         old, new, fresh = sys.argv[1:]
         prepare.from_tfrecord(old, new)
         prepare.prepare("digits", fresh)

@@ -111,8 +111,8 @@ def test_whole_pages_go_to_one_split(help_pages, tmp_path):
 def test_killed_while_preparing(help_pages, tmp_path):
     code = """
 import os, signal, sys
-from localglobal_jax.data.builders import lohelp
-from localglobal_jax.data.prepare import prepare
+from localglobal_jax.data.tfds.builders import lohelp
+from localglobal_jax.data.tfds.prepare import prepare
 lohelp.LohelpTranslate._generate_examples = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
 prepare("lohelp_translate/en-de", *sys.argv[1:])
 """
