@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import localglobal_jax as lg
 from localglobal_jax.data.text import pipeline
 from localglobal_jax.inference import load
-from localglobal_jax.inference import translator as translate
+from localglobal_jax.inference.translator import Translator
+from localglobal_jax.inference.translator import load as load_translator
 from localglobal_jax.launch import status
 from localglobal_jax.training import losses
 
@@ -45,8 +47,8 @@ class Trained:
         return self.run.seed
 
     @functools.cached_property
-    def translator(self) -> translate.Translator:
-        return translate.load(self.workdir)
+    def translator(self) -> Translator:
+        return load_translator(self.workdir)
 
     def source(self, split: str = "test", edges: tuple[int, ...] = (16, 24, 32, 48, 64, 96)) -> Any:
         """Returns the pairs of a split as this run's tokens."""
@@ -89,7 +91,8 @@ def measured(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _token_losses(module: Any, variables: Any, batch: Mapping[str, Any]) -> jax.Array:
-    logits, _ = module.apply(variables, batch["source"], batch["target_input"], train=False)
+    with lg.implementation("fused"):  # as in training
+        logits, _ = module.apply(variables, batch["source"], batch["target_input"], train=False)
     return losses.cross_entropy(logits, batch["target"])
 
 

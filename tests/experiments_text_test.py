@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import study
+from experiments import study, text_runs
 from experiments.attention_dispersion import measure as dispersion
 from experiments.bleu_by_length import measure as joined
+from experiments.operator_properties import measure as properties
 from localglobal_jax.launch import expand
 from localglobal_jax.models.registry import create_model
+from localglobal_jax.parallel import context
 
 FOLDER = pathlib.Path(study.__file__).parent
 
@@ -54,6 +56,35 @@ def test_causal_sharpness_leaves_out_the_position_that_has_no_choice():
     _, normalised, largest, _ = dispersion.sharpness(weights, real, causal=True)
     assert normalised == pytest.approx(0.5)
     assert largest == pytest.approx(0.75)
+
+
+class Recorder:
+    """A model that records whether the fused kernels are selected when it is called."""
+
+    def __init__(self):
+        self.fused = []
+
+    def init(self, *args):
+        return {}
+
+    def apply(self, *args, mutable=None, train=False):
+        self.fused.append(context.is_fused())
+        output = jnp.zeros((2, 3, 5))
+        return (output, {"intermediates": {}}) if mutable or len(args) > 2 else output
+
+
+def test_studies_measure_with_the_kernels_of_training():
+    tokens = jnp.ones((2, 3), jnp.int32)
+    batch = {"source": tokens, "target_input": tokens, "target": tokens}
+    calls = {
+        "losses": lambda model: text_runs._token_losses(model, {}, batch),
+        "attention": lambda model: dispersion.attention(model, {}, tokens, tokens),
+        "operator": lambda model: properties.ready(model, (4,))(properties.inputs((4,), 0)),
+    }
+    for name, call in calls.items():
+        model = Recorder()
+        call(model)
+        assert model.fused == [True], name
 
 
 def test_sentences_put_together_keep_their_order():

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import localglobal_jax as lg
 from experiments import text_runs
 from localglobal_jax.data.text import pipeline
 
@@ -29,7 +30,8 @@ COLUMNS += ("entropy", "normalised", "maximum", "effective")
 @functools.partial(jax.jit, static_argnums=0)
 def attention(module, variables, source, target):
     """{(part, layer): weights of its self-attention [b, heads, l, l]}."""
-    _, sown = module.apply(variables, source, target, train=False, mutable=["intermediates"])
+    with lg.implementation("fused"):  # as in training
+        _, sown = module.apply(variables, source, target, train=False, mutable=["intermediates"])
     found = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(sown["intermediates"]):
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]

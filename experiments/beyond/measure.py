@@ -46,7 +46,8 @@ def measure(run: expand.Description) -> list[dict[str, object]]:
 
     @jax.jit
     def predict(variables, image):
-        logits, _ = module.apply(variables, device_ops.normalize(image, options), train=False)
+        with lg.implementation("fused"):  # as in training
+            logits, _ = module.apply(variables, device_ops.normalize(image, options), train=False)
         return jnp.argmax(logits, -1)
 
     source = pipeline.open_split(options, options.eval_splits[0], train=False)

@@ -70,7 +70,12 @@ def inputs(space, seed):
 def ready(module, space):
     """Returns the operator as a compiled function of x."""
     variables = jax.jit(module.init)(jax.random.key(0), inputs(space, 0))
-    return jax.jit(lambda x: module.apply(variables, x))
+
+    def run(x):
+        with context.implementation("fused"):  # as in training
+            return module.apply(variables, x)
+
+    return jax.jit(run)
 
 
 def pulled(run, x, direction, before=0):

@@ -21,6 +21,7 @@ if hasattr(os, "sched_setaffinity"):  # before jax counts the cores
 
 import jax
 
+from localglobal_jax.config import loading
 from localglobal_jax.launch import expand
 from localglobal_jax.models import flops
 from localglobal_jax.models.registry import create_model
@@ -33,7 +34,7 @@ FIRST = "CoAtNet"
 def main(size: str = "laptop", steps: int = 20, out: pathlib.Path = HERE / "speed.csv") -> None:
     """Writes a row for each model, CoAtNet first."""
     spec = f"{HERE / 'sweep.py'}:size={size}"
-    module, _ = expand.configlib.load_module(spec)
+    module, _ = loading.load_module(spec)
     described = expand.expand(spec, "unused").runs
     names = list(module.models(size))
     runs = {name: run.run for name, run in zip(names, described[-len(names) :], strict=True)}

@@ -21,6 +21,7 @@ from localglobal_jax.data.text import pairs
 from localglobal_jax.inference import grad_cam
 from localglobal_jax.inference.translator import Translator
 from localglobal_jax.models.registry import Variables
+from localglobal_jax.parallel import context
 from localglobal_jax.training.reporting.examples import spread
 from localglobal_jax.training.reporting.html.facts import Confusion, Picture, Run, Sample
 
@@ -44,7 +45,8 @@ def add_classifications(
 
     @jax.jit
     def predict(variables: Variables, image: jax.Array) -> jax.Array:
-        return module.apply(variables, normalize(image, options), train=False)[0].argmax(-1)
+        with context.implementation("fused"):  # as in training
+            return module.apply(variables, normalize(image, options), train=False)[0].argmax(-1)
 
     chosen = spread(len(source), MOST)
     rows = min(ROWS, len(chosen))
@@ -78,7 +80,8 @@ def attention_map(module: nn.Module, variables: Variables, pixels: jax.Array) ->
 
     @jax.jit  # XLA then drops the weights of all but the last layer
     def last(variables: Variables, pixels: jax.Array) -> jax.Array | None:
-        _, sown = module.apply(variables, pixels, train=False, mutable=["intermediates"])
+        with context.implementation("fused"):  # as in training
+            _, sown = module.apply(variables, pixels, train=False, mutable=["intermediates"])
         leaves = jax.tree_util.tree_leaves_with_path(sown.get("intermediates", {}))
         paths = [(jax.tree_util.keystr(k, simple=True, separator="/"), x) for k, x in leaves]
         shown = [(path, x) for path, x in paths if "attention/" in path]
