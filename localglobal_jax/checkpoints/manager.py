@@ -7,7 +7,7 @@ by one rename, after all its files are written and listed with checksums. Readin
 then the tree, then the digest of every leaf (`reader`, `digests`). A damaged step is logged and the
 next older one is used; if all are damaged, the run ends with an error instead of starting over.
 
-On object stores a rename is not atomic; there a step without ``files.json`` is incomplete.
+In a bucket, where a rename is not atomic, a step is written in place and its list of files last.
 """
 
 import contextlib
@@ -23,9 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 
-from localglobal_jax.checkpoints import digests, orbax_patches, reader
+from localglobal_jax.checkpoints import digests, orbax_patches, reader, workdir
 from localglobal_jax.config import schema
 from localglobal_jax.parallel import host_memory, multihost
 
@@ -75,11 +74,24 @@ class _Committed(ocp.path.atomicity.AtomicRenameTemporaryPath):
         self._final_path = final
 
 
+class _CommittedInPlace(ocp.path.atomicity.CommitFileTemporaryPath):
+    """Orbax's directory of a step in a bucket, written under its own name; the manifest is last.
+
+    In a bucket the rename of a directory is a copy of every object, and not atomic.
+    """
+
+    async def finalize(self) -> None:
+        await super().finalize()
+        if self.get_final().name.isdigit():
+            digests.write_manifest(self.get_final())
+
+
 class Checkpoints:
     """The checkpoints of one run. Reading changes nothing on disk; the first save tidies up."""
 
     def __init__(self, directory: str | os.PathLike, options: schema.Checkpoints):
-        self.directory = epath.Path(directory).expanduser().absolute()
+        self.directory = workdir.absolute(directory)
+        self._remote = workdir.is_remote(directory)
         self._options = options
         best = options.best or ""
         self._best, self._sign = best.removeprefix("-"), -1 if best.startswith("-") else 1
@@ -237,7 +249,7 @@ class Checkpoints:
                 best_fn=self._score if self._best else None,  # without it no metrics are stored
                 cleanup_tmp_directories=True,
                 todelete_subdir=TRASH,
-                temporary_path_class=_Committed,
+                temporary_path_class=_CommittedInPlace if self._remote else _Committed,
             ),
             item_names=("state", "metadata"),
         )

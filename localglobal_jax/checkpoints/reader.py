@@ -21,7 +21,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-from localglobal_jax.checkpoints import digests
+from localglobal_jax.checkpoints import digests, workdir
 
 T = TypeVar("T")
 SMALL = 2**18  # bytes; smaller arrays are fetched to the host for their digest
@@ -256,7 +256,7 @@ def _load(directory: epath.Path, step: int) -> tuple[int, dict, dict]:
 
 def _locate(path: str | os.PathLike) -> tuple[epath.Path, int | None]:
     """Returns the directory of checkpoints and, if the path is one step, its number."""
-    given = epath.Path(path).expanduser().absolute()
+    given = workdir.absolute(path)
     parts = ("state", "metadata", digests.MANIFEST)
     if given.name.isdigit() and any((given / part).exists() for part in parts):
         return given.parent, int(given.name)

@@ -17,6 +17,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from etils import epath
+
 from localglobal_jax.config import loading, schema, validation, values
 
 log = logging.getLogger(__name__)
@@ -224,3 +226,13 @@ def is_remote(directory: str | os.PathLike[str]) -> bool:
     if not re.match(r"gs://[^/]+/.", os.fspath(directory)):
         raise ValueError(f"{directory}: give a local directory, or gs://BUCKET/PATH")
     return True
+
+
+def absolute(path: str | os.PathLike[str]) -> epath.Path:
+    """Returns `path` with ``~`` expanded, as an absolute path; a path in a bucket as it is.
+
+    `epath` would put the current directory before ``gs://``. Raises ValueError as `is_remote`.
+    """
+    if is_remote(path):
+        return epath.Path(path)
+    return epath.Path(epath.Path(path).expanduser().absolute())

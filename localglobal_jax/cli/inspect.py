@@ -23,14 +23,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints one paragraph per checkpoint; returns 1 if anything is damaged."""
-    from etils import epath
-
-    from localglobal_jax.checkpoints import gcs, reader
+    from localglobal_jax.checkpoints import gcs, reader, workdir
     from localglobal_jax.training import verification
 
     found = reader.inspect(args.path, verify=args.verify)
     bad = [step for step in found["steps"] if step["error"]]
-    path = str(epath.Path(args.path).expanduser().absolute())
+    path = str(workdir.absolute(args.path))
     if (
         args.verify and found["directory"] == f"{path}/checkpoints"
     ):  # a workdir, not a checkpoint in it

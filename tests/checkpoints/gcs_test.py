@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A workdir on an object store, which here is a file system in memory."""
+"""A workdir in a bucket of a real server."""
 
 import csv
 import json
@@ -7,7 +7,7 @@ import json
 import pytest
 from etils import epath
 
-from localglobal_jax.checkpoints import gcs, reader, workdir
+from localglobal_jax.checkpoints import gcs, workdir
 from localglobal_jax.cli.main import main
 from localglobal_jax.config import loading, validation
 from localglobal_jax.training import evaluation, loop
@@ -28,15 +28,7 @@ def test_small_files_go_there_and_come_back(bucket):
     assert str(other.checkpoints) == f"{bucket}/checkpoints"
 
 
-def test_a_run_stops_resumes_and_is_evaluated_there(bucket, tmp_path, data_dir, monkeypatch):
-    """Checkpoints are orbax's affair, which has no store in memory: they are local here."""
-    real = gcs.LocalMirror.__init__
-
-    def with_local_checkpoints(self, directory):
-        real(self, directory)
-        self.checkpoints = epath.Path(tmp_path / "checkpoints")
-
-    monkeypatch.setattr(gcs.LocalMirror, "__init__", with_local_checkpoints)
+def test_a_run_is_resumed_and_evaluated_there(bucket, data_dir):
     options = {"data.dir": data_dir, "steps": "6", "log.tensorboard": "false"}
     config = loading.load("configs/coatnet_digits.py:size=tiny", options)
     results = loop.train(validation.check(config), bucket)
@@ -44,9 +36,6 @@ def test_a_run_stops_resumes_and_is_evaluated_there(bucket, tmp_path, data_dir, 
     assert {"config.json", "metrics.jsonl", "model_card.md"} <= {p.name for p in there.iterdir()}
     again = loop.train(validation.check(config), bucket)  # nothing is left to do
     assert again["test"] == results["test"]
-    monkeypatch.setattr(
-        reader, "_locate", lambda path: (epath.Path(tmp_path / "checkpoints"), None)
-    )
     step, found = evaluation.evaluate(bucket)
     assert step == 6 and found["test"]["loss"] == pytest.approx(results["test"]["loss"], rel=1e-6)
     other = loading.load("configs/coatnet_digits.py:size=tiny", {**options, "seed": "7"})
