@@ -34,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="run sweep_NAME() of the file; default: sweep()")  # fmt: skip
     add("--workdir", required=True, metavar="ROOT", help="every run gets its own folder in it")
     add("--backend", choices=tuple(backends.BACKENDS), default="local", help="default: local")
-    add("--only", nargs="+", metavar="GLOB|INDEX", help="some of the runs, by name or number")
+    add("--only", nargs="+", metavar="GLOB|INDEX|A-B", help="some of the runs, by name or number")
     add("--dry_run", action="store_true", help="check and describe the runs, start nothing")
     add("--status", action="store_true", help="print the state of the runs")
     add("--collect", metavar="FILE.csv", help="write overrides and last metrics of all runs")

@@ -5,6 +5,7 @@ import dataclasses
 import fnmatch
 import inspect
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -142,17 +143,22 @@ def known_as(root: str, name: str) -> str:
 
 
 def select(runs: Sequence[Description], only: Sequence[str] | None) -> list[Description]:
-    """Returns the runs whose index or name is in `only`; names may be patterns, ``*-1f2e3d4c``."""
+    """Returns the runs named by `only`: indices (``7``), ranges (``0-999``, both ends included, cut
+    at the last run) and patterns of names (``*-1f2e3d4c``). Raises ValueError if one names no run.
+    """
     if not only:
         return list(runs)
     chosen = set()
     for pattern in only:
-        if pattern.isdigit():
-            found = {run.index for run in runs if run.index == int(pattern)}
+        if numbers := re.fullmatch(r"(\d+)(?:-(\d+))?", pattern):
+            first, last = int(numbers[1]), int(numbers[2] or numbers[1])
+            found = {run.index for run in runs if first <= run.index <= last}
         else:
             found = {run.index for run in runs if fnmatch.fnmatchcase(run.name, pattern)}
         if not found:
-            names = f"{runs[0].name} to {runs[-1].name}"
-            raise ValueError(f"--only {pattern}: no such run among {len(runs)}, {names}")
+            raise ValueError(
+                f"--only {pattern}: no such run among {len(runs)}, {runs[0].name} to "
+                f"{runs[-1].name}: give numbers (7), ranges (0-99) or names ('*-1f2e3d4c')"
+            )
         chosen |= found
     return [run for run in runs if run.index in chosen]

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Back end for SLURM: one ``sbatch`` array script per sweep, one task of the array per run.
+"""Back end for SLURM: ``sbatch`` array scripts, one task of an array per run.
+
+A cluster limits the indices of an array (MaxArraySize, 1001 by default), so a script has up to
+`ARRAY` runs, numbered from 0 within it; a larger sweep is several scripts.
 
 Two minutes before its time limit, or when it is preempted, the batch shell gets SIGTERM and passes
 it to all processes of the run. These save and exit with 42, and the task is queued again. Any other
@@ -7,6 +10,7 @@ exit code ends the task, so a wrong config is not queued for ever.
 """
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import os
@@ -44,11 +48,12 @@ OPTIONS: tuple[Option, ...] = (
     Option("mem", "memory of a node, 64G"),
     Option(
         "sbatch",
-        "another option of sbatch, --sbatch=--exclusive; may be repeated",
+        "another option of sbatch, exclusive or --mem-per-cpu=4G; may be repeated",
         action="append",
     ),
 )
 REQUIRED: tuple[str, ...] = ()
+ARRAY = 1000  # runs of an array; see `limit`
 GRACE = 120  # seconds between the signal and the end; a step and a checkpoint have to fit
 
 
@@ -71,7 +76,11 @@ def target(args: argparse.Namespace) -> Target:
 
 
 def launch(request: Request) -> Launch:
-    """Returns one script for all runs."""
+    """Returns a script for every `ARRAY` runs."""
+    return _launch(request, ARRAY)
+
+
+def _launch(request: Request, size: int) -> Launch:
     args, here = request.args, python_command()
     many = ("--distributed",) if _processes(args) > 1 else ()
     commands = {
@@ -88,39 +97,64 @@ def launch(request: Request) -> Launch:
     }
     options = [f"--{key}={value}" for key, value in named.items() if value]
     root = str(pathlib.Path(args.workdir).absolute())
-    text = script(
-        request.runs, commands, prefix=job_name(request.sweep.prefix, root), root=root,
-        options=[*options, *(args.sbatch or ())], nodes=args.nodes or 1, gpus=args.gpus or 0,
-        concurrent=args.slots, env=request.env,
-    )  # fmt: skip
+    options += [option if option.startswith("-") else f"--{option}" for option in args.sbatch or ()]
+    parts = _parts(request.runs, size)
+    files = {}
+    for number, runs in enumerate(parts):
+        part = f"-{number}" if len(parts) > 1 else ""
+        files[f"{request.sweep.prefix}{part}.sbatch"] = script(
+            runs, commands, prefix=job_name(request.sweep.prefix, root), root=root,
+            options=options, nodes=args.nodes or 1, gpus=args.gpus or 0,
+            concurrent=args.slots, env=request.env,
+        )  # fmt: skip
     shown = {name: (f"srun {shell.quoted(argv)}",) for name, argv in commands.items()}
-    file = f"{request.sweep.prefix}.sbatch"
-    return Launch(shown, {file: text}, {file: ("sbatch", "--parsable", file)})
+    return Launch(shown, files, {file: ("sbatch", "--parsable", file) for file in files})
+
+
+def _parts(runs: Sequence[Description], size: int) -> list[Sequence[Description]]:
+    return [runs[i : i + size] for i in range(0, len(runs), size)]
 
 
 def start(request: Request, environment: Mapping[str, str], say: Say) -> Started:
-    """Submits the runs that are not yet in the queue."""
+    """Submits the runs that are not yet in the queue; ends at the first array that is refused.
+
+    With ``--slots`` an array waits for the one before it, so that no more than these run at a time.
+    """
     execute.need("sbatch", "it comes with SLURM: start this on a login node of the cluster")
     root = pathlib.Path(request.args.workdir).absolute()
     waiting = set()
     for array, task in queued(job_name(request.sweep.prefix, str(root)), environment):
-        # The index of a run differs between arrays if the sweep has grown: compare names.
+        # The index of a task is its place in its own script: compare names.
         names = root / f"slurm-{array}.json"
         known = json.loads(names.read_text()) if names.exists() else {}
         waiting.add(known.get(str(task), ""))
     left = [run for run in request.runs if run.name not in waiting]
-    code, output = 0, ""
-    if left:
-        files = launch(Request(request.args, request.sweep, left, request.env)).files
-        (file,) = execute.write(files, root)
-        code, output = execute.call(["sbatch", "--parsable", file], environment)
-    if output and not code:
-        numbers = {run.index: run.name for run in left}
-        (root / f"slurm-{output.partition(';')[0]}.json").write_text(json.dumps(numbers))
-    new = "failed" if code else "queued"
-    states = {run.name: new if run in left else "already" for run in request.runs}
-    ended = ExitCode.FAILED if code else ExitCode.DONE
-    return execute.report(ended, states, shell.without(output, request.env), say)
+    states = {run.name: "already" if run not in left else "failed" for run in request.runs}
+    ended, said, array = ExitCode.DONE, list[str](), ""
+    size = limit(environment)
+    files = _launch(dataclasses.replace(request, runs=left), size).files
+    for runs, file in zip(_parts(left, size), execute.write(files, root), strict=True):
+        after = [f"--dependency=afterany:{array}"] if array and request.args.slots else []
+        code, output = execute.call(["sbatch", "--parsable", *after, file], environment)
+        said.append(shell.without(output, request.env))
+        if code:
+            ended = ExitCode.FAILED
+            break
+        array = output.partition(";")[0]
+        names = {task: run.name for task, run in enumerate(runs)}
+        (root / f"slurm-{array}.json").write_text(json.dumps(names))
+        states |= {run.name: "queued" for run in runs}
+    return execute.report(ended, states, "\n".join(said), say)
+
+
+def limit(environment: Mapping[str, str]) -> int:
+    """Returns the largest number of runs of an array here: `ARRAY`, or less by MaxArraySize."""
+    try:
+        code, output = execute.call(["scontrol", "show", "config"], environment)
+    except FileNotFoundError:
+        return ARRAY
+    found = None if code else re.search(r"^MaxArraySize\s*=\s*(\d+)", output, re.MULTILINE)
+    return min(ARRAY, int(found[1])) if found and int(found[1]) else ARRAY
 
 
 def queued(job: str, environment: Mapping[str, str]) -> set[tuple[int, int]]:
@@ -174,7 +208,7 @@ def script(
     most = f"%{concurrent}" if concurrent else ""
     lines = [
         f"--job-name={prefix}",
-        f"--array={_ranges([run.index for run in runs])}{most}",
+        f"--array=0-{len(runs) - 1}{most}",
         "--requeue",
         "--open-mode=append",
         f"--signal=B:TERM@{GRACE}",
@@ -187,9 +221,9 @@ def script(
     if broken := next((line for line in lines if re.search(r"[\r\n\0]", line)), None):
         raise ValueError(f"an option of sbatch is one line of a script: {broken!r} is not")
     cases = [
-        f"  {run.index}) directory={shlex.quote(run.workdir)}\n"
+        f"  {task}) directory={shlex.quote(run.workdir)}\n"
         f"     command=({shell.quoted(commands[run.name])}) ;;"
-        for run in runs
+        for task, run in enumerate(runs)
     ]
     return "\n".join(
         [
@@ -227,14 +261,3 @@ if [ "$code" -eq PREEMPTED ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 1000 ]; then
 fi
 exit "$code"
 """
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Returns ``0-2,5`` for ``[0, 1, 2, 5]``."""
-    groups: list[list[int]] = []
-    for number in sorted(numbers):
-        if groups and number == groups[-1][-1] + 1:
-            groups[-1].append(number)
-        else:
-            groups.append([number])
-    return ",".join(f"{g[0]}-{g[-1]}" if len(g) > 1 else str(g[0]) for g in groups)

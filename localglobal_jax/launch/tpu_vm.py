@@ -1,9 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Back end for TPU VMs without a cluster: queued resources, then one command on every host by ssh.
+"""Back end for TPU VMs without a cluster: queued resources, then commands on every host by ssh.
 
 `pool` executes one script per run. The script requests the machines unless they exist, waits for
-them, trains, and deletes them once the run is done or can never be. If the machines were taken away
-the script exits with 42 and is restarted like any other run, which requests them again.
+them, runs the setup on every host, then trains on every host, and deletes the machines once the run
+itself has ended for good. If the machines were taken away the script exits with 42 and is restarted
+like any other run, which requests them again.
+
+On a host the run does not depend on its ssh connection: it writes to ``~/.localglobal/log.txt``,
+and the connection follows that file. A second connection, after the first was lost, finds the run
+and follows it too. gcloud and ssh fail with the exit codes 1, 2 and 255, so a host reports the
+run's own codes 1 to 3 as 101 to 103.
 """
 
 import argparse
@@ -33,7 +39,7 @@ OPTIONS: tuple[Option, ...] = (
     *tpu.OPTIONS,
     Option("runtime", "version of the TPU software (that of the type)"),
     Option("spot", "use machines that may be preempted", action="store_true"),
-    Option("setup", "command that every host runs first, 'pip install ...'"),
+    Option("setup", "shell code that every host runs first; it must be able to run twice"),
 )
 REQUIRED: tuple[str, ...] = ("zone", "tpu_type")
 
@@ -59,9 +65,13 @@ def launch(request: Request) -> Launch:
         files[f"{run.name}.sh"] = script(
             name, command, setup=args.setup, env=env, **place, **options
         )
-        text = exported(env) + remote(command, args.setup)
-        call = [*ssh(name, **place), f"--command={text}"]
-        shown[run.name] = (shell.quoted(create(name, **place, **options)), shell.quoted(call))
+        shown[run.name] = (
+            shell.quoted(create(name, **place, **options)),
+            *(
+                shell.quoted([*ssh(name, **place), f"--command={exported(env)}{text}"])
+                for text in (prepare(args.setup, env), remote(command))
+            ),
+        )
         commands[run.name] = ("bash", f"{run.name}.sh")
     return Launch(shown, files, commands)
 
@@ -81,10 +91,11 @@ def start(request: Request, environment: Mapping[str, str], say: Say) -> Started
     for run, outcome in started.runs.items():
         name = cloud_name(run, args.workdir)
         command = delete(name, zone=args.zone, project=args.project)
-        if outcome["state"] == "failed":
+        ended_itself = outcome["code"] not in (NOT_READY, CONNECTION_LOST)
+        if outcome["state"] == "failed" and ended_itself:
             execute.call(command, environment)
-        elif outcome["state"] == "stopped":
-            say(f"kept     the machines of {run}, for resuming it; to delete them:")
+        elif outcome["state"] in ("failed", "stopped"):
+            say(f"kept     the machines of {run}, for the next start; to delete them:")
             say(f"         {shlex.join(command)}")
     return started
 
@@ -151,13 +162,87 @@ def where(zone: str, project: str | None) -> list[str]:
     return [f"--zone={zone}", *([f"--project={project}"] if project else [])]
 
 
-def remote(command: Sequence[str], setup: str | None = None) -> str:
-    """Returns the shell code that a host executes; `exec` gives the run the recorded process id."""
-    start = f"echo $$ > /tmp/localglobal.pid; exec {shell.quoted(command)}"
-    return f"set -e; {setup}; {start}" if setup else start
+def prepare(setup: str | None = None, env: Mapping[str, str] | None = None) -> str:
+    """Returns the shell code that makes a host ready: `setup`, then a look for `localglobal`.
+
+    Saves the folder and the exported variables at the end of the setup, without those of `env`, for
+    the run. Exits with `NOT_READY`, whatever the exit code of the setup.
+    """
+    values = {"SETUP": shlex.quote(setup or ":"), "NAMES": " ".join(env or {})}
+    return _filled(PREPARE, values)
 
 
-STOP = 'kill -TERM "$(cat /tmp/localglobal.pid)"'
+def remote(command: Sequence[str]) -> str:
+    """Returns the shell code that starts the run on a host unless it is there, and follows it."""
+    return _filled(REMOTE, {"COMMAND": shell.quoted(command)})
+
+
+def _filled(text: str, values: Mapping[str, str]) -> str:
+    """Replaces ``@NAME@``, in one pass: a value may contain the name of another placeholder."""
+    values = {"NOT_READY": f"{NOT_READY:d}", **values}
+    return re.sub(r"@([A-Z_]+)@", lambda place: values[place[1]], text)
+
+
+# Exit codes of a script that are not the run's: after these the machines are kept.
+NOT_READY, CONNECTION_LOST = 78, 255
+
+# The setup may end this shell at any place, with any code, and its last command may be `A && B`,
+# at which `set -e` alone does not stop: the EXIT trap sees all of these.
+PREPARE = """\
+place=~/.localglobal
+(umask 077; mkdir -p "$place") || exit @NOT_READY@
+flock -n "$place/lock" true || exit 0  # the run of an earlier start goes on
+rm -f "$place/environment"
+exec 9>>"$place/setup.lock"
+flock 9  # a setup whose connection was lost may still run
+trap 'echo "localglobal: the setup ended with exit code $? on $(hostname): nothing is started" >&2
+  exit @NOT_READY@' EXIT
+set -e
+eval @SETUP@ 9>&-
+result=$?
+set +e
+[ "$result" -eq 0 ] || (exit "$result") || exit
+if ! type -P localglobal >/dev/null; then
+  trap - EXIT
+  echo "localglobal: not on the PATH of $(hostname): install it with --setup" >&2
+  exit @NOT_READY@
+fi
+unset -v _ @NAMES@
+(umask 077; { export -p; printf 'cd %q\\n' "$PWD"; } >"$place/environment")
+trap - EXIT
+exit 0"""
+
+# The lock is inherited by the run, so it lasts as long as the run in whatever way that ends.
+# `start` names a start: if it has ended, a second connection reports its exit code.
+REMOTE = """\
+place=~/.localglobal
+exec 9>>"$place/lock"
+if [ "$(cat "$place/start" 2>/dev/null)" != "${start-by hand}" ] && flock -n 9; then
+  [ -z "${start-}" ] || echo "$start" >"$place/start"
+  rm -f "$place/code" "$place/pid"
+  lines=+$(($(cat "$place/log.txt" 2>/dev/null | wc -l) + 1))
+  set -m  # a process group of its own
+  (
+    trap '' HUP
+    . "$place/environment" || { echo @NOT_READY@ >"$place/code"; exit; }
+    @COMMAND@ &
+    echo $! >"$place/pid"
+    wait $!
+    echo $? >"$place/code"
+  ) </dev/null >>"$place/log.txt" 2>&1 &
+  set +m
+else
+  echo "localglobal: the run was started on $(hostname) before: following its log"
+  lines=10
+fi
+exec 9>&-
+flock "$place/lock" true &
+tail -s 0.2 -n "$lines" -F --pid=$! "$place/log.txt" 2>/dev/null
+code=$(cat "$place/code" 2>/dev/null || echo 1)  # without the file the shell was killed
+case "$code" in 1|2|3) code=$((code + 100)) ;; esac
+exit $code"""
+
+STOP = 'kill -TERM "$(cat ~/.localglobal/pid)"'
 
 
 def script(
@@ -179,7 +264,9 @@ def script(
     place = shell.quoted(where(zone, project))
     values = {
         "EXPORTS": "\n".join(shell.exports(env or {})),
-        "REMOTE": shlex.quote(remote(command, setup)),
+        "NAME": name,
+        "PREPARE": shlex.quote(prepare(setup, env)),
+        "REMOTE": shlex.quote(remote(command)),
         "CREATE": shell.quoted(made),
         "DESCRIBE": f"gcloud compute tpus queued-resources describe {name} {place}",
         "DELETE": shell.quoted(delete(name, zone=zone, project=project)),
@@ -188,38 +275,82 @@ def script(
         "NAMES": " ".join(env or {}),
         "FAILED": f"{ExitCode.FAILED:d}",
         "PREEMPTED": f"{ExitCode.PREEMPTED:d}",
+        "LOST": f"{CONNECTION_LOST:d}",
         "OVER": "|".join(f"{code:d}" for code in (ExitCode.DONE, *FINAL)),
     }
-    # In one pass: a value may contain the name of another placeholder.
-    return re.sub(r"@([A-Z]+)@", lambda place: values[place[1]], BODY)
+    return _filled(BODY, values)
 
 
 BODY = """\
 #!/bin/bash
 set -u
 @EXPORTS@
-state() { @DESCRIBE@ --format='value(state.state)' 2>/dev/null; }
+say() { echo "$(date +%T) $*"; }
+state() {  # of the request; GONE; or UNKNOWN, with the reason
+  local errors
+  { errors=$(@DESCRIBE@ --format='value(state.state)' 2>&1 >&3) && return; } 3>&1
+  case "$errors" in
+    *NOT_FOUND*|*"not found"*) echo GONE ;;
+    *) echo "$errors" >&2; echo UNKNOWN ;;
+  esac
+}
 create() { @CREATE@ || exit @FAILED@; }
 remove() { @DELETE@; }
-case "$(state)" in
-  '') create ;;
-  SUSPENDED|SUSPENDING|FAILED) remove; create ;;
-esac
+pause() { sleep "${LOCALGLOBAL_POLL:-30}" >/dev/null 2>&1 & wait $!; }
+
 trap 'exit @PREEMPTED@' TERM  # while waiting: the request stays in the queue
-until [ "$(state)" = ACTIVE ]; do
-  case "$(state)" in FAILED) exit @FAILED@ ;; SUSPENDED) exit @PREEMPTED@ ;; esac
-  sleep 30 & wait $!
+asked=no seen= unknown=0
+while :; do
+  now=$(state)
+  [ "$now" = "$seen" ] || say "machines @NAME@: ${now:-UNKNOWN}"
+  seen=$now
+  if [ "$now" = UNKNOWN ]; then unknown=$((unknown + 1)); else unknown=0; fi
+  [ "$unknown" -lt 10 ] || exit @LOST@
+  case "$asked:$now" in
+    *:ACTIVE) break ;;
+    no:GONE) create; asked=yes; continue ;;
+    no:SUSPENDED|no:SUSPENDING|no:FAILED) remove || exit @FAILED@; continue ;;
+    yes:FAILED) exit @FAILED@ ;;
+    yes:SUSPENDED|yes:GONE|yes:DELETING) exit @PREEMPTED@ ;;
+  esac
+  pause
 done
-environment=""
+
+child=
+environment="start=$$-$(date +%s); "
 for name in @NAMES@; do environment+="export $name=${!name@Q}; "; done
-@SSH@ --command="$environment"@REMOTE@ &
-child=$!
+on_hosts() {  # runs $1 on every host and sets `code`; connects again while the machines are there
+  local tries=0 since
+  while :; do
+    since=$SECONDS
+    @SSH@ --command="$environment$1" &
+    child=$!
+    while kill -0 "$child" 2>/dev/null; do wait "$child"; done  # a signal ends wait too early
+    wait "$child"
+    code=$?
+    [ "$code" -eq 0 ] && return
+    case "$(state)" in ACTIVE|UNKNOWN) ;; *) exit @PREEMPTED@ ;; esac  # the machines are gone
+    case "$code" in 1|255) ;; *) return ;; esac
+    [ $((SECONDS - since)) -lt 600 ] || tries=0
+    tries=$((tries + 1))
+    if [ "$tries" -ge 10 ]; then
+      say "no connection to the hosts of @NAME@; a run that has started goes on there"
+      exit @LOST@
+    fi
+    say "the connection ended with exit code $code: connecting again"
+    pause
+  done
+}
 stop() { @SSH@ --command=@STOP@; }
+trap 'kill $child 2>/dev/null; exit @PREEMPTED@' TERM
+on_hosts @PREPARE@
+case "$code" in 0) ;; 2|3) exit @FAILED@ ;; *) exit "$code" ;; esac
 trap stop TERM
-while kill -0 "$child" 2>/dev/null; do wait "$child"; done  # a signal ends wait too early
-wait "$child"
-code=$?
-if [ "$code" -ne 0 ] && [ "$(state)" != ACTIVE ]; then exit @PREEMPTED@; fi  # the machines are gone
+on_hosts @REMOTE@
+case "$code" in
+  101|102|103) code=$((code - 100)) ;;
+  2|3) exit @FAILED@ ;;  # of gcloud
+esac
 case "$code" in @OVER@) remove ;; esac
 exit "$code"
 """

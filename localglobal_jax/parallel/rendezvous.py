@@ -43,8 +43,8 @@ def detect(timeout: float) -> Cluster:
 def start(cluster: Cluster, timeout: float = 300.0) -> None:
     """Joins the cluster; call it before anything touches a device.
 
-    Raises ValueError for a cluster that cannot be, HostLost, on every host, with the names of those
-    that did not come within `timeout` seconds.
+    Raises ValueError for a cluster that cannot be, OSError for a port that is in use, HostLost, on
+    every host, with the names of those that did not come within `timeout` seconds.
     """
     coordinator, size, number, devices = cluster
     port = int(coordinator.rpartition(":")[2]) if re.fullmatch(r"\S+:\d+", coordinator) else 0
@@ -84,8 +84,10 @@ def _listen(cluster: Cluster, deadline: float) -> list[str]:
     try:
         server = socket.create_server(("", port), reuse_port=False)
     except OSError as error:
-        raise ValueError(
-            f"--coordinator {cluster.coordinator}: {error}; take another port"
+        # Not a ValueError, "wrong config": the port is free once an earlier process has ended.
+        raise OSError(
+            f"--coordinator {cluster.coordinator}: {error}: end the process that uses the port, or "
+            "take another one (JAX_COORDINATOR_PORT with --distributed)"
         ) from None
     with server, contextlib.ExitStack() as open_calls:
         while len(callers) < cluster.size - 1 and not twice:

@@ -12,7 +12,7 @@ import pytest
 
 from localglobal_jax.cli.main import main, parser
 from localglobal_jax.launch import backends, expand, local, shell, slurm, tpu, tpu_vm, xpk
-from localglobal_jax.launch.backend import Launch, Option, Started, Target
+from localglobal_jax.launch.backend import Launch, Option, Request, Started, Target
 from localglobal_jax.launch.exit_codes import ExitCode
 
 LAYOUTS = str(pathlib.Path(__file__).parents[2] / "experiments/coatnet_layouts/sweep.py")
@@ -196,41 +196,27 @@ def executed(script, tools, env, wait_for=None):
     return process.wait(60)
 
 
-GCLOUD = """
-echo "$*" >> "$PLACE/calls"
-case "$4" in
-  describe) cat "$PLACE/state" 2>/dev/null ;;
-  create) echo ACTIVE > "$PLACE/state" ;;
-  delete) rm "$PLACE/state" ;;
-  ssh) for word; do case "$word" in --command=*) bash -c "${word#--command=}"; exit ;; esac; done ;;
-esac
-"""
 SAVES = """trap 'exit 42' TERM; touch "$PLACE/ready"; while :; do sleep 0.05; done"""
 
 
-@pytest.mark.parametrize(
-    ("body", "code", "left"),
-    [
-        ('test "$HF_TOKEN" = "hunter 2\'s" && test "$NOTE" = "it\'s a \'test\'"', 0, False),
-        ("exit 2", 2, False),
-        ("exit 1", 1, True),
-        ("exit 42", 42, True),
-        ('echo SUSPENDED > "$PLACE/state"; exit 255', 42, True),
-        (SAVES, 42, True),
-    ],
-)
-def test_the_script_of_a_tpu_vm(body, code, left, tmp_path):
-    """Codes are passed on; machines go back when the run is over; SIGTERM arrives at the run."""
-    tool(tmp_path, "gcloud", GCLOUD)
-    tool(tmp_path, "localglobal", body)
-    text = tpu_vm.script("n", ("localglobal", "train"), zone="z", accelerator="v4-8", env=ENV)
-    pid = tmp_path / "pid"  # tests may run side by side
-    (tmp_path / "n.sh").write_text(text.replace("/tmp/localglobal.pid", str(pid)))
-    env = {**ENV, "PLACE": str(tmp_path)}
-    ready = tmp_path / "ready" if body == SAVES else None
-    assert executed(tmp_path / "n.sh", tmp_path, env, ready) == code
-    assert (tmp_path / "state").exists() == left
-    assert (tmp_path / "calls").read_text().count(" create n ") == 1
+@pytest.mark.parametrize(("code", "deleted"), [(1, True), (2, True), (78, False), (255, False)])
+def test_machines_are_deleted_for_a_run_that_failed_but_not_for_a_failed_start(
+    code, deleted, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(tpu_vm, "script", lambda *_, **__: f"exit {code}")
+    tool(tmp_path, "gcloud", f'echo "$*" >> {tmp_path}/calls')
+    run, said = expand.Description(0, "x-000-12345678", {}, None, "gs://b/r/x", ("train",)), []
+    request = Request(arguments(*TPU_VM, "--retries=0"), expand.Sweep("x", None, [run]), [run], {})
+    started = tpu_vm.start(request, dict(os.environ), said.append)
+    assert started.code == 1 and started.runs[run.name]["code"] == code
+    assert (tmp_path / "calls").exists() == deleted
+    command = "queued-resources delete x-000-12345678-"
+    if deleted:
+        assert command in (tmp_path / "calls").read_text()
+    else:
+        assert command in said[-1]
 
 
 def described(tmp_path):
@@ -245,7 +231,7 @@ def test_the_head_of_an_sbatch_script(tmp_path):
     )  # fmt: skip
     head = [line.split()[1] for line in text.splitlines() if line.startswith("#SBATCH")]
     assert head == [
-        *("--job-name=p", "--array=0-2,5%3", "--requeue", "--open-mode=append"),
+        *("--job-name=p", "--array=0-3%3", "--requeue", "--open-mode=append"),
         *("--signal=B:TERM@120", "--output=/r/slurm-%A_%a.txt", "--nodes=2"),
         *("--ntasks-per-node=4", "--gpus-per-node=4", "--time=1:00:00"),
     ]
@@ -260,13 +246,61 @@ def test_the_script_of_slurm(body, code, tmp_path):
     run = described(tmp_path)[5]
     text = slurm.script([run], {run.name: COMMAND}, prefix="p", root="/r")
     (tmp_path / "s.sh").write_text(text)
-    env = {"PLACE": str(tmp_path), "SLURM_ARRAY_TASK_ID": "5", "SLURM_JOB_ID": "7"}
+    env = {"PLACE": str(tmp_path), "SLURM_ARRAY_TASK_ID": "0", "SLURM_JOB_ID": "7"}
     ready = tmp_path / "ready" if body == SAVES else None
     assert executed(tmp_path / "s.sh", tmp_path, env, ready) == code
     events = pathlib.Path(run.workdir, "attempts.jsonl").read_text().splitlines()
     assert [json.loads(e)["event"] for e in events] == ["start", "end"]
     assert json.loads(events[1])["code"] == code
     assert (tmp_path / "requeued").exists() == (code == 42)
+
+
+SBATCH = """
+echo "$*" >> "$PLACE/calls"
+file=${!#}
+last=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$file")
+[ "$last" -le 1000 ] || { echo "sbatch: error: Invalid job array specification"; exit 1; }
+echo $((100 * $(wc -l < "$PLACE/calls")))
+"""
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes"), [("", [1000, 500]), ("MaxArraySize = 501", [501, 501, 498])]
+)
+def test_a_sweep_larger_than_an_array(config, sizes, tmp_path, monkeypatch):
+    """SLURM's limit: indices up to 1000. Every run is in one array, and starts its own command."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    tool(tmp_path, "sbatch", SBATCH)
+    tool(tmp_path, "squeue", "")
+    tool(tmp_path, "scontrol", f"echo 'Other = 7'; echo '{config}'")
+    tool(tmp_path, "srun", 'printf "%s\\n" "$@" > "$PLACE/words"')
+    root = tmp_path / "root"
+    runs = [
+        expand.Description(i, f"p-{i:03d}-1", {}, None, f"{root}/{i}", ("train", f"--run={i}"))
+        for i in range(1500)
+    ]
+    words = ("--backend=slurm", "--slots=2", "--sbatch=exclusive", "--sbatch=--mem=4G")
+    args = parser().parse_args(["sweep", "--config=x", f"--workdir={root}", *words])
+    request = Request(args, expand.Sweep("p", None, runs), runs, {})
+    started = slurm.start(request, dict(os.environ), lambda line: None)
+    assert started.code == 0 and {s["state"] for s in started.runs.values()} == {"queued"}
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert ["afterany" in call for call in calls] == [False] + [True] * (len(sizes) - 1)
+    seen = []
+    for number, file in enumerate(sorted(root.glob("p-*.sbatch"))):
+        text = file.read_text()
+        assert "#SBATCH --exclusive\n#SBATCH --mem=4G\n" in text
+        names = json.loads((root / f"slurm-{100 * (number + 1)}.json").read_text())
+        seen += names.values()
+        task = max(map(int, names))
+        assert task + 1 == sizes[number]
+        assert f"#SBATCH --array=0-{task}%2\n" in text
+        env = {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_JOB_ID": "7"}
+        assert executed(file, tmp_path, env) == 0
+        last = f"--run={len(seen) - 1}"
+        assert (tmp_path / "words").read_text().splitlines()[-1] == last
+    assert seen == [run.name for run in runs]
 
 
 @pytest.mark.skipif(not shutil.which("xpk"), reason="xpk is not installed")

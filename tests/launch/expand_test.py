@@ -122,5 +122,8 @@ def test_select():
     digest = sweeps.digest(runs[7].overrides)
     chosen = expand.select(runs, ["3", f"*-{digest}", runs[1].name])
     assert [run.index for run in chosen] == [1, 3, 7]
-    with pytest.raises(ValueError, match="--only 99"):
-        expand.select(runs, ["99"])
+    chosen = expand.select(runs, ["0-2", "52-999", "7-7"])
+    assert [run.index for run in chosen] == [0, 1, 2, 7, 52, 53]
+    for none in ("99", "54-60", "5-2"):
+        with pytest.raises(ValueError, match=f"--only {none}"):
+            expand.select(runs, [none])

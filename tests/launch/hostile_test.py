@@ -10,6 +10,7 @@ import pytest
 
 from localglobal_jax.cli.main import main
 from localglobal_jax.launch import expand, shell, slurm, tpu_vm
+from tests.launch import standins
 
 HOSTILE = (
     *("a; touch PWNED", "$(touch PWNED)", "`touch PWNED`", "a\ntouch PWNED\n", "' ; touch PWNED '"),
@@ -19,23 +20,20 @@ HOSTILE = (
 )
 ENV = {f"NOTE_{i}": text for i, text in enumerate(HOSTILE)}
 SHOW = 'printf "%s\\0" "$@" > "$PLACE/words"; env -0 > "$PLACE/env"\n'
-GCLOUD = """
-case "$4" in
-  describe) cat "$PLACE/state" 2>/dev/null ;;
-  create) echo ACTIVE > "$PLACE/state" ;;
-  delete) rm "$PLACE/state" ;;
-  ssh) for word; do case "$word" in --command=*) bash -c "${word#--command=}"; exit ;; esac; done ;;
-esac
-"""
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A folder with tools that show what they were given; anything executed would write there."""
     monkeypatch.chdir(tmp_path)
-    for name, body in {"srun": SHOW, "localglobal": SHOW, "gcloud": GCLOUD, "xpk": SHOW}.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{body}")
-        (tmp_path / name).chmod(0o755)
+    for name, body in {
+        "srun": SHOW,
+        "localglobal": SHOW,
+        "gcloud": standins.GCLOUD,
+        "xpk": SHOW,
+    }.items():
+        standins.tool(tmp_path, name, body)
+    standins.host(tmp_path, 0, f"{tmp_path}:{os.environ['PATH']}", PLACE=str(tmp_path))
     return tmp_path
 
 
@@ -69,7 +67,7 @@ def test_slurm(place):
 def test_tpu_vm(place):
     words = ("localglobal", *HOSTILE)
     text = tpu_vm.script("n", words, zone="z; touch PWNED", accelerator="v4-8", env=ENV)
-    (place / "t.sh").write_text(text.replace("/tmp/localglobal.pid", str(place / "pid")))
+    (place / "t.sh").write_text(text)
     assert executed(place, place / "t.sh") == list(HOSTILE)
     assert environment(place) == ENV
 
@@ -97,7 +95,7 @@ def sweep():
     [
         ("--backend=slurm", "--partition=$(touch PWNED)"),
         ("--backend=xpk", "--cluster=`touch PWNED`", "--image=i;touch PWNED", "--tpu_type=v4-8"),
-        ("--backend=tpu-vm", "--zone=z", "--tpu_type=v4-8", "--setup=true"),
+        ("--backend=tpu-vm", "--zone=z", "--tpu_type=v4-8", "--setup=: '@COMMAND@'"),
     ],
     ids=["slurm", "xpk", "tpu-vm"],
 )
@@ -113,8 +111,6 @@ def test_from_a_config_to_the_run(place, words, capsys):
     command += [f"--env=NOTE_{i}={text}" for i, text in enumerate(HOSTILE)]
     assert main([*command, *words]) == 0, capsys.readouterr().err
     (script,) = (place / "out").iterdir()
-    text = script.read_text().replace("/tmp/localglobal.pid", str(place / "pid"))
-    script.write_text(text)
     found = executed(place, script, SLURM_ARRAY_TASK_ID="0", SLURM_JOB_ID="7")
     if "xpk" in words[0]:
         assert {f"--env=NOTE_{i}={text}" for i, text in enumerate(HOSTILE)} <= set(found)

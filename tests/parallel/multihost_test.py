@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from localglobal_jax.checkpoints import workdir
+from localglobal_jax.cli.main import main
 from localglobal_jax.parallel import multihost, rendezvous
 
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "coatnet_digits.py"
@@ -210,6 +211,16 @@ def test_two_hosts_with_one_number():
 def test_a_cluster_that_cannot_be(address, rank):
     with pytest.raises(ValueError, match="HOST:PORT"):
         rendezvous.start(rendezvous.Cluster(address, 2, rank))
+
+
+def test_a_port_in_use_is_not_a_wrong_config(tmp_path, capfd):
+    with socket.create_server(("", 0)) as taken:
+        address = f"localhost:{taken.getsockname()[1]}"
+        words = [f"--workdir={tmp_path / 'run'}", f"--coordinator={address}"]
+        assert main([*COMMAND[3:], *words, "--hosts=2", "--host=0"]) == 1
+    said = capfd.readouterr().err
+    assert f"--coordinator {address}" in said and len(said.splitlines()) < 4
+    assert not (tmp_path / "run").exists()
 
 
 BARRIER = """
