@@ -130,19 +130,19 @@ def start(request: Request, environment: Mapping[str, str], say: Say) -> Started
         waiting.add(known.get(str(task), ""))
     left = [run for run in request.runs if run.name not in waiting]
     states = {run.name: "already" if run not in left else "failed" for run in request.runs}
-    ended, said, array = ExitCode.DONE, list[str](), ""
+    ended, said, last = ExitCode.DONE, list[str](), ""
     size = limit(environment)
     files = _launch(dataclasses.replace(request, runs=left), size).files
     for runs, file in zip(_parts(left, size), execute.write(files, root), strict=True):
-        after = [f"--dependency=afterany:{array}"] if array and request.args.slots else []
+        after = [f"--dependency=afterany:{last}"] if last and request.args.slots else []
         code, output = execute.call(["sbatch", "--parsable", *after, file], environment)
         said.append(shell.without(output, request.env))
         if code:
             ended = ExitCode.FAILED
             break
-        array = output.partition(";")[0]
-        names = {task: run.name for task, run in enumerate(runs)}
-        (root / f"slurm-{array}.json").write_text(json.dumps(names))
+        last = output.partition(";")[0]
+        numbered = {task: run.name for task, run in enumerate(runs)}
+        (root / f"slurm-{last}.json").write_text(json.dumps(numbered))
         states |= {run.name: "queued" for run in runs}
     return execute.report(ended, states, "\n".join(said), say)
 

@@ -112,11 +112,6 @@ class Partitioner:
                 f"parallel.compile=pmap replicates: it needs strategy=replicate, not "
                 f'{self.strategy}, and no axis but "data" in parallel.mesh, not {options.mesh}'
             )
-        if self.compile == "pmap" and jax.process_count() > 1:
-            raise ValueError(
-                "parallel.compile=pmap is for one host: what it returns belongs to each host alone "
-                "and cannot be saved as one checkpoint. Use jit, which gives the same losses"
-            )
         if self.compile != "pmap" and not self._global_norm:
             raise ValueError(
                 "parallel.batch_norm=per_device needs parallel.compile=pmap: under jit a batch is "
@@ -265,7 +260,9 @@ class Partitioner:
                 return step(state, batch)
 
         if axis:
-            return jax.pmap(traced, axis_name=axis, in_axes=(None, 0), out_axes=None)
+            return self._on_many_hosts(
+                jax.pmap(traced, axis_name=axis, in_axes=(None, 0), out_axes=None)
+            )
         shardings = self.shardings(state)
         return jax.jit(
             traced,
@@ -273,6 +270,25 @@ class Partitioner:
             out_shardings=(shardings, self._replicated()),
             donate_argnums=0,
         )
+
+    def _on_many_hosts(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """Lets a pmapped step of several hosts take and return global, replicated arrays.
+
+        pmap's own arrays are of the devices of one host. Nothing is copied between devices.
+        """
+        if jax.process_count() == 1:
+            return step
+        here = Mesh(np.asarray(self.mesh.local_devices), ("data",))
+        local, everywhere = NamedSharding(here, PartitionSpec()), self._replicated()
+
+        def seen_by(sharding: NamedSharding, tree: PyTree) -> PyTree:
+            def moved(x: jax.Array) -> jax.Array:
+                parts = [shard.data for shard in x.addressable_shards]
+                return jax.make_array_from_single_device_arrays(x.shape, sharding, parts)
+
+            return jax.tree.map(moved, tree)
+
+        return lambda state, batch: seen_by(everywhere, step(seen_by(local, state), batch))
 
     def compile_eval(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """Compiles ``(variables, batch) -> metrics``; variables keep their shardings."""
