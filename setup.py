@@ -13,7 +13,7 @@ VERSION = re.search(
 
 INSTALL = [
     "absl-py>=2.1",
-    "array_record>=0.8.3",
+    "array_record>=0.8.3",  # the first that reads gs://
     "etils[epath]>=1.7",
     "flax>=0.12.8,<0.13",
     "google-crc32c>=1.5",  # checks the records of TFRecord files without TensorFlow
@@ -58,7 +58,7 @@ EXTRAS = {
     # brings the libtpu that fits jax; `localglobal plan` compiles with it where there is no TPU
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],
     "cuda": ["jax[cuda12]>=0.10.2,<0.13"],
-    "gcs": ["gcsfs>=2024.6"],  # workdirs on gs://
+    "gcs": ["gcsfs>=2024.6"],  # workdirs and data on gs://
     "wandb": ["wandb>=0.18"],
 }
 

@@ -43,7 +43,8 @@ COMMANDS: tuple[Command, ...] = (
     inspect,
     models,
 )
-NOISY = ("absl", "jax", "matplotlib", "orbax")  # loggers of which only warnings are shown
+# Loggers of which only warnings are shown.
+NOISY = ("absl", "fsspec", "jax", "matplotlib", "orbax")
 
 # metavars of the help that stand for files and for directories
 FILES = (

@@ -1,29 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Opens a split of a prepared TFDS data set and reads its records at random, values undecoded.
 
-Everything that can be wrong with files on disk is said here: no such data set, not prepared, wrong
-format, damaged files, damaged records. `array_record` itself stays silent about a file cut short
-(it counts zero records and fails later), hence the check of every file's count when it is opened.
+The data directory is local or on ``gs://``. Everything that can be wrong with its files is said
+here: no such data set, not prepared, wrong format, damaged files, damaged records.
 """
 
 import bisect
-import concurrent.futures
 import contextlib
 import difflib
 import logging
 import os
-import pathlib
 import re
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
-from array_record.python import array_record_module
 from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
-from localglobal_jax.data.tfds import builders, trust
+from localglobal_jax.data.tfds import builders, gcs, trust
+from localglobal_jax.data.tfds.array_records import ArrayRecordFiles
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +29,9 @@ INFO = "dataset_info.json"  # TFDS's description of a prepared version
 NAME = re.compile(
     r"(\w{1,100})(/[\w.+@-]{1,100})?(:[\d.*]{1,20})?"
 )  # of a set, a config, a version
-CHECKING_THREADS = 32  # opening a file waits for the disk, not for the processor
+# Seconds between two listings of a data set in a bucket, to see whether a shard was replaced. One
+# costs a request per 5,000 files.
+LISTED_EVERY = 300
 
 
 class BadRecord(ValueError):
@@ -39,13 +39,21 @@ class BadRecord(ValueError):
 
 
 def data_root(directory: str | None) -> str:
-    """Returns the TFDS directory: as given, else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    """Returns the TFDS directory: as given, else $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+
+    Raises ValueError unless it is a local path or ``gs://BUCKET/PATH``.
+    """
     default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     root = os.path.expanduser(directory or default)
+    try:
+        if gcs.is_bucket(root):
+            return root.rstrip("/")
+    except ValueError as error:  # another store, or no path in a bucket
+        raise ValueError(f"the data directory (data.dir, or $TFDS_DATA_DIR): {error}") from None
     if "://" in root or "\0" in root or root.startswith("~"):
         raise ValueError(
-            f"the data directory {root!r} (data.dir, or $TFDS_DATA_DIR) is not a local directory: "
-            "give a path on this machine, or mount the store"
+            f"the data directory {root!r} (data.dir, or $TFDS_DATA_DIR): give a local path or "
+            "gs://BUCKET/PATH"
         )
     return os.path.abspath(root)
 
@@ -53,8 +61,8 @@ def data_root(directory: str | None) -> str:
 def find_builder(name: str, data_dir: str | None = None) -> tfds.core.DatasetBuilder:
     """Returns the TFDS builder of ``name`` (``name[/config][:version]``), prepared or not.
 
-    Raises ValueError for a name, config or version that does not exist, and for a description on
-    disk that is damaged, or names code that is not TFDS's own.
+    Raises ValueError for a name, config or version that does not exist, for a bucket that does not,
+    and for a description in its files that is damaged, or names code that is not TFDS's own.
     """
     root = data_root(data_dir)
     if not (parts := NAME.fullmatch(name)):  # TFDS reads addresses and options into such names
@@ -62,8 +70,10 @@ def find_builder(name: str, data_dir: str | None = None) -> tfds.core.DatasetBui
             f"{name!r} is not a name of a TFDS data set: want NAME, NAME/CONFIG, NAME:VERSION or "
             "NAME/CONFIG:VERSION"
         )
+    if gcs.is_bucket(root):
+        gcs.check_bucket(root)
     try:
-        with trust.trusted(pathlib.Path(root, parts[1])):
+        with trust.trusted(gcs.place(root) / parts[1]):
             builder = tfds.builder(name, data_dir=root)
             if builder.name != parts[1]:
                 raise ValueError(f"it describes itself as {builder.name!r}")
@@ -86,7 +96,7 @@ def _unknown(name: str) -> str:
 
 
 def is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
-    """Returns whether it is prepared: TFDS writes the whole directory in one rename."""
+    """Returns whether it is prepared: its description is written last, or by one rename."""
     return (builder.data_path / INFO).exists()
 
 
@@ -95,7 +105,7 @@ def missing(builder: tfds.core.DatasetBuilder) -> str:
     name = _asked_name(builder)
     root = builder.data_path.parents[len(name.split("/"))]
     where = "" if str(root) == data_root(None) else f" --dir {root}"
-    others = sorted(path.parent.name for path in builder.data_path.parent.glob(f"*/{INFO}"))
+    others = _prepared_versions(builder.data_path.parent)
     hint = f' (there is "{name}:{others[-1]}", if that version will do)' if others else ""
     return (
         f'data set "{name}" is not prepared: looked in {builder.data_dir}{hint}. '
@@ -104,37 +114,15 @@ def missing(builder: tfds.core.DatasetBuilder) -> str:
     )
 
 
+def _prepared_versions(folder: Any) -> list[str]:
+    with contextlib.suppress(FileNotFoundError):
+        return sorted(path.name for path in folder.iterdir() if (path / INFO).exists())
+    return []
+
+
 def _asked_name(builder: tfds.core.DatasetBuilder) -> str:
     config = builder.builder_config
     return f"{builder.name}/{config.name}" if config else builder.name
-
-
-def check_files(instructions: Sequence[Any], directory: pathlib.Path) -> None:
-    """Raises ValueError for the first file that is missing or holds another number of records.
-
-    ``instructions``: TFDS's, each with ``filename`` and ``examples_in_shard``; ``directory``: that
-    of the data set, where all of them have to be.
-    """
-    trust.refuse_elsewhere([one.filename for one in instructions], directory)
-
-    def check(instruction: Any) -> str | None:
-        path, expected = instruction.filename, instruction.examples_in_shard
-        if not os.path.exists(path):
-            return f"{path} is missing"
-        reader = array_record_module.ArrayRecordReader(os.fspath(path))
-        found, why = reader.num_records(), ""
-        try:
-            reader.close()
-        except RuntimeError as error:
-            why = f" ({error})"
-        if found == expected:
-            return None
-        return f"{path} holds {found} readable records instead of {expected}: damaged{why}"
-
-    with concurrent.futures.ThreadPoolExecutor(CHECKING_THREADS) as pool:
-        for problem in pool.map(check, instructions):
-            if problem:
-                raise ValueError(f"{problem}. Delete {directory} and prepare the data set again")
 
 
 class Records:
@@ -148,28 +136,37 @@ class Records:
         except (NotImplementedError, ValueError, KeyError) as error:
             raise ValueError(_why_not(builder, split, error)) from error
         # TFDS's mock data knows no splits and has no files.
-        self._files = self.info.splits[split].file_instructions if self.info.splits else []
-        check_files(self._files, pathlib.Path(builder.data_dir))
+        self._mock = None if self.info.splits else source.data_source
+        self._parts = self.info.splits[split].file_instructions if self.info.splits else []
+        self._files = ArrayRecordFiles(self._parts, gcs.place(builder.data_dir))
         self._ends = [0]
-        for file in self._files:
-            self._ends.append(self._ends[-1] + file.take)
-        self._raw = source.data_source  # serialized examples; TFDS's own parser is 20 times slower
+        for part in self._parts:
+            self._ends.append(self._ends[-1] + part.take)
+        self._listed = time.monotonic()
 
     def __len__(self) -> int:
-        return len(self._raw)
+        return self._ends[-1] if self._mock is None else len(self._mock)
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        """Returns feature name -> bytes, a number or a list of either. Raises `BadRecord`."""
+        """Returns feature name -> bytes, a number or a list of either.
+
+        Raises `BadRecord`; ValueError if the files have changed since they were opened.
+        """
+        if self._mock is not None:
+            return self._mock[index]
         try:
-            return _parse(self._raw[index])
+            return _parse(self._files.read([self._place(index)])[0])
         except (RuntimeError, DecodeError) as error:
+            self._check_unchanged()
             raise self.bad(index, error) from error
 
     def block(self, indices: Sequence[int]) -> list[Mapping[str, Any] | BadRecord]:
         """Returns many records at once, far cheaper than singly; a bad one as its error."""
-        if self._files:  # mock data can only be had one by one
+        if time.monotonic() - self._listed > LISTED_EVERY:
+            self._check_unchanged()
+        if self._mock is None:  # mock data can only be had one by one
             with contextlib.suppress(RuntimeError, DecodeError):
-                return [_parse(raw) for raw in self._raw.__getitems__(list(indices))]
+                return [_parse(raw) for raw in self._files.read([*map(self._place, indices)])]
         return [self._get(index) for index in indices]
 
     def _get(self, index: int) -> Mapping[str, Any] | BadRecord:
@@ -178,22 +175,36 @@ class Records:
         except BadRecord as error:
             return error
 
+    def _place(self, index: int) -> tuple[int, int]:
+        """Returns the number of a record's file, and the record's number in it."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        file = bisect.bisect_right(self._ends, index) - 1
+        return file, index - self._ends[file] + self._parts[file].skip
+
+    def _check_unchanged(self) -> None:
+        """Raises ValueError if a file of a bucket was replaced since it was opened."""
+        self._listed = time.monotonic()
+        if change := self._files.changed():
+            raise ValueError(
+                f"{change}. This run was reading it, and its batches are no longer what they were: "
+                "restore the file and continue, or start the run again in a new workdir"
+            )
+
     def bad(self, index: int, why: Any) -> BadRecord:
         """Returns the error that names record ``index`` of this split and its place in the file."""
         at = f"record {index} of {self.info.full_name} {self.split}"
-        if self._files:
-            number = bisect.bisect_right(self._ends, index) - 1
-            file = self._files[number]
-            at += f" (record {index - self._ends[number] + file.skip} of {file.filename})"
+        if self._mock is None:
+            file, place = self._place(index)
+            at += f" (record {place} of {self._parts[file].filename})"
         return BadRecord(
             f"{at} is corrupt: {why}. Prepare the data set again, or skip a few such records "
             "with data.max_bad_records"
         )
 
 
-def _parse(raw: Any) -> Mapping[str, Any]:
-    if not isinstance(raw, bytes):
-        return raw  # TFDS's mock data comes parsed
+def _parse(raw: bytes) -> Mapping[str, Any]:
+    """Returns the features of a serialized example; TFDS's own parser is 20 times slower."""
     values = {}
     for key, feature in tf_example_pb2.Example.FromString(raw).features.feature.items():
         kind = feature.WhichOneof("kind")

@@ -7,28 +7,26 @@ could run code; and names in it become paths, which could point anywhere.
 
 import contextlib
 import json
-import pathlib
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import tensorflow_datasets as tfds
 
+from localglobal_jax.data.tfds import gcs
+
 FEATURES = "features.json"
+DEPTH = 3  # a set, its configs, their versions
 PLAIN = re.compile(r"\w[\w.+@-]*")  # a name that is one folder or file, and no way out of it
 
 
 @contextlib.contextmanager
-def trusted(folder: pathlib.Path) -> Iterator[None]:
+def trusted(folder: gcs.Place) -> Iterator[None]:
     """Context manager that checks the descriptions in `folder` before TFDS reads them.
 
     Whatever damage makes TFDS raise becomes a ValueError that names the folder.
     """
-    try:
-        files = [path for depth in ("", "*/", "*/*/") for path in folder.glob(depth + FEATURES)]
-    except OSError as error:  # no path at all, such as one of a thousand letters
-        raise ValueError(f"the data directory (data.dir): {error}") from error
-    for path in files:
+    for path in _described(folder):
         if not any(part.startswith("incomplete.") for part in path.parts):  # a preparation's
             _refuse_foreign_code(path)
     try:
@@ -36,13 +34,26 @@ def trusted(folder: pathlib.Path) -> Iterator[None]:
     except (AssertionError, tfds.core.DatasetNotFoundError):
         raise
     except Exception as error:  # TFDS's own, protobuf's, json's: no list would be complete
+        if gcs.is_bucket(folder) and gcs.may_pass(error):
+            raise OSError(f"{folder} cannot be read now: {error}") from error
         raise ValueError(
             f"{folder} is damaged, or there is no such data set ({error}): correct the name, or "
             "prepare the data set again"
         ) from error
 
 
-def open_directory(folder: pathlib.Path) -> tfds.core.DatasetBuilder:
+def _described(folder: gcs.Place) -> list[Any]:
+    """Returns the files that describe features, in `folder` and its configs and versions."""
+    if gcs.is_bucket(folder):
+        return gcs.find(folder, FEATURES, DEPTH)
+    try:
+        below = ["*/" * depth + FEATURES for depth in range(DEPTH)]
+        return [path for pattern in below for path in folder.glob(pattern)]
+    except OSError as error:  # no path at all, such as one of a thousand letters
+        raise ValueError(f"the data directory (data.dir): {error}") from error
+
+
+def open_directory(folder: gcs.Place) -> tfds.core.DatasetBuilder:
     """Returns the builder of a version's folder. Raises ValueError for an unsafe one."""
     with trusted(folder):
         builder = tfds.builder_from_directory(str(folder))
@@ -55,17 +66,17 @@ def open_directory(folder: pathlib.Path) -> tfds.core.DatasetBuilder:
     return builder
 
 
-def refuse_elsewhere(paths: Iterable[Any], folder: pathlib.Path) -> None:
+def refuse_elsewhere(paths: Iterable[Any], folder: gcs.Place) -> None:
     """Raises ValueError for a file that is not in the folder of its data set."""
     for path in paths:
-        if pathlib.Path(path).parent != folder:
+        if gcs.place(path).parent != folder:
             raise ValueError(
                 f"the description of {folder} names the file {path}, which is elsewhere: delete "
                 f"{folder} and prepare the data set again"
             )
 
 
-def _refuse_foreign_code(path: pathlib.Path) -> None:
+def _refuse_foreign_code(path: gcs.Place) -> None:
     try:
         foreign = sorted(_foreign(json.loads(path.read_bytes())))
     except (OSError, ValueError, RecursionError) as error:

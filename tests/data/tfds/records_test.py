@@ -106,9 +106,9 @@ def test_hostile_names_are_no_names(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "root", ["gs://bucket/x", "s3://x", "http://x/y", "a\0b", "~nobody-here/x"]
+    "root", ["gs:/x", "gs://bucket", "gs://", "s3://x", "http://x/y", "a\0b", "~nobody-here/x"]
 )
-def test_data_directories_are_local(root, tmp_path, monkeypatch):
+def test_data_directories_are_local_or_in_a_bucket(root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where a folder named gs: would be made
     with pytest.raises(ValueError, match=r"data\.dir"):
         pipeline.open_split(Images(dir=root), "train", train=True)

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data directories on Google Cloud Storage (``gs://BUCKET/PATH``): paths, listings, uploads.
+
+Small files pass through `etils.epath`, whose file system for ``gs://`` is gcsfs; `array_record`
+reads records itself. gcsfs caches listings for the life of a process, and other processes write
+too, so the functions here drop its cache before they look.
+"""
+
+import base64
+import concurrent.futures
+import contextlib
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import google_crc32c
+from etils import epath
+from etils.epath import backend
+
+from localglobal_jax.checkpoints.workdir import is_remote as is_bucket
+
+Place: TypeAlias = pathlib.Path  # or an `epath.Path` on gs://, which has the same methods
+UPLOADS = 8  # files sent at a time
+CHUNK = 2**20  # bytes
+
+
+class Stored(NamedTuple):
+    """Object of a bucket, as a listing gives it. The generation changes with every write."""
+
+    size: int
+    generation: str
+    crc32c: str  # of its bytes, in base64
+    metadata: Mapping[str, str]
+
+
+def place(path: str | epath.Path | pathlib.Path) -> Place:
+    """Returns the path object of a local path or of one on ``gs://``.
+
+    `epath` alone will not do: its local `glob` takes brackets in a directory's name for a pattern.
+    """
+    return epath.Path(path) if is_bucket(path) else pathlib.Path(path)
+
+
+def filesystem(path: str | epath.Path) -> Any:
+    """Returns the fsspec file system of `path`, the one that `epath` uses, with an empty cache."""
+    try:
+        found = backend.fsspec_backend.fs(path)
+    except ImportError as error:
+        raise ValueError(f"{path}: {error} (the extra gcs)") from None
+    found.invalidate_cache()
+    return found
+
+
+@contextlib.contextmanager
+def _named_in_errors(path: str | epath.Path) -> Iterator[None]:
+    """Context manager that turns errors of gcsfs, google-auth and aiohttp into one line.
+
+    They become an OSError where the same request may succeed later, else a ValueError.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        kind = OSError if may_pass(error) else ValueError
+        raise kind(
+            f'{path} cannot be reached ({error}). Check the network and the credentials ("Data in '
+            'buckets" in configs/README.md names their variables)'
+        ) from error
+
+
+def may_pass(error: Exception) -> bool:
+    """Returns whether the same request may succeed later: not for what is missing or denied."""
+    if isinstance(error, OSError):
+        forbidden = str(error).startswith("Forbidden")  # how gcsfs writes 403
+        return not (forbidden or isinstance(error, FileNotFoundError))
+    code = getattr(error, "code", None)
+    return isinstance(code, int) and (code == 429 or code >= 500)
+
+
+def check_bucket(path: str | epath.Path) -> None:
+    """Raises ValueError unless the bucket of `path` exists and may be listed."""
+    bucket = str(path).removeprefix("gs://").partition("/")[0]
+    try:
+        with _named_in_errors(path):
+            filesystem(path).call("GET", "b/{}/o", bucket, maxResults=1)
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path}: there is no bucket gs://{bucket}. Correct the name, or make the bucket"
+        ) from None
+
+
+def listing(folder: str | epath.Path) -> dict[str, Stored]:
+    """Returns file name -> `Stored` of the objects directly in `folder`, as they are now."""
+    try:
+        with _named_in_errors(folder):
+            found = filesystem(folder).ls(str(folder), detail=True)
+    except FileNotFoundError:
+        return {}
+    return {
+        entry["name"].rpartition("/")[2]: Stored(
+            size=int(entry["size"]),
+            generation=str(entry["generation"]),
+            crc32c=entry.get("crc32c", ""),
+            metadata=entry.get("metadata") or {},
+        )
+        for entry in found
+        if entry["type"] == "file"
+    }
+
+
+def find(folder: str | epath.Path, name: str, depth: int) -> list[epath.Path]:
+    """Returns the objects called `name` in `folder` or at most ``depth - 1`` folders below it."""
+    with _named_in_errors(folder):
+        found = filesystem(folder).find(str(folder), maxdepth=depth)
+    return [epath.Path(f"gs://{path}") for path in found if path.rpartition("/")[2] == name]
+
+
+def crc32c(file: pathlib.Path) -> str:
+    """Returns the CRC-32C of a local file, as a listing gives it."""
+    checksum = google_crc32c.Checksum()
+    with file.open("rb") as stream:
+        while chunk := stream.read(CHUNK):
+            checksum.update(chunk)
+    return base64.b64encode(checksum.digest()).decode()
+
+
+def put(file: pathlib.Path, target: str, **metadata: str) -> None:
+    """Writes a local file as the object `target`, which appears when it is whole."""
+    with _named_in_errors(target):
+        filesystem(target).put_file(str(file), target, metadata=metadata or None)
+
+
+def upload(files: Sequence[pathlib.Path], folder: str | epath.Path) -> None:
+    """Writes local files to `folder`, except those that it has with the same bytes.
+
+    Raises ValueError if the store then holds other bytes than were sent.
+    """
+    there = listing(folder)
+    sums = {file.name: crc32c(file) for file in files}
+
+    def send(file: pathlib.Path) -> None:
+        old = there.get(file.name)
+        if old is None or old.crc32c != sums[file.name]:
+            put(file, f"{folder}/{file.name}")
+
+    with concurrent.futures.ThreadPoolExecutor(UPLOADS) as pool:
+        list(pool.map(send, files))
+    stored = listing(folder)
+    for name, wanted in sums.items():
+        if name not in stored or stored[name].crc32c != wanted:
+            raise ValueError(
+                f"{folder}/{name} does not hold the bytes that were sent: another process writes "
+                "there, or the transfer was damaged. Run the command again"
+            )
