@@ -8,6 +8,7 @@ parameter tree is the same in all of them, so checkpoints are, too.
 
 import dataclasses
 import operator
+import re
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
@@ -93,6 +94,7 @@ def _scan(
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
     first, count = blocks[0], len(blocks)
+    shown = re.sub(r"\d+$", "*", _name(first))  # the name of the loop in profiles: block*
     variables = stack([_variables(parent, block) for block in blocks])
     changing = [kind for kind in variables if parent.is_mutable_collection(kind)]
     rates = [getattr(block, "drop_path", 0.0) for block in blocks]
@@ -105,7 +107,7 @@ def _scan(
         if forms.gather:
             variables = {**variables, **forms.gather({"params": variables["params"]})}
         changes: dict[str, Any] = {"drop_path": rate} if any(rates) else {}
-        block = first.clone(parent=None, name=None, **changes)
+        block = first.clone(parent=None, name=shown, **changes)
         rngs = {} if key is None else {"dropout": key}
         y, new = block.apply(variables, x, own, method=_edged(call), mutable=changing, rngs=rngs)
         return y, (y, new)

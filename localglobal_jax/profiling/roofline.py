@@ -11,6 +11,8 @@ from localglobal_jax.profiling.collectives import Collective
 from localglobal_jax.profiling.topologies import Topology
 
 WRAPPERS = re.compile(r"while|body|cond|closed_call|checkpoint|rematted_computation|branch_\d+_fun")
+SUBMODULE = re.compile(r"[a-z]\w*\*?")  # of a loop over blocks: block*
+MODEL = re.compile(r"(?:^|[/(])[A-Z]\w*[./)]")  # the class of the model: jvp(CoAtNet)/, CoAtNet/
 NOT_VALIDATED = "the compiler's estimate, not validated on hardware"
 
 
@@ -118,21 +120,28 @@ def bounds(report: Mapping[str, Any], topology: Topology) -> dict[str, Any]:
 def layer_of(op_name: str, parts: Sequence[str]) -> tuple[str, str]:
     """Returns ``("stage3/block*/attention", "backward")`` for an op_name.
 
-    The blocks of a stage are one layer. `parts`: the model's top-level modules. Differentiated
-    operations outside of them are "(loss)"; the others are the optimizer, in training. Operations
-    that `remat` repeats are "recomputed". Blocks in a scan have only the name of their class.
+    The blocks of a stage are one layer. `parts`: the model's top-level modules. Operations of the
+    model outside of them are "(model)", other differentiated ones "(loss)"; the rest is the
+    optimizer, in training. Operations that `remat` repeats are "recomputed".
     """
     before, several, after = op_name.partition("/(")  # prefix/(one:another) names a fusion of both
     op_name = f"{before}/{after.split(':')[0]}" if several else op_name
     way = "backward" if "transpose(" in op_name else "forward"
     way = "recomputed" if "rematted_computation" in op_name else way
-    *words, _ = [word for word in op_name.split("/") if "(" not in word] or [""]
+    # Methods but `__call__` have their name behind that of the module: decoder.step/layer1.step.
+    words = [word.split(".")[0] for word in op_name.split("/")[:-1]]
     if not (starts := [n for n, word in enumerate(words) if word in parts]):
+        if MODEL.search(op_name):
+            return "(model)", way
         return ("(loss)", way) if "jvp(" in op_name else ("(outside the model)", "")
-    start = starts[-1]
-    inside = [w for w in words[start:] if not WRAPPERS.fullmatch(w) and "." not in w][:3]
-    named = ["block*" if w[0].isupper() else re.sub(r"\d+$", "*", w) for w in inside[1:]]
-    return "/".join([inside[0], *named]), way
+    inside: list[str] = []
+    for word in words[starts[-1] :]:
+        if word.startswith("jit("):  # a function of jax.numpy: the names behind it are its own
+            break
+        submodule = SUBMODULE.fullmatch(word) and not WRAPPERS.fullmatch(word)
+        if submodule and word not in inside[-1:]:
+            inside.append(word)
+    return "/".join([inside[0], *(re.sub(r"\d+$", "*", word) for word in inside[1:3])]), way
 
 
 def grouped(sent: Sequence[Collective], parts: Sequence[str]) -> list[dict[str, Any]]:

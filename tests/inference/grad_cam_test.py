@@ -95,6 +95,34 @@ def test_the_gradient_is_that_of_the_head(name):
     assert maps.max() > 0
 
 
+STAGES = {
+    "coatnet": {"layout": "CT", "stem": (8, 8), "widths": (8, 32), "depths": (1, 2)},
+    "volo": {
+        "layout": "OS", "depths": (1, 2), "widths": (16, 16), "strides": (1, 2), "heads": (2, 2),
+        "stem": 4, "position": 1, "class_blocks": 1,
+    },
+    "focal": {
+        "layout": "FF", "depths": (1, 2), "widths": (16, 16), "heads": (2, 2), "expand": (1, 1),
+        "levels": (2, 2), "focal_windows": (3, 1), "window": 4, "image_size": (32, 48),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_stage_has_a_map(name):
+    x = jax.random.normal(jax.random.key(1), (2, 32, 48, 3))
+    module = lg.create_model(name, classes=3, **STAGES[name])
+    variables = jax.jit(module.init)(jax.random.key(0), x)
+    expected, found = jax.jit(module.apply)(variables, x)
+    draw = jax.jit(grad_cam.grad_cam, static_argnums=(0, 3))
+    for stage in (1, 2):
+        logits, maps = draw(module, variables, x, stage)
+        np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+        assert maps.shape == found[f"stage{stage}"].shape[:-1]
+        assert maps.min() >= 0 and maps.max() > 0
+    np.testing.assert_array_equal(maps, draw(module, variables, x, None)[1])
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_what_is_drawn(channels):
     """Grey where it did not look, colour where it did, dark where it could not."""

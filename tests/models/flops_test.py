@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Multiply-adds by hand against multiply-adds by trace."""
 
+import math
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -69,13 +72,70 @@ def test_loops_count_their_trips():
     assert count(lambda x: jax.lax.while_loop(lambda x: x < 9, lambda x: x + 1, x), ()) == 0
 
 
-def test_a_batch_counts_every_image():
-    module = create_model("coatnet_0", depths=(1, 1, 1, 1))
-    one, two = (
-        flops.model_cost(module, jax.ShapeDtypeStruct((n, 64, 32, 3), "float32")) for n in (1, 2)
-    )
+PAIRS = {"widths": (8, 8), "heads": (2, 2), "depths": (2, 1)}
+FAMILIES = {
+    "coatnet": {"layout": "CT", "stem": (8, 8), "widths": (8, 32), "depths": (2, 1)},
+    "volo": {"layout": "OS", "strides": (1, 2), "stem": 8, "position": 2, "class_blocks": 1}
+    | PAIRS,
+    "focal": {
+        "layout": "FF", "window": 4, "expand": (2, 1), "levels": (2, 2), "focal_windows": (3, 1),
+        "image_size": 32,
+    } | PAIRS,
+    "muse": {"source_vocab": 9, "target_vocab": 9, "layout": "MM", "hidden": (8, 8)} | PAIRS,
+}  # fmt: skip
+
+
+def inputs(name, rows):
+    """Shapes of a batch of `rows`."""
+    if name == "muse":
+        return [jax.ShapeDtypeStruct((rows, length), "int32") for length in (6, 5)]
+    return [jax.ShapeDtypeStruct((rows, 32, 32, 3), "float32")]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_batch_counts_every_example(name):
+    module = create_model(name, **FAMILIES[name])
+    one, two = (flops.model_cost(module, *inputs(name, rows)) for rows in (1, 2))
     assert two.multiply_adds == 2 * one.multiply_adds
     assert two.parameters == one.parameters
+
+
+def size(tensor):
+    """``"4x8xf32"`` -> ``[4, 8]``."""
+    return [int(n) for n in tensor.split("x")[:-1]]
+
+
+def products(text):
+    """Counts the multiply-adds in the text of a StableHLO program without loops."""
+    bodies = dict(re.findall(r"func\.func \w+ @(\w+)(.*?)\n  }", text, re.DOTALL))
+
+    def count(name):
+        total = 0
+        for line in bodies[name].splitlines():
+            shapes = [size(tensor) for tensor in re.findall(r"tensor<([^>]*)>", line)]
+            if "stablehlo.dot_general" in line:
+                axes = re.search(r"contracting_dims = \[([\d, ]*)\]", line)[1].split(", ")
+                total += math.prod([*shapes[-1], *(shapes[-3][int(axis)] for axis in axes)])
+            elif "stablehlo.convolution" in line:
+                kernel = re.search(r"\]x\[([^\]]*)\]", line)[1].split(", ")
+                inner = [n for n, axis in zip(shapes[-2], kernel, strict=True) if axis != "o"]
+                total += math.prod([*shapes[-1], *inner])
+            elif called := re.search(r" call @(\w+)", line):
+                total += count(called[1])
+        return total
+
+    return count("main")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_products_of_a_model_are_those_of_its_program(name):
+    """Counted in another way: in the text of the program that is lowered for TPU."""
+    module, batch = create_model(name, **FAMILIES[name]), inputs(name, 2)
+    cost = flops.model_cost(module, *batch)
+    traced = jax.jit(module.apply).trace(cost.shapes, *batch)
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert "stablehlo.while" not in text
+    assert cost.multiply_adds == products(text)
 
 
 def test_what_is_made_twice_to_move_fewer_bytes_counts_once():

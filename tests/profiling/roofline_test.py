@@ -139,7 +139,7 @@ def test_an_attempt_that_did_not_fit_shows_what_is_large():
             "recomputed",
         ),
         (
-            "jit(f)/jvp(CoAtNet)/stage2/while/body/closed_call/Transformer/mlp/erfc",
+            "jit(f)/jvp(CoAtNet)/stage2/while/body/closed_call/block*/mlp/erfc",
             "stage2/block*/mlp",
             "forward",
         ),
@@ -149,13 +149,27 @@ def test_an_attempt_that_did_not_fit_shows_what_is_large():
             "backward",
         ),
         ("jit(f)/jvp(CoAtNet)/stem/add", "stem", "forward"),
+        (
+            "jit(f)/jvp(EncoderDecoder)/decoder.precompute_kv/layer2.precompute_kv/"
+            "muse.precompute_kv/cross.precompute_kv/cond/branch_0_fun/dot_general",
+            "decoder/layer*/muse",
+            "forward",
+        ),
+        (
+            "jit(f)/jit(search)/while/body/EncoderDecoder.step/decoder.step/layer1.step/dot",
+            "decoder/layer*",
+            "forward",
+        ),
+        ("jit(f)/jvp(CoAtNet)/stage2/jit(_threefry_split)/_scan/while", "stage2", "forward"),
+        ("jit(f)/jvp(EncoderDecoder)/EncoderDecoder._logits/bld,vd->blv/dot", "(model)", "forward"),
+        ("jit(f)/EncoderDecoder/EncoderDecoder._logits/bld,vd->blv/dot", "(model)", "forward"),
         ("", "(outside the model)", ""),
         ("jit(traced)/jvp()/rev", "(loss)", "forward"),
         ("jit(traced)/div", "(outside the model)", ""),
     ],
 )
 def test_layers_of_op_names(op_name, layer, way):
-    assert roofline.layer_of(op_name, ["stem", "stage2"]) == (layer, way)
+    assert roofline.layer_of(op_name, ["stem", "stage2", "decoder"]) == (layer, way)
 
 
 def names(collectives, **facts):
