@@ -16,6 +16,8 @@ import uuid
 from collections.abc import Iterator
 from typing import IO
 
+import fsspec.config
+
 REQUIRED = "LOCALGLOBAL_TEST_GCS"  # "required", as in CI: without a server tests fail, not skip
 
 
@@ -28,6 +30,7 @@ def environment(url: str) -> dict[str, str]:
         "STORAGE_EMULATOR_HOST": url,  # gcsfs
         # gcsfs asks Google's own service for a bucket's type before its first use
         "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+        "FSSPEC_GS_TOKEN": "anon",  # gcsfs: no search for credentials
         "TENSORSTORE_GCS_HTTP_URL": url,
         "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",  # tensorstore: any token, and no search for one
         "CLOUD_STORAGE_EMULATOR_ENDPOINT": url,  # array_record
@@ -55,12 +58,14 @@ def serve(port: int | None = None) -> Iterator[str]:
         try:
             _wait_until_ready(url, process, log)
             os.environ.update(environment(url))
+            fsspec.config.set_conf_env(fsspec.config.conf)  # read once, at its import
             yield url
         finally:
             for name, value in before.items():
                 os.environ.pop(name, None)
                 if value is not None:
                     os.environ[name] = value
+            fsspec.config.conf.pop("gs", None)
             process.kill()
             process.wait()
 

@@ -10,13 +10,15 @@ always changes the digest. Several changed words go unnoticed with a probability
 import json
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+
+from localglobal_jax.checkpoints import objects, workdir
 
 MANIFEST = "files.json"
 WHOLE = 64 * 2**20  # bytes; larger files are checked by size here, by the digests of their arrays
@@ -80,48 +82,42 @@ def _manifest(files: dict[str, list[int | None]]) -> str:
     return f'{{"crc32":{zlib.crc32(listed.encode())},"files":{listed}}}\n'
 
 
-def _entry(path: epath.Path) -> list[int | None]:
-    """Returns [bytes, crc32]; the CRC is None above `WHOLE` bytes, where the file is not read."""
-    size = path.stat().length
-    return [size, zlib.crc32(path.read_bytes()) if size <= WHOLE else None]
-
-
-def _files(directory: epath.Path) -> Iterator[epath.Path]:
-    for path in directory.iterdir():  # epath has no rglob
-        if path.is_dir():
-            yield from _files(path)
-        else:
-            yield path
-
-
 def write_manifest(directory: epath.Path) -> None:
     """Writes ``files.json``: every file below the directory with its size and checksum."""
-    files = {
-        path.relative_to(directory).as_posix(): _entry(path)
-        for path in _files(directory)
-        if path != directory / MANIFEST
-    }
-    (directory / MANIFEST).write_text(_manifest(files))
+    sizes = {name: size for name, size in objects.sizes(directory).items() if name != MANIFEST}
+    text = _manifest({name: [sizes[name], crc] for name, crc in _checksums(directory, sizes)})
+    if workdir.is_remote(directory):
+        objects.write(directory, {MANIFEST: text.encode()})
+    else:
+        (directory / MANIFEST).write_text(text)
+
+
+def _checksums(directory: epath.Path, sizes: Mapping[str, int]) -> Iterator[tuple[str, int | None]]:
+    """Yields the crc32 of each file; None above `WHOLE` bytes, where the file is not read."""
+    small = {name: size for name, size in sizes.items() if size <= WHOLE}
+    yield from ((name, None) for name in sizes if name not in small)
+    for name, contents in objects.contents(directory, small):
+        yield name, zlib.crc32(contents)
 
 
 def check_manifest(directory: epath.Path) -> None:
     """Raises ValueError, naming the file, unless all listed files are unchanged."""
-    path = directory / MANIFEST
-    if not path.exists():
+    sizes = objects.sizes(directory)
+    if MANIFEST not in sizes:
         raise ValueError(f"{MANIFEST} is missing")
     try:
-        files = json.loads(path.read_bytes())["files"]
-        intact = _manifest(files).encode() == path.read_bytes()
+        text = dict(objects.contents(directory, {MANIFEST: sizes[MANIFEST]}))[MANIFEST]
+        files = json.loads(text)["files"]
+        intact = _manifest(files).encode() == text
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{MANIFEST} is damaged ({error})") from error
     if not intact:
         raise ValueError(f"{MANIFEST} is damaged")
-    for name, (size, crc) in files.items():
-        if not (directory / name).is_file():
+    for name, (size, _) in files.items():
+        if name not in sizes:
             raise ValueError(f"{name} is missing")
-        found = _entry(directory / name)
-        if found != [size, crc]:
-            raise ValueError(
-                f"{name} has changed: {found[0]} bytes, crc32 {found[1]}; "
-                f"written were {size} bytes, crc32 {crc}"
-            )
+        if sizes[name] != size:
+            raise ValueError(f"{name} has changed: {sizes[name]} bytes; written were {size}")
+    for name, found in _checksums(directory, {name: sizes[name] for name in files}):
+        if found != files[name][1]:
+            raise ValueError(f"{name} has changed: crc32 {found}; written was {files[name][1]}")

@@ -4,7 +4,7 @@
 An object cannot be appended to. So the small files of such a workdir (config, metrics, tokenizer,
 model card, TensorBoard) are written locally and uploaded with every checkpoint and at the end of
 the run, also after an error. Checkpoints do not pass through here: orbax writes them to the store,
-every host its own shards.
+every host its own shards. Messages name the store's path of a file (`workdir.shown`).
 
 Tested against fake-gcs-server, over HTTP. Needs the extra ``gcs``. Orbax
 supports no other object store.
@@ -21,10 +21,10 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from localglobal_jax.checkpoints.workdir import is_remote
+from localglobal_jax.checkpoints import objects, workdir
 
 WANDB = "wandb"  # uploaded by wandb's own process
-NOT_FETCHED = ("checkpoints", "profile", WANDB)
+FETCHED = ("tokenizer",)  # folders; the others are empty here, which shows that they exist
 
 
 class LocalMirror:
@@ -38,14 +38,15 @@ class LocalMirror:
 
     def __init__(self, directory: str | os.PathLike[str]):
         self._store: epath.Path | None = None
-        if is_remote(directory):
+        if workdir.is_remote(directory):
             self._store = epath.Path(directory)
             self.local = pathlib.Path(tempfile.mkdtemp(prefix="localglobal-"))
             atexit.register(shutil.rmtree, self.local, ignore_errors=True)
             self.checkpoints = self._store / "checkpoints"
             name = hashlib.sha256(os.fspath(self._store).encode()).hexdigest()[:16]
             self.lock = pathlib.Path(os.path.expanduser("~/.cache/localglobal/locks"), name)
-            self._pushed: dict[pathlib.Path, int] = {}
+            self._same: dict[str, tuple[int, int]] = {}  # time and size of what the store has too
+            workdir.show_as(self.local, self._store)
             self.pull()
         else:
             self.local = pathlib.Path(directory).absolute()
@@ -57,9 +58,24 @@ class LocalMirror:
         if self._store is None:
             return
         try:
-            _fetch(self._store, self.local, leave_out=NOT_FETCHED)
+            found = objects.sizes(self._store)
         except ImportError as error:
             raise ValueError(f"{self._store}: {error}") from None
+        folders = {name.split("/")[0] for name in found if "/" in name}
+        wanted = {
+            name: size
+            for name, size in found.items()
+            if ("/" not in name or name.split("/")[0] in FETCHED) and ".." not in name.split("/")
+        }
+        for folder in folders - {"..", ""}:
+            (self.local / folder).mkdir(exist_ok=True)
+        for name in self._same.keys() - wanted.keys():
+            (self.local / name).unlink(missing_ok=True)
+        for name, contents in objects.contents(self._store, wanted):
+            file = self.local / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(contents)
+        self._same = {name: _stamp(self.local / name) for name in wanted}
 
     @contextlib.contextmanager
     def kept(self, ours: bool) -> Iterator[None]:
@@ -71,30 +87,22 @@ class LocalMirror:
                 self.push()
 
     def push(self) -> None:
-        """Uploads the files that have changed since the last call."""
+        """Uploads the files that have changed since the last call, and deletes those removed."""
         if self._store is None:
             return
-        for file in sorted(self.local.rglob("*")):
-            inside = file.relative_to(self.local)
-            if inside.parts[0] == WANDB or not file.is_file():  # a dangling link is not a file
-                continue
-            changed = file.stat().st_mtime_ns
-            if self._pushed.get(file) != changed:
-                target = self._store / inside.as_posix()
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(file.read_bytes())
-                self._pushed[file] = changed
+        files = {
+            file.relative_to(self.local).as_posix(): _stamp(file)
+            for file in sorted(self.local.rglob("*"))
+            if file.is_file()  # a dangling link is not a file
+        }
+        files = {name: stamp for name, stamp in files.items() if name.split("/")[0] != WANDB}
+        changed = [name for name, stamp in files.items() if self._same.get(name) != stamp]
+        objects.upload(self._store, self.local, changed)
+        objects.delete(self._store, self._same.keys() - files.keys())
+        self._same = files
 
 
-def _fetch(source: epath.Path, target: pathlib.Path, leave_out: tuple[str, ...] = ()) -> None:
-    if not source.exists():
-        return
-    for item in source.iterdir():
-        if item.name in leave_out:
-            continue
-        if item.is_dir():
-            shutil.rmtree(target / item.name, ignore_errors=True)
-            (target / item.name).mkdir()
-            _fetch(item, target / item.name)
-        else:
-            (target / item.name).write_bytes(item.read_bytes())
+def _stamp(file: pathlib.Path) -> tuple[int, int]:
+    """Returns the time of the last change, in nanoseconds, and the size of a file."""
+    about = file.stat()
+    return about.st_mtime_ns, about.st_size

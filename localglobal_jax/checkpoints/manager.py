@@ -10,6 +10,7 @@ next older one is used; if all are damaged, the run ends with an error instead o
 In a bucket, where a rename is not atomic, a step is written in place and its list of files last.
 """
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -23,8 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
-from localglobal_jax.checkpoints import digests, orbax_patches, reader, workdir
+from localglobal_jax.checkpoints import digests, objects, orbax_patches, reader, workdir
 from localglobal_jax.config import schema
 from localglobal_jax.parallel import host_memory, multihost
 
@@ -77,13 +79,37 @@ class _Committed(ocp.path.atomicity.AtomicRenameTemporaryPath):
 class _CommittedInPlace(ocp.path.atomicity.CommitFileTemporaryPath):
     """Orbax's directory of a step in a bucket, written under its own name; the manifest is last.
 
-    In a bucket the rename of a directory is a copy of every object, and not atomic.
+    In a bucket the rename of a directory is a copy of every object, and not atomic. Directories
+    are not made there, and the time stamps that orbax keeps beside its files are left out: both
+    take requests.
     """
 
+    ABOUT = "_CHECKPOINT_METADATA"  # orbax adds the names of its handlers, and warns without it
+
+    @classmethod
+    def from_final(cls, final_path: epath.Path, **options: Any) -> "_CommittedInPlace":
+        return cls(final_path, final_path, file_options=options.get("file_options"))
+
+    @classmethod
+    async def validate_final(cls, final_path: epath.Path) -> None:
+        """Raises orbax's error for a step that is not complete."""
+        if not await asyncio.to_thread((final_path / digests.MANIFEST).exists):
+            raise ocp.path.atomicity.ValidationError(f"{final_path} has no {digests.MANIFEST}")
+
+    async def create(self) -> epath.Path:
+        if self.get().name.isdigit():  # a step, not one item of it
+            await asyncio.to_thread(objects.write, self.get(), {self.ABOUT: b"{}"})
+        return self.get()
+
     async def finalize(self) -> None:
-        await super().finalize()
-        if self.get_final().name.isdigit():
-            digests.write_manifest(self.get_final())
+        await asyncio.to_thread(self._finish)
+
+    def _finish(self) -> None:
+        path = self.get_final()
+        if path.name.isdigit():
+            digests.write_manifest(path)
+        if path.name.isdigit() or path.name == "state":  # plain orbax reads no `state` without
+            objects.write(path, {reader.WRITTEN: b""})
 
 
 class Checkpoints:
@@ -100,8 +126,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Returns the complete steps, oldest first, without a save that is still being written."""
-        found = reader.directories(self.directory)
-        return [s for s in found if (self.directory / str(s) / digests.MANIFEST).exists()]
+        return [step for step, complete in reader.scan(self.directory).items() if complete]
 
     def latest(self) -> int | None:
         """Returns the newest complete step; None if there is none."""
@@ -153,7 +178,9 @@ class Checkpoints:
         }
         filled = {k: x for k, x in arrays.items() if x.size}  # orbax cannot store empty arrays
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(reader.nest(filled)),
+            state=(ocp.args.PyTreeSave if self._remote else ocp.args.StandardSave)(
+                reader.nest(filled)
+            ),
             metadata=ocp.args.JsonSave(document),
         )
         with self._or_abandon():
@@ -198,8 +225,9 @@ class Checkpoints:
             with self._or_abandon():
                 self._manager.wait_until_finished()
             host_memory.trim_heap()
-            if multihost.rank() == 0 and (self.directory / TRASH).exists():
-                (self.directory / TRASH).rmtree()
+            trash = self.directory / TRASH
+            if multihost.rank() == 0 and not self._remote and trash.exists():
+                trash.rmtree()
 
     def close(self) -> None:
         """Waits for the current save and ends orbax's threads; the object stays usable."""
@@ -233,7 +261,7 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         """Opens orbax's manager, after `_tidy` has removed invalid steps."""
-        if multihost.rank() == 0 and self.directory.exists():
+        if multihost.rank() == 0 and (self._remote or self.directory.exists()):
             self._tidy()
         multihost.barrier("checkpoints")
         self._damaged.clear()
@@ -247,30 +275,51 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
                 best_fn=self._score if self._best else None,  # without it no metrics are stored
-                cleanup_tmp_directories=True,
+                cleanup_tmp_directories=not self._remote,  # there `_tidy` does it
+                save_root_metadata=not self._remote,
                 todelete_subdir=TRASH,
                 temporary_path_class=_CommittedInPlace if self._remote else _Committed,
             ),
             item_names=("state", "metadata"),
+            item_handlers=_one_transaction() if self._remote else None,
         )
 
     def _score(self, metrics: dict) -> float:
         return self._sign * metrics[self._best] if self._best in metrics else -math.inf
 
     def _tidy(self) -> None:
-        """Removes empty steps and trash; renames damaged steps to ``N.damaged``."""
-        for path in list(self.directory.iterdir()):
-            if path.name == TRASH:
-                path.rmtree()
-            elif path.name.isdigit() and path.is_dir() and not any(path.iterdir()):
-                path.rmdir()
-        complete = set(self.steps()) - self._damaged
-        for step in set(reader.directories(self.directory)) - complete:
-            aside = self.directory / f"{step}.damaged"
+        """Removes interrupted saves, empty steps, trash; moves damaged steps to ``N.damaged``."""
+        if self._remote:
+            for step in reader.interrupted(self.directory):
+                log.info("removing the interrupted save of step %d", step)
+                objects.delete_all(self.directory / str(step), first=reader.MARKS)
+        else:
+            for path in list(self.directory.iterdir()):
+                if path.name == TRASH:
+                    path.rmtree()
+                elif path.name.isdigit() and path.is_dir() and not any(path.iterdir()):
+                    path.rmdir()
+        for step, complete in reader.scan(self.directory).items():
+            if complete and step not in self._damaged:
+                continue
+            there, aside = self.directory / str(step), self.directory / f"{step}.damaged"
             log.error("moving the damaged checkpoint of step %d to %s", step, aside)
+            if self._remote:
+                objects.move(there, aside, first=reader.MARKS)
+                continue
             if aside.exists():
                 aside.rmtree()
-            (self.directory / str(step)).rename(aside)
+            there.rename(aside)
+
+
+def _one_transaction() -> dict[str, ocp.PyTreeCheckpointHandler]:
+    """Returns a handler that writes all arrays of a process as one file, and its index once.
+
+    Orbax does so where the bytes under way have no limit. With one (its default), a few arrays are
+    a file and rewrite the index, and a bucket allows one write of an object per second.
+    """
+    unlimited = ocp.BasePyTreeCheckpointHandler(save_concurrent_bytes=None)
+    return {"state": ocp.PyTreeCheckpointHandler(handler_impl=unlimited)}
 
 
 def _reason(error: Exception) -> str:

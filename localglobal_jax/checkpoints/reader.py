@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds, verifies and reads checkpoints on disk; writes nothing.
+"""Finds, verifies and reads checkpoints, on disk or in a bucket; writes nothing.
 
 Layout of ``checkpoints/<step>/``: ``state`` (orbax, plain nested dicts), ``metadata/metadata``
 (JSON: the caller's metadata, metrics, and every leaf's path, shape, dtype and digest) and
-``files.json`` (every file's checksum; a directory without it is an incomplete step).
+``files.json`` (every file's checksum; a directory without it is an incomplete step). In a bucket,
+where a step is written under its own name, `WRITTEN` follows ``files.json``: with neither of them
+the save is under way or was interrupted, and there is no such step.
 """
 
 import json
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import jax
@@ -21,9 +23,11 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-from localglobal_jax.checkpoints import digests, workdir
+from localglobal_jax.checkpoints import digests, objects, workdir
 
 T = TypeVar("T")
+WRITTEN = ocp.path.atomicity.COMMIT_SUCCESS_FILE  # in a bucket: the last object of a step
+MARKS = (WRITTEN, digests.MANIFEST)  # in the order of their deletion, before all others
 SMALL = 2**18  # bytes; smaller arrays are fetched to the host for their digest
 log = logging.getLogger(__name__)
 
@@ -59,7 +63,7 @@ def read(path: str | os.PathLike, step: int | None = None) -> tuple[int, dict, d
 
 def steps(path: str | os.PathLike) -> list[int]:
     """Returns the steps at `path`, oldest first; for the directory of one step, those beside it."""
-    return directories(_locate(path)[0])
+    return list(scan(_locate(path)[0]))
 
 
 def inspect(path: str | os.PathLike, verify: bool = False) -> dict:
@@ -69,15 +73,15 @@ def inspect(path: str | os.PathLike, verify: bool = False) -> dict:
     ``verified`` is None unless `verify`; ``latest`` is the newest step without an error.
     """
     directory, own = _locate(path)
-    steps = []
-    for step in [own] if own is not None else directories(directory):
+    steps, complete = [], scan(directory)
+    for step in [own] if own is not None else complete:
         entry: dict[str, Any] = {"step": step, "error": None}
         try:
             document = document_of(directory, step)
             entry |= {key: document[key] for key in ("metadata", "metrics", "leaves")}
             sizes = (math.prod(v["shape"]) * _dtype(v).itemsize for v in entry["leaves"].values())
             entry["bytes"] = sum(sizes)
-            if not (directory / str(step) / digests.MANIFEST).exists():
+            if not complete[step]:
                 raise Damaged(f"{digests.MANIFEST} is missing")
             if verify:
                 _load(directory, step)
@@ -88,19 +92,45 @@ def inspect(path: str | os.PathLike, verify: bool = False) -> dict:
     return {"directory": str(directory), "latest": max(good, default=None), "steps": steps}
 
 
-def directories(directory: epath.Path) -> list[int]:
-    """Returns the numbers of all non-empty directories named by a number, in ascending order."""
-    if not directory.is_dir():
-        return []
-    found = (path for path in directory.iterdir() if path.name.isdigit() and path.is_dir())
-    return sorted(int(path.name) for path in found if any(path.iterdir()))
+def scan(directory: epath.Path) -> dict[int, bool]:
+    """Returns the steps in ascending order, and whether each is complete (has a manifest).
+
+    A step is a non-empty directory named by a number; in a bucket without interrupted saves.
+    """
+    found = dict[int, bool]()
+    if workdir.is_remote(directory):
+        for step, names in _by_step(objects.sizes(directory)).items():
+            if names & {*MARKS}:
+                found[step] = digests.MANIFEST in names
+    elif directory.is_dir():
+        for path in directory.iterdir():
+            if path.name.isdigit() and path.is_dir() and any(path.iterdir()):
+                found[int(path.name)] = (path / digests.MANIFEST).exists()
+    return dict(sorted(found.items()))
+
+
+def interrupted(directory: epath.Path) -> list[int]:
+    """Returns the steps in a bucket whose save is under way or was interrupted."""
+    by_step = _by_step(objects.sizes(directory))
+    return sorted(s for s, names in by_step.items() if not names & {*MARKS})
+
+
+def _by_step(names: Iterable[str]) -> dict[int, set[str]]:
+    """Returns, for every directory named by a number, the names of the objects below it."""
+    found = dict[int, set[str]]()
+    for name in names:
+        step, _, inside = name.partition("/")
+        if inside and step.isdigit():
+            found.setdefault(int(step), set()).add(inside)
+    return found
 
 
 def document_of(directory: epath.Path, step: int, check: bool = False) -> dict:
     """Returns the JSON document of a step; with `check`, its files are verified first."""
     if check:
         digests.check_manifest(directory / str(step))
-    return json.loads((directory / str(step) / "metadata" / "metadata").read_text())
+    name = "metadata/metadata"
+    return json.loads(dict(objects.contents(directory / str(step), {name: 0}))[name])
 
 
 def flatten(tree: PyTree) -> tuple[dict[str, Any], Any]:
@@ -219,7 +249,7 @@ def newest_valid(
     A step is damaged where `load` raises Damaged. The first value is None if there is no step.
     Raises CorruptCheckpoint if every step, or the given one, is damaged.
     """
-    steps = directories(directory)
+    steps = list(scan(directory))
     if step is not None and step not in steps:
         raise ValueError(f"no checkpoint of step {step} in {directory}; there are {steps}")
     damaged: dict[int, str] = {}
@@ -257,16 +287,23 @@ def _load(directory: epath.Path, step: int) -> tuple[int, dict, dict]:
 def _locate(path: str | os.PathLike) -> tuple[epath.Path, int | None]:
     """Returns the directory of checkpoints and, if the path is one step, its number."""
     given = workdir.absolute(path)
-    parts = ("state", "metadata", digests.MANIFEST)
-    if given.name.isdigit() and any((given / part).exists() for part in parts):
+    inside = _inside(given)
+    if given.name.isdigit() and inside & {"state", "metadata", digests.MANIFEST}:
         return given.parent, int(given.name)
-    directory = given / "checkpoints" if (given / "checkpoints").is_dir() else given
-    if not directories(directory):
+    directory = given / "checkpoints" if "checkpoints" in inside else given
+    if not scan(directory):
         raise ValueError(
             f"no checkpoint in {given}: expected a workdir (with checkpoints/<step>/), "
             "its checkpoints directory, or one step directory"
         )
     return directory, None
+
+
+def _inside(directory: epath.Path) -> set[str]:
+    """Returns the names of the files and folders in a directory; empty without one."""
+    if workdir.is_remote(directory):
+        return {name.split("/")[0] for name in objects.sizes(directory)}
+    return {path.name for path in directory.iterdir()} if directory.is_dir() else set()
 
 
 def _dtype(leaf: dict) -> np.dtype:

@@ -22,6 +22,21 @@ from etils import epath
 from localglobal_jax.config import loading, schema, validation, values
 
 log = logging.getLogger(__name__)
+_SHOWN: dict[str, str] = {}  # directories of local mirrors, and the paths in buckets
+
+
+def show_as(mirror: pathlib.Path, store: epath.Path) -> None:
+    """Lets `shown` return paths below `store` for those below its local `mirror`."""
+    _SHOWN[os.fspath(mirror)] = os.fspath(store)
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """Returns a path as a message names it: that in the bucket for a file of a local mirror."""
+    text = os.fspath(path)
+    for mirror, store in _SHOWN.items():
+        if text == mirror or text.startswith(f"{mirror}/"):
+            return store + text[len(mirror) :]
+    return text
 
 
 def refuse_other(run: schema.Run, workdir: pathlib.Path) -> None:
@@ -39,13 +54,13 @@ def refuse_other(run: schema.Run, workdir: pathlib.Path) -> None:
         for name in ("checkpoints", "metrics.jsonl", "tensorboard"):
             if (workdir / name).exists():
                 raise ValueError(
-                    f"{workdir} has {name} but no config.json, so its config is unknown: "
+                    f"{shown(workdir)} has {name} but no config.json, so its config is unknown: "
                     "restore the file or choose another --workdir"
                 )
         return
     if changed := other_config(run, file):
         raise ValueError(
-            f"{workdir} belongs to a run with another config:\n{changed}\n"
+            f"{shown(workdir)} belongs to a run with another config:\n{changed}\n"
             "Choose another --workdir, or give the same config to resume. "
             f"(These may change: {', '.join(schema.MAY_CHANGE)}.)"
         )
@@ -54,7 +69,8 @@ def refuse_other(run: schema.Run, workdir: pathlib.Path) -> None:
 def other_config(run: schema.Run, file: Any) -> str:
     """Returns one line for every field that differs between `file`, a ``config.json``, and `run`,
     without the fields of `schema.MAY_CHANGE`."""
-    return _changed(loading.read_json(file).model_dump(), run.model_dump(), "there", "now")
+    there = loading.read_json(file, name=shown(file))
+    return _changed(there.model_dump(), run.model_dump(), "there", "now")
 
 
 def check_config(workdir: pathlib.Path, step: int, metadata: Mapping[str, Any]) -> None:
@@ -62,10 +78,11 @@ def check_config(workdir: pathlib.Path, step: int, metadata: Mapping[str, Any]) 
     file, saved = workdir / "config.json", metadata.get("config")
     if not saved:
         return
-    then, now = (x.model_dump() for x in (validation.check(saved), loading.read_json(file)))
+    found = loading.read_json(file, name=shown(file))
+    then, now = (x.model_dump() for x in (validation.check(saved), found))
     if changed := _changed(then, now, f"in step {step}", "in the file"):
         raise ValueError(
-            f"{file} is not the config of the checkpoints beside it:\n{changed}\n"
+            f"{shown(file)} is not the config of the checkpoints beside it:\n{changed}\n"
             "Restore it; `localglobal inspect --json` shows the config of every step"
         )
 
@@ -186,8 +203,8 @@ def check_shared(workdir: pathlib.Path) -> None:
     """Raises ValueError on a host that does not see the ``config.json`` that host 0 has written."""
     if not (workdir / "config.json").exists():
         raise ValueError(
-            f"--workdir {workdir} is not the directory that host 0 has written to: hosts need "
-            "a shared file system"
+            f"--workdir {shown(workdir)} is not the directory that host 0 has written to: hosts "
+            "need a shared file system"
         )
 
 

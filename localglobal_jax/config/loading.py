@@ -200,9 +200,9 @@ def to_json(run: schema.Run) -> str:
     return json.dumps(run.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
 
 
-def read_json(file: pathlib.Path) -> schema.Run:
-    """Reads a file written by `to_json`; ValueError if it is damaged."""
+def read_json(file: pathlib.Path, name: str | None = None) -> schema.Run:
+    """Reads a file written by `to_json`; ValueError, with `name` or its path, if it is damaged."""
     try:
         return check(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged, or of another version: {error}") from None
+        raise ValueError(f"{name or file} is damaged, or of another version: {error}") from None

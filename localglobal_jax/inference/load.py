@@ -11,6 +11,7 @@ import numpy as np
 
 from localglobal_jax import convert
 from localglobal_jax.checkpoints import gcs, manager, reader
+from localglobal_jax.checkpoints.workdir import shown
 from localglobal_jax.config import loading, schema, values
 from localglobal_jax.models.registry import Variables, create_model
 
@@ -35,10 +36,10 @@ def read_run(workdir: pathlib.Path) -> schema.Run:
     file = workdir / "config.json"
     if not file.is_file():
         raise ValueError(
-            f"{workdir} is not a workdir: it has no config.json. "
+            f"{shown(workdir)} is not a workdir: it has no config.json. "
             "Give the directory that `localglobal train --workdir` wrote to"
         )
-    return loading.read_json(file)
+    return loading.read_json(file, name=shown(file))
 
 
 def load(

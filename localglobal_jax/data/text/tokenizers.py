@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 
 import sentencepiece
 
+from localglobal_jax.checkpoints.workdir import shown
 from localglobal_jax.config import schema
 
 BOS, PAD, EOS, UNK = 0, 1, 2, 3
@@ -267,6 +268,6 @@ def load(directory: str | pathlib.Path) -> Tokenizers | None:
         return Tokenizers(sides["source"], sides["target"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"the tokenizer in {directory} is damaged ({error!r}): restore it; training a new one "
-            "would change the meaning of every id"
+            f"the tokenizer in {shown(directory)} is damaged ({error!r}): restore it; training a "
+            "new one would change the meaning of every id"
         ) from error

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from localglobal_jax.checkpoints.workdir import shown
 from localglobal_jax.training.reporting import wandb as wandb_run
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class Writer:
             log.error(
                 "%s is not as it was at the save of step %d: lines are missing or have changed. "
                 "The run continues without them; restore the file to recover them",
-                *(self.path, last),
+                *(shown(self.path), last),
             )
         self._file = self.path.open("a", encoding="utf-8")
         self._boards: list[Any] = []
@@ -96,7 +97,7 @@ class Writer:
             try:
                 file.close()
             except OSError as error:
-                log.error("the last lines are not in %s: %s", self.path.parent, error)
+                log.error("the last lines are not in %s: %s", shown(self.path.parent), error)
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict]:
@@ -153,7 +154,8 @@ def _drop_after(path: pathlib.Path, last: int) -> set[tuple[int, str]]:
     after = _as_file(kept)
     if after != before:
         dropped = len(before.splitlines()) - len(kept)
-        log.info("%s: dropping %d lines after step %d, to be computed again", path, dropped, last)
+        said = "%s: dropping %d lines after step %d, to be computed again"
+        log.info(said, shown(path), dropped, last)
         temporary = path.with_suffix(".tmp")
         with temporary.open("wb") as file:
             file.write(after)

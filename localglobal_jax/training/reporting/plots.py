@@ -5,6 +5,7 @@ import collections
 import os
 import pathlib
 
+from localglobal_jax.checkpoints.workdir import shown
 from localglobal_jax.training.reporting.metrics_log import read_metrics
 
 PANELS = ("loss", "accuracy", "bleu")  # panels, where the metric exists
@@ -24,7 +25,7 @@ def learning_curve(workdir: str | os.PathLike) -> pathlib.Path:
     panels = [name for name in PANELS if any(name in line for line in lines)]
     if not panels:
         raise ValueError(
-            f"no learning curve: {workdir}/metrics.jsonl has none of the metrics {PANELS}"
+            f"no learning curve: {shown(workdir)}/metrics.jsonl has none of the metrics {PANELS}"
         )
     figure = Figure(figsize=(5.5 * len(panels), 3.6), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):

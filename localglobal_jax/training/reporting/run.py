@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from localglobal_jax.checkpoints.workdir import write_atomically
+from localglobal_jax.checkpoints.workdir import shown, write_atomically
 from localglobal_jax.config import schema
 from localglobal_jax.parallel import multihost, placement
 from localglobal_jax.training.reporting import metrics_log, model_card, plots, progress
@@ -143,5 +143,5 @@ def finish(
         curve=curve.name,
     )
     write_atomically(directory / "model_card.md", card)
-    log.info("wrote %s and %s", directory / "model_card.md", curve)
+    log.info("wrote %s and %s", shown(directory / "model_card.md"), shown(curve))
     return last

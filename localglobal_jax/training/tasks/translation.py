@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from localglobal_jax.checkpoints import gcs
+from localglobal_jax.checkpoints.workdir import shown
 from localglobal_jax.config import schema
 from localglobal_jax.data.text import pipeline, tokenizers
 from localglobal_jax.inference import bleu, decoding
@@ -47,7 +49,8 @@ def create(
     vocabularies = source.tokenizers if source else vocabularies
     if vocabularies is None:
         raise ValueError(
-            f"{workdir} has no {tokenizers.DIRECTORY}: give the workdir of a translation run"
+            f"{shown(workdir or '')} has no {tokenizers.DIRECTORY}: give the workdir of a "
+            "translation run"
         )
     spec = model_spec(run, vocabularies)
     model = create_model(**spec)
@@ -108,12 +111,12 @@ def stored_tokenizers(
     found = tokenizers.load(workdir / tokenizers.DIRECTORY) if workdir else None
     if found is None and workdir and (workdir / "checkpoints").is_dir():
         raise ValueError(
-            f"{workdir} has checkpoints but no {tokenizers.DIRECTORY}: restore it; a new one may "
-            "have another vocabulary"
+            f"{shown(workdir)} has checkpoints but no {tokenizers.DIRECTORY}: restore it; a new "
+            "one may have another vocabulary"
         )
     if found is None and run.init:
         try:
-            found = tokenizers.load(pathlib.Path(run.init) / tokenizers.DIRECTORY)
+            found = tokenizers.load(gcs.LocalMirror(run.init).local / tokenizers.DIRECTORY)
         except OSError as error:  # not a valid path, such as one that is too long
             raise ValueError(f"init={run.init}: {error.strerror}") from error
         if found is None:

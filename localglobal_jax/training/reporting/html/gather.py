@@ -95,7 +95,7 @@ def gather(
     found = None
     with _noted(run, "The checkpoint", (RuntimeError, OSError) if step else (Exception,)):
         found = load.read_variables(path, step)
-    saved = [found[0] if found else 0, *(reader.directories(mirror.checkpoints) if step else ())]
+    saved = [found[0] if found else 0, *(reader.scan(mirror.checkpoints) if step else ())]
     run.state = _state(mirror.local, config, run.metrics, max(saved))
     run.attempts = attempts(mirror.local, config.steps)
     if found is None:
