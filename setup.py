@@ -33,8 +33,10 @@ INSTALL = [
     "sacrebleu>=2.4",
     "safetensors>=0.4.1,<1",  # the first that reads bfloat16 without torch
     "scikit-learn>=1.5",  # ships the embedded digits
+    "scipy>=1.13",  # sparse products of the input; jax needs it too
     "sentencepiece>=0.2",
     "shtab>=1.7",  # completion for shells, made from the parser
+    "simplejpeg>=1.8,<2",  # libjpeg-turbo that decodes the upper part of a file without complaint
     "tensorboardX>=2.6.2",
     "tensorstore>=0.1.80",  # orbax's storage; see checkpoints/orbax_patches.py
     "tensorflow-datasets>=4.9.10",
@@ -47,7 +49,6 @@ TEST = [
     "pillow>=10",  # makes odd images, and says what they look like
     "pytest>=8",
     "pytest-xdist>=3.5",
-    "scipy>=1.13",  # Student's t of experiments/study.py; jax needs it too
 ]
 EXTRAS = {
     "test": TEST,

@@ -30,8 +30,8 @@ class Files:
     def block(self, index):
         return [self._data[i % len(self._data)] for i in index]
 
-    def decode(self, record):
-        return readers.decode(record, 3), 0
+    def decode(self, record, part=None):
+        return readers.decode(record, 3, part), 0
 
 
 def main(layers, count, *paths):

@@ -5,10 +5,12 @@ First the functions of a whole batch, given its random numbers; then those of on
 generator. OpenCV's own threads are off: images are already spread over threads one by one.
 """
 
+import functools
 import math
 
 import cv2
 import numpy as np
+import scipy.sparse
 
 cv2.setNumThreads(0)
 
@@ -38,10 +40,10 @@ def pad_crop(images: np.ndarray, pad: int, uniform: np.ndarray) -> np.ndarray:
 
 def flip(images: np.ndarray, uniform: np.ndarray) -> np.ndarray:
     """Mirrors left and right where ``uniform [b]`` is below a half."""
-    images = images.copy()
-    chosen = uniform < 0.5
-    images[chosen] = images[chosen, :, ::-1]
-    return images
+    out = images.copy()
+    for i in np.flatnonzero(uniform < 0.5):
+        out[i] = cv2.flip(images[i], 1).reshape(out[i].shape)
+    return out
 
 
 # ------------------------------------------------------------------------------------- one image
@@ -76,25 +78,58 @@ def center_box(
     return (h - ch) // 2, (w - cw) // 2, ch, cw
 
 
-def random_resized_crop(
-    image: np.ndarray,
+def random_box(
+    shape: tuple[int, int],
     size: tuple[int, int],
     area: tuple[float, float],
     rng: np.random.Generator,
-) -> np.ndarray:
-    """Returns a random rectangle of the image, resized (arXiv 1409.4842, section 6).
+) -> tuple[int, int, int, int]:
+    """Returns a random rectangle ``(top, left, height, width)`` (arXiv 1409.4842, section 6).
 
-    Its share of the image is uniform in ``area``, its aspect log-uniform in `ASPECT`.
+    Its share of the image is uniform in ``area``, its aspect log-uniform in `ASPECT`. If none fits
+    in `TRIES`, it is the central one in the aspect of ``size``.
     """
-    h, w = image.shape[:2]
+    h, w = shape
     for _ in range(TRIES):
         pixels = h * w * rng.uniform(*area)
         aspect = math.exp(rng.uniform(*np.log(ASPECT)))
         ch, cw = round(math.sqrt(pixels / aspect)), round(math.sqrt(pixels * aspect))
         if 0 < ch <= h and 0 < cw <= w:
             top, left = rng.integers(h - ch + 1), rng.integers(w - cw + 1)
-            return resize(image[top : top + ch, left : left + cw], size)
-    return center_crop(image, size, 1.0)
+            return int(top), int(left), ch, cw
+    return center_box(shape, size, 1.0)
+
+
+def resize_crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Returns `resize`, faster where it shrinks, its pixels within one level.
+
+    OpenCV averages areas one number at a time. The averages of rows, then those of columns, are
+    products with sparse matrices, which are vectorised.
+    """
+    h, w, channels = image.shape
+    if not (size[0] <= h and size[1] <= w) or size == (h, w):
+        return resize(image, size)
+    rows = image.reshape(h, w * channels).astype(np.float32)
+    out = _area_weights(h, size[0]) @ rows
+    out = cv2.transpose(out.reshape(size[0], w, channels)).reshape(w, size[0] * channels)
+    out = _area_weights(w, size[1]) @ out
+    out = cv2.transpose(out.reshape(size[1], size[0], channels)).reshape(*size, channels)
+    return np.rint(out, out=out).astype(np.uint8)
+
+
+@functools.lru_cache(maxsize=1024)  # one is read by many threads, and written by none
+def _area_weights(before: int, after: int) -> scipy.sparse.csr_matrix:
+    """Returns ``[after, before]``: the share of each old pixel in each new one."""
+    scale = before / after
+    start = np.arange(after)[:, None] * scale
+    at = start.astype(np.int32) + np.arange(math.ceil(scale) + 1, dtype=np.int32)
+    share = np.minimum(at + 1, start + scale) - np.maximum(at, start)
+    share = np.clip(share, 0, None) / scale
+    ends = np.arange(after + 1, dtype=np.int32) * at.shape[1]
+    inside = np.minimum(at, before - 1)  # beyond it the share is 0, but for rounding
+    return scipy.sparse.csr_matrix(
+        (share.ravel().astype(np.float32), inside.ravel(), ends), shape=(after, before)
+    )
 
 
 def random_erase(image: np.ndarray, probability: float, rng: np.random.Generator) -> np.ndarray:

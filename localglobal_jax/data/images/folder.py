@@ -147,9 +147,11 @@ class FolderReader:
         except OSError as error:
             return self.bad(index, error.strerror)
 
-    def decode(self, record: tuple[bytes, int]) -> tuple[np.ndarray, int]:
+    def decode(
+        self, record: tuple[bytes, int], part: readers.Part | None = None
+    ) -> tuple[np.ndarray, int]:
         data, label = record
-        return readers.decode(data, self.channels), label
+        return readers.decode(data, self.channels, part), label
 
     def bad(self, index: int, why: object) -> records.BadRecord:
         return records.BadRecord(

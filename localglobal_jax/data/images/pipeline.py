@@ -8,6 +8,7 @@ Where the images wait in between changes no pixel.
 
 import concurrent.futures
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import cv2
@@ -16,9 +17,12 @@ import numpy as np
 from localglobal_jax.config import schema
 from localglobal_jax.data.images import augment, folder, randaugment
 from localglobal_jax.data.images.readers import (
+    Box,
     MockReader,
+    Part,
     Reader,
     RecordReader,
+    cut,
     facts,
     label_and_image,
 )
@@ -122,10 +126,8 @@ class ImageSource:
         """Returns a batch; see `loader.Source`. A training split has no evaluation batches."""
         if (draws is not None) != self._train:
             raise ValueError(f"this split was opened with train={self._train}")
-        images, labels, mask = self._gather(index)
-        if draws is not None:
-            images = self._augment(images, draws)
-        stacked = np.asarray(images)
+        images, labels, mask = self._gather(index, draws)
+        stacked = images if draws is None else self._augment(images, draws)
         if not mask.all():
             stacked = np.where(mask[:, None, None, None] > 0, stacked, np.uint8(0))
         return {"image": stacked, "label": labels, "mask": mask}
@@ -157,53 +159,83 @@ class ImageSource:
             images[part], labels[part], mask[part] = self._decode_all(np.arange(size)[part])
         return images, labels, mask
 
-    def _gather(self, index: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray]:
+    def _gather(
+        self, index: np.ndarray, draws: PositionRng | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns images (cropped and flipped if the crop is "resized"), labels and mask."""
         if self._memory is None:
-            return self._decode_all(index)
+            return self._decode_all(index, self._crops(draws, len(index)))
         images, labels, mask = self._memory
-        if isinstance(images, np.ndarray):
-            return images[index], labels[index], mask[index]
-        return [images[i] for i in index], labels[index], mask[index]
+        if crops := self._crops(draws, len(index)):
+            chosen = [images[number] for number in index.tolist()]
+            images = np.stack(list(self._pool.map(_RandomCrop.whole, crops, chosen)))
+            return images, labels[index], mask[index]
+        return images[index], labels[index], mask[index]
 
-    def _decode_all(self, index: np.ndarray) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-        numbers = index.tolist()
-        done = list(self._pool.map(self._decode, self._reader.block(numbers), numbers))
-        images, labels, mask = zip(*done, strict=True)
-        return list(images), np.array(labels, np.int32), np.array(mask, np.float32)
+    def _crops(self, draws: PositionRng | None, count: int) -> "list[_RandomCrop]":
+        """Returns the random crops of a batch; none where the original is not cropped."""
+        if draws is None or not self._crops_original():
+            return []
+        options = self._options
+        flips = draws.uniforms(count, 3)[:, 2] < 0.5 if options.flip else np.zeros(count, bool)
+        return [_RandomCrop(options, draws, i, flip) for i, flip in enumerate(flips.tolist())]
 
-    def _decode(self, record: Any, index: int) -> tuple[np.ndarray, int, float]:
-        """Returns image (resized), label and mask of a record; zeros for a tolerated bad one."""
-        size = self._options.image_size
+    def _decode_all(
+        self, index: np.ndarray, crops: "Sequence[_RandomCrop]" = ()
+    ) -> tuple[Any, np.ndarray, np.ndarray]:
+        """Returns images, labels and mask.
+
+        Originals that will be cropped later are a list, all other images one array.
+        """
+        numbers, size = index.tolist(), self._options.image_size
+        original = self._crops_original() and not crops
+        images: Any = [None] * len(numbers)
+        if not original:
+            images = np.empty((len(numbers), *size, self.channels), np.uint8)
+
+        def decode(record: Any, number: int, i: int) -> tuple[int, float]:
+            """Decodes a record into its slot, so that few originals are in memory at a time."""
+            crop = crops[i] if crops else None
+            image, label, mask = self._decode(record, number, crop.box if crop else None)
+            if image is None:
+                shape = self._shape() if original else None
+                image = np.zeros((*(shape or size), self.channels), np.uint8)
+            elif crop:
+                image = crop.finish(image)
+            elif not original:
+                image = for_evaluation(image, self._options)
+            images[i] = image
+            return label, mask
+
+        slots = range(len(numbers))
+        done = list(self._pool.map(decode, self._reader.block(numbers), numbers, slots))
+        labels, mask = zip(*done, strict=True)
+        return images, np.array(labels, np.int32), np.array(mask, np.float32)
+
+    def _decode(
+        self, record: Any, index: int, part: Part | None
+    ) -> tuple[np.ndarray | None, int, float]:
+        """Returns image, label and mask of a record; None, 0 and 0 for a tolerated bad one."""
         try:
             if isinstance(record, records.BadRecord):
                 raise record
-            image, label = self._reader.decode(record)
+            image, label = self._reader.decode(record, part)
             if not 0 <= label < self.classes:
                 raise ValueError(f"its label is {label}, want 0 to {self.classes - 1}")
         except (ValueError, TypeError, LookupError, cv2.error) as error:  # what garbage leads to
             bad = error if isinstance(error, records.BadRecord) else self._reader.bad(index, error)
             self._tolerance.admit(index, bad)
-            return np.zeros((*(self._shape() or size), self.channels), np.uint8), 0, 0.0
-        if self._crops_original():
-            return image, label, 1.0
-        return for_evaluation(image, self._options), label, 1.0
+            return None, 0, 0.0
+        return image, label, 1.0
 
     # ------------------------------------------------------------- another one every time
 
-    def _augment(self, images: Any, draws: PositionRng) -> Any:
-        options, size = self._options, self._options.image_size
+    def _augment(self, images: np.ndarray, draws: PositionRng) -> np.ndarray:
+        options = self._options
         uniforms = draws.uniforms(len(images), 3)
-        if options.crop == "resized":
-
-            def crop(image: np.ndarray, i: int) -> np.ndarray:
-                generator = draws.generator(i, CROP)
-                return augment.random_resized_crop(image, size, options.area, generator)
-
-            images = list(self._pool.map(crop, images, range(len(images))))
-        images = np.asarray(images)
         if options.crop == "pad":
             images = augment.pad_crop(images, options.pad, uniforms[:, :2])
-        if options.flip:
+        if options.flip and options.crop != "resized":
             images = augment.flip(images, uniforms[:, 2])
         if options.randaugment_layers or options.erase:
 
@@ -215,3 +247,24 @@ class ImageSource:
 
             images = np.stack(list(self._pool.map(change, images, range(len(images)))))
         return images
+
+
+class _RandomCrop:
+    """The random "resized" crop of one image, and its flip."""
+
+    def __init__(self, options: schema.Images, draws: PositionRng, i: int, flip: bool):
+        self._options, self._flip = options, flip
+        self._rng = draws.generator(i, CROP)
+
+    def box(self, shape: tuple[int, int]) -> Box:
+        """Returns the crop of an image of ``(height, width)``. Draws anew at every call."""
+        return augment.random_box(shape, self._options.image_size, self._options.area, self._rng)
+
+    def finish(self, image: np.ndarray) -> np.ndarray:
+        """Returns what is inside the box, resized and flipped."""
+        image = augment.resize_crop(image, self._options.image_size)
+        return cv2.flip(image, 1).reshape(image.shape) if self._flip else image
+
+    def whole(self, image: np.ndarray) -> np.ndarray:
+        """Returns the crop of a whole image."""
+        return self.finish(cut(image, self.box((image.shape[0], image.shape[1]))))

@@ -5,16 +5,19 @@ A reader returns undecoded records in blocks and decodes each by itself, so that
 spread over threads.
 """
 
+import contextlib
+import functools
 import logging
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import cv2
 import numpy as np
 import tensorflow_datasets as tfds
 
-from localglobal_jax.data.images import augment, headers
+from localglobal_jax.data.images import augment, headers, jpeg
 from localglobal_jax.data.tfds import records
 
 log = logging.getLogger(__name__)
@@ -28,7 +31,14 @@ if MAX_PIXELS not in os.environ:
         MAX_PIXELS,
     )
 
+# The same bound; where it is not a plain number OpenCV decodes the whole image.
+_bound = os.environ.get(MAX_PIXELS, "")
+PARTIAL_PIXELS = int(_bound) if _bound.isdecimal() else 0
+
 MOCK_TRAIN, MOCK_EVAL = 1024, 256  # examples
+
+Box = tuple[int, int, int, int]  # top, left, height, width
+Part = Callable[[tuple[int, int]], Box]  # from an image's (height, width); called once
 
 
 class Reader(Protocol):
@@ -43,14 +53,19 @@ class Reader(Protocol):
     def block(self, indices: Sequence[int]) -> Sequence[Any]:
         """Returns undecoded records; an unreadable one as a `records.BadRecord`."""
 
-    def decode(self, record: Any) -> tuple[np.ndarray, int]:
-        """Returns ``(uint8 [h, w, channels], label)``; any exception marks a bad record."""
+    def decode(self, record: Any, part: Part | None = None) -> tuple[np.ndarray, int]:
+        """Returns ``(uint8 [h, w, channels], label)``, of the image only ``part``, if given.
+
+        Any exception marks a bad record.
+        """
 
     def bad(self, index: int, why: Any) -> records.BadRecord: ...
 
 
-def decode(data: bytes, channels: int) -> np.ndarray:
+def decode(data: bytes, channels: int, part: Part | None = None) -> np.ndarray:
     """Returns an encoded image as ``uint8 [h, w, channels]``, red first; ``channels``: 1 or 3.
+
+    With ``part``, only that part of it; most JPEGs are then decoded no further than its last row.
 
     Accepts the kinds that ImageNet holds: grey, palette, CMYK, 16 bits, an alpha channel (dropped);
     of an animation the first picture. Like TFDS it ignores EXIF orientation.
@@ -59,8 +74,27 @@ def decode(data: bytes, channels: int) -> np.ndarray:
       ValueError: the file fails `headers.checked`, cannot be decoded, or has more pixels than the
         environment variable `MAX_PIXELS` allows.
     """
+    data = headers.checked(data)
+    if part and channels == 3 and (frame := jpeg.find_frame(data)):
+        size = frame.height, frame.width
+        if math.prod(size) <= PARTIAL_PIXELS:
+            box = part(size)
+            with contextlib.suppress(ValueError):  # OpenCV decides about odd files
+                return cut(jpeg.decode_rows(data, frame, box[0] + box[2]), box)
+            return cut(_decode_all(data, channels), box)
+    image = _decode_all(data, channels)
+    return cut(image, part((image.shape[0], image.shape[1]))) if part else image
+
+
+def cut(image: np.ndarray, box: Box) -> np.ndarray:
+    """Returns a part of ``[h, w, c]``, a view."""
+    top, left, height, width = box
+    return image[top : top + height, left : left + width]
+
+
+def _decode_all(data: bytes, channels: int) -> np.ndarray:
     kind = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR
-    raw = np.frombuffer(headers.checked(data), np.uint8)
+    raw = np.frombuffer(data, np.uint8)
     try:
         image = cv2.imdecode(raw, kind | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error as error:
@@ -115,18 +149,30 @@ class RecordReader:
     def __len__(self) -> int:
         return len(self._source)
 
-    def decode(self, record: Any) -> tuple[np.ndarray, int]:
+    def decode(self, record: Any, part: Part | None = None) -> tuple[np.ndarray, int]:
         image = record[self._image]
-        if not isinstance(image, np.ndarray):  # TFDS's mock data comes decoded
-            if not isinstance(image, bytes):
-                raise TypeError(f"its image is of type {type(image).__name__}, want bytes")
-            image = decode(image, self.channels)
-        if self.shape and image.shape[:2] != self.shape:
-            raise ValueError(f"the image is {image.shape[:2]}, all should be {self.shape}")
+        if part:
+            part = functools.partial(self._part, part)
+        if isinstance(image, bytes):
+            image = decode(image, self.channels, part)
+        elif not isinstance(image, np.ndarray):  # TFDS's mock data comes decoded
+            raise TypeError(f"its image is of type {type(image).__name__}, want bytes")
+        elif part:
+            image = cut(image, part((image.shape[0], image.shape[1])))
+        if not part:
+            self._check((image.shape[0], image.shape[1]))
         label = np.asarray(record[self._label])
         if label.size != 1 or label.dtype.kind not in "iub":  # int() would make 2 of 2.7
             raise TypeError(f"its label is {record[self._label]!r}, want a whole number")
         return image, int(label.item())
+
+    def _part(self, part: Part, shape: tuple[int, int]) -> Box:
+        self._check(shape)
+        return part(shape)
+
+    def _check(self, shape: tuple[int, int]) -> None:
+        if self.shape and shape != self.shape:
+            raise ValueError(f"the image is {shape}, all should be {self.shape}")
 
 
 class MockReader:
@@ -144,12 +190,13 @@ class MockReader:
     def block(self, indices: Sequence[int]) -> Sequence[int]:
         return indices
 
-    def decode(self, record: int) -> tuple[np.ndarray, int]:
+    def decode(self, record: int, part: Part | None = None) -> tuple[np.ndarray, int]:
         label = record % self.classes
         pattern = np.random.default_rng([label]).integers(0, 192, (4, 4, self.channels), np.uint8)
         image = augment.resize(pattern, self._size)
         noise = np.random.default_rng([record, self._train]).integers(0, 64, image.shape, np.uint8)
-        return cv2.add(image, noise).reshape(image.shape), label
+        image = cv2.add(image, noise).reshape(image.shape)
+        return cut(image, part(self._size)) if part else image, label
 
     def bad(self, index: int, why: Any) -> records.BadRecord:
         return records.BadRecord(f"mock record {index}: {why}")

@@ -64,11 +64,26 @@ def test_crops_give_the_size_asked_for(image, size, seed):
     for out in (
         augment.resize(image, size),
         augment.center_crop(image, size, 0.875),
-        augment.random_resized_crop(image, size, (0.08, 1.0), generator()),
+        augment.resize_crop(image, size),
     ):
         assert out.shape == (*size, image.shape[2]) and out.dtype == np.uint8
-    again = [augment.random_resized_crop(image, size, (0.08, 1.0), generator()) for _ in "ab"]
-    np.testing.assert_array_equal(*again)
+    shape = image.shape[:2]
+    first, again = (augment.random_box(shape, size, (0.08, 1.0), generator()) for _ in "ab")
+    assert first == again
+    top, left, height, width = first
+    assert 0 <= top < top + height <= shape[0] and 0 <= left < left + width <= shape[1]
+
+
+@SOME
+@given(
+    image=st.tuples(st.integers(1, 90), st.integers(1, 90), st.sampled_from([1, 3])).flatmap(
+        lambda shape: hnp.arrays(np.uint8, shape)
+    ),
+    size=SIZE,
+)
+def test_crops_are_resized_as_whole_images_are_within_one_level(image, size):
+    difference = augment.resize_crop(image, size).astype(int) - augment.resize(image, size)
+    assert np.abs(difference).max() <= 1
 
 
 @SOME
@@ -78,7 +93,8 @@ def test_a_plain_image_stays_plain(value, size, seed):
     rng = np.random.default_rng(seed)
     for out in (
         augment.resize(image, size),
-        augment.random_resized_crop(image, size, (0.2, 1.0), rng),
+        augment.resize_crop(image, size),
+        augment.resize_crop(image[: rng.integers(1, 14)], size),
     ):
         assert (out == value).all()
 

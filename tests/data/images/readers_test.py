@@ -69,6 +69,9 @@ def test_orientation_tags_are_ignored():
     exif[0x0112] = 6  # turn by 90 degrees
     data = encode(PILLOW, "JPEG", quality=95, exif=exif)
     assert decode(data, 3).shape == IMAGE.shape
+    np.testing.assert_array_equal(
+        decode(data, 3, lambda _: (9, 3, 20, 40)), decode(data, 3)[9:29, 3:43]
+    )
 
 
 @settings(deadline=None, max_examples=40)
