@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `localglobal plan`: compiles a step for a TPU slice without one.
+"""The command `localglobal plan`: compiles a step for TPUs or GPUs without one.
 
 Imports no jax: the compiler has its own process.
 """
@@ -14,7 +14,7 @@ from localglobal_jax.config import loading, schema
 from localglobal_jax.profiling import compiler_process, roofline, search, table, topologies
 
 NAME = "plan"
-HELP = "compile for a TPU slice without one: does it fit? how fast at most?"
+HELP = "compile for TPUs or GPUs without one: does it fit? how fast at most?"
 EXAMPLE = "--config configs/coatnet_imagenet.py --topology v5e-256"
 
 
@@ -23,7 +23,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_config(parser)
     add = parser.add_argument
     add("--topology", required=True, metavar="SLICE",
-        help="v5e:16x16, v5p:8x8x8, or a cloud name (v5e-256); cpu:8 needs no libtpu")  # fmt: skip
+        help="v5e:16x16, v5p:8x8x8, a cloud name (v5e-256), h100-8, h100:8x8 (hosts x GPUs); "
+        "cpu:8 needs no compiler of its own")  # fmt: skip
     options.add_part(parser)
     add("--batch_search", action="store_true", help="find the largest batch that fits")
     options.add_compare(parser, "side by side")

@@ -53,8 +53,52 @@ KINDS = {  # as JAX names a device -> its generation
     "TPU v2": "v2", "TPU v3": "v3", "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e",
     "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU7x": "tpu7x",
 }  # fmt: skip
-# bf16 FLOP/s without sparsity, from NVIDIA's data sheets, of the cards for SXM sockets
-GPUS = {"A100": 312 * TERA, "H100": 989 * TERA, "H200": 989 * TERA}
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """One NVIDIA GPU for an SXM socket, eight to a host. Link speeds are of one direction.
+
+    Sources: NVIDIA's data sheets and architecture white papers of A100, H100, H200 and B200 (peaks
+    without sparsity), and of DGX A100, H100 and B200 (one network card per GPU).
+    """
+
+    flops: float  # bf16 FLOP/s; a multiply-add is two
+    tf32: float  # FLOP/s of float32 products on tensor cores, JAX's default
+    float32: float  # FLOP/s of exact float32 products
+    hbm: float  # bytes/s
+    nvlink: float  # bytes/s to the other GPUs of the host
+    network: float  # bytes/s to other hosts
+    memory: float  # GiB that CUDA reports
+    name: str  # as CUDA and JAX name the device
+    capability: str
+    cores: int  # streaming multiprocessors
+    clock: float  # GHz, boost
+    cache: int  # MiB of the second level
+    shared: int  # KiB of shared memory per core, of which a block may use all but one
+    lanes: int = 128  # float32 units per core
+    devices: int = 1  # JAX devices per GPU
+
+
+H100 = Gpu(
+    name="NVIDIA H100 80GB HBM3", flops=989 * TERA, tf32=494 * TERA, float32=67 * TERA,
+    hbm=3352 * GB, nvlink=450 * GB, network=50 * GB, memory=79.11,
+    capability="9.0", cores=132, clock=1.98, cache=50, shared=228,
+)  # fmt: skip
+GPUS = {
+    "a100": Gpu(
+        name="NVIDIA A100-SXM4-80GB", flops=312 * TERA, tf32=156 * TERA, float32=19.5 * TERA,
+        hbm=2039 * GB, nvlink=300 * GB, network=25 * GB, memory=79.25,
+        capability="8.0", cores=108, clock=1.41, cache=40, shared=164, lanes=64,
+    ),
+    "h100": H100,
+    "h200": dataclasses.replace(H100, name="NVIDIA H200 141GB HBM3e", hbm=4800 * GB, memory=141.0),
+    "b200": Gpu(
+        name="NVIDIA B200", flops=2250 * TERA, tf32=1125 * TERA, float32=75 * TERA,
+        hbm=7700 * GB, nvlink=900 * GB, network=50 * GB, memory=178.35,
+        capability="10.0", cores=148, clock=1.965, cache=126, shared=228,
+    ),
+}  # fmt: skip
 
 
 def peak_flops(kind: str) -> float | None:
@@ -63,4 +107,5 @@ def peak_flops(kind: str) -> float | None:
         chip = CHIPS[KINDS[kind]]
         return chip.flops / chip.devices
     slower = "PCIe" in kind or "NVL" in kind
-    return next((peak for name, peak in GPUS.items() if name in kind and not slower), None)
+    found = (gpu.flops for name, gpu in GPUS.items() if name.upper() in kind and not slower)
+    return next(found, None)

@@ -2,13 +2,16 @@
 """Collectives of a compiled program: bytes by operation, dtype and group. Pure."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
+
+import numpy as np
 
 from localglobal_jax.profiling.hlo import Instruction, Program
 
 CHANNEL = r"channel_id=(\d+)"
-MESH = r"replica_groups=\S*mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))?\s*\{([^}]*)\}"
+MESH = r"replica_groups=\S*mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))?\s*\{([^}]*)\}"
 # libtpu writes a reduce-scatter as a fusion that calls a computation of this name: an all-reduce
 # of which each device keeps a slice. Only the slices are sent.
 FUSED_SCATTER = "all-reduce-scatter"
@@ -29,17 +32,35 @@ class Collective:
 
     `payload`: bytes of its result (of all-gather: gathered; of reduce-scatter: scattered). `wire`:
     bytes that a chip sends, if the devices of a group stand in a ring. `count`: how often.
+    `devices`: the first group.
     """
 
     op: str
     key: str  # the same for all arrays of one instruction
     dtype: str
     shape: tuple[int, ...]
-    group: int
+    devices: tuple[int, ...]
     payload: int
     wire: float
     count: int
     op_name: str
+
+    @property
+    def group(self) -> int:
+        """Number of devices in a group."""
+        return len(self.devices)
+
+    def network(self, gpus: int) -> float:
+        """Returns the bytes that a GPU sends to other hosts of `gpus` GPUs.
+
+        The least there is: data crosses once per host, split over the cards of its GPUs.
+        """
+        hosts = len({device // gpus for device in self.devices})
+        each = self.group // hosts
+        if self.op == "reduce-scatter":  # the payload is one device's part
+            return wire_bytes(self.op, self.payload, hosts)
+        share = 1 if self.op in ("all-to-all", "ragged-all-to-all", "collective-permute") else each
+        return wire_bytes(self.op, self.payload, hosts) / share
 
 
 def collectives(program: Program) -> list[Collective]:
@@ -72,7 +93,7 @@ def _arrays(
         arrays = arrays[len(i.operands) : 2 * len(i.operands)]
     if FUSED_SCATTER in name and op == "all-reduce":
         op, arrays = "reduce-scatter", list(inside[-1].result)
-    group = group_size(i, program.devices)
+    members = tuple(group(i, program.devices))
     sources = i.operands if len(i.operands) == len(arrays) else [""] * len(arrays)
     for array, source in zip(arrays, sources, strict=True):
         own = _origin(there, source) if len(arrays) > 1 else ""
@@ -81,9 +102,9 @@ def _arrays(
             key=key,
             dtype=array.dtype,
             shape=array.shape,
-            group=group,
+            devices=members,
             payload=array.nbytes,
-            wire=wire_bytes(op, array.nbytes, group),
+            wire=wire_bytes(op, array.nbytes, len(members)),
             count=program.runs[name],
             op_name=own or op_name,
         )
@@ -98,20 +119,48 @@ def _origin(there: dict[str, Instruction], name: str) -> str:
     return ""
 
 
-def group_size(i: Instruction, devices: int) -> int:
-    """Returns the number of devices in one group of a collective."""
+def group(i: Instruction, devices: int) -> list[int]:
+    """Returns the devices of the first group of a collective, in any of XLA's notations."""
     text = i.attributes
     if mesh := re.search(MESH, text):
-        sizes = {k: int(n) for k, n in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
-        count = 1
-        for axis, parts in re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2]):
-            count *= int(parts) if parts else sizes[axis]
-        return count
-    if table := re.search(r"replica_groups=\[(\d+),(\d+)\]", text):
-        return int(table[2])
+        return _mesh_group(mesh)
+    if table := re.search(r"replica_groups=(\[\d+,\d+\])<=(\[[\d,]+\](?:T\([\d,]+\))?)", text):
+        return _iota(table[2]).reshape(_numbers(table[1]))[0].tolist()
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
-        return listed[1].count(",") + 1
-    return 2 if "source_target_pairs=" in text else devices
+        return _numbers(listed[1])
+    if pairs := re.findall(r"\{(\d+),(\d+)\}", i.attribute(r"source_target_pairs=(\S+)") or ""):
+        return max(([int(a), int(b)] for a, b in pairs), key=lambda pair: abs(pair[0] - pair[1]))
+    return list(range(devices))
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", text)]
+
+
+def _iota(text: str) -> np.ndarray:
+    """Returns the device numbers of ``[8,4]T(1,0)``: counted up in that shape, then transposed."""
+    shape, _, order = text.partition("T")
+    counted = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
+    return counted.transpose(_numbers(order)) if order else counted
+
+
+def _mesh_group(mesh: re.Match[str]) -> list[int]:
+    """Returns the first group over axes, or parts of axes, of a named mesh.
+
+    ``'a':(2)4`` is the middle part, of size 4, of an axis whose first part has size 2.
+    """
+    axes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
+    count = math.prod(axes.values())
+    ids = (_iota(mesh[2]) if mesh[2] else np.arange(count)).reshape(list(axes.values()))
+    chosen: dict[str, tuple[int, int]] = {}
+    for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", mesh[3]):
+        chosen[name] = (int(before or 1), int(size or axes[name]))
+    window = []
+    for name, n in axes.items():
+        before, size = chosen.get(name, (1, 1))
+        after = n // (before * size)
+        window.append(np.arange(size) * after)
+    return ids[np.ix_(*window)].reshape(-1).tolist()
 
 
 def wire_bytes(op: str, payload: int, group: int) -> float:

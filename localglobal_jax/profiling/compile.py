@@ -118,12 +118,13 @@ def devices_of(topology: topologies.Topology) -> list[jax.Device] | None:
     """Returns the devices to compile for, without the hardware; None for this machine's."""
     if topology.chip is None:
         return None
+    name = topology.name if topology.platform == "tpu" else ""
     try:
-        described = descriptions.get_topology_desc(
-            topology_name=topology.name, platform="tpu", **topology.options
-        )
+        described = descriptions.get_topology_desc(name, topology.platform, **topology.options)
     except (jax.errors.JaxRuntimeError, RuntimeError) as error:
-        raise ValueError(f"libtpu knows no {topology.name}: {error}") from error
+        raise ValueError(
+            f"the compiler of {topology.platform} cannot describe {topology.name}: {error}"
+        ) from error
     return list(described.devices)
 
 

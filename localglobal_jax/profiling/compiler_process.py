@@ -27,7 +27,11 @@ from localglobal_jax.profiling.topologies import Topology
 
 CACHE = pathlib.Path("~/.cache/localglobal/plan")
 TELL = 15.0  # seconds between two lines of progress
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu")
+CUDA_PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", *CUDA_PLUGINS)
+# Without a GPU there is no autotuning: Triton's products have no tile sizes and fail; cuBLAS, which
+# autotuning mostly chooses, has them. The second flag writes XLA's estimate into every fusion.
+GPU_FLAGS = "--xla_gpu_enable_triton_gemm=false --xla_gpu_collect_cost_model_stats=true"
 # Without the first two, libtpu queries the cloud's metadata server and logs a failure; the type
 # need not be that of the target. Without the last one, two compilations cannot run side by side.
 LIBTPU = {
@@ -53,12 +57,7 @@ def measure(
     Raises ValueError for a run that cannot be, `CompilerFailed` where the compiler breaks down or
     takes more than `timeout` seconds.
     """
-    if topology.chip is not None and importlib.util.find_spec("libtpu") is None:
-        raise ValueError(
-            f"topology {topology.name} needs the TPU compiler, libtpu, which is not installed: "
-            'pip install "localglobal_jax[tpu]" (no TPU is needed). --topology cpu:8 answers the '
-            "questions of memory and collectives without it"
-        )
+    check_compiler(topology)
     root = CACHE.expanduser()
     root.mkdir(parents=True, exist_ok=True)
     kept = root / key(run, topology, step)
@@ -79,6 +78,32 @@ def measure(
     if "error" in facts:
         raise ValueError(facts["error"])
     return facts | {"kept": str(kept)}, text
+
+
+def check_compiler(topology: Topology) -> None:
+    """Raises ValueError unless the compiler for the topology is installed and fits jaxlib."""
+    if topology.platform == "tpu" and importlib.util.find_spec("libtpu") is None:
+        raise ValueError(
+            f"topology {topology.name} needs the TPU compiler, libtpu, which is not installed: "
+            'pip install "localglobal_jax[tpu]" (no TPU is needed). --topology cpu:8 answers the '
+            "questions of memory and collectives without it"
+        )
+    if topology.platform != "cuda":
+        return
+    plugins = {name: found for name in CUDA_PLUGINS if (found := version(name))}
+    if not plugins:
+        raise ValueError(
+            f"topology {topology.name} needs jax's CUDA plugin, which is not installed: "
+            'pip install "localglobal_jax[cuda]" (no GPU and no driver is needed). '
+            "--topology cpu:8 answers the questions of memory and collectives without it"
+        )
+    jaxlib = version("jaxlib")
+    if jaxlib not in plugins.values():  # jax ignores a plugin of another version, with a warning
+        found = ", ".join(f"{name} {number}" for name, number in plugins.items())
+        raise ValueError(
+            f"topology {topology.name}: {found} does not fit jaxlib {jaxlib}: "
+            'pip install --upgrade "localglobal_jax[cuda]"'
+        )
 
 
 def key(run: schema.Run, topology: Topology, step: str) -> str:
@@ -126,6 +151,8 @@ def environment(
     found["PYTHONPATH"] = os.pathsep.join(filter(None, (root, given.get("PYTHONPATH"))))
     if topology.chip is not None:
         flags = f"--xla_dump_to={dump} --xla_dump_hlo_as_text" if dump else ""
+        if topology.platform == "cuda":
+            return found | {"XLA_FLAGS": f"{GPU_FLAGS} {flags}"}
         return found | LIBTPU | {"XLA_FLAGS": flags}
     return found | {"JAX_NUM_CPU_DEVICES": str(topology.devices)}
 

@@ -193,7 +193,10 @@ class Program:
             return sum(a.nbytes * (1 + a.in_hbm) for a in i.result[1:2])
         if i.opcode.endswith("-start"):  # its result names its operands too
             return sum(a.nbytes for a in i.result if a.in_hbm)
-        written = sum(a.nbytes for a in i.result if a.in_hbm)
+        result = i.result
+        if i.opcode == "custom-call" and len(result) > 1 and result[-1].dtype in ("s8", "u8"):
+            result = result[:-1]  # the workspace of cuBLAS or cuDNN
+        written = sum(a.nbytes for a in result if a.in_hbm)
         operands = [there.get(name) for name in i.operands]
         reads = [sum(a.nbytes for a in o.result if a.in_hbm) if o else 0 for o in operands]
         if i.opcode in WINDOWS:

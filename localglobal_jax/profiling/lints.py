@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Warnings about the collectives of a compiled step. Pure."""
+"""Warnings about the collectives, and on GPU the kernels, of a compiled step. Pure."""
 
 import math
 from collections import defaultdict
@@ -7,20 +7,29 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from localglobal_jax.profiling.collectives import Collective
+from localglobal_jax.profiling.gpu_kernels import Kernel
 
 SMALL = 64 * 2**10  # bytes below which a message costs its latency
 MANY = 10
+SHORT = 2e-6  # seconds of a kernel's roofline
+MANY_KERNELS = 100
+COPIED = 0.05  # share of the memory traffic
 FEW_TIMES = 4  # parameter bytes that a step may send: gathers forward and backward, gradients
 LEVELS = ("error", "warning", "notice")
 
 
-def find(facts: Mapping[str, Any], collectives: Sequence[Collective]) -> list[dict[str, str]]:
+def find(
+    facts: Mapping[str, Any], collectives: Sequence[Collective], kernels: Sequence[Kernel] = ()
+) -> list[dict[str, str]]:
     """Returns ``{"level", "name", "text"}`` for each warning, the worst first."""
     found = [
         *_whole_batches(facts, collectives),
         *_much(facts, collectives),
         *_tiny(collectives),
         *_gradient_types(facts, collectives),
+        *_wide_products(kernels),
+        *_short_kernels(kernels),
+        *_copies(kernels),
     ]
     return sorted(found, key=lambda lint: LEVELS.index(lint["level"]))
 
@@ -98,4 +107,47 @@ def _gradient_types(facts: Mapping[str, Any], collectives: Sequence[Collective])
         types = ", ".join(f"{n / 1e6:,.1f} MB in {t}" for t, n in sorted(sizes.items()))
         yield _lint(
             "notice", "type of the gradient's sum", f"gradients are summed over devices: {types}"
+        )
+
+
+def _wide_products(kernels: Sequence[Kernel]) -> Any:
+    """Finds float32 products in a run whose other products are bfloat16."""
+    products = [k for k in kernels if k.kind in ("product", "convolution")]
+    work: dict[str, float] = defaultdict(float)
+    for k in products:
+        work[k.dtype] += k.flops * k.runs
+    if not work["bf16"] or not work["f32"]:
+        return
+    wide = max((k for k in products if k.dtype == "f32"), key=lambda k: k.flops * k.runs)
+    yield _lint(
+        "warning" if work["f32"] > work["bf16"] / 100 else "notice",
+        "float32 products",
+        f"{work['f32'] / 1e9:,.1f} GFLOP of products are in float32, {work['bf16'] / 1e9:,.1f} in "
+        f"bfloat16; the largest is from {wide.op_name or wide.name}",
+    )
+
+
+def _short_kernels(kernels: Sequence[Kernel]) -> Any:
+    short = sum(k.runs for k in kernels if k.roofline < SHORT)
+    if short >= MANY_KERNELS:
+        yield _lint(
+            "notice",
+            "many short kernels",
+            f"{short} of {sum(k.runs for k in kernels)} launches have less than 2 us of work, "
+            "which is about the cost of a launch",
+        )
+
+
+def _copies(kernels: Sequence[Kernel]) -> Any:
+    """Finds copies and transposes that take a good part of the memory traffic."""
+    moved = sum(k.nbytes * k.runs for k in kernels if k.kind == "copy")
+    whole = sum(k.nbytes * k.runs for k in kernels)
+    if moved > COPIED * whole:
+        largest = max((k for k in kernels if k.kind == "copy"), key=lambda k: k.nbytes * k.runs)
+        yield _lint(
+            "warning",
+            "copies and transposes",
+            f"{moved / 1e9:,.2f} of {whole / 1e9:,.2f} GB are copied or transposed, as between "
+            "the layouts NHWC and NCHW of a convolution; the largest is from "
+            f"{largest.op_name or largest.name}",
         )

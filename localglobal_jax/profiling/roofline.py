@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory, time bounds and collectives of a compiled step, as one dict of numbers. Pure."""
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from localglobal_jax.profiling import collectives, hlo, lints
+from localglobal_jax.parallel.chips import Gpu
+from localglobal_jax.profiling import collectives, gpu_kernels, hlo, lints
 from localglobal_jax.profiling.collectives import Collective
 from localglobal_jax.profiling.topologies import Topology
 
@@ -44,14 +46,25 @@ def build(facts: Mapping[str, Any], text: str, topology: Topology) -> dict[str, 
         return report
     program = hlo.Program(text)
     sent = collectives.collectives(program)
-    traffic = [(i, size * runs, i.cycles * runs) for i, size, runs in program.traffic()]
+    traffic: list[tuple[str, int, float]] = [
+        (i.op_name, size * runs, i.cycles * runs) for i, size, runs in program.traffic()
+    ]
+    launched: list[gpu_kernels.Kernel] = []
+    if isinstance(topology.chip, Gpu):
+        launched = gpu_kernels.kernels(program, topology.chip)
+        traffic = [(k.op_name, k.nbytes * k.runs, 1e9 * k.estimate * k.runs) for k in launched]
+        report["kernels"] = gpu_kernels.rows(launched)
+        report["network_bytes"] = sum(
+            c.network(topology.chips // topology.hosts) * c.count for c in sent
+        )
+    else:
+        report["estimated_cycles"] = sum(cycles for *_, cycles in traffic)
     report["bytes_accessed"] = sum(size for _, size, _ in traffic)
-    report["estimated_cycles"] = sum(cycles for *_, cycles in traffic)
     report["wire_bytes"] = sum(c.wire * c.count for c in sent)
     report["loops_of_unknown_length"] = sum(n is None for n in program.trips.values())
     report["collectives"] = grouped(sent, facts["parts"])
     report["layers"] = layers(traffic, facts["parts"])
-    report["lints"] = lints.find(facts, sent)
+    report["lints"] = lints.find(facts, sent, launched)
     report["arrays"] = arrays(program, facts["parts"])
     return report | (bounds(report, topology) if "memory" in facts else {})
 
@@ -90,21 +103,24 @@ def bounds(report: Mapping[str, Any], topology: Topology) -> dict[str, Any]:
     """Returns lower bounds of the step time from published peaks, and a bracket for it.
 
     The lower end is the largest of the bounds of compute, memory and communication, which may
-    overlap perfectly. The upper end is the compiler's cycles without overlap plus communication.
+    overlap perfectly. The upper end is the compiler's estimate without overlap plus communication:
+    cycles on TPU, times of kernels on GPU (see `gpu_kernels`).
     """
     if topology.chip is None:
         return {}
-    amounts = {
-        "compute": (report["flops"], "flops"),
-        "memory": (report["bytes_accessed"], "hbm"),
-        "communication": (report["wire_bytes"], "ici"),
-    }
+    amounts = {"compute": (report["flops"], "flops"), "memory": (report["bytes_accessed"], "hbm")}
+    if isinstance(topology.chip, Gpu):
+        amounts["nvlink"] = report["wire_bytes"], "nvlink"
+        amounts["network"] = report["network_bytes"], "network"
+        estimated = sum(row["estimated_ms"] for row in report["kernels"])
+    else:
+        amounts["communication"] = report["wire_bytes"], "ici"
+        estimated = 1e3 * report["estimated_cycles"] / (topology.chip.clock or math.inf)
     ms = {name: 1e3 * n / (topology.peak(peak) or 1) for name, (n, peak) in amounts.items()}
-    low, clock = max(ms.values()), topology.chip.clock
+    low = max(ms.values())
+    sending = max(value for name, value in ms.items() if name not in ("compute", "memory"))
+    high = max(low, estimated + sending) if estimated else None
     found: dict[str, Any] = {"bounds_ms": ms, "bound_by": max(ms, key=lambda name: ms[name])}
-    high = None
-    if clock and report["estimated_cycles"]:
-        high = max(low, 1e3 * report["estimated_cycles"] / clock + ms["communication"])
     step = [low, high]
     found["step_ms"] = {"low": low, "high": high, "note": NOT_VALIDATED}
     found["items_per_second"] = {
@@ -167,14 +183,16 @@ def grouped(sent: Sequence[Collective], parts: Sequence[str]) -> list[dict[str, 
     return sorted(rows.values(), key=lambda row: -row["wire"])
 
 
-def layers(
-    traffic: Sequence[tuple[hlo.Instruction, int, int]], parts: Sequence[str]
-) -> list[dict[str, Any]]:
-    """Returns each layer's shares of cycles and of bytes in main memory, the largest first."""
-    cycles: dict[tuple[str, str], int] = defaultdict(int)
+def layers(traffic: Sequence[tuple[str, int, float]], parts: Sequence[str]) -> list[dict[str, Any]]:
+    """Returns each layer's shares of the estimated time and of bytes in main memory.
+
+    `traffic`: op_name, bytes and cost (cycles on TPU, nanoseconds on GPU) of each instruction. The
+    largest share is first.
+    """
+    cycles: dict[tuple[str, str], float] = defaultdict(float)
     sizes: dict[tuple[str, str], int] = defaultdict(int)
-    for i, size, n in traffic:
-        at = layer_of(i.op_name, parts) if i.op_name else ("(moved by the compiler)", "")
+    for op_name, size, n in traffic:
+        at = layer_of(op_name, parts) if op_name else ("(moved by the compiler)", "")
         cycles[at] += n
         sizes[at] += size
     all_cycles, all_bytes = sum(cycles.values()), sum(sizes.values())

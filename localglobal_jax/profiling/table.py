@@ -58,10 +58,15 @@ def text(report: Mapping[str, Any]) -> str:
     if "bytes_accessed" in report:
         lines.append(f"memory    {report['bytes_accessed'] / 1e9:,.2f} GB read and written")
         lines.append(f"network   {report['wire_bytes'] / 1e6:,.1f} MB sent")
+        if "network_bytes" in report:
+            between_hosts = f"{report['network_bytes'] / 1e6:,.1f} MB of it between hosts"
+            lines[-1] += f", at least {between_hosts}"
     if report.get("loops_of_unknown_length"):
         lines.append(f"{report['loops_of_unknown_length']} loops of unknown length counted once")
     if "step_ms" in report:
         lines += ["", *_times(report)]
+    if "kernels" in report:
+        lines += ["", *_kernels(report["kernels"])]
     if report["fits"] is False and report.get("arrays"):
         lines += ["", "the largest arrays of the attempt:", *_arrays(report["arrays"])]
     if "layers" in report:
@@ -102,6 +107,21 @@ def _times(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _kernels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = [
+        f"{'kernels':<12} {'count':>6} {'GB':>8} {'GFLOP':>9} {'roofline':>10} {'estimate':>10}"
+    ]
+    names = ("count", "bytes", "flops", "roofline_ms", "estimated_ms")
+    total = {"kind": "all", **{name: sum(row[name] for row in rows) for name in names}}
+    for row in [*rows, total]:
+        lines.append(
+            f"{row['kind']:<12} {row['count']:>6} {row['bytes'] / 1e9:>8,.2f} "
+            f"{row['flops'] / 1e9:>9,.1f} {row['roofline_ms']:>7.2f} ms "
+            f"{row['estimated_ms']:>7.2f} ms"
+        )
+    return lines
+
+
 def _collectives(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if not rows:
         return ["nothing is sent between devices"]
@@ -124,7 +144,7 @@ def _collectives(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _layers(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines = [f"{'cycles':>7} {'bytes':>7}  layer (shares; cycles are the compiler's estimate)"]
+    lines = [f"{'time':>7} {'bytes':>7}  layer (shares; the time is the compiler's estimate)"]
     for row in rows[:ROWS]:
         cycles = "" if row["cycles_share"] is None else f"{100 * row['cycles_share']:.1f} %"
         share = f"{100 * row['bytes_share']:.1f} %"
@@ -167,9 +187,7 @@ def beside(reports: Sequence[Mapping[str, Any]]) -> str:
         each("code", lambda r: size(r["memory"].get("code"))),
         each("FLOP", lambda r: f"{r['flops'] / 1e9:,.1f} G"),
         each("sent", lambda r: f"{r['wire_bytes'] / 1e6:,.1f} MB" if "wire_bytes" in r else "?"),
-        bound("compute"),
-        bound("memory"),
-        bound("communication"),
+        *[bound(name) for name in {n: 0 for r in reports for n in r.get("bounds_ms", ())}],
         bracket("step_ms", ".1f", " ms"),
         bracket("items_per_second", ",.0f"),
         bracket("mfu", ".1f", " %", 100),

@@ -17,6 +17,7 @@ DIGITS = "configs/coatnet_digits.py:size=tiny"
 MUSE = "configs/muse_lohelp.py:size=tiny"
 WIDE = "--config.model.widths=(16, 128)"  # so that there is something worth splitting
 FSDP = (WIDE, "--config.parallel.strategy=fsdp", '--config.parallel.mesh={"data": 2, "fsdp": 4}')
+CUDA = any(map(compiler_process.version, compiler_process.CUDA_PLUGINS))
 LIBTPU = importlib.util.find_spec("libtpu") is not None
 
 
@@ -104,6 +105,16 @@ def test_without_libtpu(monkeypatch):
         compiler_process.measure(None, topologies.parse("v5e-4"), "train", timeout=1)
 
 
+@pytest.mark.parametrize(
+    ("installed", "named"),
+    [({}, r"\[cuda\]"), ({"jax-cuda12-plugin": "0.5.0", "jaxlib": "0.10.2"}, "0.5.0.*0.10.2")],
+)
+def test_without_a_cuda_plugin_that_fits(monkeypatch, installed, named):
+    monkeypatch.setattr(compiler_process, "version", installed.get)
+    with pytest.raises(ValueError, match=named):
+        compiler_process.measure(None, topologies.parse("h100-8"), "train", timeout=1)
+
+
 def test_a_compiler_that_aborts(monkeypatch, tmp_path):
     fake = tmp_path / "python"
     fake.write_text("#!/bin/sh\necho 'Check failed: chip_bounds().x <= 16'\nkill -ABRT $$\n")
@@ -128,6 +139,29 @@ def test_the_real_compiler(home, step):
     assert found["fits"] and found["estimated_cycles"] > 0
     assert 0 < found["step_ms"]["low"] <= found["step_ms"]["high"]
     assert found["memory"]["code"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CUDA, reason="needs the extra [cuda]")
+@pytest.mark.parametrize("topology", ["h100-8", "h100:2x4", "a100-1", "h200-8", "b200-8"])
+@pytest.mark.parametrize("step", ["train", "eval", "decode"])
+def test_the_real_compiler_of_gpus(home, topology, step):
+    config = MUSE if step == "decode" else DIGITS
+    out, _ = plan(home, "--config", config, "--topology", topology, "--step", step, "--json")
+    found = json.loads(out)
+    assert found["fits"] and found["memory"]["temporary"] > 0
+    assert 0 < found["step_ms"]["low"] <= found["step_ms"]["high"]
+    assert {"fusion", "product"} <= {row["kind"] for row in found["kernels"]}
+    between_hosts = found["network_bytes"] > 0
+    assert between_hosts == (topology == "h100:2x4" and step != "decode") or step == "decode"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CUDA, reason="needs the extra [cuda]")
+def test_a_batch_that_no_gpu_has_memory_for(home):
+    args = ("--config", DIGITS, "--topology", "h100-1", "--config.batch_size=8000000")
+    out, _ = plan(home, *args)
+    assert "DOES NOT FIT: needs" in out and "of 59.33 GiB" in out
 
 
 @pytest.mark.slow

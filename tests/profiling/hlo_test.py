@@ -110,20 +110,50 @@ def test_libtpu_cycles_and_memory(stored):
 
 
 @pytest.mark.parametrize(
-    ("attributes", "group"),
+    ("attributes", "devices"),
     [
-        ("replica_groups={{0,1,2},{3,4,5}}", 3),
-        ("replica_groups=[4,8]<=[32]", 8),
-        ("replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp'}", 4),
-        ("replica_groups=mesh['data'=2,'fsdp'=4] {'data','fsdp'}", 8),
-        ("replica_groups=mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'a'}, x={}", 4),
-        ("source_target_pairs={{0,1},{1,0}}", 2),
-        ("replica_groups={}", 32),
+        ("replica_groups={{0,1,2},{3,4,5}}", [0, 1, 2]),
+        ("replica_groups=[4,8]<=[32]", list(range(8))),
+        ("replica_groups=[8,4]<=[4,8]T(1,0)", [0, 8, 16, 24]),
+        ("replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp'}", [0, 1, 2, 3]),
+        ("replica_groups=mesh['data'=2,'fsdp'=4] {'data'}", [0, 4]),
+        ("replica_groups=mesh['data'=2,'fsdp'=4] {'data','fsdp'}", list(range(8))),
+        ("replica_groups=mesh['a'=8] {'a':(2)4}", [0, 1, 2, 3]),
+        ("replica_groups=mesh['a'=8] {'a':(1)2}", [0, 4]),
+        (
+            "replica_groups=mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'a'}, x={}",
+            [0, 1, 2, 3],
+        ),
+        (
+            "replica_groups=mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'c'}, x={}",
+            [0, 4],
+        ),
+        ("source_target_pairs={{0,1},{1,0}}", [0, 1]),
+        ("source_target_pairs={{0,1},{7,8},{15,0}}, x", [15, 0]),  # the pair that is farthest apart
+        ("replica_groups={}", list(range(32))),
     ],
 )
-def test_groups_in_all_notations(attributes, group):
+def test_groups_in_all_notations(attributes, devices):
     i = hlo.Instruction("x", "all-reduce", (), (), "", attributes)
-    assert collectives.group_size(i, devices=32) == group
+    assert collectives.group(i, devices=32) == devices
+
+
+@pytest.mark.parametrize(
+    ("op", "devices", "expected"),
+    [
+        ("all-reduce", range(8), 0),  # within a host of eight
+        ("all-reduce", range(16), 2 * 100 * (1 / 2) / 8),  # a ring of two hosts with eight cards
+        ("all-reduce", range(0, 32, 8), 2 * 100 * (3 / 4)),  # one GPU of each of four hosts
+        ("all-gather", range(16), 100 * (1 / 2) / 8),
+        ("reduce-scatter", range(16), 100.0),
+        ("all-to-all", range(16), 100 * (1 / 2)),
+        ("collective-permute", (7, 8), 100.0),
+        ("collective-permute", (0, 1), 0),
+    ],
+)
+def test_bytes_between_hosts(op, devices, expected):
+    sent = collectives.Collective(op, "", "f32", (25,), tuple(devices), 100, 0.0, 1, "")
+    assert sent.network(8) == pytest.approx(expected)
 
 
 def test_no_program():

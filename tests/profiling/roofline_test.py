@@ -40,7 +40,9 @@ def sent(op="all-reduce", shape=(4, 1000), *, dtype="f32", op_name="", count=1, 
     size = {"f32": 4, "bf16": 2}[dtype]
     for n in shape:
         size *= n
-    return Collective(op, key, dtype, shape, 4, size, wire_bytes(op, size, 4), count, op_name)
+    return Collective(
+        op, key, dtype, shape, (0, 1, 2, 3), size, wire_bytes(op, size, 4), count, op_name
+    )
 
 
 @pytest.fixture

@@ -23,6 +23,11 @@ from localglobal_jax.profiling import compiler_process, topologies
         ("v6e-1", "v6e:1x1", 1),
         ("tpu7x-8", "tpu7x:2x2x1", 8),
         ("cpu:8", "cpu:8", 8),
+        ("h100-8", "h100:1x8", 8),
+        ("h100-64", "h100:8x8", 64),
+        ("a100:2x4", "a100:2x4", 8),
+        ("h200-3", "h200:1x3", 3),
+        ("h100:1x8", "h100:1x8", 8),
     ],
 )
 def test_cloud_names_and_shapes(text, name, devices):
@@ -44,7 +49,11 @@ def test_cloud_names_and_shapes(text, name, devices):
         ("v5litepo-16", "v5litepod"),
         ("cpu-8", "write v5e:16x16"),
         ("v5e", "write v5e:16x16"),
-        ("h100:8", "unknown chip"),
+        ("h100:8", "h100-N"),
+        ("h100-12", "multiple"),
+        ("a100:2x9", "8 GPUs"),
+        ("h200-0", "h200-N"),
+        ("h10-8", 'did you mean "h100"'),
         ("cpu:0", "1 to 1024"),
     ],
 )

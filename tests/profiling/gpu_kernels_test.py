@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The text of a small program that XLA compiled for two hosts of four H100, without a GPU.
+
+A step of gradient descent, batch 64 over eight devices, bfloat16 but for the last product:
+convolution 3x3, 64 -> 256 channels, on 16x16; five times ``gelu(x @ same)`` in a scan, 256 -> 256;
+``x @ head`` in float32, 256 -> 128.
+"""
+
+import gzip
+import pathlib
+from collections import Counter
+
+import pytest
+
+from localglobal_jax.parallel.chips import GPUS
+from localglobal_jax.profiling import collectives, gpu_kernels, hlo, lints, roofline, topologies
+
+GOLDEN = pathlib.Path(__file__).parent.parent / "golden/plan_h100.txt.gz"
+POSITIONS = 64 * 16 * 16 // 8  # of one device
+CONVOLUTION = 2 * POSITIONS * 3 * 3 * 64 * 256
+SAME = 2 * POSITIONS * 256 * 256
+HEAD = 2 * POSITIONS * 256 * 128
+
+
+@pytest.fixture(scope="module")
+def program():
+    return hlo.Program(gzip.decompress(GOLDEN.read_bytes()).decode())
+
+
+@pytest.fixture(scope="module")
+def kernels(program):
+    return gpu_kernels.kernels(program, GPUS["h100"])
+
+
+def test_flop_of_library_calls_by_dtype_and_runs(kernels):
+    work = Counter({(k.kind, k.dtype, k.flops): 0 for k in kernels if k.flops})
+    for k in kernels:
+        work[k.kind, k.dtype, k.flops] += k.runs if k.flops else 0
+    assert +work == {
+        ("convolution", "bf16", CONVOLUTION): 2,  # forward, gradient of the kernel
+        ("product", "bf16", SAME): 3 * 5,
+        ("product", "f32", HEAD): 3,
+    }
+
+
+def test_a_kernel_takes_its_roofline_and_more(kernels):
+    for k in kernels:
+        assert k.estimate > k.roofline >= k.nbytes / GPUS["h100"].hbm
+        assert k.roofline >= k.flops / GPUS["h100"].flops
+
+
+def test_the_workspace_of_a_library_is_no_traffic(kernels):
+    (product,) = [k for k in kernels if k.name == "custom-call.5"]
+    assert product.nbytes == 2 * (2 * POSITIONS * 256 + 256 * 256)
+
+
+def test_copies_are_told_from_fusions(kernels):
+    assert {k.name for k in kernels if k.kind == "copy"} == {
+        "wrapped_transpose", "copy.51", "copy.10", "input_transpose_fusion",
+    }  # fmt: skip
+    assert {k.kind for k in kernels} == {"copy", "fusion", "product", "convolution"}
+
+
+def test_rows_sum_to_the_step(kernels):
+    rows = {row["kind"]: row for row in gpu_kernels.rows(kernels)}
+    assert sum(row["count"] for row in rows.values()) == sum(k.runs for k in kernels)
+    assert rows["product"]["flops"] == 15 * SAME + 3 * HEAD
+    assert rows["convolution"]["flops"] == 2 * CONVOLUTION
+
+
+def test_gradients_cross_the_network_once_per_host(program):
+    sent = collectives.collectives(program)
+    assert {c.devices for c in sent} == {tuple(range(8))}
+    payload = sum(c.payload for c in sent)
+    assert sum(c.network(4) for c in sent) == pytest.approx(2 * payload * (1 / 2) / 4)
+    assert sum(c.network(8) for c in sent) == 0  # one host of eight
+
+
+def test_lints(kernels):
+    facts = {"mesh": {"data": 8}, "rows": 64, "items": 64, "micro_batches": 1}
+    facts |= {"parameter_sizes": [], "parameter_bytes": 10**9}
+    found = {lint["name"]: lint for lint in lints.find(facts, [], kernels)}
+    assert found["float32 products"]["level"] == "warning"
+    assert "head" in found["float32 products"]["text"]
+    assert "many short kernels" not in found  # there are fewer than a hundred
+
+
+def test_report_of_a_gpu_has_links_and_kernels():
+    facts = {
+        "mesh": {"data": 8}, "batch": "64 images", "items": 64, "items_name": "images", "rows": 64,
+        "micro_batches": 1, "parameters": 1, "parameter_bytes": 4, "parameter_sizes": [],
+        "multiply_adds": 1, "arguments": {}, "parts": ["conv", "head"],
+        "compile_cpu_seconds": 1.0, "compile_peak_bytes": 1,
+        "memory": dict(arguments=0, output=0, alias=0, temporary=10**10, code=0, peak=0),
+    }  # fmt: skip
+    text = gzip.decompress(GOLDEN.read_bytes()).decode()
+    report = roofline.build(facts, text, topologies.parse("h100:2x4"))
+    assert report["bounds_ms"].keys() == {"compute", "memory", "nvlink", "network"}
+    assert report["fits"] and report["memory"]["usable"] == int(0.75 * 79.11 * 2**30)
+    assert report["bounds_ms"]["network"] == pytest.approx(report["network_bytes"] / 50e9 * 1e3)
+    estimated = sum(row["estimated_ms"] for row in report["kernels"])
+    assert report["step_ms"]["high"] >= estimated > report["step_ms"]["low"]
+    assert "estimated_cycles" not in report
