@@ -19,6 +19,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--dir", metavar="DIR", help="TFDS data directory")
     add("--source", metavar="DIR", help="files already downloaded")
     add("--from_tfrecord", metavar="DIR", help="convert a TFRecord data set")
+    add("--index", metavar="DIR", help="make the index by which TFRecords are read as they are")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -32,6 +33,7 @@ def run(args: argparse.Namespace) -> None:
     from localglobal_jax.data.images import folder
     from localglobal_jax.data.text import pairs
     from localglobal_jax.data.tfds import prepare as tfds
+    from localglobal_jax.data.tfds import tfrecord_index
 
     if name == folder.NAME:
         counts = folder.count(directory)
@@ -39,8 +41,12 @@ def run(args: argparse.Namespace) -> None:
         counts = pairs.count(data)
     elif args.from_tfrecord:
         counts = tfds.from_tfrecord(args.from_tfrecord, directory)
+    elif args.index:
+        counts = tfrecord_index.prepare(args.index)
     elif name:
         counts = tfds.prepare(name, directory, source=args.source)
     else:
-        raise ValueError("name a data set: --config FILE, a TFDS NAME, or --from_tfrecord DIR")
+        raise ValueError(
+            "name a data set: --config FILE, a TFDS NAME, --from_tfrecord DIR or --index DIR"
+        )
     print(json.dumps(counts) if args.json else "\n".join(f"{k}: {v}" for k, v in counts.items()))

@@ -39,6 +39,36 @@ def write_tfds(root, name, examples, *, channels=1, classes=10, shape=(None, Non
     return pathlib.Path(root, name, "1.0.0")
 
 
+def write_translations(root, name, examples, *, languages=("de", "en"), config="de-en"):
+    """A prepared set, as TFDS's own builder would leave it; examples: ``{language: text}``."""
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import registered
+
+    with registered.skip_registration():
+
+        class Small(tfds.core.GeneratorBasedBuilder):
+            VERSION = tfds.core.Version("1.0.0")
+            BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=config)]  # noqa: RUF012
+
+            def _info(self):
+                features = tfds.features.Translation(languages=languages)
+                return tfds.core.DatasetInfo(
+                    builder=self, features=features, supervised_keys=languages[:2]
+                )
+
+            def _split_generators(self, dl_manager):
+                return {"train": self._generate_examples(), "validation": self._generate_examples()}
+
+            def _generate_examples(self):
+                yield from enumerate(examples)
+
+    Small.name = name
+    tfds.disable_progress_bar()
+    Small(data_dir=str(root)).download_and_prepare(
+        file_format="array_record", download_dir=root / "downloads"
+    )
+
+
 def frame(record):
     """One record in TFRecord framing, written down from the format, not from our reader."""
     import google_crc32c
@@ -72,6 +102,11 @@ def as_tfrecord(prepared, target):
 @pytest.fixture(scope="session")
 def make_tfds():
     return write_tfds
+
+
+@pytest.fixture(scope="session")
+def make_translations():
+    return write_translations
 
 
 @pytest.fixture

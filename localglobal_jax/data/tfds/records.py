@@ -20,12 +20,14 @@ import tensorflow_datasets as tfds
 from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
-from localglobal_jax.data.tfds import builders, gcs, trust
+from localglobal_jax.data.tfds import builders, gcs, tfrecord_index, trust
 from localglobal_jax.data.tfds.array_records import ArrayRecordFiles
+from localglobal_jax.data.tfds.tfrecord_files import DamagedRecord, TFRecordFiles
 
 log = logging.getLogger(__name__)
 
-INFO = "dataset_info.json"  # TFDS's description of a prepared version
+TFRECORD = tfds.core.FileFormat.TFRECORD
+INFO = trust.INFO
 NAME = re.compile(
     r"(\w{1,100})(/[\w.+@-]{1,100})?(:[\d.*]{1,20})?"
 )  # of a set, a config, a version
@@ -131,14 +133,19 @@ class Records:
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str):
         self.info = builder.info
         self.split = split
+        self._mock, self._parts = None, []
+        indexed = is_prepared(builder) and self.info.file_format is TFRECORD
         try:
-            source = builder.as_data_source(split, file_format="array_record")
+            if not indexed:
+                source = builder.as_data_source(split, file_format="array_record")
+            if self.info.splits:
+                self._parts = self.info.splits[split].file_instructions
+            else:  # TFDS's mock data knows no splits and has no files
+                self._mock = source.data_source
         except (NotImplementedError, ValueError, KeyError) as error:
             raise ValueError(_why_not(builder, split, error)) from error
-        # TFDS's mock data knows no splits and has no files.
-        self._mock = None if self.info.splits else source.data_source
-        self._parts = self.info.splits[split].file_instructions if self.info.splits else []
-        self._files = ArrayRecordFiles(self._parts, gcs.place(builder.data_dir))
+        opened = _open_tfrecord if indexed else ArrayRecordFiles
+        self._files = opened(self._parts, gcs.place(builder.data_dir))
         self._ends = [0]
         for part in self._parts:
             self._ends.append(self._ends[-1] + part.take)
@@ -155,18 +162,23 @@ class Records:
         if self._mock is not None:
             return self._mock[index]
         try:
-            return _parse(self._files.read([self._place(index)])[0])
-        except (RuntimeError, DecodeError) as error:
+            (raw,) = self._files.read([self._place(index)])
+        except RuntimeError as error:
             self._check_unchanged()
             raise self.bad(index, error) from error
+        found = self._parsed(index, raw)
+        if isinstance(found, BadRecord):
+            raise found
+        return found
 
     def block(self, indices: Sequence[int]) -> list[Mapping[str, Any] | BadRecord]:
         """Returns many records at once, far cheaper than singly; a bad one as its error."""
         if time.monotonic() - self._listed > LISTED_EVERY:
             self._check_unchanged()
         if self._mock is None:  # mock data can only be had one by one
-            with contextlib.suppress(RuntimeError, DecodeError):
-                return [_parse(raw) for raw in self._files.read([*map(self._place, indices)])]
+            with contextlib.suppress(RuntimeError):
+                raws = self._files.read([*map(self._place, indices)])
+                return [self._parsed(*one) for one in zip(indices, raws, strict=True)]
         return [self._get(index) for index in indices]
 
     def _get(self, index: int) -> Mapping[str, Any] | BadRecord:
@@ -174,6 +186,15 @@ class Records:
             return self[index]
         except BadRecord as error:
             return error
+
+    def _parsed(self, index: int, raw: bytes | DamagedRecord) -> Mapping[str, Any] | BadRecord:
+        if isinstance(raw, DamagedRecord):
+            return self.bad(index, raw)
+        try:
+            return _parse(raw)
+        except DecodeError as error:
+            self._check_unchanged()
+            return self.bad(index, error)
 
     def _place(self, index: int) -> tuple[int, int]:
         """Returns the number of a record's file, and the record's number in it."""
@@ -203,6 +224,19 @@ class Records:
         )
 
 
+def _open_tfrecord(parts: Sequence[Any], folder: gcs.Place) -> TFRecordFiles:
+    """Opens the files of a set that TFDS left as TFRecord."""
+    try:
+        return TFRecordFiles(parts, folder)
+    except tfrecord_index.NoIndex as error:
+        raise ValueError(
+            f"{error}, and TFRecord cannot be read at random without one. Make it by "
+            f"{tfrecord_index.command(str(folder))}, which reads the files once. Or run "
+            f"`localglobal prepare --from_tfrecord {folder} --dir NEW` to write an array_record "
+            "twin below NEW, and set data.dir to NEW"
+        ) from error
+
+
 def _parse(raw: bytes) -> Mapping[str, Any]:
     """Returns the features of a serialized example; TFDS's own parser is 20 times slower."""
     values = {}
@@ -220,8 +254,8 @@ def _why_not(builder: tfds.core.DatasetBuilder, split: str, error: Exception) ->
     if isinstance(error, NotImplementedError):
         return (
             f"{builder.data_dir} was prepared as {builder.info.file_format.value}, which cannot be "
-            f"read at random. Run `localglobal prepare --from_tfrecord {builder.data_dir} "
-            "--dir NEW` to write its array_record twin below NEW, and set data.dir to NEW"
+            "read at random: want array_record, or tfrecord with an index. Delete it and run "
+            f"`localglobal prepare {_asked_name(builder)}`"
         )
     splits = list(builder.info.splits)
     near = difflib.get_close_matches(split, splits, n=1)

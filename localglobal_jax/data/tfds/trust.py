@@ -15,6 +15,7 @@ import tensorflow_datasets as tfds
 
 from localglobal_jax.data.tfds import gcs
 
+INFO = "dataset_info.json"  # TFDS's description of a prepared version
 FEATURES = "features.json"
 DEPTH = 3  # a set, its configs, their versions
 PLAIN = re.compile(r"\w[\w.+@-]*")  # a name that is one folder or file, and no way out of it

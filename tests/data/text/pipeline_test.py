@@ -7,7 +7,6 @@ import pytest
 import tensorflow_datasets as tfds
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tensorflow_datasets.core import registered
 
 from localglobal_jax.config import schema
 from localglobal_jax.data.text import pairs, pipeline
@@ -175,40 +174,13 @@ def test_the_mock_language_can_be_learned():
 # ------------------------------------------------------------------------------------------ TFDS
 
 
-def write_translations(root, name, examples, *, languages=("de", "en"), config="de-en"):
-    """A prepared set, as TFDS's own builder would leave it; examples: ``{language: text}``."""
-    with registered.skip_registration():
-
-        class Small(tfds.core.GeneratorBasedBuilder):
-            VERSION = tfds.core.Version("1.0.0")
-            BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=config)]  # noqa: RUF012
-
-            def _info(self):
-                features = tfds.features.Translation(languages=languages)
-                return tfds.core.DatasetInfo(
-                    builder=self, features=features, supervised_keys=languages[:2]
-                )
-
-            def _split_generators(self, dl_manager):
-                return {"train": self._generate_examples(), "validation": self._generate_examples()}
-
-            def _generate_examples(self):
-                yield from enumerate(examples)
-
-    Small.name = name
-    tfds.disable_progress_bar()
-    Small(data_dir=str(root)).download_and_prepare(
-        file_format="array_record", download_dir=root / "downloads"
-    )
-
-
-def test_a_prepared_wmt_set_is_read_by_its_standard_name(tmp_path):
+def test_a_prepared_wmt_set_is_read_by_its_standard_name(tmp_path, make_translations):
     """TFDS does not even know the name where TensorFlow is missing; the directory is enough."""
     examples = [
         {"de": f"Satz  {i} \u00a0ist gut", "en": f"sentence {i} is good"} for i in range(50)
     ]
     examples += [{"de": " ", "en": "nothing"}, {"de": "nichts", "en": ""}]
-    write_translations(tmp_path, "wmt14_translate", examples)
+    make_translations(tmp_path, "wmt14_translate", examples)
     options = schema.Text(name="wmt14_translate/de-en", dir=str(tmp_path), vocab=300)
     made = pairs.read(options, "train")
     assert made.counts["read"] == 52
@@ -261,8 +233,8 @@ def test_a_set_without_two_languages(tmp_path, data_dir):
         pairs.read(schema.Text(dir=str(tmp_path)), "train")
 
 
-def test_unreadable_records_stop_or_are_counted(tmp_path):
-    write_translations(tmp_path, "wmt14_translate", [{"de": f"Satz {i}", "en": f"sentence {i}"}
+def test_unreadable_records_stop_or_are_counted(tmp_path, make_translations):
+    make_translations(tmp_path, "wmt14_translate", [{"de": f"Satz {i}", "en": f"sentence {i}"}
                                                      for i in range(100)])  # fmt: skip
     (file,) = tmp_path.rglob("*train.array_record*")
     data = bytearray(file.read_bytes())

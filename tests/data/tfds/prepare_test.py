@@ -175,9 +175,10 @@ def test_the_twin_holds_the_same_records(tfrecord, data_dir, tmp_path):
     assert from_tfrecord(str(tfrecord), str(tmp_path / "new")) == COUNTS  # only verified
 
 
-def test_tfrecord_itself_cannot_be_read_at_random(tfrecord, tmp_path):
-    with pytest.raises(ValueError, match=f"localglobal prepare --from_tfrecord {tfrecord} --dir"):
-        prepare("digits", str(tmp_path / "old"))
+def test_tfrecord_without_an_index_cannot_be_read_at_random(tfrecord, tmp_path):
+    for way in (f"--from_tfrecord {tfrecord} --dir", f"--index {tfrecord}`"):
+        with pytest.raises(ValueError, match=f"localglobal prepare {way}"):
+            prepare("digits", str(tmp_path / "old"))
     with pytest.raises(ValueError, match="--dir"):
         from_tfrecord(str(tfrecord), str(tmp_path / "old"))
 
