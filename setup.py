@@ -48,6 +48,7 @@ TEST = [
     "hypothesis>=6.100",
     "pillow>=10",  # makes odd images, and says what they look like
     "pytest>=8",
+    "sacrebleu[ja,ko]>=2.4",
     "pytest-xdist>=3.5",
 ]
 EXTRAS = {
@@ -61,6 +62,8 @@ EXTRAS = {
     "cuda": ["jax[cuda12]>=0.10.2,<0.13"],
     "gcs": ["gcsfs>=2024.6"],  # workdirs and data on gs://
     "wandb": ["wandb>=0.18"],
+    "ja": ["sacrebleu[ja]>=2.4"],  # BLEU of Japanese: MeCab and a dictionary
+    "ko": ["sacrebleu[ko]>=2.4"],
 }
 
 setup(

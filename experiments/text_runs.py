@@ -17,6 +17,7 @@ import numpy as np
 
 import localglobal_jax as lg
 from localglobal_jax.data.text import pipeline
+from localglobal_jax.data.text.bucketing import Budget
 from localglobal_jax.inference import load
 from localglobal_jax.inference.translator import Translator
 from localglobal_jax.inference.translator import load as load_translator
@@ -101,6 +102,6 @@ def token_losses(
 ) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
     """Yields batches of a `TextSource`, each with the loss [b, l] of every target token (nats)."""
     module, variables = trained.translator.module, trained.translator.variables
-    for batch in pipeline.eval_batches(source, tokens=tokens, multiple=8):
+    for batch in pipeline.eval_batches(source, budget=Budget(tokens, 8)):
         given = {k: jnp.asarray(v) for k, v in batch.items()}
         yield batch, np.asarray(_token_losses(module, variables, given))

@@ -19,6 +19,7 @@ import numpy as np
 import localglobal_jax as lg
 from experiments import text_runs
 from localglobal_jax.data.text import pipeline
+from localglobal_jax.data.text.bucketing import Budget
 
 HERE = pathlib.Path(__file__).parent
 LENGTHS = (8, 16, 24, 32, 48, 64, 96)  # tokens, the end included: the last of each bucket
@@ -61,7 +62,7 @@ def measure(trained):
     module, variables = trained.translator.module, trained.translator.variables
     source = trained.source(edges=LENGTHS)
     sums = {}
-    for batch in pipeline.eval_batches(source, tokens=8192, multiple=8):
+    for batch in pipeline.eval_batches(source, budget=Budget(8192, 8)):
         kept = batch["mask"].any(1) & (batch["source"].shape[1] <= max(LENGTHS))
         if not kept.any():
             continue

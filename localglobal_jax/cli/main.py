@@ -109,10 +109,19 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has ended
         return _closed_pipe()
     except (ValueError, OSError, RuntimeError) as error:
+        if not debugging() and "RESOURCE_EXHAUSTED" in str(error):  # of XLA
+            what = f"out of memory: {_first_line(error)}"
+            advice = "Give a smaller batch_size or eval.batch_size, or more devices"
+            print(f"localglobal {args.command}: {what}. {advice}", file=sys.stderr)
+            return ExitCode.FAILED
         if debugging() or not is_expected(error):
             raise
         print(f"localglobal {args.command}: {error}", file=sys.stderr)
         return ExitCode.WRONG if isinstance(error, ValueError) else ExitCode.FAILED
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n")[0].rstrip(". ")
 
 
 def debugging() -> bool:

@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import pathlib
 
 NAME = "score"
 HELP = "BLEU and chrF of translations"
@@ -17,6 +18,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--source", metavar="SRC", help="also score by length of the source")
     add("--tokenized", action="store_true",
         help="words stand between blanks: BLEU of tokenised text")  # fmt: skip
+    add(
+        "--tokenize",
+        metavar="NAME",
+        help="sacreBLEU's tokenizer: 13a, intl, zh, ja-mecab, ko-mecab, char, flores101, flores200 "
+        "or none; default: that of the language in the name of REF (test.zh), or 13a",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -25,5 +32,11 @@ def run(args: argparse.Namespace) -> None:
     from localglobal_jax.inference import bleu
 
     files = [args.hypotheses, args.references, *([args.source] if args.source else [])]
-    result = bleu.score(*map(read_lines, files), tokenized=args.tokenized)
+    if args.tokenized and args.tokenize:
+        raise ValueError("--tokenized is text without --tokenize: give one of them")
+    texts = [read_lines(file) for file in files]
+    language = pathlib.PurePath(args.references).suffix.removeprefix(".")
+    known = language.lower() in bleu.BY_LANGUAGE
+    chosen = args.tokenize or (bleu.choose_tokenizer(language, texts[1]) if known else "13a")
+    result = bleu.score(*texts, tokenized=args.tokenized, tokenize=chosen)
     print(json.dumps(result) if args.json else bleu.report(result))

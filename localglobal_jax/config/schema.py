@@ -81,7 +81,7 @@ class Text(Section):
     files: Annotated[tuple[str, ...], Field(max_length=2)] = ()
     mock: bool = False  # synthetic language, no data needed
     source: str | None = None  # language (TFDS feature) to translate from; None: the data set's
-    target: str | None = None  # language to translate into; None: the data set's
+    target: str | None = None  # language to translate into; None: the data set's, or the file's
     train_split: str = "train"
     eval_splits: tuple[str, ...] = ("validation",)  # evaluated one after the other
     # "bpe", "unigram": SentencePiece, trained on the training split and kept in the workdir.
@@ -133,6 +133,20 @@ class Translation(Section):
     # Hypotheses per sentence: evaluations translate every split and score it; 0: only the loss
     beam: Annotated[int, Field(ge=0, le=1024)] = 4
     length_penalty: Annotated[float, Field(ge=0, le=10)] = 1.0  # exponent; 0: none
+    # sacreBLEU's tokenizer. "auto": zh, ja-mecab, ko-mecab or char for target languages without
+    # blanks between words (data.target, the end of the file's name, or the text), else 13a
+    bleu_tokenizer: Literal[
+        "auto",
+        "13a",
+        "intl",
+        "zh",
+        "ja-mecab",
+        "ko-mecab",
+        "char",
+        "flores101",
+        "flores200",
+        "none",
+    ] = "auto"
 
 
 class Optim(Section):
@@ -170,7 +184,9 @@ class Evaluation(Section):
     """Evaluation during training; it always runs at the end, too."""
 
     every: NonNegativeInt = 500  # steps; 0: only at the end
-    batch_size: PositiveInt | None = None  # global; text: tokens; None: the training batch size
+    # Global; text: tokens. Much longer pairs than data.max_length need more of them, and are left
+    # out (and counted) if there is no room. None: the training batch size
+    batch_size: PositiveInt | None = None
 
 
 class Log(Section):

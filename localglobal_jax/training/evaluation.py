@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the evaluators of a task, in the training loop or on a saved checkpoint."""
 
+import logging
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -12,9 +13,12 @@ from localglobal_jax.checkpoints import gcs
 from localglobal_jax.checkpoints.workdir import check_config
 from localglobal_jax.config import loading, validation, values
 from localglobal_jax.inference.load import read_run, read_variables
+from localglobal_jax.parallel import multihost
 from localglobal_jax.parallel.placement import Partitioner
 from localglobal_jax.training import metrics
 from localglobal_jax.training.tasks import Evaluator, Task, Variables, create_task
+
+log = logging.getLogger(__name__)
 
 
 class Evaluation:
@@ -94,7 +98,11 @@ def evaluate(
         raise ValueError("data.eval_splits=() is empty: give a split to evaluate")
     field, rows = run.eval_rows
     partitioner.check_batch(rows, what=field)
-    task = create_task(run, shard=partitioner.shard, train=False, workdir=files)
+    shard, parts = partitioner.shard, partitioner.batch_parts
+    task = create_task(run, shard=shard, parts=parts, train=False, workdir=files)
+    for evaluator in task.evaluators.values():
+        if evaluator.summary and multihost.rank() == 0:
+            log.info("data     %s", evaluator.summary)
     found, variables, metadata = read_variables(workdir, step, average)
     check_config(files, found, metadata)
     task.check_labels(metadata)

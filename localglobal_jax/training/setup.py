@@ -86,7 +86,9 @@ def prepare_setup(run: schema.Run, directory: str | pathlib.Path) -> TrainSetup:
         f"batch_size={run.batch_size}", batch_bytes(run) // parts, "Take a smaller one."
     )
     workdir.refuse_other(run, mirror.local)
-    task = create_task(run, shard=partitioner.shard, workdir=mirror.local)
+    task = create_task(
+        run, shard=partitioner.shard, parts=partitioner.batch_parts, workdir=mirror.local
+    )
     optimizer = optim.make_optimizer(run.optim, run.steps)
     init = partitioner.compile_init(lambda: init_state(task, optimizer, run))
     template = partitioner.template(jax.eval_shape(init))

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from localglobal_jax.cli import models, sweep
@@ -144,6 +145,17 @@ def test_expected_errors_are_one_line(error, code, monkeypatch, capsys):
     monkeypatch.setenv("LOCALGLOBAL_DEBUG", "1")
     with pytest.raises(type(error)):
         main(["models"])
+
+
+def test_out_of_memory_is_one_line(monkeypatch, capsys):
+    def fails(args):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nx")
+
+    monkeypatch.delenv("LOCALGLOBAL_DEBUG", raising=False)
+    monkeypatch.setattr(models, "run", fails)
+    assert main(["models"]) == ExitCode.FAILED
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "allocating 9 bytes" in line and "eval.batch_size" in line
 
 
 @pytest.mark.parametrize("error", [NotOurs("x"), RuntimeError("x"), KeyError("x")])

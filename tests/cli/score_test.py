@@ -24,3 +24,23 @@ def test_score(tmp_path, capsys):
     (tmp_path / "ref").write_bytes(b"\xff\n")
     assert main(["score", hyp, ref]) == 2
     assert ref in capsys.readouterr().err
+
+
+def test_score_of_text_without_blanks(tmp_path, capsys):
+    """sacrebleu#147: 200 Chinese lines, a character in 20 wrong."""
+    lines = [chr(0x4E00 + i) + "今天的天气很好我们一起去公园散步吧好吗" for i in range(200)]
+    assert {len(line) for line in lines} == {20}
+    hyp, ref, named = (str(tmp_path / name) for name in ("hyp", "ref", "ref.zh"))
+    for name in (ref, named):
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+    (tmp_path / hyp).write_text("\n".join(f"{line[:10]}錯{line[11:]}" for line in lines) + "\n")
+    for options in ([ref, "--tokenize", "zh"], [named]):
+        assert main(["score", hyp, *options]) == 0
+        out, err = capsys.readouterr()
+        assert "BLEU  85.79" in out and "tok:zh" in out and "warning" not in err
+    assert main(["score", hyp, ref]) == 0
+    out, err = capsys.readouterr()
+    assert "BLEU  0.00" in out and "--tokenize" in err and "zh" in err
+    assert main(["score", hyp, ref, "--tokenize", "chinese"]) == 2
+    assert '"chinese"' in capsys.readouterr().err
+    assert main(["score", hyp, ref, "--tokenize", "zh", "--tokenized"]) == 2

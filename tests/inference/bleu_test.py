@@ -3,6 +3,7 @@ import gzip
 import math
 import os
 import pathlib
+import random
 
 import pytest
 from hypothesis import given, settings
@@ -75,6 +76,73 @@ def test_every_length_is_in_one_bucket(words):
         assert int(first) <= max(1, words) <= int(last)
     else:
         assert line["words"] == ">105" and words > 105
+
+
+def unspaced(lines=200, length=20):
+    """Chinese lines, one character in 20 of each hypothesis wrong."""
+    rng = random.Random(0)
+    references = ["".join(chr(rng.randrange(0x4E00, 0x9000)) for _ in range(length))
+                  for _ in range(lines)]  # fmt: skip
+    hypotheses = [line[:9] + "錯" + line[10:] for line in references]
+    return hypotheses, references
+
+
+def test_chinese_is_scored_by_its_characters():
+    """sacrebleu#147, OpenNMT-tf#811: without a tokenizer the score is 0, and nothing said why."""
+    hypotheses, references = unspaced()
+    found = bleu.score(hypotheses, references, references, tokenize="zh")
+    spaced = ([" ".join(line) for line in side] for side in (hypotheses, references))
+    assert found["bleu"] == pytest.approx(bleu_by_hand(*spaced))
+    assert round(found["bleu"], 1) == 85.8
+    assert "tok:zh" in found["signature"] and "tok:zh" in bleu.signature(tokenize="zh")
+    assert [line["words"] for line in found["by_length"]] == ["16-30"]  # characters
+
+
+@pytest.mark.parametrize(
+    ("language", "text", "tokenizer"),
+    [
+        ("zh", "单击按钮以打开对话框。", "zh"),
+        ("zh_Hant", "單擊按鈕", "zh"),
+        (None, "单击按钮以打开对话框。", "zh"),
+        ("ja", "ボタンをクリックしてダイアログを開きます。", "ja-mecab"),
+        (None, "ボタンをクリックしてダイアログを開きます。", "ja-mecab"),
+        ("ko", "단추를 눌러 대화 상자를 엽니다.", "ko-mecab"),
+        ("th", "คลิกปุ่มเพื่อเปิดกล่องโต้ตอบ", "char"),
+        (None, "คลิกปุ่มเพื่อเปิดกล่องโต้ตอบ", "char"),
+        ("de", "Klicken Sie auf die Schaltfläche.", "13a"),
+        (None, "Нажмите кнопку, чтобы открыть окно.", "13a"),
+        (None, "单击 按钮 以 打开 对话框 。", "13a"),  # tokenised
+        (None, "Press the button 按钮 to open the dialog.", "13a"),
+        (None, "", "13a"),
+    ],
+)
+def test_the_tokenizer_of_a_language(language, text, tokenizer, caplog):
+    assert bleu.choose_tokenizer(language, [text]) == tokenizer
+    assert bleu.score([text or "a"], [text or "a"], tokenize=tokenizer)["sentences"] == 1
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    "text", ["单击按钮以打开对话框。", "ボタンをクリック", "คลิกปุ่มเพื่อเปิดกล่องโต้ตอบ"]
+)
+@pytest.mark.parametrize("options", [{}, {"tokenized": True}, {"tokenize": "intl"}])
+def test_a_tokenizer_that_finds_no_words_is_warned_of(text, options, caplog):
+    bleu.score([text], [text], **options)
+    (said,) = caplog.messages
+    assert "--tokenize" in said
+
+
+def test_a_tokenizer_that_is_not_there(monkeypatch, caplog):
+    def missing(tokenize):
+        raise RuntimeError("pip install sacrebleu[ja]")  # as sacreBLEU does without MeCab
+
+    with pytest.raises(ValueError, match="ja-mecab"):
+        bleu.check_tokenizer("mecab")
+    monkeypatch.setattr(bleu.metrics, "BLEU", missing)
+    with pytest.raises(ValueError, match=r"localglobal_jax\[ja\]"):
+        bleu.check_tokenizer("ja-mecab")
+    assert bleu.choose_tokenizer("ja", []) == "char"
+    assert "localglobal_jax[ja]" in caplog.text
 
 
 def test_different_or_no_lines_raise():

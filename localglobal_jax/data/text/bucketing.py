@@ -11,11 +11,16 @@ batches are those that are full by its end, in random order. All of it is a func
 import bisect
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 GRANULE = 8  # lengths are multiples of it, as accelerators like them
+# Attention's memory, rows * length**2, of an evaluation batch over that of the largest training
+# batch. Training also keeps the activations of every layer for the gradient.
+ATTENTION = 4
 
 
 def round_up(lengths: np.ndarray) -> np.ndarray:
@@ -58,6 +63,46 @@ def rows_of(edges: Sequence[int], tokens: int, multiple: int) -> tuple[int, ...]
     A multiple of ``multiple``, and never less, even where that takes more tokens.
     """
     return tuple(max(1, tokens // edge // multiple) * multiple for edge in edges)
+
+
+class Budget(NamedTuple):
+    """Bound of the memory of an evaluation batch: the one of training, for pairs of any length.
+
+    A batch has at most ``tokens`` padded tokens. Attention of a sentence grows with the square of
+    its length, so batches of pairs longer than ``max_length`` have still fewer rows.
+    """
+
+    tokens: int
+    multiple: int  # rows are a multiple of it ...
+    parts: int | None = None  # ... or of the devices that split a batch, where these are too many
+    max_length: int | None = None  # tokens, of training pairs; None: attention is not bounded
+
+    def rows(self, edge: int) -> int:
+        """Returns the rows of a batch of length ``edge``; at least one per device."""
+        least, most = self.parts or self.multiple, self.tokens // edge
+        if self.max_length and edge > self.max_length:
+            most = min(most, ATTENTION * self.tokens * self.max_length // edge**2)
+        unit = self.multiple if most >= self.multiple else least
+        return max(least, most // unit * unit)
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens of the longest pairs that are evaluated; None: all are.
+
+        At least `max_length`: a training batch holds such pairs in as many rows.
+        """
+        if not self.max_length:
+            return None
+        per_device = self.tokens // (self.parts or self.multiple)
+        bound = min(per_device, math.isqrt(ATTENTION * per_device * self.max_length))
+        return max(self.max_length, bound // GRANULE * GRANULE)
+
+    def tokens_for(self, length: int) -> int:
+        """Returns the smallest `tokens` with which pairs of ``length`` tokens are evaluated."""
+        assert self.max_length, "without it, all pairs are evaluated"
+        edge = -(-length // GRANULE) * GRANULE
+        per_device = max(edge, -(-edge * edge // (ATTENTION * self.max_length)))
+        return (self.parts or self.multiple) * per_device
 
 
 def check_budget(edges: Sequence[int], tokens: int, multiple: int) -> None:

@@ -7,6 +7,7 @@ empty side is left out and counted.
 
 import contextlib
 import hashlib
+import pathlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -30,6 +31,12 @@ class Pairs(NamedTuple):
     sources: list[str]
     targets: list[str]
     counts: dict[str, int]  # "read", then what was left out and why
+
+    def where(self, kept: np.ndarray) -> "Pairs":
+        """Returns the pairs where ``kept: bool [n]``, with the same counts."""
+        chosen = np.flatnonzero(kept).tolist()
+        sources, targets = ([side[i] for i in chosen] for side in (self.sources, self.targets))
+        return Pairs(sources, targets, self.counts)
 
 
 def read(options: schema.Text, split: str) -> Pairs:
@@ -105,6 +112,17 @@ def _from_records(options: schema.Text, split: str) -> Pairs:
     pairs = _filtered(*texts)
     unreadable = {"left out: unreadable record": len(tolerance.seen)}
     return pairs._replace(counts={**pairs.counts, "read": len(source), **unreadable})
+
+
+def target_language(options: schema.Text) -> str | None:
+    """Returns the language that `options` translate into, such as "de"; None if not known."""
+    if options.mock:
+        return None
+    if options.files:  # the end of a name: train.zh, train.zh-en.zh, {split}.en-zh.zh
+        end = pathlib.PurePath(options.files[-1]).suffix.removeprefix(".")
+        return options.target or (end if len(options.files) == 2 else None)
+    builder = records.find_builder(options.name, records.data_root(options.dir))
+    return languages(builder.info, options.source, options.target)[1]
 
 
 def _text(value: Any) -> str:

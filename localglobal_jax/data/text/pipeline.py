@@ -85,10 +85,12 @@ class TextSource:
         count: int = 1,
         max_length: int | None = None,
         edges: tuple[int, ...] = (),
+        budget: bucketing.Budget | None = None,
     ):
         """Pads to ``edges``, and one more where pairs are longer, or to ``count`` lengths.
 
-        Pairs with more than ``max_length`` tokens on either side, EOS included, are left out.
+        Pairs with more tokens on a side, EOS included, than ``max_length`` (in training) or than
+        the ``budget`` of an evaluation allows are left out.
         """
         self.tokenizers = tokenizers
         self.text = text if max_length is None else None
@@ -96,11 +98,17 @@ class TextSource:
         self._target = Ragged.encode(tokenizers.target, text.targets)
         self.lengths = np.maximum(self._source.lengths, self._target.lengths) + 1  # and EOS
         self.counts = dict(text.counts)
-        if max_length is not None:
-            kept = self.lengths <= max_length
+        most = budget.longest if budget else max_length
+        if most is not None:
+            kept = self.lengths <= most
+            reason = f"left out: more than {most} tokens"
+            if budget and not kept.all():
+                needed = budget.tokens_for(int(self.lengths.max()))
+                reason += f" (eval.batch_size={needed} would hold all)"
+                self.text = text.where(kept)
+            self.counts[reason] = int(np.sum(~kept))
             self._source, self._target = self._source.where(kept), self._target.where(kept)
             self.lengths = self.lengths[kept]
-            self.counts[f"left out: more than {max_length} tokens"] = int(np.sum(~kept))
         self.counts["used"] = len(self)
         if not len(self):
             told = ", ".join(f"{name}: {count}" for name, count in self.counts.items())
@@ -131,7 +139,8 @@ class TextSource:
         left_out = ", ".join(dropped) or "none left out"
         return (
             f"{len(self):,} pairs, {self.tokens:,} target tokens of a vocabulary of {sizes}, "
-            f"padded to {'/'.join(map(str, self.edges))}; {left_out}"
+            f"padded to {'/'.join(map(str, self.edges))}, the longest {self.lengths.max():,}; "
+            f"{left_out}"
         )
 
     @property
@@ -182,14 +191,19 @@ def open_train(options: schema.Text, tokenizers: Tokenizers | None = None) -> Te
 
 
 def open_eval(
-    options: schema.Text, split: str, tokenizers: Tokenizers, edges: tuple[int, ...] = ()
+    options: schema.Text,
+    split: str,
+    tokenizers: Tokenizers,
+    edges: tuple[int, ...] = (),
+    budget: bucketing.Budget | None = None,
 ) -> TextSource:
-    """Returns a split to evaluate, with the vocabulary of training; no pair is too long.
+    """Returns a split to evaluate, with the vocabulary of training.
 
     ``edges``: the lengths of training, if it was opened; else the split gets lengths of its own.
+    ``budget``: leaves out, and counts, the pairs of which a batch would exceed it; None: keeps all.
     """
     text = pairs.read(options, split)
-    return TextSource(tokenizers, text, count=options.buckets, edges=edges)
+    return TextSource(tokenizers, text, count=options.buckets, edges=edges, budget=budget)
 
 
 def check_budget(source: TextSource, tokens: int, multiple: int) -> None:
@@ -235,8 +249,7 @@ def train_batches(
 def eval_batches(
     source: TextSource,
     *,
-    tokens: int,
-    multiple: int,
+    budget: bucketing.Budget,
     shard: tuple[int, int] = (0, 1),
     threads: int = 2,
 ) -> Iterator[Batch]:
@@ -245,8 +258,8 @@ def eval_batches(
     The last batch of a bucket is filled up with copies of its last pair under mask 0. A pair's
     own mask is never all 0, because its EOS counts.
     """
-    host, hosts = _shard(shard, multiple)
-    rows = bucketing.rows_of(source.edges, tokens, multiple)
+    host, hosts = _shard(shard, budget.multiple)
+    rows = [budget.rows(edge) for edge in source.edges]
     members = source.members()
     plan = [
         (bucket, first)

@@ -30,7 +30,9 @@ def log_run_header(run: schema.Run, task: Task, params: PyTree, start: int) -> N
     if multihost.rank():
         return
     log.info("%s", progress.parameter_table(params))
-    log.info("data     %s", task.summary)
+    for summary in (task.summary, *(split.summary for split in task.evaluators.values())):
+        if summary:
+            log.info("data     %s", summary)
     log.info("devices  %s", placement.describe())
     done = f", resumed at step {start}" if start else ""
     log.info("run      %d steps of %d %s%s", run.steps, run.batch_size, task.items, done)

@@ -29,10 +29,14 @@ def create(
     run: schema.ClassificationRun,
     *,
     shard: tuple[int, int] = (0, 1),
+    parts: int | None = None,
     train: bool = True,
     workdir: pathlib.Path | None = None,
 ) -> Task:
-    """Creates the task of `run`. Raises ValueError for a wrong model or missing data."""
+    """Creates the task of `run`. Raises ValueError for a wrong model or missing data.
+
+    `parts` is not used: every batch has ``batch_size`` rows.
+    """
     classes, channels = pipeline.describe(run.data)
     spec = {"classes": classes, **run.model, "dtype": run.dtype}
     if "dtype" in run.model:

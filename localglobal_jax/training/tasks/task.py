@@ -43,6 +43,7 @@ class Evaluator:
     predict: Callable[[Variables, Batch], PyTree] | None = None  # arrays with one row per example
     # From the means and the predictions of every batch to the reported metrics.
     finish: Callable[[dict[str, float], list[PyTree]], dict[str, float]] = lambda means, _: means
+    summary: str = ""  # one line: the split and its sizes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 from localglobal_jax.checkpoints import gcs
 from localglobal_jax.checkpoints.workdir import shown
 from localglobal_jax.config import schema
-from localglobal_jax.data.text import pipeline, tokenizers
+from localglobal_jax.data.text import bucketing, pairs, pipeline, tokenizers
 from localglobal_jax.inference import bleu, decoding
 from localglobal_jax.models.registry import create_model
 from localglobal_jax.training import losses, metrics
@@ -31,6 +31,7 @@ def create(
     run: schema.TranslationRun,
     *,
     shard: tuple[int, int] = (0, 1),
+    parts: int | None = None,
     train: bool = True,
     workdir: pathlib.Path | None = None,
 ) -> Task:
@@ -81,6 +82,13 @@ def create(
     if source:
         pipeline.check_budget(source, run.batch_size, run.data.rows_multiple)
     edges = source.edges if source else ()
+    budget = bucketing.Budget(
+        run.eval.batch_size or run.batch_size, run.data.rows_multiple, parts, run.data.max_length
+    )
+    evaluated = {
+        split: pipeline.open_eval(run.data, split, vocabularies, edges, budget)
+        for split in run.data.eval_splits
+    }
     return Task(
         model=model,
         model_spec=spec,
@@ -88,10 +96,8 @@ def create(
         loss=lambda variables, batch, key: loss(model, run, variables, batch, key),
         train_batches=train_batches,
         evaluators={
-            split: create_evaluator(
-                model, run, pipeline.open_eval(run.data, split, vocabularies, edges), shard=shard
-            )
-            for split in run.data.eval_splits
+            split: create_evaluator(model, run, split, text, budget, shard=shard)
+            for split, text in evaluated.items()
         },
         items="tokens",
         order=source.order if source else "",
@@ -171,7 +177,9 @@ def loss(
 def create_evaluator(
     model: nn.Module,
     run: schema.TranslationRun,
+    split: str,
     source: pipeline.TextSource,
+    budget: bucketing.Budget,
     *,
     shard: tuple[int, int],
 ) -> Evaluator:
@@ -182,15 +190,14 @@ def create_evaluator(
     """
     names: tuple[str, ...] = ("loss", "nll", "accuracy", "perplexity", "count")
     smoothing = run.task.label_smoothing
+    summary = f"{run.data.name}/{split}: {source.summary}"
+    options: dict[str, Any] = {}
+    if run.task.beam:
+        options = _bleu_options(run, source)
+        summary += f"; BLEU {bleu.signature(**options)}"
 
     def batches() -> Iterator[HostBatch]:
-        return pipeline.eval_batches(
-            source,
-            tokens=run.eval.batch_size or run.batch_size,
-            multiple=run.data.rows_multiple,
-            shard=shard,
-            threads=run.data.threads,
-        )
+        return pipeline.eval_batches(source, budget=budget, shard=shard, threads=run.data.threads)
 
     def measure(variables: Variables, batch: Batch) -> metrics.Sums:
         logits, _ = model.apply(variables, batch["source"], batch["target_input"], train=False)
@@ -212,7 +219,7 @@ def create_evaluator(
 
     def finish(means: dict[str, float], predicted: list[PyTree]) -> dict[str, float]:
         means = {**means, "perplexity": math.exp(min(means["nll"], 700))}
-        return means | (score(source, predicted) if predicted else {})
+        return means | (score(source, predicted, options) if predicted else {})
 
     return Evaluator(
         batches,
@@ -221,11 +228,33 @@ def create_evaluator(
         size=lambda: source.tokens,
         predict=translate if run.task.beam else None,
         finish=finish,
+        summary=summary,
     )
 
 
-def score(source: pipeline.TextSource, predicted: list[PyTree]) -> dict[str, float]:
-    """Returns BLEU and chrF of the predictions for a split, and BLEU by source length."""
+def _bleu_options(run: schema.TranslationRun, source: pipeline.TextSource) -> dict[str, Any]:
+    """Returns the options of `bleu.score` for the references of a split."""
+    assert source.text is not None, "a training split has no references"
+    target = source.tokenizers.target
+    if target.tokenized:
+        return {"tokenized": True}
+    name: str = run.task.bleu_tokenizer
+    if name == "auto":
+        name = bleu.choose_tokenizer(pairs.target_language(run.data), source.text.targets)
+    try:
+        bleu.check_tokenizer(name)
+    except ValueError as error:
+        raise ValueError(f"task.bleu_tokenizer={name}: {error}") from error
+    return {"tokenize": name}
+
+
+def score(
+    source: pipeline.TextSource, predicted: list[PyTree], options: dict[str, Any]
+) -> dict[str, float]:
+    """Returns BLEU and chrF of the predictions for a split, and BLEU by source length.
+
+    `options`: the tokenizer, see `bleu.score`.
+    """
     assert source.text is not None, "a training split has no references"
     hypotheses = {
         int(index): source.tokenizers.target.decode(tokens)
@@ -237,7 +266,7 @@ def score(source: pipeline.TextSource, predicted: list[PyTree]) -> dict[str, flo
     vocabularies = source.tokenizers
     references = [vocabularies.target.plain(text) for text in source.text.targets]
     sources = [vocabularies.source.plain(text) for text in source.text.sources]
-    found = bleu.score(in_order, references, sources, tokenized=vocabularies.target.tokenized)
+    found = bleu.score(in_order, references, sources, **options)
     by_length = {
         f"bleu_{line['words'].replace('>', 'over_')}": line["bleu"]  # TensorBoard rejects ">"
         for line in found["by_length"]

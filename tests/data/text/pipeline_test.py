@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from localglobal_jax.config import schema
 from localglobal_jax.data.text import pairs, pipeline
+from localglobal_jax.data.text.bucketing import ATTENTION, Budget
 from localglobal_jax.data.text.tokenizers import EOS, PAD, Dictionary, Tokenizers
 
 SOME = settings(deadline=None, max_examples=20)
@@ -71,7 +72,7 @@ def check_batch(batch, source, made):
 def test_evaluation_sees_every_pair_once(lengths, count, hosts):
     source, made = small(lengths, count=count)
     parts = [
-        list(pipeline.eval_batches(source, tokens=200, multiple=4, shard=(host, hosts)))
+        list(pipeline.eval_batches(source, budget=Budget(200, 4), shard=(host, hosts)))
         for host in range(hosts)
     ]
     seen, total = collections.Counter(), 0.0
@@ -126,10 +127,42 @@ def test_too_long_pairs_are_counted_and_only_training_leaves_them_out():
     evaluated, _ = small([(3, 3), (90, 2)], edges=source.edges)
     assert evaluated.counts == {"read": 2, "used": 2}
     assert evaluated.edges == (*source.edges, 96)  # the lengths of training, and one that holds it
-    shapes = [b["source"].shape for b in pipeline.eval_batches(evaluated, tokens=160, multiple=8)]
+    shapes = [b["source"].shape for b in pipeline.eval_batches(evaluated, budget=Budget(160, 8))]
     assert shapes == [(8, 16), (8, 96)]
     with pytest.raises(ValueError, match=r"no pair .* is left to use \(read: 1.*tokens: 1"):
         small([(9, 9)], max_length=4)
+
+
+@SOME
+@given(
+    lengths=st.lists(st.integers(1, 3000), min_size=1, max_size=30),
+    tokens=st.integers(256, 8192),
+    parts=st.sampled_from([1, 2, 4]),
+)
+def test_batches_of_an_evaluation_keep_the_budget_of_training(lengths, tokens, parts):
+    """Public reports: one line of thousands of words took more memory than the training."""
+    budget = Budget(tokens, 8, parts, max_length=64)
+    lengths = [(5, 5), *((n, 3) for n in lengths)]  # one is always short enough
+    source, _ = small(lengths, edges=(8, 16, 64), budget=budget)
+    fitting = [i for i, (n, _) in enumerate(lengths) if n + 1 <= budget.longest]
+    assert len(source) == len(source.text.sources) == len(fitting)
+    seen = collections.Counter()
+    for batch in pipeline.eval_batches(source, budget=budget):
+        rows, length = batch["source"].shape
+        assert rows % parts == 0
+        assert rows * length <= tokens or (rows == parts and length <= 64)
+        assert rows * length**2 <= ATTENTION * tokens * 64 or (rows == parts and length <= 64)
+        check_batch(batch, source, source.text)
+        seen.update(batch["index"][batch["mask"].any(axis=1)].tolist())
+    assert seen == dict.fromkeys(range(len(fitting)), 1)
+    assert source.counts["read"] == len(lengths)
+    left_out = len(lengths) - len(fitting)
+    if left_out:
+        needed = budget.tokens_for(max(n + 1 for n, _ in lengths))
+        assert f"{left_out} left out: more than {budget.longest} tokens" in source.summary
+        assert f"eval.batch_size={needed}" in source.summary
+        roomy = Budget(needed, 8, parts, max_length=64)
+        assert len(small(lengths, edges=(8, 16, 64), budget=roomy)[0]) == len(lengths)
 
 
 def test_shapes_are_few():
@@ -193,7 +226,7 @@ def test_a_prepared_wmt_set_is_read_by_its_standard_name(tmp_path, make_translat
     source = pipeline.open_train(options)
     assert len(source) == 50
     evaluation = pipeline.open_eval(options, "validation", source.tokenizers, source.edges)
-    (first, *_) = pipeline.eval_batches(evaluation, tokens=512, multiple=8)
+    (first, *_) = pipeline.eval_batches(evaluation, budget=Budget(512, 8))
     i = int(first["index"][0])
     assert source.tokenizers.target.decode(first["target"][0]) == evaluation.text.targets[i]
     for wrong, message in (

@@ -12,11 +12,11 @@ import pytest
 
 from localglobal_jax import load
 from localglobal_jax.config import loading, validation
-from localglobal_jax.data.text import tokenizers
+from localglobal_jax.data.text import pipeline, tokenizers
 from localglobal_jax.parallel import placement
 from localglobal_jax.training import evaluation, loop
 from localglobal_jax.training.step import accumulated_gradient
-from localglobal_jax.training.tasks import create_task
+from localglobal_jax.training.tasks import create_task, translation
 
 QUIET = {"model.dropout": "0"}
 CONFIG = pathlib.Path(__file__).parents[3] / "configs" / "muse_lohelp.py"
@@ -86,6 +86,34 @@ def test_every_sentence_is_scored_once_against_its_own_reference():
     assert evaluator.finish({"nll": 0.5}, shifted)["bleu"] < 50
 
 
+def test_one_endless_line_in_the_validation_split_does_not_take_all_memory(tmp_path, caplog):
+    """20 short pairs and a line of 2,810 words took 12 GB, in 8 rows of it."""
+    words = [f"w{i}" for i in range(60)]
+    (tmp_path / "dict.txt").write_text("".join(f"{w} 1\n" for w in words))
+    short = [f"w{i} w{i + 1}\tw{i + 2} w{i}\n" for i in range(20)]
+    endless = " ".join(words[i % 60] for i in range(2810))
+    (tmp_path / "train.tsv").write_text("".join(short))
+    (tmp_path / "validation.tsv").write_text("".join(short) + f"{endless}\t{endless}\n")
+    run = make_run(**{
+        "steps": "1",
+        "eval.batch_size": "512",
+        "data.mock": "False",
+        "data.files": f"('{tmp_path}/{{split}}.tsv',)",
+        "data.tokenizer": "dict",
+        "data.dicts": f"('{tmp_path}/dict.txt',)",
+        "task.beam": "2",
+    })  # fmt: skip
+    shapes = [b["source"].shape for b in create_task(run).evaluators["validation"].batches()]
+    assert max(rows * length for rows, length in shapes) <= 512
+    caplog.set_level("INFO")
+    found = loop.train(run, tmp_path / "run")
+    assert found["validation"]["count"] == 60
+    _, again = evaluation.evaluate(tmp_path / "run")
+    assert again["validation"]["bleu"] == pytest.approx(found["validation"]["bleu"])
+    said = [line for line in caplog.messages if "text_pairs/validation" in line]
+    assert len(said) == 2 and all("20 pairs" in s and "1 left out" in s for s in said)
+
+
 def test_dictionaries_are_scored_as_tokenised_text_without_marks_of_subwords(tmp_path):
     """BLEU as the papers have it, and an unknown word of the reference stays one."""
     words = [f"w{i}" for i in range(30)]
@@ -107,6 +135,36 @@ def test_dictionaries_are_scored_as_tokenised_text_without_marks_of_subwords(tmp
     found = evaluator.finish({"nll": 0.5}, oracle)
     # of six words one is unknown, "!": n-gram precisions 4/5, 3/4, 2/3, 1/2
     assert found["bleu"] == pytest.approx(100 * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "tokenizer"),
+    [
+        ("{split}.en-zh.zh", {}, "zh"),
+        ("{split}.target", {}, "zh"),  # by the text
+        ("{split}.de", {"task.bleu_tokenizer": "char"}, "char"),
+    ],
+)
+def test_bleu_of_chinese_counts_characters(tmp_path, name, overrides, tokenizer):
+    """Evaluations gave 0 for translations that were right but for one character in 20."""
+    text = "今天的天气很好我们一起去公园散步吧好吗"
+    lines = [chr(0x4E00 + i) + text for i in range(40)]
+    for split in ("train", "validation"):
+        (tmp_path / name.format(split=split)).write_text("\n".join(lines))
+        (tmp_path / f"{split}.en").write_text("\n".join(f"sentence {i}" for i in range(40)))
+    files = f"('{tmp_path}/{{split}}.en', '{tmp_path}/{name}')"
+    run = make_run(**{"data.mock": "False", "data.files": files, "data.vocab": "400", **overrides})
+    evaluator = create_task(run).evaluators["validation"]
+    assert f"tok:{tokenizer}|" in evaluator.summary
+    source = pipeline.open_eval(run.data, "validation", tokenizers.create(run.data, lines, lines))
+    wrong = [f"{line[:10]}錯{line[11:]}" for line in source.text.targets]
+    ids = source.tokenizers.target.encode(wrong)
+    found = translation.score(
+        source,
+        [{"index": np.arange(len(ids)), "tokens": [[*line, tokenizers.EOS] for line in ids]}],
+        {"tokenize": tokenizer},
+    )
+    assert round(found["bleu"], 1) == 85.8
 
 
 def test_two_vocabularies_do_not_share_embeddings(tmp_path):
