@@ -79,7 +79,7 @@ def score(
             "none" if tokenized else tokenize,
             better,
         )
-    options = {"tokenized": tokenized, "tokenize": tokenize}
+    options: dict[str, Any] = {"tokenized": tokenized, "tokenize": tokenize}
     result = {"sentences": len(hypotheses), **_scores(hypotheses, references, **options)}
     if sources is not None:
         result["by_length"] = by_length(hypotheses, references, sources, **options)
