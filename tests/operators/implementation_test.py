@@ -28,6 +28,17 @@ MODULES = {
 }
 
 
+@pytest.fixture(params=["cpu", "tpu", "cuda", "rocm"])
+def platform(request, monkeypatch):
+    """Runs a platform's forms of the operators here, by value."""
+
+    def chosen(*args, default, **forms):
+        return forms.get(request.param, default)(*args)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", chosen)
+    return request.param
+
+
 def implemented(implementation, function, *args):
     """``function(*args)`` in one implementation, compiled."""
 
@@ -51,7 +62,7 @@ def same(function, *args, rtol=2e-4):
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_modules(name):
+def test_modules(name, platform):
     module = MODULES[name]
     # a mean that is large beside the deviation is what a folded norm could lose
     x = 30 + 2 * jax.random.normal(jax.random.key(0), (4, 8, 8, 16))
@@ -72,12 +83,29 @@ def test_modules(name):
     same(step, variables["params"], x)
 
 
+def test_bfloat16_loses_no_more_than_the_reference(platform):
+    """Against the same block in float32, with a mean that is large beside the deviation."""
+    x = 30 + 2 * jax.random.normal(jax.random.key(0), (4, 8, 8, 16))
+    variables = MBConvBlock(features=24).init(jax.random.key(1), x)
+
+    def output(dtype):
+        block = MBConvBlock(features=24, dtype=dtype)
+        return lambda x: block.apply(variables, x, train=True, mutable=["batch_stats"])[0]
+
+    exact = implemented("reference", output("float32"), x)
+    fused, reference = (
+        jnp.abs(implemented(name, output("bfloat16"), x) - exact).max()
+        for name in ("fused", "reference")
+    )
+    assert fused <= 1.25 * reference
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize(
     ("bias", "mask"),
     [(None, None), ((2, 5, 7), None), ((1, 2, 1, 7), (3, 1, 1, 7)), ((3, 2, 5, 7), (3, 2, 5, 7))],
 )
-def test_attention(bias, mask, dropout):
+def test_attention(bias, mask, dropout, platform):
     def normal(i, shape):
         return None if shape is None else 2 * jax.random.normal(jax.random.key(i), shape)
 

@@ -15,6 +15,7 @@ memory (TPU v5e, experiments/benchmarks/tpu.csv); on CPU an MBConv block in eval
 Legend: d width in, e width out. Statistics are float32 at least.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -135,27 +136,41 @@ def activate_product(
 ) -> Float[Array, "*b e"]:
     """Computes ``act(after(before(x) @ kernel))`` as one product, again in the backward pass."""
 
-    def multiply(x: Array, kernel: Array, before: Affine, after: Affine) -> tuple[Array, Array]:
+    wide = after.scale.dtype
+
+    def multiply(
+        x: Array, kernel: Array, before: Affine, after: Affine, *, dtype: Any
+    ) -> tuple[Array, Array]:
         folded = (before.scale[:, None] * kernel * after.scale[None, :]).astype(x.dtype)
         mean = jnp.matmul(before.offset, kernel, precision="highest")
         bias = (mean - after.center) * after.scale + after.offset
         if train:  # centered before it is rounded: a large mean would swallow small gradients
             x = (x - grids.per_channel(before.center, x)).astype(x.dtype)
         else:  # one pass less
-            wide = folded.astype(bias.dtype)
-            bias = bias - jnp.matmul(before.center, wide, precision="highest")
-        return product(x, folded, preferred_element_type=bias.dtype), bias
+            center = jnp.matmul(before.center, folded.astype(bias.dtype), precision="highest")
+            bias = bias - center
+        return product(x, folded, preferred_element_type=dtype), bias
 
     def act(y: Array, bias: Array) -> Array:
         return ACTIVATIONS[activation]((y + grids.per_channel(bias, y)).astype(x.dtype))
 
     def repeated(*args: Any) -> Array:
-        return act(*multiply(*args))
+        return act(*multiply(*args, dtype=wide))
 
-    def kept(*args: Any) -> Array:
-        return recomputed(act)(*multiply(*args))
+    def kept(*args: Any, dtype: Any = wide) -> Array:
+        return recomputed(act)(*multiply(*args, dtype=dtype))
 
-    return lax.platform_dependent(x, kernel, before, after, cpu=kept, default=recomputed(repeated))
+    return lax.platform_dependent(
+        x,
+        kernel,
+        before,
+        after,
+        cpu=kept,
+        # A product is a call of a library, which no sum or activation is fused with: its result is
+        # kept, and narrow, or the backward pass would read it in float32.
+        cuda=functools.partial(kept, dtype=x.dtype),
+        default=recomputed(repeated),
+    )
 
 
 def gated_product(
