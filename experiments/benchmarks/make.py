@@ -102,6 +102,23 @@ def inputs():
     return study.table(["images", "CPU ms, ours", "tf.data", "ratio", "goal"], body)
 
 
+def random_reads():
+    body = [
+        (
+            row["name"],
+            f"{int(row['tfrecord_per_s']):,}",
+            f"{int(row['array_record_per_s']):,}",
+            f"**{float(row['ratio_median']):.2f}**",
+            f"{float(row['ratio_low']):.2f} to {float(row['ratio_high']):.2f}",
+            f"{float(row['tfrecord_cpu_us']):,.0f}",
+            f"{float(row['array_record_cpu_us']):,.0f}",
+        )
+        for row in read("random_reads.csv")
+    ]
+    head = ["records", "TFRecord, records/s", "ArrayRecord", "ratio", "quartiles"]
+    return study.table([*head, "TFRecord, CPU µs a record", "ArrayRecord"], body)
+
+
 def startup():
     body = [
         (
@@ -117,7 +134,7 @@ def startup():
 
 
 def tables():
-    made = (cpu, gpu, tpu, largest, inputs, startup)
+    made = (cpu, gpu, tpu, largest, inputs, random_reads, startup)
     return {table.__name__: table() for table in made}
 
 

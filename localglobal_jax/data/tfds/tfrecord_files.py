@@ -56,6 +56,7 @@ class TFRecordFiles:
             self._raise_if(self.changed())
             raise
         return [
+            # A slice of all of a bytes object is the object itself: most records are not copied.
             self._checked(contents[run][begin:end], *place)
             for (run, begin, end), place in zip(inside, places, strict=True)
         ]
