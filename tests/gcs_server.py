@@ -8,9 +8,11 @@ data) finds it by the environment variables of `environment`, in this process an
 import contextlib
 import json
 import os
+import re
 import subprocess
 import tempfile
 import time
+import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from typing import IO
 
 import fsspec.config
 
+_logs: list[IO[bytes]] = []  # of the running server
 REQUIRED = "LOCALGLOBAL_TEST_GCS"  # "required", as in CI: without a server tests fail, not skip
 
 
@@ -53,11 +56,12 @@ def serve(port: int | None = None) -> Iterator[str]:
     command = [_server._get_binary_path(), "-scheme", "http", "-host", "127.0.0.1"]
     command += ["-port", str(port), "-backend", "memory", "-external-url", url]
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen([*command, "-log-level", "warn"], stdout=log, stderr=log)
+        process = subprocess.Popen([*command, "-log-level", "info"], stdout=log, stderr=log)
         before = {name: os.environ.get(name) for name in environment(url)}
         try:
             _wait_until_ready(url, process, log)
             os.environ.update(environment(url))
+            _logs.append(log)
             fsspec.config.set_conf_env(fsspec.config.conf)  # read once, at its import
             yield url
         finally:
@@ -66,8 +70,18 @@ def serve(port: int | None = None) -> Iterator[str]:
                 if value is not None:
                     os.environ[name] = value
             fsspec.config.conf.pop("gs", None)
+            _logs.clear()
             process.kill()
             process.wait()
+
+
+def requests() -> list[str]:
+    """Returns the requests that the server has answered so far, as ``GET /storage/v1/b 200``."""
+    time.sleep(0.1)  # a line is written after its answer
+    (log,) = _logs
+    said = os.pread(log.fileno(), os.fstat(log.fileno()).st_size, 0).decode()
+    found = re.findall(r'\\"([A-Z]+) (\S+) HTTP/1\.1\\" (\d+)', said)
+    return [f"{method} {urllib.parse.unquote(path)} {status}" for method, path, status in found]
 
 
 def _wait_until_ready(url: str, process: subprocess.Popen, log: IO[bytes]) -> None:

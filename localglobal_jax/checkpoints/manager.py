@@ -26,7 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from localglobal_jax.checkpoints import digests, objects, orbax_patches, reader, workdir
+from localglobal_jax.checkpoints import digests, objects, orbax_patches, reader, steps, workdir
 from localglobal_jax.config import schema
 from localglobal_jax.parallel import host_memory, multihost
 
@@ -109,7 +109,7 @@ class _CommittedInPlace(ocp.path.atomicity.CommitFileTemporaryPath):
         if path.name.isdigit():
             digests.write_manifest(path)
         if path.name.isdigit() or path.name == "state":  # plain orbax reads no `state` without
-            objects.write(path, {reader.WRITTEN: b""})
+            objects.write(path, {steps.WRITTEN: b""})
 
 
 class Checkpoints:
@@ -126,7 +126,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Returns the complete steps, oldest first, without a save that is still being written."""
-        return [step for step, complete in reader.scan(self.directory).items() if complete]
+        return [step for step, complete in steps.scan(self.directory).items() if complete]
 
     def latest(self) -> int | None:
         """Returns the newest complete step; None if there is none."""
@@ -290,22 +290,22 @@ class Checkpoints:
     def _tidy(self) -> None:
         """Removes interrupted saves, empty steps, trash; moves damaged steps to ``N.damaged``."""
         if self._remote:
-            for step in reader.interrupted(self.directory):
+            for step in steps.interrupted(self.directory):
                 log.info("removing the interrupted save of step %d", step)
-                objects.delete_all(self.directory / str(step), first=reader.MARKS)
+                objects.delete_all(self.directory / str(step), first=steps.MARKS)
         else:
             for path in list(self.directory.iterdir()):
                 if path.name == TRASH:
                     path.rmtree()
                 elif path.name.isdigit() and path.is_dir() and not any(path.iterdir()):
                     path.rmdir()
-        for step, complete in reader.scan(self.directory).items():
+        for step, complete in steps.scan(self.directory).items():
             if complete and step not in self._damaged:
                 continue
             there, aside = self.directory / str(step), self.directory / f"{step}.damaged"
             log.error("moving the damaged checkpoint of step %d to %s", step, aside)
             if self._remote:
-                objects.move(there, aside, first=reader.MARKS)
+                objects.move(there, aside, first=steps.MARKS)
                 continue
             if aside.exists():
                 aside.rmtree()

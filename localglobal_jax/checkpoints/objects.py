@@ -79,6 +79,13 @@ def contents(directory: epath.Path, files: Mapping[str, int]) -> Iterator[tuple[
         yield from zip(group, _parallel(_store().cat_file, paths), strict=True)
 
 
+def modified(directory: epath.Path, name: str) -> float:
+    """Returns the time of the last change of a file below `directory`, in seconds since 1970."""
+    if not workdir.is_remote(directory):
+        return os.stat(directory / name).st_mtime
+    return _store().modified(os.fspath(directory / name)).timestamp()
+
+
 def write(directory: epath.Path, files: Mapping[str, bytes]) -> None:
     """Writes objects below `directory`, in a bucket. Each is there whole or not at all."""
     _parallel(lambda name: _store().pipe_file(os.fspath(directory / name), files[name]), files)

@@ -28,7 +28,7 @@ from orbax.checkpoint._src.futures import future, signaling_client
 from orbax.checkpoint._src.path import gcs_utils
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
-from localglobal_jax.checkpoints import objects, reader
+from localglobal_jax.checkpoints import objects, steps
 
 
 class _Spec:
@@ -67,7 +67,7 @@ class _TensorStore:
 
 
 def _rmtree(path: epath.Path, *, missing_ok: bool = False) -> None:
-    objects.delete_all(path, first=reader.MARKS)
+    objects.delete_all(path, first=steps.MARKS)
 
 
 def apply_patches() -> None:

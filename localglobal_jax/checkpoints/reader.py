@@ -4,15 +4,14 @@
 Layout of ``checkpoints/<step>/``: ``state`` (orbax, plain nested dicts), ``metadata/metadata``
 (JSON: the caller's metadata, metrics, and every leaf's path, shape, dtype and digest) and
 ``files.json`` (every file's checksum; a directory without it is an incomplete step). In a bucket,
-where a step is written under its own name, `WRITTEN` follows ``files.json``: with neither of them
-the save is under way or was interrupted, and there is no such step.
+where a step is written under its own name, ``commit_success.txt`` follows (see `steps`).
 """
 
 import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -24,10 +23,9 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from localglobal_jax.checkpoints import digests, objects, workdir
+from localglobal_jax.checkpoints import steps as steps_of
 
 T = TypeVar("T")
-WRITTEN = ocp.path.atomicity.COMMIT_SUCCESS_FILE  # in a bucket: the last object of a step
-MARKS = (WRITTEN, digests.MANIFEST)  # in the order of their deletion, before all others
 SMALL = 2**18  # bytes; smaller arrays are fetched to the host for their digest
 log = logging.getLogger(__name__)
 
@@ -63,7 +61,7 @@ def read(path: str | os.PathLike, step: int | None = None) -> tuple[int, dict, d
 
 def steps(path: str | os.PathLike) -> list[int]:
     """Returns the steps at `path`, oldest first; for the directory of one step, those beside it."""
-    return list(scan(_locate(path)[0]))
+    return list(steps_of.scan(_locate(path)[0]))
 
 
 def inspect(path: str | os.PathLike, verify: bool = False) -> dict:
@@ -73,7 +71,7 @@ def inspect(path: str | os.PathLike, verify: bool = False) -> dict:
     ``verified`` is None unless `verify`; ``latest`` is the newest step without an error.
     """
     directory, own = _locate(path)
-    steps, complete = [], scan(directory)
+    steps, complete = [], steps_of.scan(directory)
     for step in [own] if own is not None else complete:
         entry: dict[str, Any] = {"step": step, "error": None}
         try:
@@ -90,39 +88,6 @@ def inspect(path: str | os.PathLike, verify: bool = False) -> dict:
         steps.append(entry | {"verified": entry["error"] is None if verify else None})
     good = [entry["step"] for entry in steps if entry["error"] is None]
     return {"directory": str(directory), "latest": max(good, default=None), "steps": steps}
-
-
-def scan(directory: epath.Path) -> dict[int, bool]:
-    """Returns the steps in ascending order, and whether each is complete (has a manifest).
-
-    A step is a non-empty directory named by a number; in a bucket without interrupted saves.
-    """
-    found = dict[int, bool]()
-    if workdir.is_remote(directory):
-        for step, names in _by_step(objects.sizes(directory)).items():
-            if names & {*MARKS}:
-                found[step] = digests.MANIFEST in names
-    elif directory.is_dir():
-        for path in directory.iterdir():
-            if path.name.isdigit() and path.is_dir() and any(path.iterdir()):
-                found[int(path.name)] = (path / digests.MANIFEST).exists()
-    return dict(sorted(found.items()))
-
-
-def interrupted(directory: epath.Path) -> list[int]:
-    """Returns the steps in a bucket whose save is under way or was interrupted."""
-    by_step = _by_step(objects.sizes(directory))
-    return sorted(s for s, names in by_step.items() if not names & {*MARKS})
-
-
-def _by_step(names: Iterable[str]) -> dict[int, set[str]]:
-    """Returns, for every directory named by a number, the names of the objects below it."""
-    found = dict[int, set[str]]()
-    for name in names:
-        step, _, inside = name.partition("/")
-        if inside and step.isdigit():
-            found.setdefault(int(step), set()).add(inside)
-    return found
 
 
 def document_of(directory: epath.Path, step: int, check: bool = False) -> dict:
@@ -249,7 +214,7 @@ def newest_valid(
     A step is damaged where `load` raises Damaged. The first value is None if there is no step.
     Raises CorruptCheckpoint if every step, or the given one, is damaged.
     """
-    steps = list(scan(directory))
+    steps = list(steps_of.scan(directory))
     if step is not None and step not in steps:
         raise ValueError(f"no checkpoint of step {step} in {directory}; there are {steps}")
     damaged: dict[int, str] = {}
@@ -291,7 +256,7 @@ def _locate(path: str | os.PathLike) -> tuple[epath.Path, int | None]:
     if given.name.isdigit() and inside & {"state", "metadata", digests.MANIFEST}:
         return given.parent, int(given.name)
     directory = given / "checkpoints" if "checkpoints" in inside else given
-    if not scan(directory):
+    if not steps_of.scan(directory):
         raise ValueError(
             f"no checkpoint in {given}: expected a workdir (with checkpoints/<step>/), "
             "its checkpoints directory, or one step directory"

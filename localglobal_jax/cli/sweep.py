@@ -8,6 +8,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from localglobal_jax.cli import options
@@ -93,10 +94,8 @@ def _look(args: argparse.Namespace, runs: Sequence[expand.Description]) -> int:
 
     if args.collect and not pathlib.Path(args.collect).absolute().parent.is_dir():
         raise ValueError(f"--collect {args.collect}: there is no such folder")
-    try:
-        rows = [status.read(described) for described in runs]
-    except ImportError as error:
-        raise ValueError(f"--workdir {args.workdir}: {error} (the extra gcs)") from None
+    with ThreadPoolExecutor(16) as pool:  # in a bucket, reading is waiting
+        rows = list(pool.map(status.read, runs))
     if args.collect:
         from localglobal_jax.checkpoints import workdir
 

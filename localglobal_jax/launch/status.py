@@ -10,9 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from etils import epath
-
-from localglobal_jax.checkpoints import digests, workdir
+from localglobal_jax.checkpoints import gcs, objects, steps, workdir
 from localglobal_jax.checkpoints.workdir import is_remote
 from localglobal_jax.launch import exit_codes, pool
 from localglobal_jax.launch.expand import Description
@@ -25,18 +23,17 @@ SHOWN = 4  # metrics of a split in the table; the CSV has all
 
 def read(run: Description, now: float | None = None) -> dict[str, Any]:
     """Returns the state, step, last metrics by split and age of the last line of a run."""
-    directory = epath.Path(run.workdir)
+    directory = gcs.LocalMirror(run.workdir).local
     lines = metrics_log.read_metrics(directory)
     metrics: dict[str, dict[str, Any]] = {}
     for line in lines:
         metrics[line["split"]] = {k: v for k, v in line.items() if k != "split"}
-    saved = latest_step(directory)
+    saved = latest_step(run.workdir)
     events = _events(directory / pool.ATTEMPTS)
     last = events[-1] if events else {}
     marks = [float(last["time"])] if "time" in last else []
     if (directory / "metrics.jsonl").exists():
-        changed = (directory / "metrics.jsonl").stat().mtime
-        marks += [float(changed)] if changed else []  # some stores give no time
+        marks.append(objects.modified(workdir.absolute(run.workdir), "metrics.jsonl"))
     age = max(0.0, (time.time() if now is None else now) - max(marks)) if marks else None
     # A lock on a remote store cannot be seen from here; the run writes there only when it saves.
     locked = None if is_remote(run.workdir) else pool.is_locked(pathlib.Path(run.workdir))
@@ -61,7 +58,7 @@ def read(run: Description, now: float | None = None) -> dict[str, Any]:
     }
 
 
-def _changed(run: Description, file: epath.Path) -> str:
+def _changed(run: Description, file: pathlib.Path) -> str:
     """Returns the first field that differs from this sweep's; "" if none, or if unreadable."""
     try:
         lines = workdir.other_config(run.run, file).splitlines() if file.exists() else []
@@ -72,9 +69,8 @@ def _changed(run: Description, file: epath.Path) -> str:
 
 def latest_step(directory: str | os.PathLike[str]) -> int | None:
     """Returns the newest step whose checkpoint is complete (has a manifest); None without one."""
-    folder = epath.Path(directory) / "checkpoints"
-    found = [p for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
-    return max((int(p.name) for p in found if (p / digests.MANIFEST).exists()), default=None)
+    found = steps.scan(workdir.absolute(directory) / "checkpoints")
+    return max((step for step, complete in found.items() if complete), default=None)
 
 
 def _state(
@@ -102,7 +98,7 @@ def _state(
     return "preempted", f"silent: {since}" if since else "silent"
 
 
-def _events(file: epath.Path) -> list[dict[str, Any]]:
+def _events(file: pathlib.Path) -> list[dict[str, Any]]:
     found = []
     for text in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
         try:

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from localglobal_jax import __version__
-from localglobal_jax.checkpoints import gcs, reader, workdir
+from localglobal_jax.checkpoints import gcs, reader, steps, workdir
 from localglobal_jax.config import schema, values
 from localglobal_jax.data.images import pipeline
 from localglobal_jax.data.text import tokenizers
@@ -95,7 +95,7 @@ def gather(
     found = None
     with _noted(run, "The checkpoint", (RuntimeError, OSError) if step else (Exception,)):
         found = load.read_variables(path, step)
-    saved = [found[0] if found else 0, *(reader.scan(mirror.checkpoints) if step else ())]
+    saved = [found[0] if found else 0, *(steps.scan(mirror.checkpoints) if step else ())]
     run.state = _state(mirror.local, config, run.metrics, max(saved))
     run.attempts = attempts(mirror.local, config.steps)
     if found is None:

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs in a bucket, in real processes, killed, stopped, on two hosts: the bits of a run on disk."""
+
+import contextlib
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from localglobal_jax.checkpoints import objects, reader, steps
+
+CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "coatnet_digits.py"
+LAST = 24
+
+
+def started(directory, data_dir, *options, devices=1):
+    """A run with a checkpoint every four steps; `devices` of its process."""
+    command = [
+        *(sys.executable, "-m", "localglobal_jax", "train", f"--workdir={directory}"),
+        *(f"--config={CONFIG}:size=tiny", f"--config.data.dir={data_dir}"),
+        *(f"--config.steps={LAST}", "--config.log.every=4", "--config.checkpoint.every=4"),
+        *("--config.checkpoint.keep=2", "--config.eval.every=12"),
+        *options,
+    ]
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    environment = {**os.environ, "XLA_FLAGS": flags}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def finished(process, code=0):
+    """The messages of a process, once it has ended with `code`; never a traceback of a library."""
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == code, err
+    assert "Traceback" not in err and "Unclosed" not in err and "WARNING" not in err, err
+    assert "/localglobal-" not in err  # the mirror
+    return err
+
+
+def during_a_save(directory, process, after=0):
+    """Stops a process while it writes a step beyond `after`; returns the step."""
+    checkpoints = epath.Path(directory) / "checkpoints"
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[1]
+        if max(steps.interrupted(checkpoints), default=0) > after:
+            process.send_signal(signal.SIGSTOP)
+            if found := steps.interrupted(checkpoints):
+                return max(found)
+            process.send_signal(signal.SIGCONT)
+        time.sleep(0.002)
+    raise AssertionError(f"no save was seen in {directory}")
+
+
+def same(one, other):
+    (step, state, _), (step_other, state_other, _) = map(reader.read, (one, other))
+    assert step == step_other == LAST
+    assert jax.tree.structure(state) == jax.tree.structure(state_other)
+    for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(state_other), strict=True):
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, data_dir):
+    """The run, on disk."""
+    directory = tmp_path_factory.mktemp("disk") / "run"
+    finished(started(directory, data_dir))
+    return directory
+
+
+def test_kills_in_saves_and_a_stop_change_no_bit(undisturbed, bucket, data_dir):
+    process = started(bucket, data_dir)
+    assert during_a_save(bucket, process) == 4  # the first: there is no step to go back to
+    process.kill()
+    process.communicate()
+    checkpoints = epath.Path(bucket) / "checkpoints"
+    assert steps.scan(checkpoints) == {} and steps.interrupted(checkpoints) == [4]
+
+    process = started(bucket, data_dir)
+    broken = during_a_save(bucket, process, after=4)
+    process.kill()
+    process.communicate()
+    kept = max(steps.scan(checkpoints))
+    assert kept == broken - 4 and all(steps.scan(checkpoints).values())
+
+    process = started(bucket, data_dir)
+    while max(steps.scan(checkpoints), default=0) <= kept:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    process.terminate()
+    _, err = process.communicate(timeout=240)
+    assert process.returncode in (42, 0), err
+    assert f"resumed at step {kept}" in err and "damaged" not in err
+    err = finished(started(bucket, data_dir, "--config.log.profile=(22, 1)"))
+    assert f"wrote {bucket}/model_card.md" in err
+
+    same(undisturbed, bucket)
+    assert sorted(steps.scan(checkpoints)) == [LAST - 4, LAST]  # checkpoint.keep=2
+    assert steps.interrupted(checkpoints) == []
+    names = objects.sizes(epath.Path(bucket))
+    assert not any("damaged" in name for name in names)
+    boards = [name for name in names if name.startswith("tensorboard/events")]
+    assert len(boards) >= 2  # one of each start that saved
+    assert bucket in (epath.Path(bucket) / "model_card.md").read_text()
+
+
+def test_two_hosts_write_one_bucket(tmp_path, bucket, data_dir):
+    """Each writes its shards; the bits are those of two hosts on a disk."""
+    with contextlib.ExitStack() as stack:
+        runs = []
+        for directory in (tmp_path / "run", bucket):
+            with socket.socket() as free:
+                free.bind(("localhost", 0))
+                where = f"--coordinator=localhost:{free.getsockname()[1]}"
+            for host in range(2):
+                options = (where, "--hosts=2", f"--host={host}", "--config.log.tensorboard=false")
+                options += ("--config.parallel.strategy=fsdp",)
+                options += ("--config.parallel.mesh={'data': 1, 'fsdp': 2}",)
+                process = started(directory, data_dir, *options)
+                stack.callback(process.communicate)
+                stack.callback(process.kill)
+                runs.append(process)
+        for process in runs:
+            finished(process)
+    same(tmp_path / "run", bucket)
+    names = objects.sizes(epath.Path(bucket) / "checkpoints" / str(LAST))
+    assert {name.split("/")[1] for name in names if "ocdbt.process" in name} == {
+        *("ocdbt.process_0", "ocdbt.process_1")
+    }
