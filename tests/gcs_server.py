@@ -20,7 +20,7 @@ from typing import IO
 
 import fsspec.config
 
-_logs: list[IO[bytes]] = []  # of the running server
+_running: list[tuple[str, IO[bytes]]] = []  # URL and log of the server
 REQUIRED = "LOCALGLOBAL_TEST_GCS"  # "required", as in CI: without a server tests fail, not skip
 
 
@@ -61,7 +61,7 @@ def serve(port: int | None = None) -> Iterator[str]:
         try:
             _wait_until_ready(url, process, log)
             os.environ.update(environment(url))
-            _logs.append(log)
+            _running.append((url, log))
             fsspec.config.set_conf_env(fsspec.config.conf)  # read once, at its import
             yield url
         finally:
@@ -70,15 +70,21 @@ def serve(port: int | None = None) -> Iterator[str]:
                 if value is not None:
                     os.environ[name] = value
             fsspec.config.conf.pop("gs", None)
-            _logs.clear()
+            _running.clear()
             process.kill()
             process.wait()
+
+
+def url() -> str:
+    """Returns the URL of the running server."""
+    ((found, _),) = _running
+    return found
 
 
 def requests() -> list[str]:
     """Returns the requests that the server has answered so far, as ``GET /storage/v1/b 200``."""
     time.sleep(0.1)  # a line is written after its answer
-    (log,) = _logs
+    ((_, log),) = _running
     said = os.pread(log.fileno(), os.fstat(log.fileno()).st_size, 0).decode()
     found = re.findall(r'\\"([A-Z]+) (\S+) HTTP/1\.1\\" (\d+)', said)
     return [f"{method} {urllib.parse.unquote(path)} {status}" for method, path, status in found]

@@ -24,10 +24,14 @@ AHEAD = 256 * 2**20  # bytes of files that are read before the first of them is 
 
 @functools.lru_cache(1)
 def _store() -> Any:
-    """Returns gcsfs. Raises ImportError without the extra ``gcs``."""
-    import fsspec  # noqa: PLC0415 # part of the extra
+    """Returns gcsfs, without its cache. Raises ImportError without the extra ``gcs``."""
+    import fsspec.config  # noqa: PLC0415 # part of the extra
 
-    return fsspec.filesystem("gs", use_listings_cache=False)
+    # gcsfs would ask for the type of every bucket, by gRPC, and warn where that is not permitted
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    # also for `epath`, which orbax reads with
+    fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
+    return fsspec.filesystem("gs")
 
 
 def _parallel(do: Callable[[str], T], names: Iterable[str]) -> list[T]:

@@ -3,14 +3,37 @@
 
 import csv
 import json
+import pathlib
+import tarfile
+import tempfile
+import urllib.parse
 
+import gcs_server
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from etils import epath
 
-from localglobal_jax.checkpoints import gcs, workdir
+from localglobal_jax.checkpoints import digests, gcs, manager, objects, reader, steps, workdir
 from localglobal_jax.cli.main import main
-from localglobal_jax.config import loading, validation
+from localglobal_jax.config import loading, schema, validation
 from localglobal_jax.training import evaluation, loop
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "workdirs"
+LOCAL = f"{tempfile.gettempdir()}/localglobal-"  # of mirrors: no message names it
+
+
+def put(path, contents):
+    """Writes an object as another process would: past the clients of this one, and their caches."""
+    bucket, _, name = path.removeprefix("gs://").partition("/")
+    where = f"/upload/storage/v1/b/{bucket}/o?uploadType=media&name={urllib.parse.quote(name, '')}"
+    gcs_server.request(gcs_server.url() + where, "POST", contents)
+
+
+def remove(path):
+    bucket, _, name = path.removeprefix("gs://").partition("/")
+    where = f"/storage/v1/b/{bucket}/o/{urllib.parse.quote(name, '')}"
+    gcs_server.request(gcs_server.url() + where, "DELETE")
 
 
 def test_small_files_go_there_and_come_back(bucket):
@@ -28,19 +51,200 @@ def test_small_files_go_there_and_come_back(bucket):
     assert str(other.checkpoints) == f"{bucket}/checkpoints"
 
 
-def test_a_run_is_resumed_and_evaluated_there(bucket, data_dir):
+def test_a_file_that_the_run_removes_goes_there_too(bucket):
+    one = gcs.LocalMirror(bucket)
+    (one.local / "diverged.json").write_text("{}")
+    (one.local / "config.json").write_text("{}")
+    one.push()
+    two = gcs.LocalMirror(bucket)
+    (two.local / "diverged.json").unlink()
+    before = len(gcs_server.requests())
+    two.push()
+    assert len(gcs_server.requests()) - before == 1  # config.json has not changed
+    assert {path.name for path in gcs.LocalMirror(bucket).local.iterdir()} == {"config.json"}
+
+
+def test_a_name_that_leaves_the_folder_is_not_fetched(bucket):
+    put(f"{bucket}/../../escaped", b"x")
+    put(f"{bucket}/tokenizer/../../escaped", b"x")
+    put(f"{bucket}/config.json", b"{}")
+    local = gcs.LocalMirror(bucket).local
+    assert (local / "config.json").exists() and not (local.parent / "escaped").exists()
+    assert not (local / "escaped").exists()
+
+
+def counted(do):
+    """The result of a call, and the requests that it took."""
+    before = len(gcs_server.requests())
+    result = do()
+    return result, gcs_server.requests()[before:]
+
+
+def test_a_run_is_resumed_and_evaluated_there_in_few_requests(bucket, data_dir):
     options = {"data.dir": data_dir, "steps": "6", "log.tensorboard": "false"}
+    options |= {"checkpoint.every": "2", "checkpoint.keep": "3"}
     config = loading.load("configs/coatnet_digits.py:size=tiny", options)
-    results = loop.train(validation.check(config), bucket)
+    results, asked = counted(lambda: loop.train(validation.check(config), bucket))
     there = epath.Path(bucket)
     assert {"config.json", "metrics.jsonl", "model_card.md"} <= {p.name for p in there.iterdir()}
-    again = loop.train(validation.check(config), bucket)  # nothing is left to do
-    assert again["test"] == results["test"]
-    step, found = evaluation.evaluate(bucket)
+    for step in (2, 4, 6):
+        of_step = [request for request in asked if f"/checkpoints/{step}" in request]
+        assert len(of_step) <= 95, of_step
+    others = [request for request in asked if "/checkpoints/" not in request]
+    assert len(others) <= 25, others
+    again, asked = counted(lambda: loop.train(validation.check(config), bucket))
+    assert again["test"] == results["test"]  # nothing is left to do
+    assert len(asked) <= 75, asked
+    (step, found), asked = counted(lambda: evaluation.evaluate(bucket))
     assert step == 6 and found["test"]["loss"] == pytest.approx(results["test"]["loss"], rel=1e-6)
+    assert len(asked) <= 60, asked
     other = loading.load("configs/coatnet_digits.py:size=tiny", {**options, "seed": "7"})
-    with pytest.raises(ValueError, match=r"seed: 0.*7"):
+    with pytest.raises(ValueError, match=r"seed: 0.*7") as error:
         loop.train(validation.check(other), bucket)
+    assert bucket in str(error.value) and LOCAL not in str(error.value)
+
+
+def test_what_a_run_wrote_is_there_after_an_error(bucket, data_dir, capsys):
+    command = ["train", "--config=configs/coatnet_digits.py:size=tiny", f"--workdir={bucket}"]
+    command += [f"--config.data.dir={data_dir}", "--config.optim.learning_rate=1e30"]
+    command += ["--config.optim.clip_norm=0", "--config.optim.warmup_steps=4"]
+    command += ["--config.optim.name=sgd", "--config.log.every=1"]
+    assert main(command) == 3
+    found = objects.sizes(epath.Path(bucket))
+    assert found["diverged.json"] and found["metrics.jsonl"]
+    assert any(name.startswith("tensorboard/events") for name in found)
+    assert LOCAL not in "".join(capsys.readouterr())
+
+
+def state_of(step):
+    return {"x": jnp.arange(1000.0) + step, "half": jnp.full(9, step, jnp.bfloat16)}
+
+
+def saved(bucket, *numbers, **options):
+    checkpoints = manager.Checkpoints(f"{bucket}/checkpoints", schema.Checkpoints(**options))
+    for step in numbers:
+        checkpoints.save(step, state_of(step), metadata={"n": step}, metrics={"loss": 1 / step})
+    checkpoints.close()
+    return checkpoints
+
+
+DAMAGE = {
+    "flipped": lambda x: bytes([x[0] ^ 1, *x[1:]]),
+    "truncated": lambda x: x[:-1],
+    "missing": None,
+}
+
+
+def test_damage_to_any_object_is_found_named_and_gone_around(bucket, caplog):
+    checkpoints, there = saved(bucket, 1, 2, keep=3), epath.Path(bucket) / "checkpoints" / "2"
+    files = dict(objects.contents(there, objects.sizes(there)))
+    assert len(files) > 10
+    for name, contents in files.items():
+        for kind, damage in DAMAGE.items():
+            if name == steps.WRITTEN or (not contents and kind != "missing"):
+                continue  # the first of the two marks is enough
+            if damage:
+                put(f"{there}/{name}", damage(contents))
+            else:
+                remove(f"{there}/{name}")
+            with pytest.raises(ValueError, match=name):
+                digests.check_manifest(there)
+            put(f"{there}/{name}", contents)
+    digests.check_manifest(there)
+    (array,) = [name for name in files if name.startswith("state/ocdbt.process_0/d/")]
+    put(f"{there}/{array}", DAMAGE["flipped"](files[array]))
+    found = checkpoints.restore(state_of(0))
+    assert (found.step, found.metadata) == (1, {"n": 1})
+    assert f"{there} is damaged: {array}" in caplog.text
+    assert reader.inspect(bucket, verify=True)["latest"] == 1
+
+    before = len(gcs_server.requests())
+    for step in (2, 3):  # the damaged step is moved aside
+        assert checkpoints.save(step, state_of(step), metadata={})
+    checkpoints.close()
+    assert not any("moveTo" in asked for asked in gcs_server.requests()[before:])
+    assert checkpoints.steps() == [1, 2, 3]
+    assert objects.sizes(there.with_name("2.damaged")).keys() == files.keys()
+    assert (checkpoints.restore(state_of(0), 2).state["x"] == state_of(2)["x"]).all()
+
+
+def test_a_lost_list_of_files_is_damage_and_an_interrupted_save_is_no_step(bucket, caplog):
+    saved(bucket, 1)
+    there = f"{bucket}/checkpoints/1"
+    remove(f"{there}/{digests.MANIFEST}")
+    checkpoints = manager.Checkpoints(f"{bucket}/checkpoints", schema.Checkpoints())
+    with pytest.raises(reader.CorruptCheckpoint, match=digests.MANIFEST):
+        checkpoints.restore(state_of(0))
+    remove(f"{there}/{steps.WRITTEN}")
+    assert checkpoints.restore(state_of(0)) is None
+    assert checkpoints.save(5, state_of(5), metadata={})
+    checkpoints.close()
+    assert {name.split("/")[0] for name in objects.sizes(epath.Path(bucket) / "checkpoints")} == {
+        "5"
+    }
+
+
+def test_old_steps_are_deleted_marks_first_without_rights_on_the_bucket(bucket):
+    _, asked = counted(lambda: saved(bucket, 1, 2, keep=1, best="-loss"))
+    name = bucket.removeprefix("gs://").split("/")[0]
+    assert steps.scan(epath.Path(bucket) / "checkpoints") == {2: True}
+    deleted = [x.split()[1] for x in asked if "DELETE" in x and "/1/" in x and x.endswith(" 200")]
+    assert [path.rpartition("/1/")[2] for path in deleted[:2]] == [*steps.MARKS]
+    assert len(deleted) > 10
+    assert not any(f"GET /storage/v1/b/{name} " in request for request in asked)
+
+
+def test_nothing_is_cached(bucket):
+    """A report, or a host that resumes, sees what others have written since it listed a folder."""
+    saved(bucket, 1)
+    checkpoints = epath.Path(bucket) / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["1"]
+    put(f"{checkpoints}/2/{digests.MANIFEST}", b"{}")
+    assert (checkpoints / "2").is_dir() and reader.steps(bucket) == [1, 2]
+
+
+def test_plain_orbax_reads_the_state(bucket):
+    import orbax.checkpoint as ocp
+
+    saved(bucket, 3)
+    with ocp.StandardCheckpointer() as checkpointer:
+        state = checkpointer.restore(epath.Path(bucket) / "checkpoints" / "3" / "state")
+    np.testing.assert_array_equal(state["x"], state_of(3)["x"])
+
+
+@pytest.fixture
+def translator(bucket, tmp_path):
+    """The run of a family that was saved on disk by an older version, in a bucket."""
+    with tarfile.open(GOLDEN / "muse.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    files = objects.sizes(epath.Path(tmp_path / "muse"))
+    objects.upload(epath.Path(bucket), tmp_path / "muse", files)
+    return bucket
+
+
+TRAIN = "train --workdir={} --config=configs/muse_lohelp.py:size=tiny,data=mock"
+TRANSLATE = "translate --workdir={} configs/README.md"
+
+
+@pytest.mark.parametrize(
+    ("name", "contents", "command", "named"),
+    [
+        ("config.json", b"{", "evaluate --workdir={}", "{}/config.json"),
+        ("config.json", None, "evaluate --workdir={}", "{} "),
+        ("config.json", None, TRAIN, "{} "),
+        ("tokenizer/joint.txt", b"x", TRANSLATE, "{}/tokenizer "),
+        ("tokenizer/tokenizer.json", None, TRANSLATE, "{} "),
+        ("metrics.jsonl", b"", "inspect {} --verify", "{}/checkpoints"),
+    ],
+)
+def test_errors_name_the_bucket(translator, capsys, name, contents, command, named):  # noqa: PLR0917
+    if contents is None:
+        remove(f"{translator}/{name}")
+    else:
+        put(f"{translator}/{name}", contents)
+    assert main(command.format(translator).split()) in (1, 2)
+    said = "".join(capsys.readouterr())
+    assert named.format(translator) in said and LOCAL not in said
 
 
 @pytest.mark.parametrize("path", ["gs:/bucket/x", "s3://a/b", "gs://bucket"])
@@ -69,3 +273,9 @@ def test_status_and_collect_look_there(bucket, tmp_path, capsys):
     done, half, *_ = csv.DictReader(table.read_text().splitlines())
     assert (done["state"], done["step"]) == ("done", "20")
     assert (half["state"], half["step"]) == ("unfinished", "10")
+    first = names[0]  # the same process sees what another one has written since
+    put(f"{bucket}/{first}/metrics.jsonl", json.dumps(line | {"accuracy": 0.75}).encode())
+    remove(f"{bucket}/{names[1]}/checkpoints/10/files.json")
+    _, asked = counted(lambda: main([*sweep, "--status"]))
+    assert "accuracy 0.75" in capsys.readouterr().out
+    assert len(asked) <= 6 * 8, asked  # of six runs
