@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 
 from localglobal_jax import convert
-from localglobal_jax.checkpoints import manager
+from localglobal_jax.checkpoints import gcs, manager
 from localglobal_jax.config import schema
 from localglobal_jax.data.text import tokenizers
 from localglobal_jax.models import registry
@@ -58,7 +58,8 @@ def convert_file(
 
     Raises ValueError where the weights do not fit, and if `out` is taken. Then nothing is written.
     """
-    folder = pathlib.Path(out)
+    mirror = gcs.LocalMirror(out)
+    folder = mirror.local
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {out} is a file: give a directory")
     for taken in ("checkpoints", tokenizers.DIRECTORY):
@@ -71,14 +72,15 @@ def convert_file(
     module, variables = SOURCES[source](file, name, arguments)
     if dictionaries:
         tokenizers.save(vocabularies(dictionaries, module), folder / tokenizers.DIRECTORY)
+        mirror.push()
     elif source == "fairseq":
         log.warning("no --dict, no words: the model loads, but `localglobal translate` needs it")
-    saved = manager.Checkpoints(folder / "checkpoints", schema.Checkpoints())
+    saved = manager.Checkpoints(mirror.checkpoints, schema.Checkpoints())
     metadata = {"model": registry.describe(module), "converted": {"source": source, "name": name}}
     saved.save(0, {"variables": variables}, metadata=metadata)
     saved.close()
     count = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
-    return {"model": metadata["model"]["name"], "parameters": count, "written": str(folder)}
+    return {"model": metadata["model"]["name"], "parameters": count, "written": out}
 
 
 def vocabularies(files: Sequence[str], module: nn.Module) -> tokenizers.Tokenizers:

@@ -82,7 +82,7 @@ def counted(do):
 
 def test_a_run_is_resumed_and_evaluated_there_in_few_requests(bucket, data_dir):
     options = {"data.dir": data_dir, "steps": "6", "log.tensorboard": "false"}
-    options |= {"checkpoint.every": "2", "checkpoint.keep": "3"}
+    options |= {"checkpoint.every": "2", "checkpoint.keep": "3", "log.profile": "(1, 2)"}
     config = loading.load("configs/coatnet_digits.py:size=tiny", options)
     results, asked = counted(lambda: loop.train(validation.check(config), bucket))
     there = epath.Path(bucket)
@@ -90,8 +90,9 @@ def test_a_run_is_resumed_and_evaluated_there_in_few_requests(bucket, data_dir):
     for step in (2, 4, 6):
         of_step = [request for request in asked if f"/checkpoints/{step}" in request]
         assert len(of_step) <= 120, of_step
+    assert any(name.startswith("profile/") for name in objects.sizes(there))
     others = [request for request in asked if "/checkpoints/" not in request]
-    assert len(others) <= 25, others
+    assert len(others) <= 40, others
     again, asked = counted(lambda: loop.train(validation.check(config), bucket))
     assert again["test"] == results["test"]  # nothing is left to do
     assert len(asked) <= 75, asked
@@ -192,6 +193,22 @@ def test_old_steps_are_deleted_marks_first_without_rights_on_the_bucket(bucket):
     assert [path.rpartition("/1/")[2] for path in deleted[:2]] == [*steps.MARKS]
     assert len(deleted) > 10
     assert not any(f"GET /storage/v1/b/{name} " in request for request in asked)
+
+
+def test_weights_of_others_are_converted_there(bucket, tmp_path, capsys):
+    golden = pathlib.Path(__file__).parents[1] / "golden" / "muse_post"
+    words, arguments = tmp_path / "dict.txt", tmp_path / "args.json"
+    words.write_text("".join(f"w{i} 1\n" for i in range(36)))
+    arguments.write_text(json.dumps(json.loads(golden.with_suffix(".json").read_text())["args"]))
+    command = ["convert", "fairseq", f"{golden}.safetensors", f"--out={bucket}", "--json"]
+    command += [f"--args=@{arguments}", "--dict", str(words)]
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out)["written"] == bucket
+    assert {"tokenizer/tokenizer.json", "checkpoints/0/files.json"} <= objects.sizes(
+        epath.Path(bucket)
+    ).keys()
+    assert reader.inspect(bucket, verify=True)["latest"] == 0
+    assert main(command) == 2 and f"{bucket} holds checkpoints" in capsys.readouterr().err
 
 
 def test_nothing_is_cached(bucket):
