@@ -5,6 +5,7 @@ import pathlib
 import re
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(
@@ -33,6 +34,7 @@ INSTALL = [
     "sacrebleu>=2.4",
     "safetensors>=0.4.1,<1",  # the first that reads bfloat16 without torch
     "scikit-learn>=1.5",  # ships the embedded digits
+    "setuptools>=65",  # a test builds a wheel
     "scipy>=1.13",  # sparse products of the input; jax needs it too
     "sentencepiece>=0.2",
     "shtab>=1.7",  # completion for shells, made from the parser
@@ -66,7 +68,22 @@ EXTRAS = {
     "ko": ["sacrebleu[ko]>=2.4"],
 }
 
+
+class BuildWithConfigs(build_py):
+    """Puts the configs, which a clone has beside the package, into the package of a wheel."""
+
+    def run(self):
+        super().run()
+        if self.editable_mode:
+            return
+        folder = pathlib.Path(self.build_lib) / "localglobal_jax/configs"
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in (ROOT / "configs").glob("*.py"):
+            self.copy_file(str(file), str(folder / file.name))
+
+
 setup(
+    cmdclass={"build_py": BuildWithConfigs},
     name="localglobal_jax",
     version=VERSION,
     description="JAX/Flax home of models that join convolution and self-attention: "

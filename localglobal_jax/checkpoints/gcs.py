@@ -49,7 +49,7 @@ class LocalMirror:
             workdir.show_as(self.local, self._store)
             self.pull()
         else:
-            self.local = pathlib.Path(directory).absolute()
+            self.local = pathlib.Path(directory).expanduser().absolute()
             self.checkpoints = epath.Path(self.local / "checkpoints")
             self.lock = self.local / ".lock"
 

@@ -13,6 +13,7 @@ from localglobal_jax import __version__
 from localglobal_jax.cli import (
     bench,
     classify,
+    configs,
     convert,
     evaluate,
     inspect,
@@ -36,6 +37,7 @@ COMMANDS: tuple[Command, ...] = (
     classify,
     sweep,
     score,
+    configs,
     convert,
     plan,
     bench,
@@ -93,6 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         return _closed_pipe()
     args.overrides, args.compare_overrides = overrides, compared
+    expand_home(args)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s", force=True)
     for noisy in NOISY:
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -156,6 +159,26 @@ def take_overrides(argv: list[str], prefix: str = "--config.") -> tuple[list[str
             rest.append(argv[i])
         i += 1
     return rest, overrides
+
+
+def expand_home(args: argparse.Namespace) -> None:
+    """Puts the home directory for a leading "~" of every path in `args`.
+
+    A shell leaves it in ``--workdir=~/runs``.
+    """
+    for action in commands_of(parser())[args.command]._actions:
+        if action.metavar in (*FILES, *DIRECTORIES):
+            given = getattr(args, action.dest)
+            if isinstance(given, str):
+                setattr(args, action.dest, os.path.expanduser(given))
+            elif isinstance(given, list | tuple):
+                setattr(args, action.dest, [os.path.expanduser(path) for path in given])
+
+
+def commands_of(top: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """Returns the parser of every command, by name."""
+    (found,) = (a for a in top._actions if isinstance(a, argparse._SubParsersAction))
+    return found.choices
 
 
 def parser() -> argparse.ArgumentParser:

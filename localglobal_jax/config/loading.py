@@ -7,20 +7,28 @@ it, with the rights of the user: use only configs that you trust. A wrong argume
 that names the field, the given value and the allowed ones.
 """
 
+import contextlib
+import dataclasses
 import importlib.util
 import json
+import logging
 import pathlib
+import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pydantic
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from localglobal_jax.config import schema
 from localglobal_jax.config.validation import check, run_class, section_of, unknown
 from localglobal_jax.config.values import coerce, flatten, parse_value, shown
+
+log = logging.getLogger(__name__)
+PREFIX = "config_"  # of the names of modules that are configs
+PACKAGE = pathlib.Path(__file__).parents[1]
 
 
 def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
@@ -32,17 +40,38 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
     module, arg = load_module(spec)
     get_config: Callable[..., ConfigDict] = module.get_config
     try:
-        config = get_config(arg) if arg is not None else get_config()
+        with beside(pathlib.Path(str(module.__file__)).parent):
+            given = get_config(arg) if arg is not None else get_config()
     except ValueError:
         raise
     except (Exception, SystemExit) as error:  # whatever a user's file may do
         raise ValueError(f"{spec}: get_config failed: {type(error).__name__}: {error}") from error
+    config = _editable(given)
     if not isinstance(config, ConfigDict):
-        raise ValueError(
-            f"{spec}: get_config returned {config!r}, not an ml_collections.ConfigDict"
-        )
+        raise ValueError(f"{spec}: get_config returned {given!r}, not an ml_collections.ConfigDict")
     for field, text in (overrides or {}).items():
         override(config, field, text)
+    return config
+
+
+def _editable(config: Any) -> Any:
+    """Returns a config whose fields can be set: a mapping, locked, frozen or a dataclass or not.
+
+    The sections of a ConfigDict, and references between its fields, stay.
+    """
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        config = dataclasses.asdict(config)
+    if not isinstance(config, ConfigDict | Mapping):
+        return config
+    if isinstance(config, FrozenConfigDict) or not isinstance(config, ConfigDict):
+        config = ConfigDict(config)
+    config.unlock()
+    for name, value in list(config.items(preserve_field_references=True)):
+        if isinstance(value, ConfigDict) or dataclasses.is_dataclass(value):
+            section = _editable(value)
+            if section is not value:
+                with config.ignore_type():
+                    config[name] = section
     return config
 
 
@@ -83,36 +112,83 @@ def load_runs(
 
 
 def load_module(spec: str) -> tuple[types.ModuleType, str | None]:
-    """Returns the module of ``FILE[:arg]``, and ``arg``; ValueError without ``get_config``."""
+    """Returns the module of ``FILE[:arg]``, and ``arg``; ValueError without ``get_config``.
+
+    ``NAME.py`` and ``configs/NAME.py`` are also found among the `packaged` configs.
+    """
     path, _, arg = spec.partition(":")
-    module = import_file(path)
+    file = pathlib.Path(path).expanduser()
+    ours = {name: known for known in packaged() for name in (known.name, f"configs/{known.name}")}
+    with contextlib.suppress(OSError):  # not a path: reported by `_import`
+        if not file.is_file() and path in ours:
+            file = ours[path]
+            log.info("config   %s", file)
+    module = _import(file)
     if not hasattr(module, "get_config"):
         raise ValueError(f"{path} has no get_config(arg) -> ConfigDict: it is not a config file")
     return module, arg or None
 
 
+def packaged() -> list[pathlib.Path]:
+    """Returns the files of the configs that come with the package, in the order of their names.
+
+    They are in the package where it was installed from a wheel, and beside it in a clone.
+    """
+    inside = PACKAGE / "configs"
+    return sorted((inside if inside.is_dir() else PACKAGE.parent / "configs").glob("*.py"))
+
+
+@contextlib.contextmanager
+def beside(folder: pathlib.Path) -> Iterator[None]:
+    """Context manager in which the modules of `folder` can be imported, as those beside a script.
+
+    They are forgotten at its end: another config may have a neighbour of the same name.
+    """
+    before = set(sys.modules)
+    sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for name in set(sys.modules) - before:
+            file = getattr(sys.modules[name], "__file__", None)
+            if file and folder in pathlib.Path(file).parents and not name.startswith(PREFIX):
+                del sys.modules[name]
+
+
 def import_file(path: str | pathlib.Path) -> types.ModuleType:
     """Imports a Python file by its path; a config builds on its neighbour with it.
 
-    Raises ValueError if there is no such file, or if running it raises.
+    A neighbour that is not there is looked up among the `packaged` configs, since a copy of a
+    config may stand alone. Modules in the same folder can be imported, too. Raises ValueError if
+    there is no such file, or if running it raises.
     """
-    file = pathlib.Path(path)
+    file = pathlib.Path(path).expanduser()
+    ours = {known.name: known for known in packaged()}
+    return _import(file if file.is_file() else ours.get(file.name, file))
+
+
+def _import(file: pathlib.Path) -> types.ModuleType:
     try:
-        spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
+        spec = importlib.util.spec_from_file_location(f"{PREFIX}{file.stem}", file)
         missing = not file.is_file()
     except OSError as error:  # not a path, such as a thousand letters
-        raise ValueError(f"--config {shown(str(path))}: {error.strerror}") from error
+        raise ValueError(f"--config {shown(str(file))}: {error.strerror}") from error
     if missing:
-        folder = file.parent if file.parent.is_dir() else pathlib.Path("configs")
-        raise unknown("config file", str(path), [str(p) for p in sorted(folder.glob("*.py"))])
+        known = sorted(file.parent.glob("*.py")) if file.parent.is_dir() else []
+        ours = [f"configs/{known.name}" for known in packaged()]
+        raise unknown("config file", str(file), [str(p) for p in known] or ours)
     if spec is None or spec.loader is None:
-        raise ValueError(f"--config {path}: want a Python file, NAME.py, with get_config(arg)")
+        raise ValueError(f"--config {file}: want a Python file, NAME.py, with get_config(arg)")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look up the names of their annotations
     try:
-        spec.loader.exec_module(module)
+        with beside(file.absolute().parent):
+            spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # whatever a user's file may do
         line = f":{error.lineno}" if isinstance(error, SyntaxError) else ""
-        raise ValueError(f"{path}{line}: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{file}{line}: {type(error).__name__}: {error}") from error
     return module
 
 
@@ -173,12 +249,14 @@ def _set(config: ConfigDict, field: str, read: Callable[[Any], Any]) -> Any:
     fields = {} if known is None else known.model_fields
     if known is not None and leaf not in section and leaf not in fields:
         raise unknown(f"config key in {'.'.join(parents) or 'the config'}:", leaf, fields)
-    default = section[leaf] if leaf in section else fields[leaf].default if fields else None
-    if default is None and fields and str in _types(fields[leaf].annotation):
-        default = ""
-    if isinstance(default, ConfigDict | pydantic.BaseModel):
+    default = section[leaf] if leaf in section else fields[leaf].default if leaf in fields else None
+    if leaf in fields and not isinstance(default, ConfigDict):
+        default = _example(fields[leaf].annotation, default)
+    is_section = isinstance(default, ConfigDict | pydantic.BaseModel)
+    free = isinstance(default, ConfigDict) and section_of(known, leaf) is None and bool(parents)
+    value = read({} if free else default) if free or not is_section else None
+    if is_section and not isinstance(value, Mapping):
         raise ValueError(f"config.{field} is a section: set one of its keys, config.{field}.KEY")
-    value = read(default)
     try:
         with section.ignore_type():
             section[leaf] = value
@@ -187,9 +265,25 @@ def _set(config: ConfigDict, field: str, read: Callable[[Any], Any]) -> Any:
     return value
 
 
-def _types(annotation: Any) -> tuple[Any, ...]:
-    """The alternatives of a union, or the one type."""
-    return typing.get_args(annotation) or (annotation,)
+def _example(annotation: Any, value: Any) -> Any:
+    """Returns an example of the type that a field has by its annotation; `value` if it has several.
+
+    The value of a config file may be None, or have another type: 1 for a number like 0.5.
+    """
+    kinds = [typing.get_origin(kind) or kind for kind in _types(annotation)]
+    for kind in (str, bool, int, float, tuple):
+        if kind in kinds:
+            return kind()
+    return value
+
+
+def _types(annotation: Any) -> list[Any]:
+    """Returns the alternatives of a union, or the one type, without None and without bounds."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _types(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        return [kind for part in typing.get_args(annotation) for kind in _types(part)]
+    return [] if annotation is type(None) else [annotation]
 
 
 # ---------------------------------------------------------------------------- config.json

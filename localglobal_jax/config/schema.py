@@ -8,11 +8,19 @@ listed: its keys are the fields of the module that its ``name`` builds, and `mod
 checks them.
 """
 
+import os
 import warnings
 from typing import Annotated, Any, Literal, Self
 
 import pydantic
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -20,6 +28,9 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Side = Annotated[int, Field(gt=0, le=16384)]  # pixels
 Threads = Annotated[int, Field(gt=0, le=1024)]
 Alpha = Annotated[float, Field(ge=0, le=1000)]  # of a Beta distribution
+
+
+Path = Annotated[str, AfterValidator(os.path.expanduser)]  # "~/x" is in the home directory
 
 
 class Section(pydantic.BaseModel):
@@ -36,7 +47,7 @@ class Images(Section):
     # TFDS name: digits, fashion_mnist, cifar10, imagenet2012, ...; or "folder": `dir` holds one
     # folder of pictures per class (see `data/images/folder.py`)
     name: str = "digits"
-    dir: str | None = None  # TFDS data directory; None: $TFDS_DATA_DIR or ~/tensorflow_datasets
+    dir: Path | None = None  # TFDS data directory; None: $TFDS_DATA_DIR or ~/tensorflow_datasets
     mock: bool = False  # synthetic images of the right shape and number of classes, no data needed
     train_split: str = "train"  # TFDS split: "train", "train[:90%]", "train+validation", ...
     eval_splits: tuple[str, ...] = ("test",)  # evaluated one after the other
@@ -73,12 +84,12 @@ class Text(Section):
     """
 
     name: str = "lohelp_translate/en-de"  # TFDS name: wmt14_translate/de-en, opus, ...
-    dir: str | None = None  # TFDS data directory; None: $TFDS_DATA_DIR or ~/tensorflow_datasets
+    dir: Path | None = None  # TFDS data directory; None: $TFDS_DATA_DIR or ~/tensorflow_datasets
     # Your own text instead (the name is then "text_pairs"): (SOURCE, TARGET), line i of one the
     # translation of line i of the other, or one .tsv of "source TAB target". With "{split}" in the
     # names each split has its own files, otherwise a hash of the source chooses the split (see
     # `data/text/files.py`).
-    files: Annotated[tuple[str, ...], Field(max_length=2)] = ()
+    files: Annotated[tuple[Path, ...], Field(max_length=2)] = ()
     mock: bool = False  # synthetic language, no data needed
     source: str | None = None  # language (TFDS feature) to translate from; None: the data set's
     target: str | None = None  # language to translate into; None: the data set's, or the file's
@@ -89,7 +100,7 @@ class Text(Section):
     tokenizer: Literal["bpe", "unigram", "dict"] = "bpe"
     vocab: Annotated[int, Field(ge=8, le=1_000_000)] = 8000  # ids, including four special ones
     joint: bool = True  # one vocabulary for both languages
-    dicts: Annotated[tuple[str, ...], Field(max_length=2)] = ()  # dict.txt of source and target
+    dicts: Annotated[tuple[Path, ...], Field(max_length=2)] = ()  # dict.txt of source and target
     max_length: Annotated[int, Field(ge=2)] = 256  # tokens; training leaves out longer pairs
     buckets: PositiveInt = 6  # number of padded lengths; the step is compiled once for each
     # Pairs of a batch are a multiple of it: batches are then the same on any number of devices
@@ -175,8 +186,8 @@ class Checkpoints(Section):
     every: NonNegativeInt = 500  # steps; 0: only at the end
     keep: PositiveInt = 2  # number of newest checkpoints
     keep_every: NonNegativeInt = 0  # also keep each multiple of so many steps; 0: off
-    # Also keep the best checkpoint by this metric, e.g. "test/accuracy" or "-test/loss" (smaller is
-    # better), among the steps that are both evaluated and saved.
+    # Also keep the best checkpoint by this metric, e.g. "test/accuracy" or "-test/loss", among the
+    # steps that are both evaluated and saved. "-": smaller is better (loss, nll, perplexity)
     best: str | None = None
 
 
@@ -219,7 +230,7 @@ class Parallel(Section):
     batch_norm: Literal["global", "per_device"] = "global"
     # Folder of compiled programs, for a faster start the next time. "auto":
     # ~/.cache/localglobal/xla, but none on CPU; None: none
-    compilation_cache: str | None = "auto"
+    compilation_cache: Path | None = "auto"
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -247,7 +258,7 @@ class Run(Section):
     batch_size: PositiveInt = 128  # images, or tokens of text, over all hosts and devices
     dtype: Literal["float32", "bfloat16"] = "float32"  # activations; parameters stay float32
     model: dict[str, Any]  # {"name": ..., **fields of the module}
-    init: str | None = None  # workdir or checkpoint whose variables the run starts from
+    init: Path | None = None  # workdir or checkpoint whose variables the run starts from
     task: Classification | Translation
     data: Images | Text
     optim: Optim = Optim()

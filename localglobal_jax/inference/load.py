@@ -3,6 +3,8 @@
 
 import logging
 import pathlib
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import flax.linen as nn
@@ -65,8 +67,9 @@ def read_variables(
 ) -> tuple[int, Variables, dict[str, Any]]:
     """Reads ``(step, variables, metadata)``, with NumPy arrays, see `load`.
 
-    Checkpoint averaging as in arXiv 1706.03762, section 6.1. Raises ValueError if fewer than
-    `average` checkpoints are kept.
+    Checkpoint averaging as in arXiv 1706.03762, section 6.1; logs the steps that are averaged.
+    Raises ValueError if fewer than `average` checkpoints are kept, or if steps between them were
+    deleted (see `check_neighbours`).
     """
     last, state, metadata = reader.read(path, find_step(path, step))
     kept = [n for n in reader.steps(path) if n <= last][-average:]
@@ -77,12 +80,38 @@ def read_variables(
         )
     variables = state.get("average") or state["variables"]
     if average > 1:
+        read = [reader.read(path, earlier) for earlier in kept[:-1]]
+        check_neighbours(kept, [*(saved for *_, saved in read), metadata], f"average={average}")
+        log.info("average  of the steps %s", ", ".join(map(str, kept)))
         total = jax.tree.map(np.float64, variables)
-        for earlier in kept[:-1]:
-            _, state, _ = reader.read(path, earlier)
+        for _, state, _ in read:
             total = jax.tree.map(np.add, total, state.get("average") or state["variables"])
         variables = jax.tree.map(lambda t, v: (t / average).astype(v.dtype), total, variables)
     return last, variables, metadata
+
+
+def check_neighbours(
+    steps: Sequence[int], metadata: Sequence[Mapping[str, Any]], option: str
+) -> None:
+    """Raises ValueError unless `steps` were saved one after the other, at the end of a training.
+
+    Retention keeps the best step, and multiples of ``checkpoint.keep_every``, long after those
+    between it and the newest are deleted. An average over such a gap is worse than any of its
+    parts. Steps that are all multiples of ``checkpoint.keep_every``, one after the other, are
+    averaged. `metadata` holds the metadata of each step; `option` begins the error.
+    """
+    saving = [(saved.get("config") or {}).get("checkpoint") or {} for saved in metadata]
+    every = [options.get("every", 0) for options in saving]
+    kept_every = saving[-1].get("keep_every", 0)
+    if kept_every and all(b - a == kept_every for a, b in pairwise(steps)):
+        return
+    for i, (a, b) in reversed([*enumerate(pairwise(steps))]):
+        if (most := max(every[i : i + 2])) and b - a > most:
+            raise ValueError(
+                f"{option} would take the steps {', '.join(map(str, steps))}, but those between "
+                f"{a} and {b} were deleted (checkpoint.every={most}). Give at most "
+                f"{len(steps) - 1 - i} (--average), or keep more checkpoints (checkpoint.keep)"
+            )
 
 
 def pretrained(path: str, module: nn.Module, inputs: tuple[jax.ShapeDtypeStruct, ...]) -> Variables:

@@ -13,11 +13,11 @@ import jax
 
 from localglobal_jax.checkpoints import workdir
 from localglobal_jax.checkpoints.workdir import is_remote
-from localglobal_jax.config import schema, validation, values
+from localglobal_jax.config import schema, values
 from localglobal_jax.launch import expand, status
 from localglobal_jax.launch.backend import Target
 from localglobal_jax.parallel import placement
-from localglobal_jax.training import optim, step, tasks
+from localglobal_jax.training import metrics, optim, step, tasks
 
 
 class Preview:
@@ -41,10 +41,8 @@ class Preview:
         partitioner = placement.Partitioner(run.parallel, self._devices)
         step.check_batches(run, partitioner)
         optim.make_optimizer(run.optim, run.steps)
-        parameters, metrics = self._model(run)
-        best = (run.checkpoint.best or "").removeprefix("-")
-        if best and best not in metrics:
-            raise validation.unknown("metric in checkpoint.best:", best, metrics)
+        parameters, names = self._model(run)
+        metrics.check_best(run.checkpoint.best, names)
         remote = is_remote(described.workdir)
         if not remote:
             workdir.refuse_other(run, pathlib.Path(described.workdir))

@@ -36,10 +36,9 @@ class Evaluation:
             )
 
     def check_metric(self, best: str | None) -> None:
-        """Raises ValueError unless `best` ("test/accuracy", "-test/loss") is one of the metrics."""
+        """Raises ValueError unless `best` is one of the metrics, see `metrics.check_best`."""
         known = [f"{s}/{m}" for s, (e, *_) in self._evaluators.items() for m in e.metric_names]
-        if best and best.removeprefix("-") not in known:
-            raise validation.unknown("metric in checkpoint.best:", best.removeprefix("-"), known)
+        metrics.check_best(best, known)
 
     def __call__(self, variables: Variables) -> dict[str, dict[str, float]]:
         """Returns ``{split: {metric: value}}``."""

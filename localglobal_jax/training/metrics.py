@@ -6,14 +6,34 @@ counts are integers, hence exact in any order.
 """
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Integer, Shaped
 
+from localglobal_jax.config import validation
+
 Sums = dict[str, tuple[jax.Array, jax.Array]]
+SMALLER = ("loss", "nll", "perplexity")  # metrics of which smaller values are better
+
+
+def check_best(best: str | None, known: Collection[str]) -> None:
+    """Raises ValueError unless ``checkpoint.best`` ("test/accuracy", "-test/loss") is in `known`.
+
+    A metric of which smaller values are better needs the "-", the others must not have it.
+    """
+    if not best:
+        return
+    name = best.removeprefix("-")
+    if name not in known:
+        raise validation.unknown("metric in checkpoint.best:", name, known)
+    if (name.rpartition("/")[2] in SMALLER) != best.startswith("-"):
+        other = name if best.startswith("-") else f"-{name}"
+        raise ValueError(
+            f'checkpoint.best="{best}" would keep the worst checkpoint: give "{other}"'
+        )
 
 
 def classification(

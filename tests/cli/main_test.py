@@ -120,6 +120,32 @@ def test_wrong_commands_and_overrides_are_exit_code_2(argv, named, capsys):
     assert named in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [
+        (["evaluate", "--workdir=~/nothing"], "workdir"),
+        (["translate", "--workdir=~/nothing", "~/x"], "file"),
+        (["train", "--workdir=~/nothing", "--config=~/x.py:size=tiny"], "config"),
+        (["sweep", "--workdir=~/nothing", "--config=~/x.py"], "workdir"),
+        (["score", "~/hyp", "~/ref", "--source=~/src"], "source"),
+        (["classify", "--workdir=~/nothing", "~/a", "b"], "images"),
+        (["convert", "timm", "~/f", "--out=~/o"], "out"),
+        (["report", "~/w"], "workdirs"),
+    ],
+)
+def test_a_tilde_is_the_home_directory_in_every_command(argv, name, monkeypatch):
+    """train made a folder called "~"."""
+    monkeypatch.setenv("HOME", "/home/somebody")
+    seen = []
+    module = next(command for command in COMMANDS if argv[0] == command.NAME)
+    monkeypatch.setattr(module, "run", seen.append)
+    assert main(argv) == 0
+    paths = [p for v in vars(seen[0]).values() for p in (v if isinstance(v, list) else [v])]
+    assert not any(str(path).startswith("~") for path in paths)
+    assert any(str(path).startswith("/home/somebody/") for path in paths)
+    assert name in vars(seen[0])
+
+
 class NotOurs(ValueError):
     pass
 

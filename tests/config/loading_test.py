@@ -264,3 +264,128 @@ def test_the_former_name_of_implementation_still_loads(former, now, tmp_path):
     (tmp_path / "config.json").write_text(loading.to_json(run))
     assert "formulation" not in (tmp_path / "config.json").read_text()
     assert loading.read_json(tmp_path / "config.json") == run
+
+
+# ---------------------------------------------------------------------------- configs of one's own
+
+OWN = """
+from ml_collections import ConfigDict, FrozenConfigDict
+def get_config(arg=None):
+    c = ConfigDict()
+    c.steps = 7
+    c.model = dict(name="coatnet", blocks=dict(A=dict(kernel=3)))
+    c.optim = dict(learning_rate=1, warmup_steps=c.get_oneway_ref("steps"))
+    {end}
+"""
+
+
+def own(tmp_path, text, **files):
+    for name, content in files.items():
+        (tmp_path / f"{name}.py").write_text(content)
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "return c.lock()",
+        "c.lock(); return c",
+        "return FrozenConfigDict(c)",
+        "c.optim = FrozenConfigDict(c.optim); return c",
+        "return c.to_dict()",
+    ],
+)
+def test_locked_and_frozen_configs_take_overrides(end, tmp_path):
+    """yacs#21, omegaconf#1208: a KeyError or an AttributeError before."""
+    spec = own(tmp_path, OWN.format(end=end))
+    overrides = {"steps": "9", "optim.learning_rate": "3e-4", "model.depths": "(1, 2)"}
+    overrides |= {"model.blocks.A.kernel": "5", "eval.every": "2", "data.mock": "true"}
+    config = loading.load(spec, overrides)
+    run = validation.check(config)
+    assert (run.steps, run.optim.learning_rate, run.eval.every) == (9, 3e-4, 2)
+    assert run.model == {"name": "coatnet", "depths": (1, 2), "blocks": {"A": {"kernel": 5}}}
+    config.log = {"every": 3}
+    assert validation.check(config).log.every == 3
+    assert validation.check(loading.load_config(spec, steps=8)).steps == 8
+
+
+def test_references_between_fields_survive(tmp_path):
+    spec = own(tmp_path, OWN.format(end="return c.lock()"))
+    assert loading.load(spec, {"steps": "9"}).optim.warmup_steps == 9
+
+
+def test_dataclasses_of_a_config(tmp_path):
+    """detectron2#639: with postponed annotations, a dataclass could not even be defined."""
+    text = """
+from __future__ import annotations
+import dataclasses, typing
+@dataclasses.dataclass
+class Optim:
+    learning_rate: float = 1e-3
+    clip: dataclasses.InitVar[int | None] = None
+@dataclasses.dataclass
+class Run:
+    model: dict[str, typing.Any]
+    optim: Optim
+    steps: int = 7
+def get_config(arg=None):
+    typing.get_type_hints(Run)
+    return Run({"name": "coatnet"}, Optim())
+"""
+    run = validation.check(loading.load(own(tmp_path, text), {"optim.learning_rate": "2e-3"}))
+    assert (run.steps, run.optim.learning_rate) == (7, 2e-3)
+
+
+def test_modules_beside_a_config_are_imported(tmp_path):
+    """As Python imports them beside a script; in each folder its own."""
+    text = "import base\ndef get_config(arg=None):\n    import late\n    return base.make(late.N)\n"
+    base = "from ml_collections import ConfigDict\ndef make(n):\n    return ConfigDict({'steps': n"
+    before = list(sys.path)
+    for name, steps in (("a", 1), ("b", 2)):
+        (tmp_path / name).mkdir()
+        spec = own(tmp_path / name, text, base=base + "})\n", late=f"N = {steps}\n")
+        assert loading.load(spec).steps == steps
+    assert sys.path == before and not {"base", "late"} & sys.modules.keys()
+
+
+@pytest.mark.parametrize(
+    ("mesh", "given"),
+    [
+        ("c.parallel = dict(mesh=dict(data=2))", {"parallel.mesh": "{'data': 1, 'model': 2}"}),
+        ("c.parallel = dict(mesh=ConfigDict(dict(data=2)))",
+         {"parallel.mesh": '{"data": 1, "model": 2}'}),
+        ("c.parallel = dict(mesh=dict(data=1))", {"parallel.mesh.model": "2"}),
+        ("", {"parallel.mesh": "{'data': 1, 'model': 2}"}),
+    ],
+)  # fmt: skip
+def test_a_dict_is_overridden_whole(mesh, given, tmp_path):
+    spec = own(tmp_path, OWN.format(end=f"{mesh}\n    return c"))
+    assert validation.check(loading.load(spec, given)).parallel.mesh == {"data": 1, "model": 2}
+    blocks = {"model.blocks": "{'A': {'heads': 2}}"}
+    assert loading.load(spec, blocks).model.blocks.to_dict() == {"A": {"heads": 2}}
+    for field in ("model.blocks", "optim"):
+        with pytest.raises(ValueError, match=rf"config\.{field} is a section"):
+            loading.load(spec, {field: "3"})
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "value"),
+    [
+        ("eval.batch_size", "1e4", 10_000),
+        ("optim.learning_rate", "3e-4", 3e-4),  # the file has the integer 1
+        ("optim.warmup_steps", "1e1", 10),
+        ("data.in_memory", "yes", True),
+        ("data.mean", "0.5", (0.5,)),  # the file has a list
+        ("log.profile", "1,2", (1, 2)),
+        ("log.profile", "None", None),
+        ("data.dir", "~/x", str(pathlib.Path.home() / "x")),
+        ("init", "~/x", str(pathlib.Path.home() / "x")),
+    ],
+)
+def test_overrides_have_the_type_of_the_annotation(field, text, value, tmp_path):
+    spec = own(tmp_path, OWN.format(end="c.data = dict(mean=[1, 2])\n    return c"))
+    run = validation.check(loading.load(spec, {field: text}))
+    found = config_values.flatten(run.model_dump())[field]
+    assert found == value and type(found) is type(value)

@@ -13,6 +13,7 @@ import pytest
 from localglobal_jax import load
 from localglobal_jax.config import loading, validation
 from localglobal_jax.data.text import pipeline, tokenizers
+from localglobal_jax.inference import load as inference_load
 from localglobal_jax.parallel import placement
 from localglobal_jax.training import evaluation, loop
 from localglobal_jax.training.step import accumulated_gradient
@@ -217,6 +218,41 @@ def test_checkpoints_are_averaged(trained):
         load(trained, average=5)
 
 
+def test_an_average_names_its_steps_and_does_not_reach_over_a_gap(trained, tmp_path, caplog):
+    """Prime#8, #9, fairseq#602: the best step, kept from long ago, was averaged with the newest."""
+    caplog.set_level("INFO")
+    evaluation.evaluate(trained, average=2)
+    assert "average  of the steps 3, 4" in caplog.messages
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    shutil.rmtree(copy / "checkpoints" / "2")  # 1 is kept, as the best is
+    with pytest.raises(ValueError, match=r"average=3.* 1, 3, 4.*\b2 \(--average\)"):
+        load(copy, average=3)
+    with pytest.raises(ValueError, match=r"average=2.* 1, 3"):
+        load(copy, 3, average=2)
+    load(copy, average=2)
+
+
+@pytest.mark.parametrize(
+    ("steps", "saving", "most"),
+    [
+        ((10, 50, 60), {"every": 10}, 2),
+        ((100, 200, 300), {"every": 10, "keep_every": 100}, None),
+        ((100, 200, 300), {"every": 10, "keep_every": 50}, 1),
+        ((100, 290, 300), {"every": 10, "keep_every": 100}, 2),
+        ((40, 43, 50), {"every": 10}, None),  # 43: stopped by a signal
+        ((10, 60), {"every": 0}, None),  # saved at its end only, and resumed
+        ((10, 60), {}, None),  # converted weights
+    ],
+)
+def test_neighbours_among_the_checkpoints(steps, saving, most):
+    metadata = [{"config": {"checkpoint": saving}} if saving else {}] * len(steps)
+    if most is None:
+        return inference_load.check_neighbours(steps, metadata, "average")
+    with pytest.raises(ValueError, match=rf"at most {most} \(--average\)"):
+        inference_load.check_neighbours(steps, metadata, "average")
+
+
 def test_another_vocabulary_than_it_began_with_is_refused(trained, tmp_path):
     """It is read, not made anew; and with other words, batches would hold other ids."""
     copy = tmp_path / "copy"
@@ -264,6 +300,12 @@ def test_fine_tuning_takes_weights_and_vocabulary(trained, tmp_path, monkeypatch
         ({"model.blocks.M.windows": "(3, 3)"}, "windows"),
         ({"batch_size": "64"}, "batch_size=64 .*data.rows_multiple=8"),
         ({"checkpoint.best": "validation/blue"}, "checkpoint.best.*validation/bleu"),
+        # fairseq#1910, #1912: these kept the worst
+        ({"checkpoint.best": "validation/loss"}, '"-validation/loss"'),
+        ({"checkpoint.best": "validation/nll"}, '"-validation/nll"'),
+        ({"checkpoint.best": "validation/perplexity"}, '"-validation/perplexity"'),
+        ({"checkpoint.best": "-validation/bleu"}, '"validation/bleu"'),
+        ({"checkpoint.best": "-validation/accuracy"}, '"validation/accuracy"'),
     ],
 )
 def test_refused_before_anything_is_written(overrides, message, tmp_path):
