@@ -14,7 +14,6 @@ from localglobal_jax.config.loading import parse_arg
 def get_config(arg=None):
     arg = parse_arg(arg, size=("demo", "tiny"), data=("real", "mock"))
     config = ConfigDict()
-    config.seed = 0
     config.steps = 500
     config.batch_size = 128  # images
 

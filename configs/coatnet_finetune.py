@@ -33,18 +33,11 @@ def get_config(arg=None):
 
 def finetune(arg, steps, dataset):
     """Returns the config of fine-tuning `arg.init`; `configs/finetune_folder.py` calls it too."""
-    config = recipes.imagenet(
-        steps=steps,
-        batch_size=512,
-        resolution=arg.resolution,
-        mock=arg.data == "mock",
-        dataset=dataset,
-    )
+    config = recipes.imagenet(arg, steps=steps, batch_size=512, dataset=dataset)
     if arg.init:
         config.init = arg.init
     config.model = dict(model_of(arg.init) if arg.init else {"name": "coatnet_0"}, drop_path=0.1)
     config.task = dict(label_smoothing=0.1, mixup=0.8)
-    config.data.randaugment_magnitude = 15
     config.optim = dict(learning_rate=5e-5, schedule="constant", weight_decay=1e-8, ema=0.9999)
     config.eval.every = 2_500  # steps: an epoch of ImageNet-1k
     config.checkpoint.every = 500

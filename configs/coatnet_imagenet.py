@@ -26,22 +26,15 @@ def get_config(arg=None):
         data=("real", "mock"),
         size=("full", "tiny"),
     )
-    config = recipes.imagenet(
-        steps=recipes.steps(arg.epochs, BATCH, arg.images),
-        batch_size=BATCH,
-        resolution=arg.resolution,
-        mock=arg.data == "mock",
-        dataset=arg.dataset,
-    )
+    steps = recipes.steps(arg.epochs, BATCH, arg.images)
+    config = recipes.imagenet(arg, steps=steps, batch_size=BATCH, dataset=arg.dataset)
     config.model = dict(name=f"coatnet_{arg.variant}", drop_path=DROP_PATH.get(arg.variant, 0.2))
     config.task = dict(label_smoothing=0.1, mixup=0.8)
-    config.data.randaugment_magnitude = 15
     config.optim = dict(
         learning_rate=1e-3,
         warmup_steps=10_000,
         end_learning_rate=1e-5,
         weight_decay=0.05,
-        clip_norm=1.0,
     )
     if arg.size == "tiny":
         recipes.shrink(config, depths=(1, 1, 1, 1), widths=(8, 16, 32, 64), stem=(8, 8))

@@ -23,12 +23,7 @@ def get_config(arg=None):
         data=("real", "mock"),
         size=("full", "tiny"),
     )
-    config = recipes.imagenet(
-        steps=recipes.steps(arg.epochs, BATCH),
-        batch_size=BATCH,
-        resolution=arg.resolution,
-        mock=arg.data == "mock",
-    )
+    config = recipes.imagenet(arg, steps=recipes.steps(arg.epochs, BATCH), batch_size=BATCH)
     size = arg.variant.split("_")[0]
     config.model = dict(name=f"focal_{arg.variant}", drop_path=DROP_PATH[size])
     config.task = dict(label_smoothing=0.1, mixup=0.8, cutmix=1.0)

@@ -11,6 +11,7 @@ folder you start from, or name others in ``data.files`` and ``data.dicts``. Then
 
 from ml_collections import ConfigDict
 
+from localglobal_jax.config import recipes
 from localglobal_jax.config.loading import parse_arg
 
 TEXT = "iwslt14.tokenized.de-en"
@@ -21,12 +22,11 @@ def get_config(arg=None):
         arg, model=("muse", "muse_simple"), size=("paper", "tiny"), data=("real", "mock")
     )
     config = ConfigDict()
-    config.seed = 0
     config.steps = 20_000  # 71 epochs
     config.batch_size = 16_000  # tokens: 4,000, four times accumulated
     config.dtype = "bfloat16"  # activations; parameters stay float32
     config.model = dict(name=f"{arg.model}_iwslt")
-    config.task = dict(name="translation", label_smoothing=0.1, beam=5, length_penalty=1.0)
+    config.task = dict(name="translation", beam=5)
     config.data = dict(
         files=(f"{TEXT}/{{split}}.de", f"{TEXT}/{{split}}.en"),
         tokenizer="dict",
@@ -52,9 +52,5 @@ def get_config(arg=None):
     if arg.data == "mock":
         config.data.update(name="iwslt14", mock=True, files=(), dicts=())
     if arg.size == "tiny":
-        config.update(steps=20, batch_size=2048)
-        config.model.update(depths=(1, 1), widths=(32, 32), heads=(2, 2), hidden=(32, 32))
-        config.data.update(max_length=48, buckets=2)
-        config.optim.warmup_steps = 5
-        config.eval.every = config.checkpoint.every = 10
+        recipes.shrink_text(config, batch_size=2048)
     return config

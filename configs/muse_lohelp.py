@@ -8,21 +8,20 @@ echo "Click the button to open the dialog." | localglobal translate --workdir ru
 
 from ml_collections import ConfigDict
 
+from localglobal_jax.config import recipes
 from localglobal_jax.config.loading import parse_arg
 
 
 def get_config(arg=None):
     arg = parse_arg(arg, pair=("en-de", "en-fr"), size=("demo", "tiny"), data=("real", "mock"))
     config = ConfigDict()
-    config.seed = 0
     config.steps = 2400  # six epochs
     config.batch_size = 2048  # tokens
     config.model = dict(name="muse", layout="MM", depths=(3, 3), widths=(192, 192), heads=(4, 4))
     config.model.update(hidden=(384, 384), dropout=0.1)
     config.model.blocks = dict(M=dict(kernel_dropout=0.0))
-    config.task = dict(name="translation", label_smoothing=0.1, beam=4)
+    config.task = dict(name="translation")
     config.data = dict(name=f"lohelp_translate/{arg.pair}", mock=arg.data == "mock")
-    config.data.eval_splits = ("validation",)
     config.data.update(vocab=4000, max_length=96, buckets=6)  # ids, tokens, lengths
     config.optim = dict(
         learning_rate=2e-3,
@@ -34,9 +33,5 @@ def get_config(arg=None):
     config.eval = dict(every=800, batch_size=8192)  # steps, tokens
     config.checkpoint = dict(every=400, best="validation/bleu")
     if arg.size == "tiny":
-        config.update(steps=20, batch_size=1024)
-        config.model.update(depths=(1, 1), widths=(32, 32), heads=(2, 2), hidden=(32, 32))
-        config.data.update(vocab=400, max_length=48, buckets=2)
-        config.optim.warmup_steps = 5
-        config.eval.every = config.checkpoint.every = 10
+        recipes.shrink_text(config, batch_size=1024, vocab=400)
     return config

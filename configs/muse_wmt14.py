@@ -10,6 +10,7 @@ tokenised text; here SentencePiece is trained on the raw text.
 
 from ml_collections import ConfigDict
 
+from localglobal_jax.config import recipes
 from localglobal_jax.config.loading import parse_arg
 
 PAIRS = {
@@ -26,20 +27,17 @@ def get_config(arg=None):
     arg = parse_arg(arg, pair=tuple(PAIRS), size=("paper", "tiny"), data=("real", "mock"))
     pair = ConfigDict(PAIRS[arg.pair])
     config = ConfigDict()
-    config.seed = 0
     config.steps = pair.steps
     config.batch_size = 458_752  # tokens: 3,584 x 32 x 4
     config.dtype = "bfloat16"  # activations; parameters stay float32
     config.model = dict(name=f"muse_wmt_{arg.pair.replace('-', '_')}")
-    config.task = dict(name="translation", label_smoothing=0.1)
-    config.task.update(beam=pair.beam, length_penalty=pair.length_penalty)
+    config.task = dict(name="translation", beam=pair.beam, length_penalty=pair.length_penalty)
     config.data = dict(name=f"wmt14_translate/{pair.tfds}", mock=arg.data == "mock")
     config.data.update(source="en", target=arg.pair[-2:])
     config.data.update(vocab=pair.vocab, max_length=256, buckets=8)  # ids, tokens, lengths
     config.data.rows_multiple = 256  # pairs: 8 micro-batches for each of 32 devices
     config.optim = dict(
         learning_rate=pair.learning_rate,
-        schedule="cosine",
         warmup_steps=10_000,
         init_learning_rate=1e-7,
         b2=0.98,
@@ -49,9 +47,5 @@ def get_config(arg=None):
     config.eval = dict(every=2000)  # steps
     config.checkpoint = dict(every=1000, keep=10, best="-validation/loss")
     if arg.size == "tiny":
-        config.update(steps=20, batch_size=2048)
-        config.model.update(depths=(1, 1), widths=(32, 32), heads=(2, 2), hidden=(32, 32))
-        config.data.update(vocab=300, max_length=48, buckets=2, rows_multiple=16)
-        config.optim.warmup_steps = 5
-        config.eval.every = config.checkpoint.every = 10
+        recipes.shrink_text(config, batch_size=2048, vocab=300, rows_multiple=16)
     return config

@@ -24,15 +24,11 @@ def get_config(arg=None):
         data=("real", "mock"),
         size=("full", "tiny"),
     )
-    config = recipes.imagenet(
-        steps=recipes.steps(arg.epochs, BATCH),
-        batch_size=BATCH,
-        resolution=arg.resolution,
-        mock=arg.data == "mock",
+    config = recipes.imagenet(arg, steps=recipes.steps(arg.epochs, BATCH), batch_size=BATCH)
+    config.model = dict(
+        name=f"volo_{arg.variant}", mix_token=True, drop_path=DROP_PATH[arg.variant]
     )
-    config.model = dict(name=f"volo_{arg.variant}", mix_token=True)
-    config.model.drop_path = DROP_PATH[arg.variant]
-    config.task = dict(label_smoothing=0.1, token_weight=0.5)
+    config.task = dict(label_smoothing=0.1)
     config.data.update(randaugment_magnitude=9, erase=0.25)
     config.optim = dict(
         learning_rate=1.6e-3,

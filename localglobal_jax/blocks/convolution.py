@@ -45,14 +45,14 @@ class MBConvBlock(nn.Module):
     The defaults are the paper's; the other choices are those of timm's ``_rw`` families.
 
     Attributes:
-      expansion: hidden width over the width that `expand_from` names.
+      expansion: ratio of the hidden width to the width that `expand_from` selects.
       expand_from: "output" or "input" width.
       stride_at: where the main path strides: in the "depthwise" convolution, in the "expand" 1x1
         convolution, or by pooling before ("pool").
       pool: how the shortcut is halved. `main_pool`: how the main path is, if it pools.
       pre_activation: activation after the first norm.
       squeeze_ratio: of squeeze-excite's hidden width to the `expand_from` width ("input": to the
-        expanded width); 0: no squeeze-excite. Where it rounds to nothing, a sixteenth of the
+        expanded width); 0: no squeeze-excite. If it rounds to 0, a sixteenth of the
         expanded width is taken, at least 8.
       squeeze_early: squeeze-excite before the depthwise norm instead of after it.
       use_bias: of the projection and the shortcut; no other convolution has one.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers of blocks beside their operator: norms, pooling, shortcuts, scales, pointwise nets."""
+"""Parts of blocks other than the operator: norms, pooling, shortcuts, scales, pointwise nets."""
 
 from functools import partial
 from typing import Literal

@@ -56,8 +56,8 @@ class MuseLayer(nn.Module):
     dtype: str = "float32"
 
     def setup(self) -> None:
-        own = ("parent", "name", "pre_norm", "norm_eps")
-        fields = {k: getattr(self, k) for k in self.__dataclass_fields__ if k not in own}
+        block_fields = ("parent", "name", "pre_norm", "norm_eps")
+        fields = {k: getattr(self, k) for k in self.__dataclass_fields__ if k not in block_fields}
         self.muse = MuseSequence(**fields, name="muse")
         self.norm = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")
 
@@ -119,9 +119,9 @@ class TransformerLayer(nn.Module):
 
     def mixer(self) -> nn.Module:
         """Returns the operator that reads other positions."""
-        return SelfAttention(**self.given())
+        return SelfAttention(**self.shared_fields())
 
-    def given(self) -> dict[str, Any]:
+    def shared_fields(self) -> dict[str, Any]:
         """Returns the fields of every attention."""
         return {
             "features": self.features,
@@ -214,7 +214,7 @@ class RelativeLayer(TransformerLayer):
     furthest: PositiveInt = 128
 
     def mixer(self) -> nn.Module:
-        return SelfAttention(furthest=self.furthest, **self.given())
+        return SelfAttention(furthest=self.furthest, **self.shared_fields())
 
 
 class AdaptiveLayer(TransformerLayer):
@@ -223,7 +223,7 @@ class AdaptiveLayer(TransformerLayer):
     window: PositiveInt = 7
 
     def mixer(self) -> nn.Module:
-        return AdaptiveConv(window=self.window, **self.given())
+        return AdaptiveConv(window=self.window, **self.shared_fields())
 
 
 class EquivariantLayer(RelativeLayer):
@@ -233,7 +233,7 @@ class EquivariantLayer(RelativeLayer):
     """
 
     def mixer(self) -> nn.Module:
-        return EquivariantSequence(furthest=self.furthest, **self.given())
+        return EquivariantSequence(furthest=self.furthest, **self.shared_fields())
 
 
 class DynamicConvLayer(TransformerLayer):

@@ -2,7 +2,7 @@
 """Consecutive blocks in one of three forms, which `placement.Partitioner` selects.
 
 Unrolled; with `remat` (a block's activations are computed again in the backward pass, so that only
-what goes in is kept, arXiv 1604.06174); with `scan` (equal blocks in a row are compiled once). The
+its input is kept, arXiv 1604.06174); with `scan` (equal blocks in a row are compiled once). The
 parameter tree is the same in all of them, so checkpoints are, too.
 """
 
@@ -32,28 +32,28 @@ def apply_blocks(
     `blocks` are submodules of `parent`.
     """
     outputs: list[Array] = []
-    forms = context.stack_options()
-    if not forms.scan or parent.is_initializing():
+    options = context.stack_options()
+    if not options.scan or parent.is_initializing():
         runs = [[i] for i in range(len(blocks))]
     else:
         keys = [_kind(parent, block) for block in blocks]
         runs = [list(run) for _, run in groupby(range(len(blocks)), key=keys.__getitem__)]
     for run in runs:
-        own = [inputs[i] for i in run]
+        extras = [inputs[i] for i in run]
         if len(run) == 1:
             step = _edged(call)
-            step = _gathered(step, forms.gather) if forms.gather else step
-            step = nn.remat(step) if forms.remat else step
-            outputs.append(step(blocks[run[0]], x, own[0]))
+            step = _gathered(step, options.gather) if options.gather else step
+            step = nn.remat(step) if options.remat else step
+            outputs.append(step(blocks[run[0]], x, extras[0]))
         else:
-            outputs += _scan(parent, [blocks[i] for i in run], x, call, own, forms=forms)
+            outputs += _scan(parent, [blocks[i] for i in run], x, call, extras, options=options)
         x = outputs[-1]
     return outputs
 
 
 def _edged(call: Call) -> Call:
-    def edged(block: nn.Module, x: Array, own: Any) -> Array:
-        return context.constrain(call(block, context.constrain(x), own))
+    def edged(block: nn.Module, x: Array, extra: Any) -> Array:
+        return context.constrain(call(block, context.constrain(x), extra))
 
     return edged
 
@@ -86,9 +86,9 @@ def _scan(
     call: Call,
     inputs: Sequence[Any],
     *,
-    forms: context.StackOptions,
+    options: context.StackOptions,
 ) -> list[Array]:
-    """Equal blocks as one loop over their stacked variables."""
+    """Applies equal blocks as one loop over their stacked variables."""
 
     def stack(trees: Sequence[PyTree]) -> PyTree:
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
@@ -103,16 +103,16 @@ def _scan(
     )
 
     def body(x: Array, each: tuple[PyTree, Array, Any, Any]) -> tuple[Array, Any]:
-        variables, rate, own, key = each
-        if forms.gather:
-            variables = {**variables, **forms.gather({"params": variables["params"]})}
+        variables, rate, extra, key = each
+        if options.gather:
+            variables = {**variables, **options.gather({"params": variables["params"]})}
         changes: dict[str, Any] = {"drop_path": rate} if any(rates) else {}
         block = first.clone(parent=None, name=shown, **changes)
         rngs = {} if key is None else {"dropout": key}
-        y, new = block.apply(variables, x, own, method=_edged(call), mutable=changing, rngs=rngs)
+        y, new = block.apply(variables, x, extra, method=_edged(call), mutable=changing, rngs=rngs)
         return y, (y, new)
 
-    step = jax.checkpoint(body, prevent_cse=False) if forms.remat else body
+    step = jax.checkpoint(body, prevent_cse=False) if options.remat else body
     xs = (variables, jnp.asarray(rates, jnp.float32), stack(inputs), keys)
     _, (outputs, changed) = jax.lax.scan(step, x, xs)
     for i, block in enumerate(blocks):

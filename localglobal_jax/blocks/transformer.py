@@ -123,7 +123,7 @@ class RelativeAttentionBlock(TransformerBlock):
 
 
 class AttentionBlock(RelativeAttentionBlock):
-    """S: the same without a bias; it does not depend on positions."""
+    """S: attention without a bias; equivariant to permutations of the positions."""
 
     bias: Literal["table", "mlp", "none"] = "none"
 
@@ -138,7 +138,7 @@ class AdaptiveConvBlock(TransformerBlock):
 
 
 class EquivariantAttentionBlock(TransformerBlock):
-    """E: translation-equivariant attention; its table belongs to one grid size."""
+    """E: translation-equivariant attention; its table has the size of one grid."""
 
     def operator(self, grid: tuple[int, int], **options: Any) -> nn.Module:
         return EquivariantAttention(use_bias=self.qkv_bias, **options)
@@ -152,7 +152,7 @@ class FocalAttentionBlock(TransformerBlock):
       focal_pool: how windows are pooled, its `pool`.
       nearest: keys per level of `NearestFocalAttention`; 0: neighbours by rolls.
       grid: the grid that windows are chosen for: one that fills it shrinks to it and has no
-        neighbours. None: the grid at hand; then parameters serve grids of this size alone.
+        neighbours. None: the grid of the input; then parameters serve this grid size alone.
     """
 
     norm_eps: float = 1e-5

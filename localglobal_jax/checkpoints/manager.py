@@ -128,10 +128,6 @@ class Checkpoints:
         """Returns the complete steps, oldest first, without a save that is still being written."""
         return [step for step, complete in steps.scan(self.directory).items() if complete]
 
-    def latest(self) -> int | None:
-        """Returns the newest complete step; None if there is none."""
-        return max(self.steps(), default=None)
-
     def best(self) -> int | None:
         """Returns the step with the best ``options.best``, the newest of equals; or None."""
         values = {}

@@ -69,9 +69,9 @@ def run(args: argparse.Namespace) -> int:
     if not good:
         raise ValueError("; ".join(f"{picture.path}: {picture.problem}" for picture in found))
     places = _places(args.overlay, good) if args.overlay else {}
-    from localglobal_jax.inference import classifier as classify
+    from localglobal_jax.inference.classifier import Classified, load
 
-    classifier = classify.load(args.workdir, args.step, args.average, args.overrides)
+    classifier = load(args.workdir, args.step, args.average, args.overrides)
     answers = classifier.classify(
         [picture.path for picture in good],
         top=args.top,
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     )
     bad, everything = 0, []
     for path, _, problem in found:
-        answer = classify.Classified(path, problem=problem) if problem else next(answers)
+        answer = Classified(path, problem=problem) if problem else next(answers)
         if answer.problem:
             bad += 1
             name = path.translate(ESCAPED)

@@ -32,19 +32,19 @@ def run(args: argparse.Namespace) -> None:
         name, directory = data.name, directory or data.dir
     from localglobal_jax.data.images import folder
     from localglobal_jax.data.text import pairs
-    from localglobal_jax.data.tfds import prepare as tfds
     from localglobal_jax.data.tfds import tfrecord_index
+    from localglobal_jax.data.tfds.prepare import from_tfrecord, prepare
 
     if name == folder.NAME:
         counts = folder.count(directory)
     elif isinstance(data, schema.Text) and (data.files or data.mock):
         counts = pairs.count(data)
     elif args.from_tfrecord:
-        counts = tfds.from_tfrecord(args.from_tfrecord, directory)
+        counts = from_tfrecord(args.from_tfrecord, directory)
     elif args.index:
         counts = tfrecord_index.prepare(args.index)
     elif name:
-        counts = tfds.prepare(name, directory, source=args.source)
+        counts = prepare(name, directory, source=args.source)
     else:
         raise ValueError(
             "name a data set: --config FILE, a TFDS NAME, --from_tfrecord DIR or --index DIR"

@@ -59,13 +59,13 @@ def run(args: argparse.Namespace) -> int:
         from localglobal_jax.inference import heat_map
 
         heat_map.check(args.attention)
-    from localglobal_jax.inference import translator as translate
+    from localglobal_jax.inference.translator import Sampling, defaults, load
 
-    translator = translate.load(args.workdir, args.step, args.average)
+    translator = load(args.workdir, args.step, args.average)
     chosen = {
-        **translate.defaults(args.workdir),
+        **defaults(args.workdir),
         "nbest": 1 if args.nbest is None else args.nbest,
-        "sampling": None if sampling is None else translate.Sampling(**sampling),
+        "sampling": None if sampling is None else Sampling(**sampling),
     }
     names = ("beam", "length_penalty", "min_length", "max_length", "max_source", "batch_size")
     chosen |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}

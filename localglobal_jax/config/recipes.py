@@ -14,24 +14,26 @@ def steps(epochs: int, batch_size: int, images: int = IMAGES) -> int:
 
 
 def imagenet(
-    *, steps: int, batch_size: int, resolution: int, mock: bool, dataset: str = "imagenet2012"
+    arg: ConfigDict, *, steps: int, batch_size: int, dataset: str = "imagenet2012"
 ) -> ConfigDict:
-    """Returns a config without ``model``, ``task`` and ``optim``."""
+    """Returns a config without ``model``, ``task`` and ``optim``.
+
+    `arg`: the parsed argument of the config, with ``resolution`` and ``data``.
+    """
     config = ConfigDict()
-    config.seed = 0
     config.steps = steps
     config.batch_size = batch_size  # images
     config.dtype = "bfloat16"  # activations; parameters stay float32
     config.data = dict(
         name=dataset,
-        mock=mock,
+        mock=arg.data == "mock",
         eval_splits=("validation",),
-        image_size=(resolution, resolution),  # pixels
+        image_size=(arg.resolution, arg.resolution),  # pixels
         mean=(0.485, 0.456, 0.406),  # RGB, of ImageNet's pixels in [0, 1]
         std=(0.229, 0.224, 0.225),
         crop="resized",
         flip=True,
-        randaugment_layers=2,
+        randaugment_layers=2,  # RandAugment(2, 15); 15 is the default
         threads=16,  # decoding threads of one host
     )
     config.eval = dict(every=5_000)  # steps
@@ -46,3 +48,12 @@ def shrink(config: ConfigDict, **model: Any) -> None:
     config.data.image_size = (64, 64)
     config.model.update(model)
     config.eval.every = config.checkpoint.every = config.log.every = 5
+
+
+def shrink_text(config: ConfigDict, *, batch_size: int, **data: Any) -> None:
+    """Turns `config` into the ``size=tiny`` run: 20 steps of `batch_size` tokens, a small model."""
+    config.update(steps=20, batch_size=batch_size)
+    config.model.update(depths=(1, 1), widths=(32, 32), heads=(2, 2), hidden=(32, 32))
+    config.data.update(max_length=48, buckets=2, **data)
+    config.optim.warmup_steps = 5
+    config.eval.every = config.checkpoint.every = 10

@@ -258,6 +258,7 @@ session.open_session                       training.setup.prepare_setup
 stems_heads.PoolingHead                    models.heads.PoolingHead
 step_context.BlockForms                    parallel.context.StackOptions
 step_context.block_forms                   parallel.context.stack_options
+step_context.own_key                       parallel.context.device_key
 stored.first_good                          checkpoints.reader.newest_valid
 stored.together                            checkpoints.reader.all_hosts_agree
 sweeps.elsewhere                           config.sweeps.cloud_name

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapts variables to another resolution or another number of classes, for fine-tuning.
 
-Both compare the variables with what the module would have in its new shape, so they are blind to
-the architecture: parameters are known by the end of their path.
+Both compare the variables with the shapes of the adapted module, so they work for every
+architecture: the end of its path identifies a parameter.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,7 +15,7 @@ from flax import traverse_util
 
 from localglobal_jax.convert.weights import Path, Variables
 
-# End of the path of a parameter that is a picture of the grid -> its two space axes.
+# End of the path of a parameter with the axes of the grid -> its two space axes.
 PICTURES: dict[Path, tuple[int, int]] = {
     ("relative_bias", "table"): (0, 1),
     ("position",): (0, 1),  # VOLO
@@ -34,7 +34,7 @@ def resize(
     Relative tables [2h-1, 2w-1, heads] are resized bilinearly, as CoAtNet's authors do (arXiv
     2106.04803, appendix A.2; half-pixel centres, no antialiasing), so displacement zero stays where
     it was. The displacements' unit thereby stretches with the grid. VOLO's position embedding
-    [h, w, d] likewise. A bias made by an MLP (log-CPB) needs no resizing and stays.
+    [h, w, d] likewise. A bias computed by an MLP (log-CPB) is not resized.
 
     Raises:
       ValueError: another parameter depends on the resolution.
@@ -78,10 +78,10 @@ def _resize(path: Path, leaf: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def reclassify(
     module: nn.Module, variables: Mapping[str, Any], classes: int
 ) -> tuple[nn.Module, Variables]:
-    """Returns module and variables with `classes` outputs (0: none); every classifier is new, zero.
+    """Returns module and variables with `classes` outputs (0: none); every classifier is zero.
 
     A classifier is a submodule whose name ends in "classifier", and classes are the last axis of
-    its parameters. A zero one gives all classes the same logit at first, and still has a gradient.
+    its parameters. A zero classifier gives all classes the same logit and has a gradient.
 
     Raises:
       ValueError: there is no classifier to replace.

@@ -2,7 +2,7 @@
 """Converts checkpoints of MUSE's published code, a fork of fairseq 0.6.2 (MUSE is Prime there).
 
 Their training arguments become the fields of `EncoderDecoder`, with padding as their code has it.
-Left behind, because it cannot move a result: ``encoder_attn_layer_norm`` (never called), the gate
+Skipped, because they change no result: ``encoder_attn_layer_norm`` (never called), the gate
 of a single kernel, the kernels under ``attn_dynamic_cat=0``, ``version`` and ``_float_tensor``.
 """
 
@@ -39,8 +39,9 @@ DEFAULTS: dict[str, Any] = {  # of their architecture "transformer"
     "dynamic_gate": 1,
     "dynamic_padding": 0,
 }
-SIZES = ("embed_dim", "ffn_embed_dim")  # of the decoder, where nothing is said those of the encoder
-FIXED: dict[str, tuple[Any, str]] = {  # what we do not build: the value we have, and what it is
+SIZES = ("embed_dim", "ffn_embed_dim")  # of the decoder; the default is the value of the encoder
+# Features that are not built: argument -> the only value allowed, and the feature.
+FIXED: dict[str, tuple[Any, str]] = {
     "combine": (1, "branches one after the other, or their older fused code (bm)"),
     "adaptive_softmax_cutoff": (None, "adaptive softmax"),
     "adaptive_input": (False, "adaptive input"),
@@ -68,7 +69,7 @@ def load(args: Any, state_dict: Mapping[str, Any]) -> tuple[EncoderDecoder, Vari
       state_dict: name -> array, the checkpoint's ``model``.
 
     Raises:
-      ValueError: an argument asks for what we do not build; names are missing or left over, or
+      ValueError: an argument has a value that is not built; names are missing or left over, or
         shapes differ (lists all of them).
     """
     if not isinstance(args, Mapping) and not hasattr(args, "__dict__"):
@@ -83,7 +84,9 @@ def load(args: Any, state_dict: Mapping[str, Any]) -> tuple[EncoderDecoder, Vari
             )
         version = np.asarray(state_dict.get(f"{side}.version", 2.0)).reshape(-1)[0]
         if version < 2:
-            raise ValueError(f"{side}.version is {version:g}: only version 2 is read (a last norm)")
+            raise ValueError(
+                f"{side}.version is {version:g}: give a checkpoint of version 2, with a last norm"
+            )
     module = EncoderDecoder(
         source_vocab=len(state_dict["encoder.embed_tokens.weight"]),
         target_vocab=len(state_dict["decoder.embed_tokens.weight"]),
@@ -112,7 +115,7 @@ def read(
     """Returns arguments and state dict of a checkpoint file, for `fairseq.load`.
 
     `arguments` are added to those in the file, and win. Raises ValueError for a file that is not
-    a checkpoint, holds other classes or no arguments, and where torch is missing.
+    a checkpoint, holds other classes or no arguments, and if torch is not installed.
     """
     if path.suffix != ".pt":
         if not arguments:
@@ -134,15 +137,15 @@ def _load(path: pathlib.Path) -> tuple[argparse.Namespace | None, Mapping[str, A
     try:
         with torch.serialization.safe_globals([argparse.Namespace, *meters]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged file makes torch do
+    except Exception as error:  # torch raises many types for damaged files
         other = re.search(r"GLOBAL (\S+)", str(error))
         if other is None:
             reason = str(error).split("\n")[0].split(". ")[0]
             raise ValueError(f"{path} is damaged, or not a torch file: {reason}") from error
         raise ValueError(
             f"{path} holds a {other[1]}, which is not loaded: only tensors, plain containers and "
-            "the training arguments are. Where you trust it, save its weights as .safetensors and "
-            "give its arguments with --args"
+            "the training arguments are. If you trust the file, save its weights as .safetensors "
+            "and give its arguments with --args"
         ) from error
     parts = checkpoint if isinstance(checkpoint, dict) else {}
     args, model = parts.get("args"), parts.get("model")
@@ -185,8 +188,8 @@ def _array(tensor: Any) -> np.ndarray:
 def fields(args: Mapping[str, Any]) -> dict[str, Any]:
     """Returns fairseq's arguments as fields of `EncoderDecoder`, except the sizes of vocabularies.
 
-    Arguments of training, data and logging are not looked at. Raises ValueError for values that
-    ask for what we do not build.
+    Arguments of training, data and logging are ignored. Raises ValueError for values
+    that are not built.
     """
     for name, (value, what) in FIXED.items():
         if (args.get(name, value) or None) != (value or None):

@@ -56,7 +56,7 @@ def convert_file(
       dictionaries: of fairseq, the ``dict.txt`` of source and target, or one for both; they
         become ``out/tokenizer``, which translating needs.
 
-    Raises ValueError where the weights do not fit, and if `out` is taken. Then nothing is written.
+    Raises ValueError, and writes nothing, if the weights do not fit or `out` has a checkpoint.
     """
     mirror = gcs.LocalMirror(out)
     folder = mirror.local
@@ -66,7 +66,7 @@ def convert_file(
         if (folder / taken).exists():
             raise ValueError(f"{out} holds {taken} already: give another --out")
     if dictionaries and source != "fairseq":
-        raise ValueError(f"--dict is for fairseq: models of {source} have no words")
+        raise ValueError(f"--dict is for fairseq: models of {source} have no vocabulary")
     file = find_weights(weights)
     name = name or (pathlib.Path(weights).stem if file == pathlib.Path(weights) else weights)
     module, variables = SOURCES[source](file, name, arguments)

@@ -64,7 +64,7 @@ def fields(kwargs: Mapping[str, Any], *, nearest: bool = False) -> dict[str, Any
     """Returns the reference constructor's arguments as fields of `FocalTransformer`.
 
     `nearest`: for the authors' second ("fast") class, which has the same arguments. Raises
-    ValueError for arguments that it does not have, and for values that we do not build.
+    ValueError for arguments that it does not have, and for values that are not built.
     """
     for name in kwargs:
         if name not in {*DEFAULTS, *FIXED, *IGNORED}:
@@ -129,8 +129,8 @@ def load(
 
     Args:
       kwargs: the arguments of the reference's constructor.
-      state_dict: of the authors' first models, or of their second, told apart by its names.
-      image_size: chooses the windows anew, for images of this size. Where a window changes with
+      state_dict: of the authors' first models, or of their second, recognised by its names.
+      image_size: chooses the windows anew, for images of this size. If a window changes with
         it, its bias tables and pooling kernels are resized bilinearly; where one gains neighbours
         (the last stage of the published models above 224), their biases start at 0.
       **overrides: fields of `FocalTransformer`, e.g. ``dtype="bfloat16"``. Another number of
@@ -184,8 +184,8 @@ def fit(
 ) -> dict[str, Array]:
     """Returns the parameters in the shapes of another image size or number of classes.
 
-    What has no source starts at 0: a new classifier, and the biases of neighbours that a window
-    had none of. Raises ValueError where anything else appears or disappears.
+    Parameters without a source start at 0: a new classifier, and the biases of new neighbours.
+    Raises ValueError if anything else appears or disappears.
     """
     leaves = {}
     for path, shape in target.items():
@@ -413,8 +413,8 @@ def _as_near(options: Mapping, level: int | None, index: np.ndarray) -> bool:
     ours, away = nearest(tiles, cells, factor, options["nearest"])
     if index.shape != ours.shape or np.array_equal(index, ours):
         return False
-    own = np.take_along_axis(away, np.zeros((1, 1, 1), int), 1)  # any key fixes the centre
-    centre = own[:, 0] + np.stack(np.divmod(ours[:, 0], cells[1]), -1)
+    origin = np.take_along_axis(away, np.zeros((1, 1, 1), int), 1)  # any key fixes the centre
+    centre = origin[:, 0] + np.stack(np.divmod(ours[:, 0], cells[1]), -1)
     theirs = centre[:, None] - np.stack(np.divmod(index, cells[1]), -1)
     distance = np.sort((theirs**2).sum(-1), 1)
     return np.array_equal(distance, np.sort((away**2).sum(-1), 1))

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trained models in use: loading, classification, translation, decoding, Grad-CAM, BLEU."""
+"""Use of trained models: loading, classification, translation, decoding, Grad-CAM, BLEU."""

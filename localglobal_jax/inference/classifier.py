@@ -34,7 +34,7 @@ NEEDED = (
     "data.image_size",
     "data.mean",
     "data.std",
-)  # required for converted weights, which come without a config
+)  # required for converted weights, which have no config
 PREPARING = (*NEEDED, "data.crop", "data.threads")
 
 
@@ -47,7 +47,7 @@ class Guess(NamedTuple):
 
 
 class Classified(NamedTuple):
-    """The result of one file. `best` is empty if the file cannot be read: `problem` says why."""
+    """The result of one file. If it cannot be read, `best` is empty; `problem` has the reason."""
 
     path: str
     best: tuple[Guess, ...] = ()  # the likeliest first
@@ -156,7 +156,7 @@ class Classifier:
             ahead = begin(0)
             for number, batch in enumerate(batches):
                 prepared = [future.result() for future in ahead]
-                ahead = begin(number + 1)  # while the model works
+                ahead = begin(number + 1)  # while the model runs
                 yield from self._answers(batch, prepared, asked)
 
     def _answers(

@@ -4,7 +4,7 @@
 The map is the sum of the channels of a stage, each weighted by its mean gradient. Attention weights
 are not needed, so that the method is the same for convolution, attention and their mixtures. A
 global block can move evidence from one place to another. A map taken behind it shows where the
-model keeps the evidence. A map taken before it (an earlier stage: finer, less specific to the
+evidence is in the features. A map taken before it (an earlier stage: finer, less specific to the
 class) shows where the evidence is in the image.
 """
 

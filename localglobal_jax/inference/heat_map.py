@@ -46,7 +46,7 @@ def draw(
         1.2 * size / 72 / cell
     )  # with more pieces than can be labelled, every n-th is
     height, width = (cell * n for n in weights.shape)
-    # the axes fill the figure, and the picture is cut around what stands beside them
+    # the axes fill the figure, and the figure is cropped around the labels
     figure = Figure(figsize=(width, height))
     axes = figure.add_axes((0, 0, 1, 1))
     image = axes.imshow(weights, cmap="Blues", vmin=0, aspect="auto", interpolation="nearest")

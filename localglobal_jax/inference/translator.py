@@ -45,7 +45,7 @@ class Hypothesis(NamedTuple):
 
 
 class Translation(NamedTuple):
-    """The result of one line. Without hypotheses the line is blank, or `problem` says why."""
+    """The result of one line. Without hypotheses the line is blank, or `problem` has the reason."""
 
     tokens: int  # of the source, the end token included
     hypotheses: tuple[Hypothesis, ...]  # best first
@@ -137,7 +137,7 @@ class Translator:
             `decoding.max_length` for the length bucket of the source.
           sampling: draws `nbest` hypotheses at random in place of the search.
           batch_size: source tokens in a batch, padding included.
-          max_source: tokens. A longer line is not translated; its `problem` says so.
+          max_source: tokens. A longer line is not translated; its `problem` has the reason.
           first: number of the first line. The random numbers of a line are a function of the seed
             and the number of the line.
 

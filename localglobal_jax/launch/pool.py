@@ -27,7 +27,7 @@ LOG, ATTEMPTS = "log.txt", "attempts.jsonl"
 PAUSE = 0.1  # seconds between two looks at the children
 SHORT = 60.0  # seconds; a preempted attempt shorter than this delays the next one
 LONGEST = 300.0  # seconds; the longest such delay
-RETRIES = 2
+DEFAULT_RETRIES = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Job:
 
 
 @dataclasses.dataclass
-class Outcome:
+class JobResult:
     """Result of a job. State: "done", "failed", "stopped", "not started" or "busy" (elsewhere)."""
 
     state: str = "not started"
@@ -81,9 +81,9 @@ class Pool:
         self._slots, self._retries, self._say = list(slots), retries, say
         self._stops = 0
 
-    def run(self, jobs: Sequence[Job]) -> dict[str, Outcome]:
+    def run(self, jobs: Sequence[Job]) -> dict[str, JobResult]:
         """Runs all jobs and returns once no child is left."""
-        outcomes = {job.name: Outcome() for job in jobs}
+        outcomes = {job.name: JobResult() for job in jobs}
         waiting, free, children = deque(jobs), deque(self._slots), list[_Child]()
         with self._signals(children):
             try:
@@ -117,7 +117,7 @@ class Pool:
         """Returns whether a signal asked the pool to stop."""
         return self._stops > 0
 
-    def _start(self, job: Job, slot: Slot, outcome: Outcome) -> "_Child | None":
+    def _start(self, job: Job, slot: Slot, outcome: JobResult) -> "_Child | None":
         job.directory.mkdir(parents=True, exist_ok=True)
         log = open(job.directory / LOG, "a", encoding="utf-8")  # noqa: SIM115, lives as the child
         if not _locked(log):
@@ -203,7 +203,7 @@ class _Child:
     slot: Slot
     process: subprocess.Popen
     log: TextIO
-    outcome: Outcome
+    outcome: JobResult
     since: float
 
 
@@ -215,7 +215,7 @@ def run_jobs(
     say: Say,
 ) -> Started:
     """Runs all jobs in a pool; returns their outcomes and the exit code of the whole."""
-    pool = Pool(slots, RETRIES if retries is None else retries, environment, say)
+    pool = Pool(slots, DEFAULT_RETRIES if retries is None else retries, environment, say)
     outcomes = pool.run(jobs)
     states = [outcome.state for outcome in outcomes.values()]
     bad = "failed" in states or "busy" in states

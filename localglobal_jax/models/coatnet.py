@@ -31,10 +31,10 @@ class CoAtNet(nn.Module):
 
     `intermediates` holds the output of "stem", every "stage1".. and "features", the input of
     the classifier. Each stride of 2 needs an even grid: by default, height and width are
-    multiples of 32. The stem alone may round up, and blocks whose `odd_grids` say so.
+    multiples of 32. Only the stem and blocks with `odd_grids` may round up.
 
     Attributes:
-      classes: number of logits; 0: no classifier, "features" come out in place of logits.
+      classes: number of logits; 0: no classifier, "features" are returned instead.
       layout: a letter (or a string of letters) per stage; see `layout.parse` and `blocks.BLOCKS`.
       depths, widths, strides: per stage; strides None: 2 everywhere.
       stem: widths of the two stem convolutions; a single width: patches, projected (`PatchStem`).
@@ -137,10 +137,10 @@ def check_grid(
     patches: bool,
     blocks: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Raises ValueError unless every strided stage can halve its grid; says which sizes would do.
+    """Raises ValueError, with sizes that fit, unless every strided stage can halve its grid.
 
-    A convolutional stem rounds up, a stem of `patches` must divide. A block halves even grids, and
-    odd ones where it says so by `odd_grids`.
+    A convolutional stem rounds up, a stem of `patches` must divide. A block halves even grids; one
+    with `odd_grids` halves odd ones too.
     """
     if patches and any(n % stem_stride for n in size):
         raise ValueError(

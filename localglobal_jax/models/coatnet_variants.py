@@ -51,7 +51,7 @@ PAPER: dict[str, Spec] = {
     ),
 }
 
-# Section 4.3 compares layouts of one size, about 25 M parameters, without giving the depths. Ours:
+# Section 4.3 compares layouts of about 25 M parameters and gives no depths. These are
 # coatnet_0's, with the third stage lengthened where an MBConv block is the smaller one.
 LAYOUTS: dict[str, Spec] = {
     "coatnet_cccc": _paper(64, (2, 3, 8, 2), (96, 192, 384, 768), layout="CCCC"),
@@ -143,7 +143,7 @@ TIMM: dict[str, Spec] = {
 
 VARIANTS: dict[str, Spec] = {**PAPER, **LAYOUTS, **TIMM}
 
-# What the paper's tables print: parameters, multiply-adds, and the image size of the latter. They
+# Figures in the paper's tables: parameters, multiply-adds, and the image size of the latter. They
 # are those of its formula, with the stride in the expansion; ours (and timm's) stride after it, in
 # the depthwise convolution, and cost up to 8 % more. ``blocks={"C": {"stride_at": "expand"}}`` is
 # the formula.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Encoder-decoders: MUSE (arXiv 1911.09483), and the Transformer and DynamicConv beside it.
 
-Two stages, named by letters as everywhere: ``"MM"`` is MUSE, ``"SS"`` the Transformer, ``"TT"`` the
+Two stages of layers, each layer a letter: ``"MM"`` is MUSE, ``"SS"`` the Transformer, ``"TT"`` the
 one with relative attention, ``"DD"`` DynamicConv, ``"AA"`` content-adaptive convolution, ``"EE"``
 translation-equivariant attention, ``("MS", "S")`` alternates in the encoder. One stage alone is an
 encoder. Sizes follow the paper; where paper and public code leave a choice, the defaults are those
@@ -36,117 +36,6 @@ def _both(layout: str, depth: int, width: int, heads: int, hidden: int) -> dict[
     return {"layout": layout * 2, **{name: (n, n) for name, n in pairs.items()}}
 
 
-PER_LAYER = {"windows": 2, "window": 1}  # options that may be one per layer: nested this deep
-
-
-def sinusoids(positions: Int[Array, "b l"], width: int) -> Float[Array, "b l d"]:
-    """``[sin(p f_i) | cos(p f_i)]``, f_i = 10000^(-i / (width/2 - 1)); an odd width ends in zero.
-
-    Sines first, then cosines, as fairseq has them; arXiv 1706.03762, section 3.5, interleaves.
-    """
-    half = width // 2
-    frequency = jnp.exp(jnp.arange(half) * (-math.log(10000) / max(half - 1, 1)))
-    angle = positions[..., None].astype(jnp.float32) * frequency[None, None]
-    waves = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)
-    return jnp.pad(waves, ((0, 0), (0, 0), (0, width % 2)))
-
-
-def layer_options(options: Mapping[str, Any], layer: int) -> dict[str, Any]:
-    """Returns the options of one layer: per-layer options are indexed by `layer`."""
-
-    def depth(value: Any) -> int:
-        if isinstance(value, str) or not isinstance(value, Sequence):
-            return 0
-        return 1 + depth(value[0]) if value else 1
-
-    chosen = dict(options)
-    for name, nested in PER_LAYER.items():
-        if name in chosen and depth(chosen[name]) == nested:
-            if layer >= len(chosen[name]):
-                raise ValueError(
-                    f"{name}={chosen[name]} is given for {len(chosen[name])} layers, "
-                    f"but there is a layer {layer + 1}"
-                )
-            chosen[name] = chosen[name][layer]
-    return chosen
-
-
-class Stack(nn.Module):
-    """Consecutive layers, with a final norm if the layers norm their input.
-
-    Attributes:
-      letters: one layer each, see `SEQUENCE_BLOCKS`.
-      options: letter -> options of that layer; some may be one per layer.
-      shared: options of all layers, whatever their letter.
-    """
-
-    letters: str
-    options: Mapping[str, Mapping[str, Any]]
-    shared: Mapping[str, Any]
-
-    def setup(self) -> None:
-        self.layers = [
-            SEQUENCE_BLOCKS[letter](
-                **self.shared,
-                **layer_options(self.options.get(letter, {}), i),
-                name=f"layer{i + 1}",
-            )
-            for i, letter in enumerate(self.letters)
-        ]
-        if self.shared["pre_norm"]:
-            self.norm = nn.LayerNorm(epsilon=1e-5, dtype=self.shared["dtype"], name="norm")
-
-    def __call__(
-        self,
-        x: Float[Array, "b l d"],
-        *,
-        mask: Bool[Array, "b l"] | None,
-        memory: Mapping[str, CrossKV] | None = None,
-        train: bool = False,
-    ) -> tuple[Float[Array, "b l d"], dict[str, Float[Array, "b l d"]]]:
-        """Returns the output, and the output of every layer."""
-
-        def call(layer: nn.Module, x: Array, own: tuple[Any, Any]) -> Array:
-            mask, memory = own
-            return layer(x, mask=mask, memory=memory, train=train)
-
-        names, layers = zip(*self._named(), strict=True)
-        given = [(mask, None if memory is None else memory[name]) for name in names]
-        outputs = apply_blocks(self, layers, x, call, given)
-        return self._last(outputs[-1]), dict(zip(names, outputs, strict=True))
-
-    def precompute_kv(
-        self, encoded: Float[Array, "b m e"], mask: Bool[Array, "b m"]
-    ) -> dict[str, CrossKV]:
-        """Returns the keys and values of the encoder's output for every layer."""
-        return {name: layer.precompute_kv(encoded, mask) for name, layer in self._named()}
-
-    def init_cache(self, batch: int, length: int) -> dict[str, Cache]:
-        """Returns empty caches for `length` positions."""
-        return {name: layer.init_cache(batch, length) for name, layer in self._named()}
-
-    def step(
-        self,
-        x: Float[Array, "b 1 d"],
-        cache: Mapping[str, Cache],
-        index: Int[Array, ""],
-        *,
-        valid: Bool[Array, "b m"] | None,
-        memory: Mapping[str, CrossKV],
-    ) -> tuple[Float[Array, "b 1 d"], dict[str, Cache]]:
-        """Runs one position through all layers."""
-        new = {}
-        for name, layer in self._named():
-            x, new[name] = layer.step(x, cache[name], index, valid=valid, memory=memory[name])
-        return self._last(x), new
-
-    def _named(self) -> list[tuple[str, Any]]:
-        return [(f"layer{i + 1}", layer) for i, layer in enumerate(self.layers)]
-
-    def _last(self, x: Array) -> Array:
-        return self.norm(x) if self.shared["pre_norm"] else x
-
-
 _SIMPLE = {"blocks": {"M": {"windows": ()}}}
 _NOISY = {"blocks": {"M": {"input_dropout": 0.1}}, "attention_dropout": 0.1}
 VARIANTS: dict[str, dict[str, Any]] = {  # the paper's table 1 and 2, with the recipes' dropouts
@@ -158,8 +47,9 @@ VARIANTS: dict[str, dict[str, Any]] = {  # the paper's table 1 and 2, with the r
     "transformer_base": {**_both("S", 6, 512, 8, 2048), **_EN_DE, "dropout": 0.1},
     "transformer_big": {**_both("S", 6, 1024, 16, 4096), **_EN_DE, "dropout": 0.3},
 }
-# What was printed: by the authors' own runs, norms that are never called included (exact numbers);
-# in the paper's tables 1 and 5; in arXiv 1706.03762, table 3, with about 37,000 tokens (base, big).
+# Published parameter counts. Exact numbers: the authors' own runs, norms that are never called
+# included. The others: the paper's tables 1 and 5; for base and big, arXiv 1706.03762, table 3,
+# with about 37,000 tokens.
 FIGURES: dict[str, tuple[float, None, None]] = {
     name: (parameters, None, None)
     for name, parameters in {
@@ -173,8 +63,11 @@ FIGURES: dict[str, tuple[float, None, None]] = {
     }.items()
 }
 Caches = dict[str, Any]
-GIVEN = ("features", "heads", "hidden", "causal", "memory_features", "pre_norm", "zero_padding",
-         "activation", "dropout", "attention_dropout", "activation_dropout", "dtype")  # fmt: skip
+RESERVED = (
+    "features", "heads", "hidden", "causal", "memory_features", "pre_norm", "zero_padding",
+    "activation", "dropout", "attention_dropout", "activation_dropout", "dtype",
+)  # fmt: skip
+PER_LAYER = {"windows": 2, "window": 1}  # options that may be one per layer: nested this deep
 
 
 class EncoderDecoder(nn.Module):
@@ -197,10 +90,10 @@ class EncoderDecoder(nn.Module):
         each layer its own.
       positions: "sinusoidal", or "none" (for layers that know displacements).
       pad, start, end: tokens. The first real token has position pad + 1, as in fairseq.
-      pad_values: "zero": padding of the source does not exist for anything; "keep": its values
+      pad_values: "zero": padding of the source has no effect on any output; "keep": its values
         enter the encoder's convolutions, as in the published code.
-      target_padding: "mask": likewise; "attend": padding of the target is a token like others for
-        attention and, in decoding, for positions, as in the published code.
+      target_padding: "mask": the same for the target; "attend": its padding is a token like
+        others for attention and, in decoding, for positions, as in the published code.
       activation: of the pointwise nets.
       dropout: of embeddings and branches; `attention_dropout`, `activation_dropout`.
       dtype: of activations; parameters and logits are float32.
@@ -229,7 +122,7 @@ class EncoderDecoder(nn.Module):
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        # hashable whatever it was given, so that jit can take the module as a static argument
+        # hashable fields make a hashable module, which can be a static argument of jit
         object.__setattr__(self, "blocks", freeze(dict(self.blocks)))
         super().__post_init__()
 
@@ -241,7 +134,7 @@ class EncoderDecoder(nn.Module):
         for letter, i in sorted(used | {(letter, 0) for letter in self.blocks}):
             if letter in self.blocks:  # some options may be one per layer
                 options = layer_options(self.blocks[letter], i)
-                layouts.check_options({letter: options}, SEQUENCE_BLOCKS, GIVEN)
+                layouts.check_options({letter: options}, SEQUENCE_BLOCKS, RESERVED)
         for name in ("heads", "hidden", "pre_norm"):
             if len(getattr(self, name)) != len(stages):
                 raise ValueError(
@@ -249,7 +142,7 @@ class EncoderDecoder(nn.Module):
                     f"but {name}={getattr(self, name)} has {len(getattr(self, name))}"
                 )
         if len(stages) > 2:
-            raise ValueError(f'layout "{self.layout}": an encoder, or an encoder and a decoder')
+            raise ValueError(f'layout "{self.layout}": give one stage (an encoder) or two')
         same = self.source_vocab == self.target_vocab and len(set(self.widths)) == 1
         if len(stages) == 2 and self.embeddings == "shared" and not same:
             raise ValueError(
@@ -311,11 +204,13 @@ class EncoderDecoder(nn.Module):
         """Returns the initial state of decoding `source`: ``(memory, cache)`` for `length` steps.
 
         The memory (keys and values of the encoder's output) is the same at every step and may serve
-        several rows per sentence. The cache is what `step` takes and returns; axis 0 of every leaf
+        several rows per sentence. `step` takes and returns the cache; axis 0 of every leaf
         is the row, so that rows can be reordered.
         """
         if len(self.layout) == 1:
-            raise ValueError(f'layout "{self.layout}" is an encoder alone: nothing to decode')
+            raise ValueError(
+                f'layout "{self.layout}" is an encoder alone and cannot decode: give two stages'
+            )
         encoded, mask, _ = self._encode(source, False)
         rows = source.shape[0]
         cache: Caches = self.decoder.init_cache(rows, length)
@@ -329,7 +224,7 @@ class EncoderDecoder(nn.Module):
     ) -> tuple[Float[Array, "r v"], Caches]:
         """Returns logits after one more token, and the new cache; r: a multiple of memory's rows.
 
-        Token by token, this gives what ``__call__`` gives for the whole target; with
+        Repeated for every token, this gives the logits of ``__call__`` for the whole target; with
         ``target_padding="attend"`` only up to the first padding, as in the published code.
         """
         index, valid = cache["index"][0], cache.get("valid")
@@ -376,7 +271,7 @@ class EncoderDecoder(nn.Module):
 
         return nn.Embed(vocabulary, width, dtype=self.dtype, embedding_init=init, name=name)
 
-    def _stack(self, index: int, stage: layouts.Stage, memory_features: int | None) -> Stack:
+    def _stack(self, index: int, stage: layouts.Stage, memory_features: int | None) -> "Stack":
         shared = {
             "features": stage.width,
             "heads": self.heads[index],
@@ -393,3 +288,111 @@ class EncoderDecoder(nn.Module):
         }
         name = ("encoder", "decoder")[index]
         return Stack(stage.letters, self.blocks, shared, name=name)
+
+
+class Stack(nn.Module):
+    """Consecutive layers, with a final norm if the layers norm their input.
+
+    Attributes:
+      letters: one layer each, see `SEQUENCE_BLOCKS`.
+      options: letter -> options of that layer; some may be one per layer.
+      shared: options of all layers, whatever their letter.
+    """
+
+    letters: str
+    options: Mapping[str, Mapping[str, Any]]
+    shared: Mapping[str, Any]
+
+    def setup(self) -> None:
+        self.layers = [
+            SEQUENCE_BLOCKS[letter](
+                **self.shared,
+                **layer_options(self.options.get(letter, {}), i),
+                name=f"layer{i + 1}",
+            )
+            for i, letter in enumerate(self.letters)
+        ]
+        if self.shared["pre_norm"]:
+            self.norm = nn.LayerNorm(epsilon=1e-5, dtype=self.shared["dtype"], name="norm")
+
+    def __call__(
+        self,
+        x: Float[Array, "b l d"],
+        *,
+        mask: Bool[Array, "b l"] | None,
+        memory: Mapping[str, CrossKV] | None = None,
+        train: bool = False,
+    ) -> tuple[Float[Array, "b l d"], dict[str, Float[Array, "b l d"]]]:
+        """Returns the output, and the output of every layer."""
+
+        def call(layer: nn.Module, x: Array, extra: tuple[Any, Any]) -> Array:
+            mask, memory = extra
+            return layer(x, mask=mask, memory=memory, train=train)
+
+        names, layers = zip(*self._named(), strict=True)
+        extras = [(mask, None if memory is None else memory[name]) for name in names]
+        outputs = apply_blocks(self, layers, x, call, extras)
+        return self._last(outputs[-1]), dict(zip(names, outputs, strict=True))
+
+    def precompute_kv(
+        self, encoded: Float[Array, "b m e"], mask: Bool[Array, "b m"]
+    ) -> dict[str, CrossKV]:
+        """Returns the keys and values of the encoder's output for every layer."""
+        return {name: layer.precompute_kv(encoded, mask) for name, layer in self._named()}
+
+    def init_cache(self, batch: int, length: int) -> dict[str, Cache]:
+        """Returns empty caches for `length` positions."""
+        return {name: layer.init_cache(batch, length) for name, layer in self._named()}
+
+    def step(
+        self,
+        x: Float[Array, "b 1 d"],
+        cache: Mapping[str, Cache],
+        index: Int[Array, ""],
+        *,
+        valid: Bool[Array, "b m"] | None,
+        memory: Mapping[str, CrossKV],
+    ) -> tuple[Float[Array, "b 1 d"], dict[str, Cache]]:
+        """Runs one position through all layers."""
+        new = {}
+        for name, layer in self._named():
+            x, new[name] = layer.step(x, cache[name], index, valid=valid, memory=memory[name])
+        return self._last(x), new
+
+    def _named(self) -> list[tuple[str, Any]]:
+        return [(f"layer{i + 1}", layer) for i, layer in enumerate(self.layers)]
+
+    def _last(self, x: Array) -> Array:
+        return self.norm(x) if self.shared["pre_norm"] else x
+
+
+def sinusoids(positions: Int[Array, "b l"], width: int) -> Float[Array, "b l d"]:
+    """``[sin(p f_i) | cos(p f_i)]``, f_i = 10000^(-i / (width/2 - 1)); an odd width ends in zero.
+
+    Sines first, then cosines, as fairseq has them; arXiv 1706.03762, section 3.5, interleaves.
+    """
+    half = width // 2
+    frequency = jnp.exp(jnp.arange(half) * (-math.log(10000) / max(half - 1, 1)))
+    angle = positions[..., None].astype(jnp.float32) * frequency[None, None]
+    waves = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)
+    return jnp.pad(waves, ((0, 0), (0, 0), (0, width % 2)))
+
+
+def layer_options(options: Mapping[str, Any], layer: int) -> dict[str, Any]:
+    """Returns the options of one layer: per-layer options are indexed by `layer`."""
+
+    def depth(value: Any) -> int:
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            return 0
+        return 1 + depth(value[0]) if value else 1
+
+    chosen = dict(options)
+    for name, nested in PER_LAYER.items():
+        if name in chosen and depth(chosen[name]) == nested:
+            if layer >= len(chosen[name]):
+                raise ValueError(
+                    f"{name}={chosen[name]} is given for {len(chosen[name])} layers, "
+                    f"but there is a layer {layer + 1}"
+                )
+            chosen[name] = chosen[name][layer]
+    return chosen

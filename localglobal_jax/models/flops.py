@@ -55,7 +55,7 @@ def multiply_adds(function: Callable[..., Any], *args: Any) -> int:
 def computed(jaxpr: ClosedJaxpr, *, loops: int | None = None) -> int:
     """Counts the multiply-adds of a program as traced, repeated work included.
 
-    `loops`: how often a while loop is taken to run, which a jaxpr does not say.
+    `loops`: assumed trip count of a while loop, which a jaxpr does not contain.
     """
     return _count(jaxpr.jaxpr, loops)
 
@@ -86,7 +86,9 @@ def _count_equation(equation: Any, loops: int | None) -> int:
     if name == "while" and sum(counts):
         if loops is not None:
             return loops * sum(counts)
-        raise ValueError("cannot count a while loop: how often it runs is not in the program")
+        raise ValueError(
+            "a while loop has no trip count in the program: give `computed` loops=COUNT"
+        )
     return sum(counts)
 
 

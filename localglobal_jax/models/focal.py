@@ -2,9 +2,9 @@
 """Focal Transformer (arXiv 2107.00641): stages of focal attention on ever coarser grids.
 
 A patch embedding, then stages of blocks; every stage but the first begins with a strided
-convolution that doubles the width. It computes what the authors' published code does (their first
-models; ``focalv2_*`` are their second, "fast" ones, for which there is no paper). Beside theirs it
-takes any letters of the vocabulary as its layout.
+convolution that doubles the width. It computes the same as the authors' published code (their
+first models; ``focalv2_*`` are their second, "fast" ones, which have no paper). Other layouts of
+block letters work too.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ class FocalTransformer(nn.Module):
     classifier. Any image size works: grids are padded to whole windows.
 
     Attributes:
-      classes: number of logits; 0: no classifier, "features" come out in place of logits.
+      classes: number of logits; 0: no classifier, "features" are returned instead.
       layout: a letter (or a string of letters) per stage; see `layout.parse` and `blocks.BLOCKS`.
       depths, widths, heads: per stage. The next fields are those of its F blocks.
       window: side of the windows. `expand`, `levels`, `focal_windows`: per stage, see
@@ -68,7 +68,7 @@ class FocalTransformer(nn.Module):
       image_size: chooses the windows: a stage whose grid is no larger than the window gets
         one window and no neighbours. The parameters serve images of any other size too.
       patch: side of a patch. `conv_embed`: overlapping convolutions instead: 7x7 stride 4, 3x3
-        stride 2. Then an odd grid rounds up, which the reference refuses; else it rounds down.
+        stride 2. Then an odd grid rounds up (an error in the reference); else it rounds down.
       stem_norm: LayerNorm after the patch embedding. `pre_norm`: GroupNorm before the others.
       position_embedding: an absolute one after the stem; resized bilinearly to other grids.
       expansion, qkv_bias, scale, layer_scale: of the blocks.
@@ -113,7 +113,7 @@ class FocalTransformer(nn.Module):
         """The grid of a stage (counted from 0) for images of `image_size`."""
         size = self.image_size
         height, width = (size, size) if isinstance(size, int) else size
-        # both halvings round down, as the reference's do; below 1 there is nothing to choose from
+        # both halvings round down, as in the reference; a grid has at least one position
         return max(height // self.patch >> stage, 1), max(width // self.patch >> stage, 1)
 
     def block_options(self, stage: int, index: int) -> dict[str, dict[str, Any]]:
@@ -138,8 +138,8 @@ class FocalTransformer(nn.Module):
             "nearest": self.nearest,
             "grid": self.grid(stage),
         }
-        given = {letter: _known(letter, shared) for letter in BLOCKS} | {"F": focal}
-        return {letter: {**given[letter], **self.blocks.get(letter, {})} for letter in given}
+        defaults = {letter: _known(letter, shared) for letter in BLOCKS} | {"F": focal}
+        return {k: {**default, **self.blocks.get(k, {})} for k, default in defaults.items()}
 
     @nn.compact
     def __call__(
@@ -179,7 +179,7 @@ class FocalTransformer(nn.Module):
         return logits, {**intermediates, "features": features}
 
     def _downsample(self, width: int) -> PatchEmbed:
-        """The convolution before a stage; the stage adopts it under its own name "downsample"."""
+        """Returns the convolution before a stage, the stage's submodule "downsample"."""
         convolution = (3, 2, 1) if self.conv_embed else (2, 2, 0)
         return PatchEmbed(
             width, *convolution, pre_norm=self.pre_norm, dtype=self.dtype, parent=None

@@ -2,7 +2,7 @@
 """Layouts: models in sequence, as data. ``"CCTT"`` is four stages; a letter is a block.
 
 A stage is a string of block letters: one letter repeats (``"C"``), a pattern that divides the
-depth repeats (``"CT"`` at depth 4 is C T C T), and a string as long as the depth is taken as it is.
+depth repeats (``"CT"`` at depth 4 is C T C T), and a string as long as the depth names every block.
 """
 
 import dataclasses
@@ -47,9 +47,9 @@ def parse(
                 f"but {name}={tuple(values)} has {len(values)}"
             )
         if min(values, default=1) < 1:
-            raise ValueError(f"{name}={tuple(values)}: every stage needs at least 1")
+            raise ValueError(f"{name}={tuple(values)}: give at least 1 for every stage")
     if not set(strides) <= {1, 2}:
-        raise ValueError(f"strides={tuple(strides)}: the stride of a stage is 1 or 2")
+        raise ValueError(f"strides={tuple(strides)}: give 1 or 2 for every stage")
     for letter in "".join(layout):
         if letter not in blocks:
             raise validation.unknown(f'block in layout "{_show(layout)}":', letter, blocks)
@@ -73,7 +73,7 @@ def _repeat(pattern: str, depth: int) -> str:
 def drop_path_rates(stages: Sequence[Stage], rate: float) -> list[tuple[float, ...]]:
     """Stochastic depth growing linearly over all blocks, from 0 to `rate` (arXiv 1603.09382)."""
     if not 0 <= rate < 1:
-        raise ValueError(f"drop_path={rate}: it is a probability below 1")
+        raise ValueError(f"drop_path={rate}: give a probability, at least 0 and below 1")
     depths = [len(stage.letters) for stage in stages]
     rates = np.linspace(0.0, rate, sum(depths))
     return [tuple(map(float, part)) for part in np.split(rates, np.cumsum(depths)[:-1])]
@@ -113,8 +113,8 @@ class BlockStage(nn.Module):
             for i, letter in enumerate(self.stage.letters)
         ]
 
-        def call(block: nn.Module, x: Array, own: None) -> Array:
-            del own
+        def call(block: nn.Module, x: Array, extra: None) -> Array:
+            del extra
             return block(x, train=train)
 
         return apply_blocks(self, blocks, x, call, [None] * len(blocks))[-1]
@@ -129,16 +129,16 @@ def odd_grids(letter: str, options: Options) -> Rounding:
 def check_options(
     options: Options,
     blocks: Mapping[str, type[nn.Module]] = BLOCKS,
-    given: Collection[str] = ("features", "stride", "drop_path", "dtype"),
+    reserved: Collection[str] = ("features", "stride", "drop_path", "dtype"),
 ) -> None:
     """Raises ValueError for letters and fields that no block has, and for wrong types.
 
-    `given`: the fields that the model itself gives to every block.
+    `reserved`: the fields that the model itself sets in every block.
     """
     for letter, fields in options.items():
         if letter not in blocks:
             raise validation.unknown("block letter in blocks:", letter, blocks)
-        for field in given:
+        for field in reserved:
             if field in fields:
-                raise ValueError(f"blocks: {field} of block {letter} is the model's to give")
+                raise ValueError(f"blocks: {field} of block {letter} is set by the model: omit it")
         validation.check_fields(blocks[letter], fields, f"block {letter}")

@@ -2,9 +2,9 @@
 """Mix-token: CutMix on embedded tokens instead of pixels (token labelling, arXiv 2104.10858).
 
 In a training batch of n, over all devices, example i takes a box of tokens from example n - 1 - i,
-the same box for all (the authors draw one per device and stay within its examples). A network
-that gives logits for every token has those put back, so that they meet their own labels; the logits
-for the whole image meet a mixture of two labels, in the ratio of `kept_share`.
+the same box for all (the authors draw one per device and stay within its examples). The
+logits of single tokens are put back, so that each is compared with its own label. The logits of the
+whole image are compared with a mixture of two labels, in the ratio of `kept_share`.
 
 A box is ``[top, left, bottom, right]``, int32, the last two exclusive, in tokens of the last grid;
 all zero: nothing is mixed. The numbers are drawn as VOLO's authors draw them (timm rounds the far

@@ -10,7 +10,7 @@ from localglobal_jax.blocks.layers import Activation, Norm, make_norm, norm_acti
 class ConvStem(nn.Module):
     """Two 3x3 convolutions, the first with the stride; norm and activation only between them.
 
-    CoAtNet's S0 (table 3). Padding is 1 on both sides, as the references have it.
+    CoAtNet's S0 (table 3). Padding is 1 on both sides, as in the references.
     """
 
     widths: tuple[int, ...]
@@ -110,7 +110,7 @@ class ConvPatchStem(nn.Module):
 def patch_grid(size: tuple[int, int], patch: int) -> tuple[int, int]:
     """Returns the grid of `ConvPatchStem` for images of `size` (height, width)."""
     if patch < 2 or patch % 2:
-        raise ValueError(f"patch={patch}: half of it is done by the stem's stride, so it is even")
+        raise ValueError(f"patch={patch}: give an even number; the stem's stride is 2")
     height, width = ((n + 1) // 2 // (patch // 2) for n in size)
     return height, width
 

@@ -34,7 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {  # the paper's table 2
     "volo_d4": {"depths": (8, 8, 16, 4), **_D4},
     "volo_d5": {"depths": (12, 12, 20, 4), **_D4, "stem": 128, "expansion": 4.0},
 }
-# Parameters, multiply-adds (not in our facts), image size; the paper's table 2.
+# Parameters, multiply-adds (not known), image size; the paper's table 2.
 FIGURES: dict[str, tuple[float, float | None, int]] = {
     f"volo_d{i}": (parameters, None, 224)
     for i, parameters in enumerate((27e6, 59e6, 86e6, 193e6, 296e6), start=1)
@@ -48,14 +48,14 @@ class VOLO(nn.Module):
     ("class_logits" and "aux_logits" [b, i, j, classes] among the intermediates). In training they
     are those of the class alone, and a loss for token labelling takes "aux_logits" and "mix_box"
     (see `mix_token`) from the intermediates; the rng stream is "dropout". Beside these,
-    `intermediates` holds the output of "stem", every "stage1".. and "features", what the
-    classifier reads.
+    `intermediates` holds the output of "stem", every "stage1".. and "features", the
+    input of the classifier.
 
-    Any image size will do: stem and strides drop what does not fill a patch. The position
+    Any image size works: stem and strides drop pixels that do not fill a patch. The position
     embedding is as large as the images of `init`; for another size, see `convert.adapt`.
 
     Attributes:
-      classes: number of logits; 0: no classifiers, "features" come out in place of logits.
+      classes: number of logits; 0: no classifiers, "features" are returned instead.
       layout: a letter (or a string of letters) per stage; see `layout.parse` and `blocks.BLOCKS`.
       depths, widths, strides: per stage. Where a stage strides or changes width, a convolution
         with as large a window comes before its blocks.
@@ -120,7 +120,7 @@ class VOLO(nn.Module):
         layouts.check_options(self.blocks)
         if self.mix_token and not self.aux_head:
             raise ValueError(
-                "mix_token=True mixes tokens, and aux_head=False classifies none: change one"
+                "mix_token=True needs aux_head=True: set aux_head=True or mix_token=False"
             )
 
         x = ConvPatchStem(self.stem, self.widths[0], self.patch, dtype=self.dtype, name="stem")(
@@ -146,7 +146,7 @@ class VOLO(nn.Module):
                 )(x)
             if i == self.position:
                 x = x + self._position(grids[i], stage.width).astype(x.dtype)
-            # The authors give outlookers no stochastic depth, yet count them in its schedule.
+            # As in the authors' code, outlookers count in this schedule but have no drop path.
             letters = zip(stage.letters, rate, strict=True)
             rate_here = tuple(0.0 if letter == "O" else r for letter, r in letters)
             options = self._options(stage, *per_stage[i - 1])
@@ -180,8 +180,8 @@ class VOLO(nn.Module):
     def _per_stage(self) -> list[tuple[int, float]]:
         """Heads and expansion of every stage."""
         count = len(self.layout)
-        given = self.expansion
-        expansions = given if isinstance(given, tuple) else (given,) * count
+        factor = self.expansion
+        expansions = factor if isinstance(factor, tuple) else (factor,) * count
         lists: dict[str, tuple[float, ...]] = {"heads": self.heads, "expansion": expansions}
         for name, values in lists.items():
             if len(values) != count:
@@ -205,14 +205,14 @@ class VOLO(nn.Module):
                 continue
             if heads < 1 or stage.width % heads:
                 raise ValueError(f"a stage's width {stage.width} is not divisible by heads={heads}")
-            given = {
+            attention = {
                 "heads": heads,
                 "head_width": stage.width // heads,
                 "expansion": expansion,
                 "qkv_bias": self.qkv_bias,
                 "norm_eps": 1e-5,
             }
-            known = {name: value for name, value in given.items() if name in fields}
+            known = {name: value for name, value in attention.items() if name in fields}
             options[letter] = {**known, **options.get(letter, {})}
         return options
 

@@ -127,9 +127,9 @@ class FocalAttention(nn.Module):
 
         x = jnp.roll(grids.pad_to_multiple(x, self.window), (-self.shift,) * 2, (1, 2))
         fine = qkv(x).reshape(*x.shape[:3], 3 * width)
-        own = grids.window_partition(fine, self.window)
-        own = own.reshape(*own.shape[:3], area, 3 * width)
-        keys = [own[..., width:]]
+        windows = grids.window_partition(fine, self.window)
+        windows = windows.reshape(*windows.shape[:3], area, 3 * width)
+        keys = [windows[..., width:]]
         if self.expand:
             keys.append(neighbours(fine[..., width:], self.window, self.expand))
         for level in range(1, self.levels):
@@ -141,12 +141,12 @@ class FocalAttention(nn.Module):
 
         joined = jnp.concatenate(keys, 3)
         y = attend_windows(
-            own[..., :width].reshape(*own.shape[:4], *head),
+            windows[..., :width].reshape(*windows.shape[:4], *head),
             joined[..., :width].reshape(*joined.shape[:4], *head),
             joined[..., width:].reshape(*joined.shape[:4], *head),
             self._bias()[None, None],
             key_mask(
-                (own.shape[1], own.shape[2]),
+                (windows.shape[1], windows.shape[2]),
                 self.window,
                 self.expand,
                 self.levels,

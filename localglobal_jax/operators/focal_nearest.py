@@ -91,8 +91,8 @@ class NearestFocalAttention(nn.Module):
 
         padded = grids.pad_to_multiple(x, self.window)
         fine = qkv(padded).reshape(*padded.shape[:3], 3 * width)
-        own = grids.window_partition(fine[..., :width], self.window)
-        tiles = (own.shape[1], own.shape[2])
+        query = grids.window_partition(fine[..., :width], self.window)
+        tiles = (query.shape[1], query.shape[2])
         # Keys come from the map itself: the padding that completes the last windows is never one.
         keys = [(fine[:, : space[0], : space[1], width:], self.window, 1)]
         if self.levels > 1:
@@ -119,7 +119,7 @@ class NearestFocalAttention(nn.Module):
             biases.append(bias)
         joined = jnp.concatenate(chosen, 2).reshape(x.shape[0], *tiles, -1, 2, *head)
         y = attend_windows(
-            own.reshape(x.shape[0], *tiles, self.window**2, *head),
+            query.reshape(x.shape[0], *tiles, self.window**2, *head),
             joined[..., 0, :, :],
             joined[..., 1, :, :],
             jnp.concatenate(biases, -1).reshape(*tiles, self.heads, self.window**2, -1),

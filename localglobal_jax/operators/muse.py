@@ -260,20 +260,20 @@ class MuseSequence(nn.Module):
 
     def _project(self, x: Array, train: bool) -> tuple[Array, Array, Array, Array, list[Array]]:
         """Returns query, key, value by heads, the convolution's input, and inputs of `_sum`."""
-        own, others = [self.qkv()], []
+        noised, clean = [self.qkv()], []  # layers with and without dropout of their input
         separate = self.windows and self.projection == "separate"
         if separate:
-            own.append(self.source())
+            noised.append(self.source())
         if self.ffn == "own":
-            others.append(self.hidden_layer())
+            clean.append(self.hidden_layer())
         if self.memory_features is not None:
-            others.append(self.cross.query())
+            clean.append(self.cross.query())
         if self.fused and not (train and self.input_dropout):
-            qkv, *rest = project(x, own + others, fused=True, dtype=self.dtype)
+            qkv, *rest = project(x, noised + clean, fused=True, dtype=self.dtype)
         else:
-            noisy = self.drop_input(x, deterministic=not train)
-            qkv, *rest = project(noisy, own, dtype=self.dtype)
-            rest += project(x, others, dtype=self.dtype)
+            dropped = self.drop_input(x, deterministic=not train)
+            qkv, *rest = project(dropped, noised, dtype=self.dtype)
+            rest += project(x, clean, dtype=self.dtype)
         query, key, value = split_heads(qkv, 3, self.heads)
         source = rest.pop(0) if separate else value.reshape(x.shape)
         return query, key, value, source, rest

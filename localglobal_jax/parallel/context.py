@@ -100,7 +100,7 @@ def sum_over_devices(tree: PyTree) -> PyTree:
     return jax.lax.psum(tree, _axis.get()) if _axis.get() else tree
 
 
-def own_key(key: Array) -> Array:
+def device_key(key: Array) -> Array:
     """Folds the device's index into a random key under pmap; the identity under jit."""
     return jax.random.fold_in(key, jax.lax.axis_index(_axis.get())) if _axis.get() else key
 
@@ -111,11 +111,11 @@ def tracing(
     edge: Callable[[Array], Array] = lambda x: x,
     axis: str | None = None,
     norm_axis: str | None = None,
-    forms: StackOptions | None = None,
+    options: StackOptions | None = None,
 ) -> Iterator[None]:
     """Context manager that sets what the functions above return while a step is traced."""
     chosen: list[tuple[ContextVar[Any], Any]]
-    chosen = [(_edge, edge), (_axis, axis), (_norm_axis, norm_axis), (_stack_options, forms)]
+    chosen = [(_edge, edge), (_axis, axis), (_norm_axis, norm_axis), (_stack_options, options)]
     tokens = [(variable, variable.set(value)) for variable, value in chosen]
     try:
         yield

@@ -94,7 +94,7 @@ class Partitioner:
         options = options or schema.Parallel()
         self.mesh = make_mesh(options.mesh, devices)
         self.strategy, self.compile = options.strategy, options.compile
-        self._forms = context.StackOptions(
+        self._stack_options = context.StackOptions(
             remat=options.remat == "blocks",
             scan=options.scan,
             gather=self._whole if "fsdp" in options.strategy else None,
@@ -137,15 +137,15 @@ class Partitioner:
         for place, device in np.ndenumerate(self.mesh.devices):
             row = int(np.ravel_multi_index([place[i] for i in order], sizes))
             rows.setdefault(device.process_index, set()).add(row)
-        parts = sorted({tuple(sorted(own)) for own in rows.values()})
+        parts = sorted({tuple(sorted(part)) for part in rows.values()})
         if sum(map(len, parts)) != self.batch_parts:
             raise ValueError(
                 f"parallel.mesh={dict(self.mesh.shape)}: hosts would share some rows of a batch "
                 'but not all: give "model" a size that divides the devices of a host, or the other '
                 "way round"
             )
-        own = rows[jax.process_index()] if jax.process_index() in rows else rows[min(rows)]
-        return parts.index(tuple(sorted(own))), len(parts)
+        mine = rows[jax.process_index()] if jax.process_index() in rows else rows[min(rows)]
+        return parts.index(tuple(sorted(mine))), len(parts)
 
     def check_batch(self, batch_size: int, *, what: str = "batch_size") -> None:
         """Raises ValueError unless the global batch divides over the devices that split it."""
@@ -229,7 +229,7 @@ class Partitioner:
             edge=lambda x: jax.lax.with_sharding_constraint(x, self._batched()) if split else x,
             axis=axis,
             norm_axis=axis if self._global_norm else None,
-            forms=self._forms,
+            options=self._stack_options,
         )
         with settings, context.implementation(self._implementation):
             yield

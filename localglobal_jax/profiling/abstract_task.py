@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the task of a run from shapes alone: planning needs no data."""
+"""Builds the task of a run from shapes alone: so that planning reads no data."""
 
 import pathlib
 import tempfile
@@ -17,8 +17,8 @@ Shapes = dict[str, jax.ShapeDtypeStruct]
 def create(run: schema.Run) -> Task:
     """Returns the task of `run` with mock data: same model, classes, vocabulary; reads nothing.
 
-    Classes are those that TFDS declares for the data set, the vocabulary is ``data.vocab`` (the
-    dictionaries', where the run names some, or that of the run in ``init``).
+    Classes are those that TFDS declares for the data set, the vocabulary is ``data.vocab`` (or
+    that of the run's dictionaries, or of the run in ``init``).
     """
     given = {"mock": True}
     if isinstance(run.data, schema.Images):

@@ -92,7 +92,7 @@ def measure(
     Variables are newly initialised, which determines the length of decoding. The states of all runs
     are in memory at once. MFU is the share of the peak in bfloat16, whatever the dtype.
 
-    Raises ValueError where a run cannot be right, or is shorter than `steps`.
+    Raises ValueError for an invalid run, or one shorter than `steps`.
     """
     if steps < 2:
         raise ValueError(f"--steps {steps}: a median needs at least 2")
@@ -134,7 +134,7 @@ def described(subject: BenchmarkedStep, batch: HostBatch, seconds: np.ndarray) -
     return {
         "devices": placement.describe(),
         "versions": versions(),
-        "load": os.getloadavg()[0],  # of the machine: what else it was doing
+        "load": os.getloadavg()[0],  # of the machine, from other processes
         "items": subject.task.items,
         "batch": items,
         "compile_seconds": subject.compile_seconds,
@@ -152,11 +152,11 @@ def with_input(subject: BenchmarkedStep, steps: int) -> dict[str, Any]:
     following = next(batches)
     for _ in range(steps):
         batch = following
-        subject.prepare(batch)  # a new shape compiles, which is no waiting
+        subject.prepare(batch)  # a new shape compiles, which is not waiting
         began = time.perf_counter()
         outcome = subject(batch)
         asked = time.perf_counter()
-        following = next(batches)  # while the device works, as in training
+        following = next(batches)  # while the device computes, as in training
         waited += time.perf_counter() - asked
         jax.block_until_ready(outcome)
         total += time.perf_counter() - began

@@ -96,7 +96,7 @@ def _arrays(
     members = tuple(group(i, program.devices))
     sources = i.operands if len(i.operands) == len(arrays) else [""] * len(arrays)
     for array, source in zip(arrays, sources, strict=True):
-        own = _origin(there, source) if len(arrays) > 1 else ""
+        origin = _origin(there, source) if len(arrays) > 1 else ""
         yield Collective(
             op=op,
             key=key,
@@ -106,7 +106,7 @@ def _arrays(
             payload=array.nbytes,
             wire=wire_bytes(op, array.nbytes, len(members)),
             count=program.runs[name],
-            op_name=own or op_name,
+            op_name=origin or op_name,
         )
 
 

@@ -3,8 +3,8 @@
 
 ``python -m localglobal_jax.profiling.compile REQUEST.json DIRECTORY``. The request names the run,
 the topology and the step; the directory gets ``facts.json`` and the compiled program's text. A
-process of its own, because libtpu aborts where it should raise, and because XLA reads its
-environment once.
+separate process, because libtpu aborts instead of raising, and because XLA reads its environment
+once.
 """
 
 import gzip
@@ -56,7 +56,9 @@ def main(request: str, directory: str) -> None:
 def compile_step(
     run: schema.Run, topology: topologies.Topology, step: str, folder: pathlib.Path
 ) -> dict[str, Any]:
-    """Returns facts on memory and work, and writes the program's text. Raises ValueError."""
+    """Returns facts on memory and work, and writes the program's text.
+
+    Raises ValueError for a run or a topology that cannot be compiled."""
     if run.parallel.compile == "pmap":
         raise ValueError(
             "plan compiles with jit: set parallel.compile=jit (pmap keeps everything on every "
@@ -131,13 +133,13 @@ def devices_of(topology: topologies.Topology) -> list[jax.Device] | None:
 def evaluated(run: schema.Run, task: Task, step: str) -> Callable[..., Any]:
     """Returns the function of ``--step eval`` or ``decode``, of variables and a batch."""
     if not task.evaluators:
-        raise ValueError(f"data.eval_splits=() leaves nothing to plan for --step {step}")
+        raise ValueError(f"data.eval_splits=() has nothing for --step {step}: give a split")
     evaluator = next(iter(task.evaluators.values()))
     if step == "eval":
         return evaluator.metrics
     if evaluator.predict is None:
         raise ValueError(
-            f"--step decode: {run.task.name} with these options predicts nothing; "
+            f"--step decode: {run.task.name} with these options has no predictions; "
             "translation with task.beam > 0 does"
         )
     return evaluator.predict

@@ -46,15 +46,15 @@ READERS = ("hlo.py", "collectives.py", "roofline.py", "table.py", "lints.py", "s
 
 
 class CompilerFailed(RuntimeError):
-    """The compiler ended without an answer."""
+    """Raised when the compiler ended without a result."""
 
 
 def measure(
     run: schema.Run, topology: Topology, step: str, *, timeout: float, cache: bool = True
 ) -> tuple[dict[str, Any], str]:
-    """Facts (see `compile`) and the compiled program's text, empty where it does not fit.
+    """Returns facts (see `compile`) and the compiled program's text, empty where it does not fit.
 
-    Raises ValueError for a run that cannot be, `CompilerFailed` where the compiler breaks down or
+    Raises ValueError for a run that cannot be compiled, `CompilerFailed` if the compiler crashes or
     takes more than `timeout` seconds.
     """
     check_compiler(topology)
@@ -68,7 +68,7 @@ def measure(
             facts, text = read(folder)
             if "error" not in facts:
                 shutil.rmtree(kept, ignore_errors=True)
-                with contextlib.suppress(OSError):  # another process was as quick
+                with contextlib.suppress(OSError):  # another process has written it meanwhile
                     folder.rename(kept)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -183,7 +183,7 @@ def _compile(
         )
         previous = None
         if threading.current_thread() is threading.main_thread():
-            # ended politely, as by `timeout` or a scheduler, no compiler is left behind
+            # a signal, as from `timeout` or a scheduler, leaves no compiler running
             previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         try:
             _watch(child, f"the {step} step for {topology.name}", timeout)
@@ -200,7 +200,7 @@ def _compile(
         if child.returncode < 0:
             how = signal.Signals(-child.returncode).name
         raise CompilerFailed(
-            f"the compiler ended with {how} on {topology.name}; its last words:\n"
+            f"the compiler ended with {how} on {topology.name}; its last lines:\n"
             + "\n".join(line[:400] for line in said.splitlines()[-12:])
         )
 

@@ -9,7 +9,7 @@ from typing import Any
 from localglobal_jax.profiling.collectives import Collective
 from localglobal_jax.profiling.gpu_kernels import Kernel
 
-SMALL = 64 * 2**10  # bytes below which a message costs its latency
+SMALL = 64 * 2**10  # bytes; the time of a smaller message is its latency
 MANY = 10
 SHORT = 2e-6  # seconds of a kernel's roofline
 MANY_KERNELS = 100
@@ -48,14 +48,18 @@ def _whole_batches(facts: Mapping[str, Any], collectives: Sequence[Collective]) 
     if parts == 1:
         return
     whole = {n // m for n in (facts["rows"], facts["items"]) for m in (1, facts["micro_batches"])}
-    own = {n // parts for n in whole} - whole
+    per_device = {n // parts for n in whole} - whole
     seen: dict[tuple[Any, ...], int] = defaultdict(int)
     names: dict[tuple[Any, ...], str] = {}
     for c in collectives:
         shape = set(c.shape)
         if len(c.shape) < 2:  # a bias may be as long as the batch
             continue
-        if shape & whole and not shape & own and math.prod(c.shape) not in facts["parameter_sizes"]:
+        if (
+            shape & whole
+            and not shape & per_device
+            and math.prod(c.shape) not in facts["parameter_sizes"]
+        ):
             at = (c.op, c.dtype, c.shape)
             seen[at] += c.payload * c.count
             names.setdefault(at, c.op_name or "nowhere")

@@ -85,15 +85,15 @@ def memory(facts: Mapping[str, Any], topology: Topology) -> dict[str, Any]:
         if "temporary" in failed:
             needed = failed["temporary"] + sum(split.values())
         return found | {"fits": False, "needed": needed, "usable": usable}
-    own = facts["memory"]
-    kept = own["arguments"] + own["output"] - own["alias"]
-    needed = max(kept + own["temporary"] + own["code"], own["peak"])
+    compiled = facts["memory"]
+    kept = compiled["arguments"] + compiled["output"] - compiled["alias"]
+    needed = max(kept + compiled["temporary"] + compiled["code"], compiled["peak"])
     found |= {
-        "arguments": own["arguments"],
-        "padding": own["arguments"] - sum(split.values()),
-        "output": own["output"] - own["alias"],
-        "temporary": own["temporary"],
-        "code": own["code"],
+        "arguments": compiled["arguments"],
+        "padding": compiled["arguments"] - sum(split.values()),
+        "output": compiled["output"] - compiled["alias"],
+        "temporary": compiled["temporary"],
+        "code": compiled["code"],
         "needed": needed,
     }
     return found | {"fits": None if usable is None else needed <= usable}

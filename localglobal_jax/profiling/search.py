@@ -4,13 +4,13 @@
 from collections.abc import Callable
 
 MOST = 2**24  # the search ends at this size
-CLOSE = 16  # stop where the next trial could gain less than a 16th
+CLOSE = 16  # stop when the next trial can gain less than a 16th
 
 
 def largest(fits: Callable[[int], bool], start: int, unit: int) -> int:
     """Returns the largest multiple of `unit` that fits, to a 16th; 0 if `unit` does not fit.
 
-    Doubles or halves from `start`, then bisects. Assumes that less than a fitting size fits too.
+    Doubles or halves from `start`, then bisects. Assumes that every size below a fitting one fits.
     """
     good, bad = 0, 0
     n = max(start // unit, 1)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The TPU slices and GPU clusters that exist, and their names. Pure.
 
-A slice is written as libtpu writes it ("v5e:16x16") or as Google Cloud sells it ("v5e-256",
+A slice has libtpu's name ("v5e:16x16") or Google Cloud's ("v5e-256",
 "v5litepod-256", "v5p-1024": of v2, v3, v4, v5p and tpu7x the number counts cores, two a chip).
 libtpu aborts the process on some slices that do not exist, so they raise an error here.
 GPUs are written by their number ("h100-64": hosts of eight) or as hosts x GPUs ("h100:8x8").

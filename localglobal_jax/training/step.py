@@ -85,7 +85,7 @@ def train_step(
     With ``skip_nonfinite`` a step whose loss or gradient is not finite increments the step and
     changes nothing else; its metrics are zeros.
     """
-    key = context.own_key(jax.random.fold_in(jax.random.key(seed), state.step))
+    key = context.device_key(jax.random.fold_in(jax.random.key(seed), state.step))
     gradient, loss = accumulated_gradient(
         task.loss, state.variables, batch, key, options.accumulate
     )

@@ -154,8 +154,8 @@ def test_every_block_gathers_its_parameters_and_constrains_its_activations(model
         return x
 
     batch = next(task.train_batches(0, 1))
-    forms = context.StackOptions(scan=scan, gather=gather)
-    with context.tracing(edge=edge, forms=forms):
+    options = context.StackOptions(scan=scan, gather=gather)
+    with context.tracing(edge=edge, options=options):
         jax.eval_shape(lambda v, b: task.loss(v, b, jax.random.key(0)), state.variables, batch)
     shapes = jax.tree.map(jnp.shape, state.variables["params"])
     blocks = [functools.reduce(dict.__getitem__, p.split("/"), shapes) for p in BLOCKS[model]]
@@ -174,7 +174,7 @@ def test_scan_draws_other_blocks_to_drop_in_every_block(model):
     def loss_of(drop):
         task, _, state = task_of(model, drop)
         batch = next(task.train_batches(0, 1))
-        with context.tracing(forms=context.StackOptions(scan=True)):
+        with context.tracing(options=context.StackOptions(scan=True)):
             return jax.jit(task.loss)(state.variables, batch, jax.random.key(0)).metrics["loss"]
 
     (loss, weight), (same, _) = loss_of(True), loss_of(False)

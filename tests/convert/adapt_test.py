@@ -85,7 +85,7 @@ def test_a_bias_made_by_an_mlp_needs_no_resizing():
 
 def test_what_cannot_be_resized_is_named():
     module, variables = tiny()
-    with pytest.raises(ValueError, match=r"head/classifier/bias has shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"head/classifier/bias .*\(3,\)"):
         adapt.resize(module.clone(classes=4), variables, (32, 32))
     with pytest.raises(ValueError, match="stage3/block1"):
         adapt.resize(create_model("coatnet_0"), variables, (32, 32))

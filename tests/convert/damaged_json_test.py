@@ -17,13 +17,13 @@ WRONG = [b"", b"null", b"5", b'"x"', b"[]", b"[" * 100_000, b"\xff", b'{"a": ', 
 def test_it_is_named(tmp_path, content):
     file = tmp_path / "config.json"
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=f"{file} is damaged"):
+    with pytest.raises(ValueError, match=str(file)):
         loading.read_json(file)
     (tmp_path / tokenizers.INDEX).write_bytes(content)
-    with pytest.raises(ValueError, match=f"tokenizer in {tmp_path} is damaged"):
+    with pytest.raises(ValueError, match=str(tmp_path)):
         tokenizers.load(tmp_path)
     if not content.startswith(b'{"') or content.endswith(b": "):
-        with pytest.raises(ValueError, match=r"--args.*(config\.json|cannot read)"):
+        with pytest.raises(ValueError, match="--args"):
             files.read_arguments(f"@{file}")
 
 
@@ -33,5 +33,5 @@ def test_words_are_read_from_their_own_folder_only(tmp_path):
     for path in ("../words.txt", str(tmp_path / "words.txt")):
         index = f'{{"format": "dict", "files": {{"joint": "{path}"}}}}'
         (tmp_path / "run" / tokenizers.INDEX).write_text(index)
-        with pytest.raises(ValueError, match="damaged"):
+        with pytest.raises(ValueError, match=str(tmp_path / "run")):
             tokenizers.load(tmp_path / "run")

@@ -4,6 +4,7 @@
 import functools
 import json
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +85,7 @@ def test_fast_models_have_the_published_sizes(name, millions):
 def test_missing_and_left_over_entries_are_listed():
     kwargs, state, _ = fixture("focal_w4")
     changed = {k: v for k, v in state.items() if k != "norm.weight"} | {"extra": np.zeros(2)}
-    with pytest.raises(ValueError, match=r"missing \['norm.weight'\], left over \['extra'\]"):
+    with pytest.raises(ValueError, match=r"\['norm.weight'\].*\['extra'\]"):
         focal.load(kwargs, changed)
     with pytest.raises(
         ValueError,
@@ -92,7 +93,7 @@ def test_missing_and_left_over_entries_are_listed():
     ):
         focal.load(kwargs, state | {"head.weight": state["head.weight"][:, 1:]})
     outside = {"layers.9.blocks.0.attn.relative_position_index": np.zeros((16, 16))}
-    with pytest.raises(ValueError, match=r"left over \['layers.9"):
+    with pytest.raises(ValueError, match=r"\['layers\.9"):
         focal.load(kwargs, state | outside)
 
 
@@ -124,7 +125,7 @@ def test_masks_of_shifted_windows_and_of_trimmed_surroundings_are_compared():
             focal.load(kwargs, state | {name: value + 1})
         unshifted = name.replace("blocks.1", "blocks.0")
         if "mask" in name:
-            with pytest.raises(ValueError, match="left over"):
+            with pytest.raises(ValueError, match=re.escape(unshifted)):
                 focal.load(kwargs, state | {unshifted: value})
 
 
@@ -140,10 +141,10 @@ def test_buffers_may_be_absent():
 @pytest.mark.parametrize(
     ("kwargs", "words"),
     [
-        ({"embed_dims": 3}, 'did you mean "embed_dim"'),
-        ({"drop_rate": 0.1}, "dropout is not built"),
-        ({"focal_pool": "median"}, "allowed are none, fc, conv, mean, max"),
-        ({"expand_layer": "first"}, "allowed are all, even, odd"),
+        ({"embed_dims": 3}, '"embed_dims".*"embed_dim"'),
+        ({"drop_rate": 0.1}, "drop_rate=0.1"),
+        ({"focal_pool": "median"}, "focal_pool='median'"),
+        ({"expand_layer": "first"}, "expand_layer='first'"),
     ],
 )
 def test_arguments_are_checked(kwargs, words):

@@ -237,9 +237,7 @@ def test_every_name_and_shape_of_timm_is_mapped(name, monkeypatch):
 
 
 def test_names_without_resolution():
-    with pytest.raises(
-        ValueError, match=r"does not fit coatnet_0_rw at 224x224: missing: .* and \d+ more"
-    ):
+    with pytest.raises(ValueError, match="coatnet_0_rw at 224x224"):
         timm.load("coatnet_0_rw", {})
     with pytest.raises(ValueError, match="coatnet_rmlp_2_rw at 384x384"):
         timm.load("coatnet_rmlp_2_rw_384", {})
@@ -248,9 +246,9 @@ def test_names_without_resolution():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("coatnet_9", 'unknown timm model "coatnet_9"; did you mean "coatnet_'),
-        ("resnet50", 'unknown timm model family "resnet50"'),
-        ("coatnet_cttt", "unknown timm model"),  # ours, not timm's
+        ("coatnet_9", '"coatnet_9".*"coatnet_'),
+        ("resnet50", '"resnet50"'),
+        ("coatnet_cttt", '"coatnet_cttt"'),  # ours, not timm's
     ],
 )
 def test_unknown_names(name, message):
@@ -266,13 +264,9 @@ def test_missing_left_over_and_misshapen_names_are_all_listed():
     del state["stem.conv1.weight"], state["head.fc.bias"]
     state["head.extra.weight"] = np.zeros(3)
     state["head.norm.weight"] = np.zeros(3)
-    with pytest.raises(ValueError, match="state dict") as caught:
+    with pytest.raises(ValueError, match=r"head\.fc\.bias, stem\.conv1\.weight") as caught:
         converted(config, state)
-    for text in (
-        "missing: head.fc.bias, stem.conv1.weight",
-        "left over: head.extra.weight",
-        "of another shape: head.norm.weight (3,) (for head/norm/scale (64,))",
-    ):
+    for text in ("head.extra.weight", "head.norm.weight (3,)", "head/norm/scale (64,)"):
         assert text in str(caught.value)
 
 
@@ -289,7 +283,7 @@ def test_counts_of_batches_may_be_there_or_not():
 def test_a_table_of_another_resolution_is_refused():
     config, state, _ = fixture("coatnet_0")
     config["model_kwargs"]["img_size"] = [96, 64]
-    with pytest.raises(ValueError, match=r"at 96x64: of another shape: stages\.2.*\(49, 3\)"):
+    with pytest.raises(ValueError, match=r"at 96x64: .*stages\.2.*\(49, 3\)"):
         converted(config, state)
 
 
@@ -316,16 +310,16 @@ def test_what_cannot_be_expressed_is_refused_by_name(section, field, value):
     config, state, _ = fixture("coatnet_0")
     target = config if section == "model_kwargs" else {"cfg": config["cfg"], **config["cfg"]}
     target[section][field] = value
-    with pytest.raises(ValueError, match=f"{field}.*has no counterpart here"):
+    with pytest.raises(ValueError, match=field):
         converted(config, state)
 
 
 def test_unknown_fields_are_refused_by_name():
     config, state, _ = fixture("coatnet_0")
     config["cfg"]["conv_cfg"]["strid_mode"] = "dw"
-    with pytest.raises(ValueError, match=r'conv_cfg: "strid_mode"; did you mean "stride_mode"'):
+    with pytest.raises(ValueError, match=r'conv_cfg: "strid_mode".*"stride_mode"'):
         converted(config, state)
-    with pytest.raises(ValueError, match=r'model arguments: "imgsize"; did you mean "img_size"'):
+    with pytest.raises(ValueError, match=r'"imgsize".*"img_size"'):
         timm.load("coatnet_0", state, imgsize=64)
 
 

@@ -109,11 +109,11 @@ def test_missing_and_left_over_names_are_listed(small):
     kwargs, weights = small
     changed = {**weights, "surplus.weight": np.zeros(3)}
     del changed["network.2.0.mlp.fc1.bias"], changed["pos_embed"]
-    with pytest.raises(ValueError, match=r"left over: surplus\.weight") as error:
+    with pytest.raises(ValueError, match=r"surplus\.weight") as error:
         timm.load("volo", changed, **kwargs)
-    for name in ("missing: ", "network.2.0.mlp.fc1.bias", "pos_embed"):
+    for name in ("network.2.0.mlp.fc1.bias", "pos_embed"):
         assert name in str(error.value)
-    with pytest.raises(ValueError, match=r"left over: aux_head.bias, aux_head.weight$"):
+    with pytest.raises(ValueError, match=r"aux_head\.bias, aux_head\.weight$"):
         timm.load("volo", weights, **{**kwargs, "use_aux_head": False})
 
 
@@ -129,9 +129,9 @@ def test_missing_and_left_over_names_are_listed(small):
 )
 def test_wrong_shapes_are_listed(small, name, shape):
     kwargs, weights = small
-    with pytest.raises(ValueError, match=rf"of another shape: {name} "):
+    with pytest.raises(ValueError, match=rf"{name} "):
         timm.load("volo", {**weights, name: np.zeros(shape, np.float32)}, **kwargs)
-    with pytest.raises(ValueError, match=r"of another shape: patch_embed.conv.0.weight "):
+    with pytest.raises(ValueError, match=r"patch_embed\.conv\.0\.weight "):
         timm.load("volo", weights, **{**kwargs, "in_chans": 1})
 
 
@@ -172,12 +172,12 @@ def test_arguments_become_fields():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lairs": 3}, r"unknown \['lairs'\]"),
-        ({"layers": None}, r"missing \['layers'\]"),
-        ({"post_layers": ["sa"]}, "only kind"),
-        ({"post_layers": None}, 'use "token" with post_layers'),
-        ({"global_pool": "avg"}, 'use "token" with post_layers'),
-        ({"downsamples": [False, True, False, False]}, "right before blocks"),
+        ({"lairs": 3}, r"\['lairs'\]"),
+        ({"layers": None}, r"\['layers'\]"),
+        ({"post_layers": ["sa"]}, "post_layers="),
+        ({"post_layers": None}, 'global_pool="token" .*post_layers='),
+        ({"global_pool": "avg"}, 'global_pool="avg"'),
+        ({"downsamples": [False, True, False, False]}, "downsamples"),
     ],
 )
 def test_arguments_without_a_counterpart_are_refused(small, change, message):

@@ -20,7 +20,7 @@ from localglobal_jax.cli.main import main
 from localglobal_jax.config import schema
 from localglobal_jax.convert import files, weights
 from localglobal_jax.data.images import folder
-from localglobal_jax.inference import classifier as classify
+from localglobal_jax.inference.classifier import load
 from localglobal_jax.models import registry
 from localglobal_jax.training import evaluation
 
@@ -76,7 +76,7 @@ def workdir(root):
 
 @pytest.fixture(scope="module")
 def classifier(workdir):
-    return classify.load(workdir)
+    return load(workdir)
 
 
 @pytest.fixture
@@ -166,11 +166,11 @@ def test_converted_weights_say_what_is_missing(tmp_path):
     saved.save(0, {"variables": variables}, metadata={"model": registry.describe(module)})
     saved.close()
     with pytest.raises(ValueError, match=r"--config.data.image_size, .*.mean, .*.std"):
-        classify.load(tmp_path)
+        load(tmp_path)
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     write(tmp_path / "noise.png", noise)
     given = {"data.image_size": "(64, 64)", "data.mean": "(0.5,)", "data.std": "(0.25,)"}
-    classifier = classify.load(tmp_path, overrides=given)
+    classifier = load(tmp_path, overrides=given)
     (answer,) = classifier.classify([tmp_path / "noise.png"], top=99)
     logits, _ = jax.jit(module.apply)(variables, (noise[None] / 255 - 0.5) / 0.25)
     expected = jax.nn.softmax(logits[0])

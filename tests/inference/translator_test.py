@@ -17,7 +17,14 @@ from localglobal_jax.config import loading, schema
 from localglobal_jax.convert import fairseq, weights
 from localglobal_jax.data.text.tokenizers import EOS, SPECIAL, Dictionary, Tokenizers
 from localglobal_jax.inference import heat_map
-from localglobal_jax.inference import translator as translate
+from localglobal_jax.inference.translator import (
+    Sampling,
+    Translator,
+    _cross_attention,
+    bucket_of,
+    defaults,
+    rows_of,
+)
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 WORDS = [f"w{i}" for i in range(SPECIAL, 40)]  # a word for every id: "w17" is 17
@@ -31,7 +38,7 @@ def fixture(name):
     arrays = dict(np.load(GOLDEN / f"{name}.npz"))
     state = weights.read_safetensors(GOLDEN / f"{name}.safetensors")
     words = Dictionary(WORDS)
-    translator = translate.Translator(*fairseq.load(read["args"], state), Tokenizers(words, words))
+    translator = Translator(*fairseq.load(read["args"], state), Tokenizers(words, words))
     return translator, arrays, read["beam"]
 
 
@@ -124,13 +131,13 @@ def test_blanks_are_squeezed_and_unknown_words_are_unknown():
 
 def test_few_shapes():
     lengths = range(1, 1025)
-    assert {translate.bucket_of(n) for n in lengths} == {16, 32, 64, 128, 256, 512, 1024}
-    assert all(n <= translate.bucket_of(n) < max(17, 2 * n) for n in lengths)
+    assert {bucket_of(n) for n in lengths} == {16, 32, 64, 128, 256, 512, 1024}
+    assert all(n <= bucket_of(n) < max(17, 2 * n) for n in lengths)
     for most in (1, 7, 128):
-        rows = {translate.rows_of(n, most) for n in range(1, 300)}
+        rows = {rows_of(n, most) for n in range(1, 300)}
         assert max(rows) == most and len(rows) <= 5
-        assert all(translate.rows_of(n, most) >= min(n, most) for n in range(1, 300))
-    assert translate.rows_of(1, 128) == 1
+        assert all(rows_of(n, most) >= min(n, most) for n in range(1, 300))
+    assert rows_of(1, 128) == 1
 
 
 def test_a_line_that_is_too_long_says_so():
@@ -165,7 +172,7 @@ def test_draws_are_a_function_of_seed_and_line_number():
     translator, _, _ = fixture("muse_simple_post")
 
     def draw(lines, first=0, **options):
-        sampling = translate.Sampling(**{"seed": 3, **options})
+        sampling = Sampling(**{"seed": 3, **options})
         found = translator.translate(lines, nbest=2, sampling=sampling, first=first, **SHORT)
         return [tokens(translation) for translation in found]
 
@@ -192,7 +199,7 @@ class Bytes(Dictionary):
 def test_a_translation_is_one_line():
     words = Bytes(WORDS)
     module, variables = fixture("muse_post")[0].module, fixture("muse_post")[0].variables
-    translator = translate.Translator(module, variables, Tokenizers(words, words))
+    translator = Translator(module, variables, Tokenizers(words, words))
     (found,) = translator.translate(["w4 w5"], **SHORT)
     assert found.text == f"a b  c {alone('w4 w5').text}"
 
@@ -220,7 +227,7 @@ def test_attention_is_that_of_the_published_code():
         jnp.asarray(arrays[f"single/{name}"], jnp.int32)
         for name in ("src_tokens", "prev_output_tokens")
     )
-    layers = translate._cross_attention(translator.module, translator.variables, source, target)
+    layers = _cross_attention(translator.module, translator.variables, source, target)
     assert len(layers) == 2
     np.testing.assert_allclose(layers[-1].mean(1), arrays["single/decoder_attn_last"], atol=1e-5)
 
@@ -254,15 +261,15 @@ def test_wrong_parts():
     words = Dictionary(WORDS[:-1])
     translator = fixture("muse_post")[0]
     with pytest.raises(ValueError, match="source_vocab=40"):
-        translate.Translator(translator.module, translator.variables, Tokenizers(words, words))
+        Translator(translator.module, translator.variables, Tokenizers(words, words))
     for name, fields in (("coatnet", {}), ("muse", {"layout": "M", "depths": (1,)})):
         module = lg.create_model(name, **fields)
         with pytest.raises(ValueError, match=type(module).__name__):
-            translate.Translator(module, {}, Tokenizers(words, words))
+            Translator(module, {}, Tokenizers(words, words))
 
 
 def test_beam_and_length_penalty_are_those_of_the_run(tmp_path):
-    assert translate.defaults(tmp_path) == {"beam": 4, "length_penalty": 1.0}
+    assert defaults(tmp_path) == {"beam": 4, "length_penalty": 1.0}
     run = schema.TranslationRun(model={"name": "muse"}, task={"name": "translation"})
     (tmp_path / "config.json").write_text(loading.to_json(run))
-    assert translate.defaults(tmp_path) == {"beam": 4, "length_penalty": 1.0}
+    assert defaults(tmp_path) == {"beam": 4, "length_penalty": 1.0}

@@ -82,9 +82,9 @@ def test_size_that_does_not_divide_says_which_would():
 
 
 def test_wrong_fields():
-    with pytest.raises(ValueError, match='"coatnet_O"; did you mean "coatnet_'):
+    with pytest.raises(ValueError, match=r'"coatnet_O".*"coatnet_'):
         create_model("coatnet_O")
-    with pytest.raises(ValueError, match='"depth"; did you mean "depths"'):
+    with pytest.raises(ValueError, match=r'"depth".*"depths"'):
         create_model("coatnet_0", depth=3)
     with pytest.raises(ValueError, match="depths"):
         init(tiny(depths=(1,)), 16, 16)

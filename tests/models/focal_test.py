@@ -76,12 +76,12 @@ def test_shift_and_expansion_alternate():
 @pytest.mark.parametrize(
     ("fields", "size", "words"),
     [
-        ({"heads": (2,)}, 32, r"names 2 stages, but heads=\(2,\) has 1"),
-        ({"heads": (2, 3)}, 32, "width 16 is not divisible by 3 heads"),
-        ({"conv_embed": True, "patch": 2}, 32, "set patch=4"),
-        ({}, 7, "need at least 8x8"),
-        ({"layout": "FQ"}, 32, 'unknown block in layout "FQ"'),
-        ({"blocks": {"F": {"focal_windows": 3}}}, 32, 'did you mean "focal_window"'),
+        ({"heads": (2,)}, 32, r"heads=\(2,\)"),
+        ({"heads": (2, 3)}, 32, "width 16 .*3 heads"),
+        ({"conv_embed": True, "patch": 2}, 32, "patch=4"),
+        ({}, 7, "8x8"),
+        ({"layout": "FQ"}, 32, '"FQ"'),
+        ({"blocks": {"F": {"focal_windows": 3}}}, 32, '"focal_windows".*"focal_window"'),
     ],
 )
 def test_errors_say_what_is_allowed(fields, size, words):

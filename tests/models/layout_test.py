@@ -10,19 +10,18 @@ def test_letters_repeat_patterns_repeat_and_strings_stand():
     assert [s.stride for s in stages] == [2, 2, 1]
 
 
-def test_mismatch_is_said_in_the_words_of_the_design():
-    with pytest.raises(ValueError) as error:
+def test_lengths_that_differ():
+    with pytest.raises(ValueError, match=r'"CCTT".*4.*depths=\(2, 3\).*2'):
         layout.parse("CCTT", (2, 3), (8, 8, 8, 8))
-    assert str(error.value) == 'layout "CCTT" names 4 stages, but depths=(2, 3) has 2'
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("CX", (1, 1), (8, 8)), 'unknown block in layout "CX": "X"'),
-        (("CT", (1, 1), (8,)), r"widths=\(8,\) has 1"),
-        (("CT", (1, 0), (8, 8)), "every stage needs at least 1"),
-        ((("C", "CT"), (1, 3), (8, 8)), 'stage "CT" of 2 blocks cannot fill depth 3'),
+        (("CX", (1, 1), (8, 8)), '"CX": "X"'),
+        (("CT", (1, 1), (8,)), r"widths=\(8,\)"),
+        (("CT", (1, 0), (8, 8)), r"depths=\(1, 0\)"),
+        ((("C", "CT"), (1, 3), (8, 8)), '"CT".*depth 3'),
     ],
 )
 def test_wrong_layouts(args, message):
@@ -38,5 +37,5 @@ def test_drop_path_grows_linearly_over_all_blocks():
 def test_options_of_no_block():
     with pytest.raises(ValueError, match=r"T.*head_with"):
         layout.check_options({"T": {"head_with": 1}})
-    with pytest.raises(ValueError, match="block letter"):
+    with pytest.raises(ValueError, match='"Q"'):
         layout.check_options({"Q": {}})

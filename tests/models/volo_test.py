@@ -241,13 +241,13 @@ def test_half_precision_keeps_float32_parameters_and_logits():
 @pytest.mark.parametrize(
     ("overrides", "size", "message"),
     [
-        ({"heads": (2,)}, (48, 64), "names 2 stages, but heads="),
-        ({"expansion": (2.0, 3.0, 4.0)}, (48, 64), "names 2 stages, but expansion="),
-        ({"heads": (3, 3)}, (48, 64), "width 8 is not divisible by heads=3"),
-        ({"position": 3}, (48, 64), "position=3 is not one of the 2 stages"),
+        ({"heads": (2,)}, (48, 64), r"heads=\(2,\)"),
+        ({"expansion": (2.0, 3.0, 4.0)}, (48, 64), "expansion="),
+        ({"heads": (3, 3)}, (48, 64), "width 8 .*heads=3"),
+        ({"position": 3}, (48, 64), "position=3"),
         ({"patch": 5}, (48, 64), "patch=5"),
         ({"blocks": {"O": {"windo": 5}}}, (48, 64), "windo"),
-        ({}, (48, 12), "48x12 is smaller than the 16x16 pixels"),
+        ({}, (48, 12), "48x12.*16x16"),
     ],
 )
 def test_what_cannot_be_is_refused(overrides, size, message):

@@ -134,9 +134,9 @@ def test_logits_that_do_not_fit_are_refused(shape):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"heads": 3}, "width 4 is not divisible by 3 heads"),
-        ({"heads": 2, "window": 4}, "window must be odd"),
-        ({"heads": 2, "stride": 0}, "the stride at least 1"),
+        ({"heads": 3}, "width 4 .*3 heads"),
+        ({"heads": 2, "window": 4}, "window=4"),
+        ({"heads": 2, "stride": 0}, "stride=0"),
     ],
 )
 def test_modules_that_cannot_be_are_refused(fields, message):

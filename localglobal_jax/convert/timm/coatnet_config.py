@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Converts timm's CoAtNet configuration into fields of our module. Follows timm 1.0.31.
 
-A value that our module cannot express is a ValueError that names it. What only MaxViT reads
-(windows, partitions, channels-last norms), or only the initialisation, is passed over.
+A value that our module cannot express is a ValueError that names it. Fields that only MaxViT
+(windows, partitions, channels-last norms) or only the initialisation reads are ignored.
 """
 
 from collections.abc import Mapping
@@ -219,7 +219,7 @@ def _transformer(attention: Section) -> dict[str, Any]:
     # Dropout inside the block acts in training only, but then a model fine-tuned here would differ.
     attention.must_be("attn_drop", 0.0)
     attention.must_be("proj_drop", 0.0)
-    # head_first is passed over: timm reads it for MaxViT, its CoAtNet block is always head-first.
+    # head_first is ignored: timm reads it for MaxViT, its CoAtNet block is always head-first.
     return {
         "head_width": attention["dim_head"],
         "expansion": attention["expand_ratio"],

@@ -44,7 +44,7 @@ def arguments(name: str) -> dict[str, Any]:
     """Returns timm's arguments of one of its model names, e.g. ``"volo_d1_384"``, for `load`."""
     found = re.fullmatch(r"(volo_d[1-5])_(\d+)(\.\w+)?", name)
     if not found:
-        raise ValueError(f'"{name}" is not a VOLO of timm: they are called volo_d1_224 and so on')
+        raise ValueError(f'"{name}" is not a VOLO of timm: give a name such as volo_d1_224')
     module = VOLO(**volo.VARIANTS[found[1]])
     return {
         "layers": module.depths,
@@ -62,8 +62,8 @@ def load(name_or_cfg: str, state_dict: Mapping[str, Any], **kwargs: Any) -> tupl
     `name_or_cfg` is "volo", with all of timm's arguments in `kwargs`, or one of timm's names
     (``"volo_d1_384"``), whose arguments `kwargs` override. The position embedding is resized if
     ``img_size`` (a number or (height, width)) is not that of the weights. Of the dropout rates only
-    that of drop path is carried over (the published recipes have no other); ``pooling_scale`` is
-    what the downsamplings say.
+    that of drop path is carried over (the published recipes have no other); ``pooling_scale``
+    follows from the downsamplings.
 
     Raises ValueError for arguments that are unknown or have no counterpart, and for names that are
     missing, left over, or of another shape.
@@ -116,7 +116,7 @@ def build(kwargs: Mapping[str, Any]) -> VOLO:
     blocks = tuple(given["post_layers"] or ())
     ratio = given["mlp_ratio"]
     if set(blocks) - {"ca"}:
-        raise ValueError(f'post_layers={blocks}: "ca" (class attention) is the only kind')
+        raise ValueError(f'post_layers={blocks}: give only "ca" (class attention)')
     aux = bool(given["use_aux_head"] and given["num_classes"])
     # Without class attention timm's heads still take the first token for a class token.
     if given["global_pool"] != ("token" if blocks else "avg") or (aux and not blocks):
@@ -130,7 +130,7 @@ def build(kwargs: Mapping[str, Any]) -> VOLO:
     if len(order) > 2 and order[2][1] == "down":
         raise ValueError(
             f"downsamples={given['downsamples']} puts the position embedding before a "
-            "downsampling: it must come right before blocks"
+            "downsampling: give downsamples that put it before blocks"
         )
     return VOLO(
         classes=given["num_classes"],
@@ -169,7 +169,7 @@ def _modules(module: VOLO) -> dict[str, str]:
         "head/norm": "norm",
         "stem/project": "patch_embed.proj",
     }
-    for i in range(3):  # convolution, norm and activation take turns in their sequence
+    for i in range(3):  # convolution, norm and activation alternate in timm's sequence
         modules[f"stem/conv{i + 1}"] = f"patch_embed.conv.{3 * i}"
         modules[f"stem/norm{i + 1}"] = f"patch_embed.conv.{3 * i + 1}"
     index, width = 0, module.widths[0]

@@ -83,7 +83,7 @@ def pick(x: Shaped[Array, "b n ..."], index: Int[Array, "b k"]) -> Shaped[Array,
 
 
 def compiled(search: Callable[..., Hypotheses]) -> Callable[..., Hypotheses]:
-    """Returns ``search(module, variables, source, given, options)`` compiled by `jax.jit`.
+    """Returns ``search(module, variables, source, numbers, options)`` compiled by `jax.jit`.
 
     `module` and `options` are static, and so is the implementation of the operators: the one that
     the caller selected, else "fused".

@@ -122,8 +122,8 @@ def _sample(
     b, length = source.shape[0], max_length + 1
     memory, cache = module.apply(variables, source, length, method="init_cache")
     rows = b * samples
-    own = drawing.numbers[:, None] * samples + jnp.arange(samples)[None]
-    keys = jax.vmap(lambda i: jax.random.fold_in(drawing.key, i))(own.reshape(-1))
+    numbers = drawing.numbers[:, None] * samples + jnp.arange(samples)[None]
+    keys = jax.vmap(lambda i: jax.random.fold_in(drawing.key, i))(numbers.reshape(-1))
     start = _Sampling(
         step=jnp.int32(0),
         token=jnp.full(rows, module.start, jnp.int32),

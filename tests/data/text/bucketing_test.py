@@ -47,9 +47,7 @@ def test_rows_fill_the_budget(tokens, multiple):
         assert rows == multiple or rows * edge <= tokens
         assert (rows + multiple) * edge > tokens
     if 64 * multiple > tokens:
-        with pytest.raises(
-            ValueError, match=f"batch_size={tokens} tokens.*at least {64 * multiple}"
-        ):
+        with pytest.raises(ValueError, match=f"batch_size={tokens} .*{64 * multiple}"):
             check_budget(edges, tokens, multiple)
     else:
         check_budget(edges, tokens, multiple)

@@ -46,11 +46,11 @@ def test_any_bytes_are_lines_or_an_error_with_a_line_number(tmp_path, data):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"a\nb\xfcr\n", "line 2 holds the byte 0xfc"),
-        (b"\xef\xbb\xbfa\nb\n\xfc", "line 3 holds the byte 0xfc"),
-        ("a\nb".encode("utf-16"), "line 1 holds"),
-        (b"a\n\nx\0y\xff", "line 3 holds a NUL byte"),
-        (b"a\xff\nx\0y", "line 1 holds the byte 0xff"),
+        (b"a\nb\xfcr\n", "line 2 .*0xfc"),
+        (b"\xef\xbb\xbfa\nb\n\xfc", "line 3 .*0xfc"),
+        ("a\nb".encode("utf-16"), "line 1 "),
+        (b"a\n\nx\0y\xff", "line 3 .*NUL"),
+        (b"a\xff\nx\0y", "line 1 .*0xff"),
     ],
 )
 def test_other_encodings_are_named(tmp_path, data, message):
@@ -61,7 +61,7 @@ def test_other_encodings_are_named(tmp_path, data, message):
 def test_missing_files(tmp_path):
     with pytest.raises(ValueError, match="nowhere"):
         read_lines(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="Is a directory"):
+    with pytest.raises(ValueError, match=str(tmp_path)):
         read_lines(tmp_path)
 
 
@@ -106,7 +106,7 @@ def test_files_that_do_not_fit(tmp_path):
     a, b = put(tmp_path / "a", "1\n2\n3\n"), put(tmp_path / "b", "1\n2")
     with pytest.raises(ValueError, match=r"a .*3 .*b .*2"):
         read_pairs((a, b), "train")
-    with pytest.raises(ValueError, match=r'unknown split.*"tset"; did you mean "test"'):
+    with pytest.raises(ValueError, match=r'"tset".*"test"'):
         read_pairs((a, a), "tset")
     tsv = put(tmp_path / "t.tsv", "a\tb\nc\nd\te\n")
     with pytest.raises(ValueError, match=r"line 2 of .*t\.tsv"):

@@ -129,7 +129,7 @@ def test_too_long_pairs_are_counted_and_only_training_leaves_them_out():
     assert evaluated.edges == (*source.edges, 96)  # the lengths of training, and one that holds it
     shapes = [b["source"].shape for b in pipeline.eval_batches(evaluated, budget=Budget(160, 8))]
     assert shapes == [(8, 16), (8, 96)]
-    with pytest.raises(ValueError, match=r"no pair .* is left to use \(read: 1.*tokens: 1"):
+    with pytest.raises(ValueError, match=r"read: 1.*tokens: 1"):
         small([(9, 9)], max_length=4)
 
 
@@ -174,8 +174,8 @@ def test_shapes_are_few():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(tokens=100, multiple=8), r"batch_size=100 tokens cannot hold .*at least 192"),
-        (dict(tokens=512, multiple=6, shard=(0, 4)), "rows_multiple=6 is not divisible by the 4"),
+        (dict(tokens=100, multiple=8), "batch_size=100 .*192"),
+        (dict(tokens=512, multiple=6, shard=(0, 4)), "rows_multiple=6 .* 4 "),
         (dict(tokens=512, multiple=8, shard=(2, 2)), r"shard \(2, 2\)"),
     ],
 )
@@ -230,8 +230,8 @@ def test_a_prepared_wmt_set_is_read_by_its_standard_name(tmp_path, make_translat
     i = int(first["index"][0])
     assert source.tokenizers.target.decode(first["target"][0]) == evaluation.text.targets[i]
     for wrong, message in (
-        ({"source": "eng"}, r'unknown language.*"eng"; did you mean "en"'),
-        ({"source": "de", "target": "de"}, "does not give two languages"),
+        ({"source": "eng"}, '"eng".*"en"'),
+        ({"source": "de", "target": "de"}, "data.source=de .*data.target=de"),
         ({"name": "wmt14_translate/fr-en"}, "wmt14_translate/fr-en"),
         ({"dir": str(tmp_path / "nowhere")}, "wmt14_translate"),
     ):
@@ -277,7 +277,7 @@ def test_unreadable_records_stop_or_are_counted(tmp_path, make_translations):
     data[at + 1] ^= 0xFF
     file.write_bytes(data)
     options = schema.Text(name="wmt14_translate/de-en", dir=str(tmp_path))
-    with pytest.raises(ValueError, match=f"{file.name}.*corrupt"):
+    with pytest.raises(ValueError, match=file.name):
         pairs.read(options, "train")
     made = pairs.read(options.model_copy(update={"max_bad_records": 100}), "train")
     bad = made.counts["left out: unreadable record"]
