@@ -33,7 +33,7 @@ def show_as(mirror: pathlib.Path, store: epath.Path) -> None:
 def shown(path: str | os.PathLike[str]) -> str:
     """Returns a path as a message names it: that in the bucket for a file of a local mirror."""
     text = os.fspath(path)
-    for mirror, store in _SHOWN.items():
+    for mirror, store in list(_SHOWN.items()):  # a copy: other threads may add theirs
         if text == mirror or text.startswith(f"{mirror}/"):
             return store + text[len(mirror) :]
     return text
