@@ -22,8 +22,10 @@ import time
 
 import compare
 import runs
+from etils import epath
 
 from localglobal_jax.checkpoints import reader
+from localglobal_jax.checkpoints import steps as steps_of
 
 SHORT = {"steps": "12", "checkpoint.every": "3", "eval.every": "6", "log.every": "1"}
 CLOCK = """
@@ -81,7 +83,7 @@ class Disk:
             said = died.stderr.strip().splitlines()[-1]
             there = [p.name for p in sorted(workdir.rglob("*"))] if workdir.exists() else []
             found = []
-            if reader.directories(reader.epath.Path(workdir / "checkpoints")):
+            if steps_of.scan(epath.Path(workdir / "checkpoints")):
                 found = reader.inspect(workdir, verify=True)["steps"]
             steps = [entry["step"] for entry in found if entry["verified"]]
             bad = [entry for entry in found if not entry["verified"]]

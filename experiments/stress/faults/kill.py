@@ -22,9 +22,11 @@ import time
 import compare
 import numpy as np
 import runs
+from etils import epath
 from life import Life, await_moment
 
 from localglobal_jax.checkpoints import reader
+from localglobal_jax.checkpoints import steps as steps_of
 
 SIGNALS = {"KILL": 0.65, "TERM": 0.2, "TERM then KILL": 0.15}
 MOMENTS = {  # what to wait for: how often
@@ -128,9 +130,7 @@ class Harness:
 
     def checkpoints(self, workdir):
         """(the newest step, sentences on what is damaged)."""
-        if not (workdir / "checkpoints").is_dir() or not reader.directories(
-            reader.epath.Path(workdir / "checkpoints")
-        ):
+        if not steps_of.scan(epath.Path(workdir / "checkpoints")):
             return 0, []
         found = reader.inspect(workdir, verify=True)
         bad = [f"step {s['step']}: {s['error']}" for s in found["steps"] if not s["verified"]]
