@@ -99,6 +99,33 @@ def as_tfrecord(prepared, target):
     return target
 
 
+def as_tfrecord_shards(prepared, target, count):
+    """The TFRecord twin of `prepared` with ``count`` shards of its split "train"."""
+    as_tfrecord(prepared, target)
+    (whole,) = target.glob("*-train.tfrecord-*")
+    data, frames = whole.read_bytes(), []
+    while data:
+        size = int.from_bytes(data[:8], "little") + 16
+        frames.append(data[:size])
+        data = data[size:]
+    whole.unlink()
+    lengths = [len(frames[i::count]) for i in range(count)]
+    for i, length in enumerate(lengths):
+        name = whole.name.replace("00000-of-00001", f"{i:05d}-of-{count:05d}")
+        start = sum(lengths[:i])
+        (target / name).write_bytes(b"".join(frames[start : start + length]))
+    info = json.loads((target / "dataset_info.json").read_text())
+    (train,) = (split for split in info["splits"] if split["name"] == "train")
+    train["shardLengths"] = [str(length) for length in lengths]
+    (target / "dataset_info.json").write_text(json.dumps(info))
+    return target
+
+
+@pytest.fixture(scope="session")
+def make_tfrecord_shards():
+    return as_tfrecord_shards
+
+
 @pytest.fixture(scope="session")
 def make_tfds():
     return write_tfds

@@ -52,16 +52,19 @@ def filesystem(path: str | epath.Path) -> Any:
 
 
 @contextlib.contextmanager
-def _named_in_errors(path: str | epath.Path) -> Iterator[None]:
+def named_in_errors(path: str | epath.Path) -> Iterator[None]:
     """Context manager that turns errors of gcsfs, google-auth and aiohttp into one line.
 
-    They become an OSError where the same request may succeed later, else a ValueError.
+    They become an OSError where the same request may succeed later, else a ValueError. Those that
+    name the path already, and a missing file, pass as they are.
     """
     try:
         yield
     except FileNotFoundError:
         raise
     except Exception as error:
+        if str(path) in str(error):
+            raise
         kind = OSError if may_pass(error) else ValueError
         raise kind(
             f'{path} cannot be reached ({error}). Check the network and the credentials ("Data in '
@@ -82,7 +85,7 @@ def check_bucket(path: str | epath.Path) -> None:
     """Raises ValueError unless the bucket of `path` exists and may be listed."""
     bucket = str(path).removeprefix("gs://").partition("/")[0]
     try:
-        with _named_in_errors(path):
+        with named_in_errors(path):
             filesystem(path).call("GET", "b/{}/o", bucket, maxResults=1)
     except FileNotFoundError:
         raise ValueError(
@@ -93,7 +96,7 @@ def check_bucket(path: str | epath.Path) -> None:
 def listing(folder: str | epath.Path) -> dict[str, Stored]:
     """Returns file name -> `Stored` of the objects directly in `folder`, as they are now."""
     try:
-        with _named_in_errors(folder):
+        with named_in_errors(folder):
             found = filesystem(folder).ls(str(folder), detail=True)
     except FileNotFoundError:
         return {}
@@ -111,7 +114,7 @@ def listing(folder: str | epath.Path) -> dict[str, Stored]:
 
 def find(folder: str | epath.Path, name: str, depth: int) -> list[epath.Path]:
     """Returns the objects called `name` in `folder` or at most ``depth - 1`` folders below it."""
-    with _named_in_errors(folder):
+    with named_in_errors(folder):
         found = filesystem(folder).find(str(folder), maxdepth=depth)
     return [epath.Path(f"gs://{path}") for path in found if path.rpartition("/")[2] == name]
 
@@ -127,7 +130,7 @@ def crc32c(file: pathlib.Path) -> str:
 
 def put(file: pathlib.Path, target: str, **metadata: str) -> None:
     """Writes a local file as the object `target`, which appears when it is whole."""
-    with _named_in_errors(target):
+    with named_in_errors(target):
         filesystem(target).put_file(str(file), target, metadata=metadata or None)
 
 

@@ -196,7 +196,11 @@ def test_damaged_tfrecords_make_no_twin(tfrecord, tmp_path, damage):
         message = "holds 359 records, its dataset_info.json says 360"
     with pytest.raises(ValueError, match=f"{path}.*{message}"):
         from_tfrecord(str(tfrecord), str(tmp_path / "new"))
-    assert not (tmp_path / "new/digits").exists()
+    (staging,) = (tmp_path / "new/digits").iterdir()  # with the undamaged shard
+    assert staging.name.startswith("incomplete.")
+    assert [file.name[:12] for file in staging.iterdir() if "incomplete" not in file.name] == [
+        "digits-train"
+    ]
 
 
 def test_killed_while_converting(tfrecord, tmp_path):
