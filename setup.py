@@ -52,6 +52,8 @@ TEST = [
     "pytest>=8",
     "sacrebleu[ja,ko]>=2.4",
     "pytest-xdist>=3.5",
+    "setuptools>=65",  # with `wheel`: makes the wheel that the tests of launching install
+    "wheel>=0.40",
 ]
 EXTRAS = {
     "test": TEST,

@@ -65,11 +65,14 @@ def run(args: argparse.Namespace) -> int:
         with multihost.naming_the_lost():
             if args.replay is not None:
                 found = replay.replay(run, args.workdir, args.replay)
+                multihost.finished(ExitCode.DONE)
                 return _replayed(found, args.json)
             results = loop.train(run, args.workdir)
     except loop.Preempted as stop:
+        multihost.finished(ExitCode.PREEMPTED)
         return _say(f"{stop}; start again to resume", ExitCode.PREEMPTED)
     except divergence.Diverged as stop:
+        multihost.finished(ExitCode.DIVERGED)
         return _say(str(stop), ExitCode.DIVERGED)
     except multihost.HostLost as stop:
         multihost.leave(_say(str(stop), ExitCode.PREEMPTED))
@@ -80,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
             traceback.print_exc()
         code = ExitCode.WRONG if isinstance(error, ValueError) else ExitCode.FAILED
         multihost.leave(_say(str(error), code))
+    multihost.finished(ExitCode.DONE)
     if args.json and multihost.rank() == 0:
         print(json.dumps(results))
     return ExitCode.DONE

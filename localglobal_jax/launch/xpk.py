@@ -111,7 +111,8 @@ def arguments(
         f"--restart-on-exit-codes={ExitCode.PREEMPTED:d}",
         f"--termination-grace-period-seconds={GRACE}",
         *(f"--env={key}={value}" for key, value in (env or {}).items()),
-        f"--command={shell.quoted(command)}",
+        # xpk puts it into a subshell and signals that: with `exec` it is the run itself.
+        f"--command=exec {shell.quoted(command)}",
     ]
 
 

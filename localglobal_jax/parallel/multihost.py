@@ -5,6 +5,7 @@ Everything here names who is missing. JAX alone does not: a host that does not t
 others by SIGABRT after five minutes, and one that is slow or lost lets them hang in a collective.
 """
 
+import collections
 import contextlib
 import logging
 import os
@@ -21,10 +22,12 @@ import numpy as np
 from jax._src import distributed  # jax has no public barrier with a timeout,
 from jax.experimental import multihost_utils
 
-from localglobal_jax.parallel import chips
+from localglobal_jax.parallel import chips, watch
 
 BARRIER = 600.0  # seconds; longer than any host may lag behind another between two steps
 log = logging.getLogger(__name__)
+_watches: list[watch.Watch] = []  # of the other hosts: one, if there are any
+_broadcasts: collections.Counter[str] = collections.Counter()  # calls so far, by name
 
 
 class HostLost(RuntimeError):
@@ -79,11 +82,15 @@ def barrier(name: str, timeout: float = BARRIER) -> None:
 
 
 def broadcast_text(name: str, text: str) -> str:
-    """Returns the `text` of host 0 on every host; raises HostLost if none arrives in time."""
+    """Returns the `text` of host 0 on every host; raises HostLost if none arrives in time.
+
+    All hosts must make the same calls for a `name`: each call has a key of its own.
+    """
     client = _client()
     if client is None:
         return text
-    key = f"localglobal_jax/{name}"
+    _broadcasts[name] += 1
+    key = f"localglobal_jax/{name}/{_broadcasts[name]}"
     if rank() == 0:
         client.key_value_set(key, f"={text}", allow_overwrite=True)
     try:
@@ -95,6 +102,17 @@ def broadcast_text(name: str, text: str) -> str:
 def joined() -> bool:
     """Returns whether this process is one of several, without initializing devices."""
     return _client() is not None
+
+
+def watched_by(watching: watch.Watch) -> None:
+    """Keeps the watch over the other hosts for `naming_the_lost`, `finished` and `leave`."""
+    _watches.append(watching)
+
+
+def finished(code: int) -> None:
+    """Tells the other hosts that this process is about to end with the exit code `code`."""
+    for each in _watches:
+        each.stop(code)
 
 
 def _client() -> Any:
@@ -111,6 +129,8 @@ def naming_the_lost() -> Iterator[None]:
             r"Gloo|gloo|NCCL|UNAVAILABLE|coordination|heartbeat", str(error)
         ):
             reason = str(error).splitlines()[0][:200]
+            for each in _watches:  # a lost host ends this process here
+                reason = each.reason(watch.HEARTBEAT + 10) or reason
             raise HostLost(
                 f"host {rank()} lost another host ({reason}); start all hosts again: "
                 "the run goes on from its last checkpoint"
@@ -123,6 +143,7 @@ def leave(code: int) -> NoReturn:
 
     Not at once: the others may be about to say the same, and our end would be theirs.
     """
+    finished(code)
     with contextlib.suppress(Exception):
         barrier("leaving", 10.0)
     logging.shutdown()

@@ -11,10 +11,11 @@ from typing import NamedTuple
 import jax
 from jax._src.clusters import ClusterEnv  # and no other way to ask without starting
 
+from localglobal_jax.parallel import multihost, watch
 from localglobal_jax.parallel.multihost import HostLost
 
 log = logging.getLogger(__name__)
-HEARTBEAT = 60  # seconds without a sign of life after which a host is taken for lost
+HEARTBEAT = 40  # seconds after `watch.HEARTBEAT` at which jax itself ends the other processes
 
 
 class Cluster(NamedTuple):
@@ -55,14 +56,15 @@ def start(cluster: Cluster, timeout: float = 300.0) -> None:
         )
     log.info("host     %d of %d (%s), coordinator %s; waiting for the others, at most %.0f s",
              number, size, socket.gethostname(), coordinator, timeout)  # fmt: skip
-    names = rendezvous(cluster, timeout)
+    names, calls = _meet(cluster, timeout)
+    multihost.watched_by(watch.Watch(number, names, calls))
     jax.distributed.initialize(
         coordinator,
         size,
         number,
         list(devices) if devices else None,
         initialization_timeout=int(timeout) + 60,  # all of them are there: this is quick
-        heartbeat_timeout_seconds=HEARTBEAT,
+        heartbeat_timeout_seconds=int(watch.HEARTBEAT) + HEARTBEAT,
     )
     log.info("host     %d of %d: all are here (%s), %d of %d devices", number, size,
              ", ".join(names), jax.local_device_count(), jax.device_count())  # fmt: skip
@@ -73,11 +75,21 @@ def rendezvous(cluster: Cluster, timeout: float) -> list[str]:
 
     On the coordinator's own port, which jax opens only afterwards.
     """
+    names, calls = _meet(cluster, timeout)
+    for call in calls.values():
+        call.close()
+    return names
+
+
+Calls = dict[int, socket.socket]  # open connections to other hosts, by rank
+
+
+def _meet(cluster: Cluster, timeout: float) -> tuple[list[str], Calls]:
     deadline = time.monotonic() + timeout
     return _call(cluster, deadline) if cluster.rank else _listen(cluster, deadline)
 
 
-def _listen(cluster: Cluster, deadline: float) -> list[str]:
+def _listen(cluster: Cluster, deadline: float) -> tuple[list[str], Calls]:
     port = int(cluster.coordinator.rpartition(":")[2])
     callers: dict[int, tuple[str, socket.socket]] = {}
     twice = ""
@@ -98,10 +110,11 @@ def _listen(cluster: Cluster, deadline: float) -> list[str]:
                 break
             try:
                 call.settimeout(2)
-                text, name = call.makefile().readline(1000).split()
+                text, name = _line(call).split()
                 number = int(text)
             except (ValueError, OSError):
-                continue  # not one of ours
+                call.close()  # not one of ours
+                continue
             if number in callers or not 0 < number < cluster.size:
                 twice = f"{name} says that it is host {number}, which is another one's number"
             else:
@@ -117,30 +130,46 @@ def _listen(cluster: Cluster, deadline: float) -> list[str]:
         for _, call in callers.values():
             with contextlib.suppress(OSError):
                 call.sendall(answer.encode())
-    if answer.startswith("!"):
-        raise HostLost(answer.removeprefix("!").strip())
-    return names
+        if answer.startswith("!"):
+            raise HostLost(answer.removeprefix("!").strip())
+        open_calls.pop_all()
+    return names, {number: call for number, (_, call) in callers.items()}
 
 
-def _call(cluster: Cluster, deadline: float) -> list[str]:
+def _call(cluster: Cluster, deadline: float) -> tuple[list[str], Calls]:
     host, _, port = cluster.coordinator.rpartition(":")
     while True:
         left = deadline - time.monotonic()
-        try:
-            with socket.create_connection((host, int(port)), timeout=max(left, 0.01)) as call:
+        with contextlib.ExitStack() as kept:
+            try:
+                call = kept.enter_context(
+                    socket.create_connection((host, int(port)), timeout=max(left, 0.01))
+                )
                 call.sendall(f"{cluster.rank} {socket.gethostname()}\n".encode())
                 # rank 0 answers at its own deadline, which is later if it came later
                 call.settimeout(max(left, 0.01) * 2 + 5)
-                answer = call.makefile().readline().strip()
-        except OSError:
-            answer = ""
-        if answer.startswith("!"):
-            raise HostLost(answer.removeprefix("!").strip())
-        if answer:
-            return answer.split()
+                answer = _line(call)
+            except OSError:
+                answer = ""
+            if answer.startswith("!"):
+                raise HostLost(answer.removeprefix("!").strip())
+            if answer:
+                kept.pop_all()
+                return answer.split(), {0: call}
         if time.monotonic() >= deadline:
             raise HostLost(f"host 0 did not answer at {cluster.coordinator}")
         time.sleep(0.2)
+
+
+def _line(call: socket.socket) -> str:
+    """Returns one line, and reads no byte after it; "" if the connection ends before."""
+    text = b""
+    while not text.endswith(b"\n") and len(text) < 1000:
+        byte = call.recv(1)
+        if not byte:
+            return ""
+        text += byte
+    return text.decode(errors="replace").strip()
 
 
 def _absent(missing: list[int], cluster: Cluster) -> str:

@@ -36,7 +36,7 @@ def test_xpk():
         *("--project=p", "--zone=z", "--tpu-type=v5litepod-16", "--num-slices=2"),
         *("--docker-image=gcr.io/p/i:1", "--priority=medium", "--max-restarts=100"),
         *("--restart-on-exit-codes=42", "--termination-grace-period-seconds=120", "--env=A=b c"),
-        "--command=localglobal train '--config.model.depths=(1, 1)' --workdir 'gs://b/it'\"'\"'s'",
+        "--command=exec localglobal train '--config.model.depths=(1, 1)' --workdir 'gs://b/it'\"'\"'s'",
     ]
 
 
@@ -314,4 +314,4 @@ def test_xpk_takes_our_arguments(tmp_path):
     options = ["--dry-run", "--skip-validation", f"--output-manifest-file={manifest}"]
     env = {**os.environ, "HOME": str(tmp_path)}
     assert subprocess.run([*argv, *options], env=env, check=False).returncode == 0
-    assert f"({shell.quoted(command)}) & PID" in manifest.read_text()
+    assert f"(exec {shell.quoted(command)}) & PID" in manifest.read_text()

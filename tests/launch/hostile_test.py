@@ -7,10 +7,10 @@ import shutil
 import subprocess
 
 import pytest
+import standins
 
 from localglobal_jax.cli.main import main
 from localglobal_jax.launch import expand, shell, slurm, tpu_vm
-from tests.launch import standins
 
 HOSTILE = (
     *("a; touch PWNED", "$(touch PWNED)", "`touch PWNED`", "a\ntouch PWNED\n", "' ; touch PWNED '"),

@@ -9,9 +9,9 @@ import subprocess
 import time
 
 import pytest
+import standins
 
 from localglobal_jax.launch import tpu_vm
-from tests.launch import standins
 
 SYSTEM = "/usr/local/bin:/usr/bin:/bin"
 SAVES = 'trap "exit 42" TERM; echo training; touch "$HOME/ready"; while :; do sleep 0.05; done'
