@@ -10,6 +10,7 @@ import dataclasses
 import io
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -37,7 +38,7 @@ class ReadFailed(OSError):
 class Stat:
     """A file's size, and its generation: it changes whenever the file is written.
 
-    ``generation``: a bucket's own number, or the time of modification in nanoseconds on disk.
+    ``generation``: a bucket's own number, or on disk the time of modification.
     ``crc``: the CRC-32C of the file where the bucket knows it.
     """
 
@@ -71,7 +72,7 @@ class Directory:
                 found = {entry.name: entry.stat() for entry in entries if entry.is_file()}
         except FileNotFoundError:
             raise ValueError(f"there is no directory {self.path}") from None
-        return {name: Stat(s.st_size, str(s.st_mtime_ns)) for name, s in found.items()}
+        return {name: Stat(s.st_size, _time(s.st_mtime_ns)) for name, s in found.items()}
 
     def start(self, name: str, begin: int, end: int) -> ts.Future:
         """Starts to read bytes ``begin`` to ``end - 1`` of a file."""
@@ -113,6 +114,11 @@ class Directory:
                 'start the process by "spawn" or "forkserver"'
             )
         return store
+
+
+def _time(nanoseconds: int) -> str:
+    seconds, rest = divmod(nanoseconds, 10**9)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{rest:09d}Z"
 
 
 def _stat(stored: gcs.Stored) -> Stat:
