@@ -199,10 +199,11 @@ class Checkpoints:
           CorruptCheckpoint: the given step, or every step, is damaged.
         """
         wanted, tree = reader.flatten(template)
+        share = multihost.rank(), multihost.count()
 
         def load(step: int) -> Restored:
             document = reader.all_hosts_agree(
-                lambda: reader.document_of(self.directory, step, check=True)
+                lambda: reader.document_of(self.directory, step, check=True, share=share)
             )
             reader.check_template(wanted, document["leaves"], self.directory / str(step))
             flat = reader.all_hosts_agree(lambda: reader.read_arrays(self.directory, step, wanted))

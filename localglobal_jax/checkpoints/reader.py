@@ -90,10 +90,15 @@ def inspect(path: str | os.PathLike, verify: bool = False) -> dict:
     return {"directory": str(directory), "latest": max(good, default=None), "steps": steps}
 
 
-def document_of(directory: epath.Path, step: int, check: bool = False) -> dict:
-    """Returns the JSON document of a step; with `check`, its files are verified first."""
+def document_of(
+    directory: epath.Path, step: int, check: bool = False, share: tuple[int, int] = (0, 1)
+) -> dict:
+    """Returns the JSON document of a step; with `check`, (its `share` of) the files are verified.
+
+    `share`: see `digests.check_manifest`.
+    """
     if check:
-        digests.check_manifest(directory / str(step))
+        digests.check_manifest(directory / str(step), share)
     name = "metadata/metadata"
     return json.loads(dict(objects.contents(directory / str(step), {name: 0}))[name])
 

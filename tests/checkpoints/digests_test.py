@@ -131,6 +131,21 @@ def test_manifest_names_the_damaged_file(listed):
         digests.check_manifest(listed)
 
 
+@pytest.mark.parametrize("hosts", [1, 2, 3])
+def test_hosts_share_the_reading_and_one_of_them_names_the_damaged_file(listed, hosts):
+    for host in range(hosts):
+        digests.check_manifest(listed, (host, hosts))
+    (listed / "sub" / "a").write_bytes(b"some byteS")
+    found = []
+    for host in range(hosts):
+        try:
+            digests.check_manifest(listed, (host, hosts))
+        except ValueError as error:
+            found.append(str(error))
+    (one,) = found
+    assert one.startswith("sub/a ")
+
+
 def test_every_flip_in_the_manifest_itself_is_seen(listed):
     path = listed / digests.MANIFEST
     good = path.read_bytes()
