@@ -104,5 +104,5 @@ setup(
     },
     install_requires=INSTALL,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["localglobal=localglobal_jax.cli.main:console"]},
+    entry_points={"console_scripts": ["localglobal=localglobal_jax.__main__:console"]},
 )

@@ -117,6 +117,7 @@ def reserve(run: schema.Run, workdir: pathlib.Path) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--workdir {workdir} cannot be made: {error.strerror}") from error
+    run = loading.with_absolute_paths(run)  # commands read it in any folder
     write_atomically(workdir / "config.json", loading.to_json(run))
 
 

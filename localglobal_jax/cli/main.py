@@ -3,10 +3,12 @@
 
 import argparse
 import faulthandler
+import functools
 import logging
 import os
+import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from localglobal_jax import __version__
@@ -63,23 +65,25 @@ def console() -> int:
     # pages), and glibc reads this setting only when a process starts.
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        # a Ctrl-C waits until the new process has its handler (`__main__`)
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # nosec B606 # this program
     if not debugging():
         os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # we report damaged files ourselves
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-        sys.unraisablehook = _without_stragglers
+        sys.unraisablehook = functools.partial(_without_stragglers, sys.unraisablehook)
     if sys.__stderr__:  # a crash in native code prints the line of Python that called it
         faulthandler.enable(sys.__stderr__)
     return main()
 
 
-def _without_stragglers(found: Any) -> None:
+def _without_stragglers(otherwise: Callable[[Any], Any], found: Any) -> None:
     """Hides the tracebacks of orbax's pending writes after a failed save.
 
     Nothing awaits these writes; `SaveFailed` reports the reason in one line.
     """
     if str(found.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(found)
+        otherwise(found)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,9 +2,13 @@
 """The command `localglobal translate`: translates text line by line."""
 
 import argparse
+import io
 import json
+import os
+import select
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from localglobal_jax.cli import options
@@ -15,15 +19,20 @@ HELP = "translate lines of text"
 EXAMPLE = "--workdir runs/muse < test.en > test.de"
 
 BLOCK = 1024  # lines translated before they are printed
+WAIT = 0.5  # seconds
+CHUNK = 2**16  # bytes read at a time
+UNKNOWN = 0.05  # share of unknown words above which a warning is printed
 FORMATS = """\
 A line in, a line out, in the same order; an empty line stays empty. With --scores: SCORE TAB TEXT.
 With --nbest N: up to N lines for each, best first: NUMBER TAB SCORE TAB TEXT, NUMBER counting the
 lines of the input from 1; an empty line has an empty score. SCORE is the sum of natural logarithms
 of the tokens' probabilities over length ** length_penalty. With --json: one object with all of
-this, and pieces and their scores. Only a line feed ends a line. A line of more than --max_source
-tokens is named on stderr and left empty; the exit code is then 2. Models with fairseq's
-dictionaries need text that is tokenised and split into subwords (with @@) as their training text
-was; words they do not know become <unk>."""
+this, and pieces and their scores. Only a line feed ends a line. Lines of a pipe are translated as
+they arrive: up to 1024 at a time, and none waits longer than --wait for others. A line of more
+than --max_source tokens is named on stderr and left empty; the exit code is then 2. Models with
+fairseq's dictionaries need text that is tokenised and split into subwords (with @@) as their
+training text was; words they do not know become <unk>. Their share is printed on stderr if it is
+large."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +51,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--batch_size", type=int, metavar="TOKENS", help="of the source; default: 2048")
     add("--nbest", type=int, metavar="N", help="print N translations of each line")
     add("--scores", action="store_true", help="print scores")
+    add("--wait", type=float, default=WAIT, metavar="SECONDS",
+        help=f"that a line of a pipe waits for others, for one batch; default: {WAIT}")  # fmt: skip
+    add("--replace_unknown", action="store_true",
+        help="put the source word with the most attention for each <unk>")  # fmt: skip
     add("--attention", metavar="FILE.png",
         help="draw the cross-attention of the first sentence")  # fmt: skip
     add("--sample", action="store_true", help="draw at random instead of searching")
@@ -55,6 +68,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Translates the lines; returns 2 if some were too long."""
     sampling = _sampling(args)
+    if not 0 <= args.wait <= 3600:
+        raise ValueError(f"--wait {args.wait}: give seconds from 0 to 3600")
     if args.attention:
         from localglobal_jax.inference import heat_map
 
@@ -66,18 +81,25 @@ def run(args: argparse.Namespace) -> int:
         **defaults(args.workdir),
         "nbest": 1 if args.nbest is None else args.nbest,
         "sampling": None if sampling is None else Sampling(**sampling),
+        "replace_unknown": args.replace_unknown,
     }
     names = ("beam", "length_penalty", "min_length", "max_length", "max_source", "batch_size")
     chosen |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     terminal = not args.file and sys.stdin.isatty()
-    blocks = _typed() if terminal else _blocks(args.file)
+    blocks = _blocks(args.file) if args.file else _arriving(0.0 if terminal else args.wait)
     if terminal:
         print("One sentence per line; Ctrl-D ends.", file=sys.stderr)
     sys.stdout.reconfigure(encoding="utf-8", newline="\n")  # type: ignore[union-attr]
 
     number, bad, drawn, everything = 0, 0, not args.attention, []
+    unknown, words, warned = 0, 0, False
     for block in blocks:
         found = translator.translate(block, first=number, **chosen)
+        unknown += sum(translation.unknown for translation in found)
+        words += sum(max(0, translation.tokens - 1) for translation in found)
+        if not warned and unknown > UNKNOWN * words:
+            warned = True
+            _warn_of_unknown(unknown, words, translator)
         for line, translation in zip(block, found, strict=True):
             number += 1
             if translation.problem:
@@ -110,22 +132,71 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any] | None:
     return given if args.sample else None
 
 
-def _blocks(file: str | None) -> Iterator[list[str]]:
-    """Returns blocks of lines of a file or stdin, which is read and decoded as a whole first."""
+def _warn_of_unknown(unknown: int, words: int, translator: Any) -> None:
+    form = "check that it is the language of the model's training"
+    if translator.tokenizers.source.tokenized:
+        form = (
+            "tokenise it and split it into subwords (with @@), as the model's training text was; "
+            "the model does not do this"
+        )
+    print(
+        f"localglobal translate: {unknown} of the first {words} words ({unknown / words:.0%}) are "
+        f"unknown to the model's vocabulary. If this text is what people write, {form}",
+        file=sys.stderr,
+    )
+
+
+def _blocks(file: str) -> Iterator[list[str]]:
+    """Returns blocks of lines of a file, which is read and decoded as a whole first."""
     from localglobal_jax.data.text import files
 
-    lines = (
-        files.read_lines(file) if file else files.lines(sys.stdin.buffer.read(), "standard input")
-    )
+    lines = files.read_lines(file)
     return (lines[i : i + BLOCK] for i in range(0, len(lines), BLOCK))
 
 
-def _typed() -> Iterator[list[str]]:
-    """Yields lines of stdin as they are typed."""
+def _arriving(wait: float) -> Iterator[list[str]]:
+    """Yields blocks of lines of stdin while they arrive.
+
+    A block is complete with `BLOCK` lines, `wait` seconds after its first line, or at the end.
+    """
     from localglobal_jax.data.text import files
 
-    for number, line in enumerate(sys.stdin.buffer, 1):
-        yield files.lines(line, "standard input", first=number)
+    readable, read = _input()
+    number, ready, parts, ended = 1, [], [], False  # parts of a line whose end is not here yet
+    while ready or not ended:
+        deadline = time.monotonic() + wait
+        while not ended and len(ready) < BLOCK:
+            if not readable(max(0.0, deadline - time.monotonic()) if ready else None):
+                break
+            data, first = read(), not ready
+            ended = not data
+            head, *whole = data.split(b"\n")
+            parts.append(head)
+            if whole or (ended and any(parts)):
+                ready += [b"".join(parts), *whole[:-1]]
+                parts = whole[-1:]
+            if first:
+                deadline = time.monotonic() + wait
+        block, ready = ready[:BLOCK], ready[BLOCK:]
+        if block:
+            text = b"\n".join(block) + b"\n"
+            yield files.lines(text, "standard input", first=number)
+            number += len(block)
+
+
+def _input() -> tuple[Callable[[float | None], Any], Callable[[], bytes]]:
+    """Returns two functions of stdin: one waits for data, at most so long; one reads what is there.
+
+    The second returns nothing at the end. A stdin that is not a file (in tests) is read at once.
+    """
+    try:
+        file = sys.stdin.fileno()
+    except io.UnsupportedOperation:
+        return lambda seconds: True, sys.stdin.buffer.read
+    return (
+        lambda seconds: select.select([file], [], [], seconds)[0],
+        lambda: os.read(file, CHUNK),
+    )
 
 
 def _shown(args: argparse.Namespace, number: int, translation: Any) -> list[str]:
@@ -141,6 +212,8 @@ def _shown(args: argparse.Namespace, number: int, translation: Any) -> list[str]
 def _described(number: int, translation: Any, translator: Any) -> dict[str, Any]:
     """Returns a translation as a JSON object."""
     described: dict[str, Any] = {"line": number, "source_tokens": translation.tokens}
+    if translation.unknown:
+        described["unknown_tokens"] = translation.unknown
     described["hypotheses"] = [
         {
             "text": found.text,

@@ -294,6 +294,19 @@ def to_json(run: schema.Run) -> str:
     return json.dumps(run.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
 
 
+def with_absolute_paths(run: schema.Run) -> schema.Run:
+    """Returns `run` with absolute paths of its data, which other folders can read, too."""
+
+    def absolute(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(absolute, value))
+        return str(pathlib.Path(value).absolute()) if value and "://" not in value else value
+
+    fields = {"dir", "files", "dicts"} & type(run.data).model_fields.keys()
+    update = {name: absolute(getattr(run.data, name)) for name in fields}
+    return run.model_copy(update={"data": run.data.model_copy(update=update)})
+
+
 def read_json(file: pathlib.Path, name: str | None = None) -> schema.Run:
     """Reads a file written by `to_json`; ValueError, with `name` or its path, if it is damaged."""
     try:

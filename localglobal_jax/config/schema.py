@@ -318,4 +318,5 @@ MAY_CHANGE = (
     ),
     "optim.skip_nonfinite",
     *("data.dir", "data.in_memory", "data.max_bad_records", "data.threads"),
+    *("data.files", "data.dicts"),  # data may move: a checksum guards the pairs
 )

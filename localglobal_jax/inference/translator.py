@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from localglobal_jax.checkpoints import gcs
-from localglobal_jax.data.text.tokenizers import DIRECTORY, Tokenizers
+from localglobal_jax.data.text.tokenizers import DIRECTORY, UNK, Tokenizers
 from localglobal_jax.data.text.tokenizers import load as load_tokenizers
 from localglobal_jax.inference import decoding, heat_map
 from localglobal_jax.inference import load as inference_load
@@ -50,6 +50,7 @@ class Translation(NamedTuple):
     tokens: int  # of the source, the end token included
     hypotheses: tuple[Hypothesis, ...]  # best first
     problem: str = ""
+    unknown: int = 0  # tokens of the source that the vocabulary does not have
 
     @property
     def text(self) -> str:
@@ -122,6 +123,7 @@ class Translator:
         min_length: int = 1,
         max_length: int | None = None,
         sampling: Sampling | None = None,
+        replace_unknown: bool = False,
         batch_size: int = BATCH,
         max_source: int = LONGEST,
         first: int = 0,
@@ -136,6 +138,8 @@ class Translator:
           min_length, max_length: tokens of a translation, without the end token. None: the value of
             `decoding.max_length` for the length bucket of the source.
           sampling: draws `nbest` hypotheses at random in place of the search.
+          replace_unknown: puts, for each unknown token of a translation, the source token that
+            gets most of its cross-attention (fairseq's ``--replace-unk``).
           batch_size: source tokens in a batch, padding included.
           max_source: tokens. A longer line is not translated; its `problem` has the reason.
           first: number of the first line. The random numbers of a line are a function of the seed
@@ -155,7 +159,12 @@ class Translator:
         ids = self._encode(lines)
         problem = f"{{}} tokens, but at most {max_source} are translated (max_source)"
         found = [
-            Translation(len(line), (), problem.format(len(line)) if len(line) > max_source else "")
+            Translation(
+                len(line),
+                (),
+                problem.format(len(line)) if len(line) > max_source else "",
+                line.count(UNK),
+            )
             for line in ids
         ]
         for length, members in self._buckets(ids, max_source):
@@ -173,7 +182,10 @@ class Translator:
                 hypotheses = search(source, max_length=longest, **options)
                 host = jax.device_get(hypotheses)
                 for row, i in enumerate(batch):
-                    found[i] = found[i]._replace(hypotheses=self._read(host, row, nbest))
+                    read = self._read(host, row, nbest)
+                    if replace_unknown:
+                        read = tuple(self._replaced(lines[i], ids[i], one) for one in read)
+                    found[i] = found[i]._replace(hypotheses=read)
         return found
 
     def attention(self, line: str, hypothesis: Hypothesis) -> Attention:
@@ -193,6 +205,27 @@ class Translator:
             self.tokenizers.target.pieces(hypothesis.tokens),
             f"cross-attention, mean of {both}",
         )
+
+    def _replaced(self, line: str, ids: list[int], hypothesis: Hypothesis) -> Hypothesis:
+        """Returns the hypothesis with words of the source for its unknown tokens."""
+        if UNK not in hypothesis.tokens:
+            return hypothesis
+        before = [self.module.start, *hypothesis.tokens[:-1]]
+        source, target = (
+            jnp.asarray(self._padded([side], bucket_of(len(side)))) for side in (ids, before)
+        )
+        layers = _cross_attention(self.module, self.variables, source, target)
+        weights = np.mean([np.asarray(layer[0], np.float32).mean(0) for layer in layers], axis=0)
+        given = line.split() if self.tokenizers.source.tokenized else []
+        names = given if len(given) == len(ids) - 1 else self.tokenizers.source.pieces(ids[:-1])
+        tokenizer = self.tokenizers.target
+        pieces = tokenizer.pieces(hypothesis.tokens)
+        for place, token in enumerate(hypothesis.tokens):
+            if token == UNK and names:
+                pieces[place] = names[int(weights[place, : len(names)].argmax())]
+        special = tokenizer.pieces([self.module.end])[0]
+        text = " ".join(piece for piece in pieces if piece != special)
+        return hypothesis._replace(text=tokenizer.plain(text).translate(ONE_LINE))
 
     def _encode(self, lines: Sequence[str]) -> list[list[int]]:
         """Returns ids and the end token; no ids for a blank line. Runs of blanks count as one."""

@@ -141,6 +141,67 @@ def test_what_is_no_text_is_refused_before_anything_is_translated(run):
     assert "line 2" in error and "0xff" in error
 
 
+def start(converted, *options, **streams):
+    command = [sys.executable, "-m", "localglobal_jax", "translate", f"--workdir={converted}"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*command, SHORT, *options], **{**pipes, **streams})
+
+
+def test_a_pipe_that_stays_open_gets_its_answers(converted, expected):
+    """marian-dev#274, sockeye#175: nothing came before stdin was closed."""
+    with start(converted, "--wait=0.1") as process:
+        process.stdin.write(f"\ufeff{LINES[0]}\n".encode())
+        process.stdin.flush()
+        assert process.stdout.readline().decode() == f"{expected[0].text}\n"
+        process.stdin.write(f"{LINES[1]}\n{LINES[2]}\n{LINES[3][:1]}".encode())
+        process.stdin.flush()
+        assert [process.stdout.readline().decode() for _ in range(2)] == [
+            f"{found.text}\n" for found in expected[1:3]
+        ]
+        process.stdin.write(f"{LINES[3][1:]}\n\xff".encode("latin1"))
+        out, error = process.communicate(timeout=60)
+    assert out.decode() == "" and process.returncode == 2  # the block holds the bad line
+    assert "line 5" in error.decode() and "0xff" in error.decode()
+
+
+def test_a_stream_without_an_end_and_a_reader_that_leaves(converted, expected):
+    with (
+        subprocess.Popen(["yes", LINES[0]], stdout=subprocess.PIPE) as source,
+        start(converted, "--batch_size=512", stdin=source.stdout, stderr=None) as process,
+    ):
+        source.stdout.close()
+        assert process.stdout.readline().decode() == f"{expected[0].text}\n"
+        process.stdout.close()
+        assert process.wait(timeout=60) == 1
+
+
+@pytest.mark.parametrize("cuts", [(), (3,), (1, 2, 3, 9), tuple(range(40))])
+def test_lines_arrive_in_pieces(cuts, monkeypatch):
+    from localglobal_jax.cli import translate as translate_command
+
+    monkeypatch.setattr(translate_command, "BLOCK", 2)
+    given = "\ufeffä b\r\n\n\ufeffc\nd\ne\r\nno end".encode()
+    pieces = [given[a:b] for a, b in zip((0, *cuts), (*cuts, len(given)), strict=True)]
+    pieces = iter([piece for piece in pieces if piece])
+    source = (lambda seconds: True, lambda: next(pieces, b""))
+    monkeypatch.setattr(translate_command, "_input", lambda: source)
+    found = list(translate_command._arriving(0.5))
+    assert [line for block in found for line in block] == [
+        *("ä b", "", "\ufeffc", "d", "e", "no end")
+    ]
+    assert max(map(len, found)) <= 2
+
+
+def test_words_the_vocabulary_does_not_have_are_said(run, converted):
+    """OpenNMT-py#2139, #2602: raw text gave nonsense, and nothing said why."""
+    code, out, error = run(b"Press the button, please.\nw4 w5\n", SHORT)
+    assert code == 0 and out.count("\n") == 2
+    assert "4 of the first 6 words (67%)" in error and "@@" in error
+    assert run(b"w4 w5\n" * 20 + b"w4 new\n", SHORT)[2] == ""  # few
+    code, out, _ = run(b"w4 new\n", SHORT, "--json")
+    assert json.loads(out)["translations"][0]["unknown_tokens"] == 1
+
+
 def test_directories_that_do_not_translate(converted, tmp_path, capsys):
     assert main(["translate", f"--workdir={tmp_path}"]) == 2
     assert str(tmp_path) in capsys.readouterr().err

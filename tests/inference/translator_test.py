@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import localglobal_jax as lg
 from localglobal_jax.config import loading, schema
 from localglobal_jax.convert import fairseq, weights
-from localglobal_jax.data.text.tokenizers import EOS, SPECIAL, Dictionary, Tokenizers
+from localglobal_jax.data.text.tokenizers import EOS, SPECIAL, UNK, Dictionary, Tokenizers
 from localglobal_jax.inference import heat_map
 from localglobal_jax.inference.translator import (
     Sampling,
@@ -273,3 +273,22 @@ def test_beam_and_length_penalty_are_those_of_the_run(tmp_path):
     run = schema.TranslationRun(model={"name": "muse"}, task={"name": "translation"})
     (tmp_path / "config.json").write_text(loading.to_json(run))
     assert defaults(tmp_path) == {"beam": 4, "length_penalty": 1.0}
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_unknown_words_are_replaced_by_attention(place, monkeypatch):
+    """As fairseq's --replace-unk, on the text as it was given."""
+    translator, _, _ = fixture("muse_post")
+    line = "w9 new w30 w17 other w22"
+    (plain,) = translator.translate([line], **SHORT)
+    assert plain.unknown == 2
+    tokens = list(plain.hypotheses[0].tokens)
+    tokens[place] = UNK
+    unsure = plain.hypotheses[0]._replace(tokens=tuple(tokens), text="not used")
+    weights = translator.attention(line, unsure).weights[place, :-1]  # without the end token
+    wanted = [f"w{token}" for token in tokens if token != EOS]
+    wanted[place] = line.split()[int(weights.argmax())]
+    monkeypatch.setattr(translator, "_read", lambda *_: (unsure,))
+    (found,) = translator.translate([line], replace_unknown=True, **SHORT)
+    assert found.text == " ".join(wanted)
+    assert translator.translate([line], **SHORT)[0].text == "not used"

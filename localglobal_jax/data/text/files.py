@@ -29,13 +29,14 @@ def lines(data: bytes, name: str, *, first: int = 1) -> list[str]:
 
     Only line feeds end a line: other characters that Unicode calls line breaks occur inside
     sentences of web corpora. Raises ValueError for other text, with the number of its
-    first bad line, where the first of all is number `first`.
+    first bad line, where the first of all is number `first`; only that one has a mark.
     """
     bad, why = data.find(b"\0"), "a NUL byte"
+    marked = first == 1 and data.startswith(b"\xef\xbb\xbf")
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig" if marked else "utf-8")
     except UnicodeDecodeError as error:
-        at = error.start + 3 * data.startswith(b"\xef\xbb\xbf")  # counted without the mark
+        at = error.start + 3 * marked  # counted without the mark
         if bad < 0 or at < bad:
             bad, why = at, f"the byte 0x{data[at]:02x}"
     if bad >= 0:

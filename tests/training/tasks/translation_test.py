@@ -328,3 +328,33 @@ def test_checkpoints_without_their_words_get_no_new_ones(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(ValueError, match=f"{tmp_path} .*tokenizer"):
         create_task(make_run(), workdir=tmp_path)
+
+
+def test_text_may_move_but_not_change(tmp_path, monkeypatch):
+    """lightning#15705, ray#28082: another folder was "another config", or could not be read."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for split in ("train", "validation"):
+        lines = [f"this is sentence {i}\tdas ist Satz {i}\n" for i in range(60)]
+        pathlib.Path(f"{split}.tsv").write_text("".join(lines))
+
+    def run(files, steps):
+        return make_run(**{
+            "steps": str(steps), "task.beam": "0", "data.mock": "False", "data.vocab": "300",
+            "data.files": f"('{files}',)", "checkpoint.best": "None", "checkpoint.every": "1",
+            "optim.schedule": "constant",
+        })  # fmt: skip
+
+    workdir = tmp_path / "run"
+    loop.train(run("{split}.tsv", 1), workdir)
+    monkeypatch.chdir(tmp_path)
+    _, found = evaluation.evaluate(workdir)  # the config names an absolute path
+    shutil.copytree("here", "there")
+    shutil.rmtree("here")
+    _, again = evaluation.evaluate(workdir, overrides={"data.files": "there/{split}.tsv"})
+    assert found == again
+    assert set(loop.train(run("there/{split}.tsv", 1), workdir)) == {"train", "validation"}
+    with pathlib.Path("there/train.tsv").open("a") as file:
+        file.write("one more\teiner mehr\n")
+    with pytest.raises(ValueError, match=r"step 1: 60 pairs .* 61 pairs"):
+        loop.train(run("there/{split}.tsv", 1), workdir)
