@@ -162,7 +162,9 @@ def _arriving(wait: float) -> Iterator[list[str]]:
     from localglobal_jax.data.text import files
 
     readable, read = _input()
-    number, ready, parts, ended = 1, [], [], False  # parts of a line whose end is not here yet
+    ready: list[bytes] = []
+    parts: list[bytes] = []  # of a line whose end is not here yet
+    number, ended = 1, False
     while ready or not ended:
         deadline = time.monotonic() + wait
         while not ended and len(ready) < BLOCK:
