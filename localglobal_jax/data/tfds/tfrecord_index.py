@@ -20,6 +20,7 @@ import logging
 import os
 import struct
 import time
+import uuid
 from array import array
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -208,8 +209,11 @@ def prepare(directory: str) -> dict[str, int]:
     ``directory``: the one with `dataset_info.json`, local or on ``gs://``. Raises ValueError as
     `make`, and for a directory of another kind.
     """
-    local = not gcs.is_bucket(directory)
-    folder = gcs.place(os.path.abspath(os.path.expanduser(directory)) if local else directory)
+    if gcs.is_bucket(directory):
+        gcs.check_bucket(directory)
+        folder = gcs.place(directory)
+    else:
+        folder = gcs.place(os.path.abspath(os.path.expanduser(directory)))
     splits = _splits(folder)
     counts = {
         os.path.basename(path): length
@@ -331,7 +335,8 @@ def _write(path: epath.Path, shards: Mapping[str, Shard]) -> None:
     if gcs.is_bucket(path):
         path.write_bytes(content)  # an object is there whole or not at all
         return
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    # Hosts that share a disk may all write: their process ids are no different names.
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     scratch.write_bytes(content)
     scratch.replace(path)
 

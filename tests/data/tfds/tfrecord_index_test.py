@@ -457,6 +457,14 @@ def test_an_index_is_made_again_only_where_shards_changed(folder, tmp_path, monk
     assert opened(folder).read([(2, 0)]) == [b"new"]
 
 
+def test_hosts_that_index_at_once_all_succeed(folder):
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(make, [folder] * 4)) == [0] * 4
+    assert opened(folder).read(places()) == [*itertools.chain(*SHARDS)]
+    left = {path.name for path in folder.iterdir()}
+    assert left == {*names(SHARDS), tfrecord_index.NAME}
+
+
 def test_a_killed_attempt_is_continued(folder, monkeypatch):
     code = f"""
         import os, signal, sys

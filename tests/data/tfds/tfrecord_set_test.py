@@ -14,6 +14,7 @@ from localglobal_jax.cli.main import main
 from localglobal_jax.config import schema
 from localglobal_jax.data import loader
 from localglobal_jax.data.images import pipeline as images
+from localglobal_jax.data.text import bucketing
 from localglobal_jax.data.text import pipeline as texts
 from localglobal_jax.data.tfds import prepare, records, tfrecord_index
 
@@ -95,9 +96,10 @@ def test_batches_of_texts_are_those_of_the_twin(root, tmp_path, make_translation
     ]
     assert opened[0].text == opened[1].text
     for shard in ((0, 1), (0, 2), (1, 2)):
-        budget = {"tokens": 256, "multiple": 4, "shard": shard}
-        same(*(texts.train_batches(one, seed=1, start=0, stop=9, **budget) for one in opened))
-        same(*(texts.eval_batches(one, **budget) for one in opened))
+        training = {"tokens": 256, "multiple": 4, "seed": 1, "start": 0, "stop": 9, "shard": shard}
+        same(*(texts.train_batches(one, **training) for one in opened))
+        budget = bucketing.Budget(256, 4)
+        same(*(texts.eval_batches(one, budget=budget, shard=shard) for one in opened))
 
 
 def trained(workdir, root):
@@ -136,11 +138,20 @@ def test_without_an_index_both_ways_are_named(digits, root, tmp_path, capsys):
 
 
 def test_the_command_makes_the_index(digits, capsys):
-    assert main(["prepare", "--index", digits, "--json"]) == 0
+    assert main(["prepare", "--index", f"{digits}/", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == COUNTS
     assert (epath.Path(digits) / tfrecord_index.NAME).exists()
     assert main(["prepare", "--index", f"{digits}x"]) == 2
     assert f"{digits}x" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "directory", ["gs:/x", "gs://bucket", "gs://no-such-bucket-here/x", "s3://x/y", "/etc/passwd"]
+)
+def test_a_directory_that_is_none_ends_in_one_line(gcs, directory, capsys):
+    assert main(["prepare", "--index", directory]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert directory in line
 
 
 def test_only_tfrecord_is_indexed(data_dir, capsys):
