@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+import fsspec.config
 import google_crc32c
 import tensorstore as ts
 
@@ -131,12 +132,12 @@ def _spec(path: str) -> dict[str, Any]:
         return {"driver": "file", "path": f"{path}/"}
     bucket, _, inside = path.removeprefix("gs://").partition("/")
     limit = os.environ.get(REQUESTS_VARIABLE) or REQUESTS
-    return {
-        "driver": "gcs",
-        "bucket": bucket,
-        "path": f"{inside}/",
-        "context": {"gcs_request_concurrency": {"limit": int(limit)}},
-    }
+    context: dict[str, dict[str, Any]] = {"gcs_request_concurrency": {"limit": int(limit)}}
+    # The project that pays, where gcsfs has been given one: FSSPEC_GCS_REQUESTER_PAYS.
+    payer = fsspec.config.conf.get("gcs", {}).get("requester_pays")
+    if isinstance(payer, str):
+        context["gcs_user_project"] = {"project_id": payer}
+    return {"driver": "gcs", "bucket": bucket, "path": f"{inside}/", "context": context}
 
 
 class RangeFile(io.RawIOBase):

@@ -323,6 +323,7 @@ class Proxy(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     faults: ClassVar = []
+    reads: ClassVar = []  # paths of requests for shards
     writes = 0
 
     def forward(self):
@@ -332,8 +333,9 @@ class Proxy(http.server.BaseHTTPRequestHandler):
             type(self).writes += 1
             return self.answer(403, b'{"error": {"code": 403, "message": "no permission"}}', {})
         fault = 0
-        if "alt=media" in self.path and "tfrecord-0" in self.path and self.faults:
-            fault = self.faults.pop(0)
+        if "alt=media" in self.path and "tfrecord-0" in self.path:
+            self.reads.append(self.path)
+            fault = self.faults.pop(0) if self.faults else 0
         if fault in (429, 503):
             return self.answer(fault, b"later", {})
         if fault == "stall":
@@ -371,6 +373,7 @@ def through_proxy(gcs, code, faults=(), writable=True):
         target = gcs.removeprefix("http://")
 
     Configured.faults, Configured.writable = list(faults), writable
+    Configured.reads = []
     Configured.released = threading.Event()
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Configured) as server:
         serving = threading.Thread(target=server.serve_forever)
@@ -412,13 +415,17 @@ def reads(folder):
     return READ.format(folder=str(folder), counts=counts(SHARDS), records=records)
 
 
-def test_a_bucket_that_fails_for_the_moment_is_asked_again(gcs, bucket, tmp_path):
+def test_a_bucket_that_fails_for_the_moment_is_asked_again(gcs, bucket, tmp_path, monkeypatch):
+    """And each request names the project that pays, where one is set."""
+    monkeypatch.setenv("FSSPEC_GCS_REQUESTER_PAYS", "payer")
     put(epath.Path(bucket), SHARDS, tmp_path)
     make(bucket)
     faults = [503, 0, "reset", 0, 429, 0, "stall"]  # 0: none
     done, proxy = through_proxy(gcs, reads(bucket), faults)
     assert done.stdout.strip() == str([True] * len(places()))
     assert proxy.faults == []
+    assert len(proxy.reads) >= len(places())
+    assert all("userProject=payer" in path for path in proxy.reads)
 
 
 def test_the_index_of_a_bucket_that_cannot_be_written_is_in_the_cache(gcs, bucket, tmp_path, cache):
