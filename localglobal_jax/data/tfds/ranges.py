@@ -24,6 +24,7 @@ from localglobal_jax.data.tfds import gcs
 # Requests in flight per directory. A request takes 30 to 60 ms, whatever it reads: with
 # tensorstore's default of 32 a process would get at most about 1,000 records/s.
 REQUESTS = 128
+READS = 32  # at a time from a disk, which may be one of a network; tensorstore's default is 4
 REQUESTS_VARIABLE = "TENSORSTORE_GCS_REQUEST_CONCURRENCY"  # tensorstore's own
 PATIENCE = 120  # seconds without an answer after which a read is sent again
 ATTEMPTS = 3
@@ -128,11 +129,13 @@ def _stat(stored: gcs.Stored) -> Stat:
 
 
 def _spec(path: str) -> dict[str, Any]:
+    context: dict[str, dict[str, Any]] = {}
     if not gcs.is_bucket(path):
-        return {"driver": "file", "path": f"{path}/"}
+        context["file_io_concurrency"] = {"limit": READS}
+        return {"driver": "file", "path": f"{path}/", "context": context}
     bucket, _, inside = path.removeprefix("gs://").partition("/")
-    limit = os.environ.get(REQUESTS_VARIABLE) or REQUESTS
-    context: dict[str, dict[str, Any]] = {"gcs_request_concurrency": {"limit": int(limit)}}
+    if not os.environ.get(REQUESTS_VARIABLE):
+        context["gcs_request_concurrency"] = {"limit": REQUESTS}
     # The project that pays, where gcsfs has been given one: FSSPEC_GCS_REQUESTER_PAYS.
     payer = fsspec.config.conf.get("gcs", {}).get("requester_pays")
     if isinstance(payer, str):
