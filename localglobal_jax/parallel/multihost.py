@@ -2,7 +2,8 @@
 """Barriers, broadcasts and coordinated shutdown of several hosts, one process per host.
 
 Everything here names who is missing. JAX alone does not: a host that does not turn up ends the
-others by SIGABRT after five minutes, and one that is slow or lost lets them hang in a collective.
+others by SIGABRT after five minutes, and one that is slow lets them hang in a collective. `watch`
+names a host that is lost.
 """
 
 import collections
@@ -145,7 +146,7 @@ def leave(code: int) -> NoReturn:
     """
     finished(code)
     with contextlib.suppress(Exception):
-        barrier("leaving", 10.0)
+        barrier("leaving", 5.0)  # less than the 6 s by which `watch` delays an abort of jax
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
