@@ -68,6 +68,7 @@ def console() -> int:
         # a Ctrl-C waits until the new process has its handler (`__main__`)
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # nosec B606 # this program
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     if not debugging():
         os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # we report damaged files ourselves
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)

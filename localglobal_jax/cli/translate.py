@@ -40,7 +40,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_notes(parser, FORMATS)
     add = parser.add_argument
     add("--workdir", required=True, metavar="DIR", help="of a run, or of a converted checkpoint")
-    add("file", nargs="?", metavar="FILE", help="UTF-8 text, a sentence per line; default: stdin")
+    add(
+        "file",
+        nargs="?",
+        metavar="FILE",
+        help="UTF-8 text, a sentence per line; default, and -: stdin",
+    )
     add("--beam", type=int, help="hypotheses kept by the search; default: that of the run, or 4")
     add("--length_penalty", type=float, help="default: that of the run, or 1")
     add("--min_length", type=int, default=1, metavar="TOKENS", help="of a translation; default: 1")
@@ -85,8 +90,9 @@ def run(args: argparse.Namespace) -> int:
     }
     names = ("beam", "length_penalty", "min_length", "max_length", "max_source", "batch_size")
     chosen |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    terminal = not args.file and sys.stdin.isatty()
-    blocks = _blocks(args.file) if args.file else _arriving(0.0 if terminal else args.wait)
+    file = None if args.file == "-" else args.file
+    terminal = not file and sys.stdin.isatty()
+    blocks = _blocks(file) if file else _arriving(0.0 if terminal else args.wait)
     if terminal:
         print("One sentence per line; Ctrl-D ends.", file=sys.stderr)
     sys.stdout.reconfigure(encoding="utf-8", newline="\n")  # type: ignore[union-attr]

@@ -21,6 +21,7 @@ from typing import Any
 
 import pydantic
 from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections.config_dict import RequiredValueError
 
 from localglobal_jax.config import schema
 from localglobal_jax.config.validation import check, run_class, section_of, unknown
@@ -65,7 +66,8 @@ def _editable(config: Any) -> Any:
         return config
     if isinstance(config, FrozenConfigDict) or not isinstance(config, ConfigDict):
         config = ConfigDict(config)
-    config.unlock()
+    with contextlib.suppress(RequiredValueError):  # a placeholder, met after it is unlocked
+        config.unlock()
     for name, value in list(config.items(preserve_field_references=True)):
         if isinstance(value, ConfigDict) or dataclasses.is_dataclass(value):
             section = _editable(value)
@@ -249,7 +251,11 @@ def _set(config: ConfigDict, field: str, read: Callable[[Any], Any]) -> Any:
     fields = {} if known is None else known.model_fields
     if known is not None and leaf not in section and leaf not in fields:
         raise unknown(f"config key in {'.'.join(parents) or 'the config'}:", leaf, fields)
-    default = section[leaf] if leaf in section else fields[leaf].default if leaf in fields else None
+    default = fields[leaf].default if leaf in fields else None
+    if leaf in section:
+        default = None  # of a required placeholder without a value
+        with contextlib.suppress(RequiredValueError):
+            default = section[leaf]
     if leaf in fields and not isinstance(default, ConfigDict):
         default = _example(fields[leaf].annotation, default)
     is_section = isinstance(default, ConfigDict | pydantic.BaseModel)

@@ -196,7 +196,7 @@ class Evaluation(Section):
 
     every: NonNegativeInt = 500  # steps; 0: only at the end
     # Global; text: tokens. Much longer pairs than data.max_length need more of them, and are left
-    # out (and counted) if there is no room. None: the training batch size
+    # out (and counted) if a batch cannot hold them. None: the training batch size
     batch_size: PositiveInt | None = None
 
 

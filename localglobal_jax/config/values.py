@@ -2,11 +2,12 @@
 """Values of config fields: parsed from text, coerced, flattened, compared, shown in errors."""
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pydantic
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
+from ml_collections.config_dict import RequiredValueError
 
 LARGEST = 3.4e38  # float32
 BOOLS = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(
@@ -64,8 +65,23 @@ def leaves(value: Any) -> list[Any]:
 
 
 def to_tree(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a config as a plain nested dict."""
-    return config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    """Returns a config as a plain nested dict. Raises ValueError for required values not given."""
+    try:
+        return config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    except RequiredValueError:
+        fields = ", ".join(f"--config.{name}=VALUE" for name in _required(config))
+        raise ValueError(f"the config requires values that are not set: give {fields}") from None
+
+
+def _required(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+    for name, value in config.items(preserve_field_references=True):
+        if isinstance(value, ConfigDict):
+            yield from _required(value, f"{prefix}{name}.")
+        elif isinstance(value, FieldReference):
+            try:
+                value.get()
+            except RequiredValueError:
+                yield f"{prefix}{name}"
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -64,6 +64,7 @@ def test_a_line_out_for_a_line_in(run, expected, tmp_path, separator, end):
     assert wanted.count("\n") == len(LINES) and "\n\n" in wanted
     assert run(given, SHORT) == (0, wanted, "")
     assert run(b"", SHORT, str(tmp_path / "in")) == (0, wanted, "")
+    assert run(given, SHORT, "-") == (0, wanted, "")
 
 
 def test_no_line_and_empty_lines(run):
@@ -125,6 +126,8 @@ def test_blocks_of_lines_are_numbered_on(run, expected, monkeypatch):
         (["--sample", "--beam=3"], "--beam"),
         (["--nbest=9"], "nbest=9, beam=4"),
         (["--beam=0"], "beam=0"),
+        (["--beam=100000"], "1024"),  # there was no answer
+        (["--wait=-1"], "--wait"),
         (["--step=7"], "step 7"),
         (["--attention=x.jpg"], "x.jpg"),
         (["nowhere.txt"], "nowhere.txt"),

@@ -389,3 +389,15 @@ def test_overrides_have_the_type_of_the_annotation(field, text, value, tmp_path)
     run = validation.check(loading.load(spec, {field: text}))
     found = config_values.flatten(run.model_dump())[field]
     assert found == value and type(found) is type(value)
+
+
+def test_placeholders_take_values_and_required_ones_are_named(tmp_path):
+    end = "c.steps = config_dict.required_placeholder(int)\n    c.optim = dict(b1=config_dict."
+    end += "placeholder(float), eps=config_dict.required_placeholder(float))\n    return c"
+    spec = own(tmp_path, "from ml_collections import config_dict\n" + OWN.format(end=end))
+    run = validation.check(
+        loading.load(spec, {"steps": "1e1", "optim.b1": "0.5", "optim.eps": "1e-3"})
+    )
+    assert (run.steps, run.optim.b1, run.optim.eps) == (10, 0.5, 1e-3)
+    with pytest.raises(ValueError, match=r"--config\.steps=.*--config\.optim\.eps="):
+        validation.check(loading.load(spec))

@@ -19,6 +19,7 @@ from localglobal_jax.data.text.tokenizers import EOS, SPECIAL, UNK, Dictionary, 
 from localglobal_jax.inference import heat_map
 from localglobal_jax.inference.translator import (
     Sampling,
+    Translation,
     Translator,
     _cross_attention,
     bucket_of,
@@ -144,7 +145,8 @@ def test_a_line_that_is_too_long_says_so():
     translator, _, _ = fixture("muse_post")
     long = text([7] * 20)
     found = translator.translate([long, "w4 w5", ""], max_source=20, **SHORT)
-    assert found[0] == (21, (), "21 tokens, but at most 20 are translated (max_source)")
+    problem = "21 tokens, but at most 20 are translated (max_source)"
+    assert found[0] == Translation(21, (), problem)
     assert found[1:] == [alone("w4 w5"), alone("")]
     assert translator.translate([long], max_source=21, **SHORT)[0].text
 

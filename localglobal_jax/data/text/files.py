@@ -28,8 +28,9 @@ def lines(data: bytes, name: str, *, first: int = 1) -> list[str]:
     """Returns the lines of UTF-8 text, without line ends and byte order mark.
 
     Only line feeds end a line: other characters that Unicode calls line breaks occur inside
-    sentences of web corpora. Raises ValueError for other text, with the number of its
-    first bad line, where the first of all is number `first`; only that one has a mark.
+    sentences of web corpora. Without any line feed, carriage returns do. Raises ValueError for
+    other text, with the number of its first bad line. The first of all is number `first`; only
+    number 1 has a mark.
     """
     bad, why = data.find(b"\0"), "a NUL byte"
     marked = first == 1 and data.startswith(b"\xef\xbb\xbf")
@@ -44,7 +45,7 @@ def lines(data: bytes, name: str, *, first: int = 1) -> list[str]:
             f"{name} is not UTF-8 text: line {data[:bad].count(10) + first} holds {why}. "
             "Convert it, for instance with `iconv -f latin1 -t utf-8` or -f utf-16"
         )
-    found = text.split("\n")
+    found = text.split("\n" if "\n" in text else "\r")
     if found[-1] == "":
         found.pop()
     return [line.removesuffix("\r") for line in found]

@@ -121,7 +121,11 @@ def train_sentencepiece(texts: Sequence[str], vocab: int, kind: str) -> Sentence
         )
     except RuntimeError as error:
         reason = re.sub(r"^.*?\.cc\(\d+\)\s*(\[.*?\])?\s*", "", str(error)) or str(error)
-        reason = re.sub(r"Increase vocab_size.*", "Use a larger data.vocab.", reason)
+        larger = (
+            "Use a larger data.vocab: 256 of the ids are bytes, 4 are special, and every character"
+        )
+        larger += " has one."
+        reason = re.sub(r"Increase vocab_size.*", larger, reason)
         raise ValueError(
             f"cannot make data.vocab={vocab} subwords ({kind}) of {len(texts)} lines: {reason}"
         ) from error
