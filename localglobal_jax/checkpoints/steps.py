@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which steps a directory of checkpoints has, and which of them are complete.
+"""Finds the steps in a directory of checkpoints, and those of them that are complete.
 
 On disk a step gets its name, by a rename, once all its files are written, the manifest last. In a
 bucket a step is written under its own name: the manifest follows all other objects, and `WRITTEN`
