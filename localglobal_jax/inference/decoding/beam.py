@@ -21,6 +21,8 @@ from localglobal_jax.inference.decoding.hypotheses import (
     pick,
 )
 
+MOST = 1024  # hypotheses of a sentence
+
 
 class _Options(NamedTuple):
     beam: int
@@ -69,6 +71,8 @@ def beam_search(
       ValueError: beam or lengths that are not positive or do not fit.
     """
     check(beam, min_length, max_length)
+    if beam > MOST:
+        raise ValueError(f"beam={beam}: give a number from 1 to {MOST}")
     check_number("length_penalty", length_penalty)
     return _beam_search(
         module,

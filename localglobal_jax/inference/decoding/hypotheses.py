@@ -15,7 +15,6 @@ from jaxtyping import Array, Float, Int, Shaped
 from localglobal_jax.parallel import context
 
 LOWEST = -jnp.inf
-MOST = 1024  # hypotheses of a sentence
 
 
 class Hypotheses(NamedTuple):
@@ -125,8 +124,8 @@ def check_number(name: str, value: float, *, positive: bool = False) -> None:
 
 def check(hypotheses: int, min_length: int, max_length: int) -> None:
     """Raises ValueError for numbers of hypotheses or tokens out of range."""
-    if not 1 <= hypotheses <= MOST or not 0 <= min_length <= max_length or max_length < 1:
+    if hypotheses < 1 or not 0 <= min_length <= max_length or max_length < 1:
         raise ValueError(
             f"hypotheses={hypotheses}, min_length={min_length}, max_length={max_length}: "
-            f"give hypotheses from 1 to {MOST}, max_length >= 1 and 0 <= min_length <= max_length"
+            "give hypotheses >= 1, max_length >= 1 and 0 <= min_length <= max_length"
         )
