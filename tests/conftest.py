@@ -28,6 +28,7 @@ jaxtyping.install_import_hook(
     "beartype.beartype",
 )
 
+import gcs_faults
 import gcs_server
 import jax
 import pytest
@@ -56,16 +57,33 @@ def data_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def gcs():
-    """The URL of a server of Google Cloud Storage's API, one per process of the suite."""
+def gcs_proxy():
+    """A server of Google Cloud Storage's API behind a proxy, one per process of the suite.
+
+    tensorstore keeps the first URL that it is given, so every test passes through the proxy.
+    """
     with contextlib.ExitStack() as stack:
         try:
-            url = stack.enter_context(gcs_server.serve())
+            server = stack.enter_context(gcs_server.serve())
         except (ImportError, RuntimeError) as error:
             if os.environ.get(gcs_server.REQUIRED) == "required":
                 raise
             pytest.skip(f"fake-gcs-server does not run here: {error}")
-        yield url
+        yield stack.enter_context(gcs_faults.serve(server))
+
+
+@pytest.fixture(scope="session")
+def gcs(gcs_proxy):
+    """The URL of the server."""
+    return gcs_proxy.url
+
+
+@pytest.fixture
+def faults(gcs_proxy):
+    """The proxy in front of the server, without rules before and after the test."""
+    gcs_proxy.clear()
+    yield gcs_proxy
+    gcs_proxy.clear()
 
 
 @pytest.fixture

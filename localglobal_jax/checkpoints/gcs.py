@@ -12,19 +12,22 @@ supports no other object store.
 
 import atexit
 import contextlib
-import hashlib
+import logging
 import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from etils import epath
 
-from localglobal_jax.checkpoints import objects, workdir
+from localglobal_jax.checkpoints import objects, store, workdir
 
+LAST_PATIENCE = 5.0  # seconds
+LOCK = ".lock"
 WANDB = "wandb"  # uploaded by wandb's own process
 FETCHED = ("tokenizer",)  # folders; the others are empty here, which shows that they exist
+log = logging.getLogger(__name__)
 
 
 class LocalMirror:
@@ -33,39 +36,50 @@ class LocalMirror:
     Attributes:
       local: the directory of the small files; a workdir that is local is its own mirror.
       checkpoints: the directory of the steps, in the store.
-      lock: the file for `workdir.Lock`, always local.
+      lock: the file, or the object in the store, for `workdir.Lock`.
+      confirm: called before every upload; raises Locked if another run has taken the workdir over.
     """
+
+    confirm: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(self, directory: str | os.PathLike[str]):
         self._store: epath.Path | None = None
+        self.lock: epath.Path | pathlib.Path
         if workdir.is_remote(directory):
             self._store = epath.Path(directory)
             self.local = pathlib.Path(tempfile.mkdtemp(prefix="localglobal-"))
             atexit.register(shutil.rmtree, self.local, ignore_errors=True)
             self.checkpoints = self._store / "checkpoints"
-            name = hashlib.sha256(os.fspath(self._store).encode()).hexdigest()[:16]
-            self.lock = pathlib.Path(os.path.expanduser("~/.cache/localglobal/locks"), name)
+            self.lock = self._store / LOCK
             self._same: dict[str, tuple[int, int]] = {}  # time and size of what the store has too
             workdir.show_as(self.local, self._store)
             self.pull()
         else:
             self.local = pathlib.Path(directory).expanduser().absolute()
             self.checkpoints = epath.Path(self.local / "checkpoints")
-            self.lock = self.local / ".lock"
+            self.lock = self.local / LOCK
 
     def pull(self) -> None:
-        """Downloads the small files. Raises ValueError where the extra ``gcs`` is not installed."""
+        """Downloads the small files.
+
+        Raises ValueError where the extra ``gcs`` is not installed, where the bucket does not exist
+        and where reading is not permitted; StoreFailed for other faults of the store.
+        """
         if self._store is None:
             return
         try:
             found = objects.sizes(self._store)
-        except ImportError as error:
-            raise ValueError(f"{self._store}: {error}") from None
+        except store.StoreFailed as error:
+            if error.is_final:
+                raise ValueError(str(error)) from error
+            raise
         folders = {name.split("/")[0] for name in found if "/" in name}
         wanted = {
             name: size
             for name, size in found.items()
-            if ("/" not in name or name.split("/")[0] in FETCHED) and ".." not in name.split("/")
+            if ("/" not in name or name.split("/")[0] in FETCHED)
+            and ".." not in name.split("/")
+            and name != LOCK
         }
         for folder in folders - {"..", ""}:
             (self.local / folder).mkdir(exist_ok=True)
@@ -79,17 +93,30 @@ class LocalMirror:
 
     @contextlib.contextmanager
     def kept(self, ours: bool) -> Iterator[None]:
-        """Context manager that uploads changed files at its end, also after an error, if `ours`."""
+        """Context manager that uploads changed files at its end, also after an error, if `ours`.
+
+        After an error, a failing upload is only logged, and after an OSError, such as a failing
+        store, repeated for a few seconds only.
+        """
         try:
             yield
-        finally:
+        except BaseException as error:
             if ours:
-                self.push()
+                last = LAST_PATIENCE if isinstance(error, OSError) else store.LIMITS.patience
+                try:
+                    with store.patience(last):
+                        self.push()
+                except OSError as second:
+                    log.error("the last lines of the run's files are not uploaded: %s", second)
+            raise
+        if ours:
+            self.push()
 
     def push(self) -> None:
         """Uploads the files that have changed since the last call, and deletes those removed."""
         if self._store is None:
             return
+        self.confirm()
         files = {
             file.relative_to(self.local).as_posix(): _stamp(file)
             for file in sorted(self.local.rglob("*"))

@@ -26,7 +26,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from localglobal_jax.checkpoints import digests, objects, orbax_patches, reader, steps, workdir
+from localglobal_jax.checkpoints import (
+    digests,
+    objects,
+    orbax_patches,
+    reader,
+    steps,
+    store,
+    workdir,
+)
 from localglobal_jax.config import schema
 from localglobal_jax.parallel import host_memory, multihost
 
@@ -85,10 +93,13 @@ class _CommittedInPlace(ocp.path.atomicity.CommitFileTemporaryPath):
     """
 
     ABOUT = "_CHECKPOINT_METADATA"  # orbax adds the names of its handlers, and warns without it
+    _about: Any = None  # orbax's writer of that file
 
     @classmethod
     def from_final(cls, final_path: epath.Path, **options: Any) -> "_CommittedInPlace":
-        return cls(final_path, final_path, file_options=options.get("file_options"))
+        made = cls(final_path, final_path, file_options=options.get("file_options"))
+        made._about = options.get("checkpoint_metadata_store")
+        return made
 
     @classmethod
     async def validate_final(cls, final_path: epath.Path) -> None:
@@ -102,6 +113,8 @@ class _CommittedInPlace(ocp.path.atomicity.CommitFileTemporaryPath):
         return self.get()
 
     async def finalize(self) -> None:
+        if self._about:  # its thread would write `ABOUT` after the manifest
+            await asyncio.to_thread(self._about.wait_until_finished)
         await asyncio.to_thread(self._finish)
 
     def _finish(self) -> None:
@@ -132,9 +145,13 @@ class Checkpoints:
         """Returns the step with the best ``options.best``, the newest of equals; or None."""
         values = {}
         for step in self.steps():
-            with contextlib.suppress(Exception):  # damage is reported when the step is restored
+            try:
                 metrics = reader.document_of(self.directory, step)["metrics"]
                 values[step] = self._sign * metrics[self._best]
+            except store.StoreFailed:
+                raise
+            except Exception as error:  # damage is reported when the step is restored
+                log.debug("step %d has no metrics: %s", step, error)
         return max(values, key=lambda step: (values[step], step), default=None)
 
     def save(
@@ -243,16 +260,18 @@ class Checkpoints:
             yield
         except BaseException as error:
             manager, self._manager = self._manager, None
-            with contextlib.suppress(Exception):
-                if manager:
-                    manager.close()
+            for _ in range(2):  # the first call raises the error again, and closes nothing
+                with contextlib.suppress(Exception):
+                    if manager:
+                        manager.close()  # else its threads could write into the next save
             if not isinstance(error, OSError | ValueError):  # tensorstore's errors are ValueErrors
                 raise
             kept = "earlier steps"
-            with contextlib.suppress(Exception):  # the store itself may have failed
+            with contextlib.suppress(Exception), store.patience(0):  # the store may have failed
                 kept = f"the steps {self.steps()}"
+            reason = _reason(error, self.directory)
             raise SaveFailed(
-                f"a checkpoint could not be written to {self.directory}: {_reason(error)}; {kept} "
+                f"a checkpoint could not be written to {self.directory}: {reason}; {kept} "
                 "are unchanged. Remove the cause and run the same command again: it resumes there"
             ) from error
 
@@ -319,8 +338,11 @@ def _one_transaction() -> dict[str, ocp.PyTreeCheckpointHandler]:
     return {"state": ocp.PyTreeCheckpointHandler(handler_impl=unlimited)}
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, directory: epath.Path) -> str:
     """Shortens an error to its cause; tensorstore's own text names ten files and a spec."""
+    failed = store.of_tensorstore(error, directory) or error
+    if isinstance(failed, store.StoreFailed):
+        return str(failed)
     number = re.search(r"os_error_code='(\d+)'", str(error))
     if number:
         return os.strerror(int(number[1]))

@@ -21,13 +21,16 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
-from localglobal_jax.checkpoints import digests, objects, workdir
+from localglobal_jax.checkpoints import digests, objects, store, workdir
 from localglobal_jax.checkpoints import steps as steps_of
 
 T = TypeVar("T")
 SMALL = 2**18  # bytes; smaller arrays are fetched to the host for their digest
 log = logging.getLogger(__name__)
+for _context in (tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT):
+    _context["gcs_request_retries"] = store.TENSORSTORE  # 32 times, a quarter of an hour, else
 
 
 class CorruptCheckpoint(RuntimeError):
@@ -83,6 +86,8 @@ def inspect(path: str | os.PathLike, verify: bool = False) -> dict:
                 raise Damaged(f"{digests.MANIFEST} is missing")
             if verify:
                 _load(directory, step)
+        except store.StoreFailed:  # says nothing about the step
+            raise
         except Exception as error:
             entry["error"] = _first_line(error)
         steps.append(entry | {"verified": entry["error"] is None if verify else None})
@@ -185,12 +190,13 @@ def read_arrays(directory: epath.Path, step: int, wanted: dict[str, Any]) -> dic
 
     full = {path: leaf for path, leaf in wanted.items() if math.prod(leaf.shape)}
     # The handler, not a Checkpointer: its barrier would hang where one host fails to read.
-    nested = ocp.PyTreeCheckpointHandler().restore(
-        directory / str(step) / "state",
-        args=ocp.args.PyTreeRestore(
-            item=nest(full), restore_args=nest({path: how(leaf) for path, leaf in full.items()})
-        ),
-    )
+    with store.named(directory / str(step)):
+        nested = ocp.PyTreeCheckpointHandler().restore(
+            directory / str(step) / "state",
+            args=ocp.args.PyTreeRestore(
+                item=nest(full), restore_args=nest({path: how(leaf) for path, leaf in full.items()})
+            ),
+        )
     flat, _ = flatten(nested)
     for path in wanted.keys() - full.keys():  # orbax cannot store empty arrays
         empty = np.zeros(wanted[path].shape, wanted[path].dtype)
@@ -200,13 +206,21 @@ def read_arrays(directory: epath.Path, step: int, wanted: dict[str, Any]) -> dic
 
 
 def all_hosts_agree(load: Callable[[], T]) -> T:
-    """Runs `load` on every host; raises Damaged on all of them if it fails on one."""
+    """Runs `load` on every host; raises Damaged on all of them if it fails on one.
+
+    Raises StoreFailed on all of them if the store fails on one: the step may be whole.
+    """
     result, error = None, None
     try:
         result = load()
     except Exception as caught:
         error = caught
-    if multihost_utils.process_allgather(np.asarray(error is not None)).any():
+    failed = np.asarray([isinstance(error, store.StoreFailed), error is not None])
+    failed = multihost_utils.process_allgather(failed).reshape(-1, 2).any(axis=0)
+    if failed[0]:
+        alone = store.StoreFailed("the store failed on another host: its log names the object")
+        raise error if isinstance(error, store.StoreFailed) else alone
+    if failed[1]:
         raise Damaged(_first_line(error) if error else "unreadable on another host") from error
     return result  # type: ignore[return-value]
 
@@ -249,6 +263,8 @@ def _load(directory: epath.Path, step: int) -> tuple[int, dict, dict]:
         wanted = {k: jax.ShapeDtypeStruct(tuple(v["shape"]), _dtype(v)) for k, v in leaves.items()}
         flat = read_arrays(directory, step, wanted)
         check_same(leaves, describe(flat))
+    except store.StoreFailed:
+        raise
     except Exception as error:
         raise Damaged(_first_line(error)) from error
     return step, nest(flat), document["metadata"]

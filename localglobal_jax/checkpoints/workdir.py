@@ -19,6 +19,8 @@ from typing import Any
 
 from etils import epath
 
+from localglobal_jax.checkpoints import store
+from localglobal_jax.checkpoints.bucket_lock import BucketLock, Locked
 from localglobal_jax.config import loading, schema, validation, values
 
 log = logging.getLogger(__name__)
@@ -33,9 +35,9 @@ def show_as(mirror: pathlib.Path, store: epath.Path) -> None:
 def shown(path: str | os.PathLike[str]) -> str:
     """Returns a path as a message names it: that in the bucket for a file of a local mirror."""
     text = os.fspath(path)
-    for mirror, store in list(_SHOWN.items()):  # a copy: other threads may add theirs
+    for mirror, there in list(_SHOWN.items()):  # a copy: other threads may add theirs
         if text == mirror or text.startswith(f"{mirror}/"):
-            return store + text[len(mirror) :]
+            return there + text[len(mirror) :]
     return text
 
 
@@ -121,27 +123,34 @@ def reserve(run: schema.Run, workdir: pathlib.Path) -> None:
     write_atomically(workdir / "config.json", loading.to_json(run))
 
 
-class Locked(OSError):
-    """Another run writes to the workdir (exit code 1: a later attempt may succeed)."""
-
-
 class Lock:
     """Lock of a workdir for writing, held from the first file that a run writes to the last.
 
     It is a lock of the kernel (``flock``), released when its process ends in any way: the file that
-    a killed run leaves locks nothing. Readers take no lock. For a ``gs://`` workdir the lock holds
-    on this machine only. On a file system without locks a warning is logged.
+    a killed run leaves locks nothing. Readers take no lock. In a bucket it is an object
+    (`bucket_lock`). On a file system without locks a warning is logged.
     """
 
     def __init__(self) -> None:
         self._held: tuple[int, pathlib.Path] | None = None
+        self._object: BucketLock | None = None
 
-    def take(self, file: pathlib.Path, patience: float = 120.0) -> None:
-        """Locks `file`; raises Locked, naming the process that holds it.
+    def confirm(self) -> None:
+        """Raises Locked if another run has taken over the lock, which only an object allows."""
+        if self._object:
+            self._object.confirm()
+
+    def take(self, file: pathlib.Path | epath.Path, patience: float = 120.0, run: str = "") -> None:
+        """Locks `file`; raises Locked, naming the process that holds it, and its `run`.
 
         A shared file system may notice late that a machine is gone: if the owner is on another
         host, the attempt is repeated for `patience` seconds.
         """
+        if is_remote(file):
+            self._object = BucketLock(epath.Path(file), run)
+            self._object.take()
+            return
+        file = pathlib.Path(file)
         file.parent.mkdir(parents=True, exist_ok=True)
         deadline = time.monotonic() + patience
         while self._held is None:
@@ -176,6 +185,9 @@ class Lock:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self._object:
+            self._object.release()
+            self._object = None
         if self._held:
             handle, file = self._held
             with contextlib.suppress(OSError):  # the error that ended the run must be reported
@@ -243,6 +255,7 @@ def is_remote(directory: str | os.PathLike[str]) -> bool:
         return False
     if not re.match(r"gs://[^/]+/.", os.fspath(directory)):
         raise ValueError(f"{directory}: give a local directory, or gs://BUCKET/PATH")
+    store.prepare()
     return True
 
 

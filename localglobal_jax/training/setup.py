@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from localglobal_jax.checkpoints import gcs, workdir
+from localglobal_jax.checkpoints import gcs, store, workdir
 from localglobal_jax.checkpoints.manager import Checkpoints, Restored
 from localglobal_jax.config import schema
 from localglobal_jax.inference import load
@@ -116,13 +116,18 @@ def reserve(run: schema.Run, task: Task, mirror: gcs.LocalMirror, lock: workdir.
     multihost.barrier("checked")
     if multihost.rank() == 0:
         try:
-            lock.take(mirror.lock)
+            lock.take(mirror.lock, run=f"{run.model['name']} on {run.data.name}, seed {run.seed}")
+            mirror.confirm = lock.confirm
             workdir.refuse_other(run, mirror.local)  # again: another run may have started meanwhile
             workdir.reserve(run, mirror.local)
             task.save(mirror.local)
             mirror.push()
         except (ValueError, OSError) as error:
-            multihost.broadcast_text("reserved", f"{isinstance(error, ValueError):d}{error}")
+            final = isinstance(error, store.StoreFailed) and error.is_final
+            wrong = final or isinstance(error, ValueError)
+            multihost.broadcast_text("reserved", f"{wrong:d}{error}")
+            if final:  # no permission to write
+                raise ValueError(str(error)) from error
             raise
     if failed := multihost.broadcast_text("reserved", ""):
         raise (ValueError if failed[0] == "1" else OSError)(failed[1:])

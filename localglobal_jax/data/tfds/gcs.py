@@ -17,6 +17,7 @@ import google_crc32c
 from etils import epath
 from etils.epath import backend
 
+from localglobal_jax.checkpoints import store
 from localglobal_jax.checkpoints.workdir import is_remote as is_bucket
 
 Place: TypeAlias = pathlib.Path  # or an `epath.Path` on gs://, which has the same methods
@@ -62,10 +63,14 @@ def named_in_errors(path: str | epath.Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise
+    except store.StoreFailed as error:
+        if error.is_final:
+            raise ValueError(str(error)) from error
+        raise
     except Exception as error:
         if str(path) in str(error):
             raise
-        kind = OSError if may_pass(error) else ValueError
+        kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(
             f'{path} cannot be reached ({error}). Check the network and the credentials ("Data in '
             'buckets" in configs/README.md names their variables)'
@@ -74,23 +79,14 @@ def named_in_errors(path: str | epath.Path) -> Iterator[None]:
 
 def may_pass(error: Exception) -> bool:
     """Returns whether the same request may succeed later: not for what is missing or denied."""
-    if isinstance(error, OSError):
-        forbidden = str(error).startswith("Forbidden")  # how gcsfs writes 403
-        return not (forbidden or isinstance(error, FileNotFoundError))
-    code = getattr(error, "code", None)
-    return isinstance(code, int) and (code == 429 or code >= 500)
+    return isinstance(error, store.StoreFailed) and not error.is_final
 
 
 def check_bucket(path: str | epath.Path) -> None:
     """Raises ValueError unless the bucket of `path` exists and may be listed."""
-    bucket = str(path).removeprefix("gs://").partition("/")[0]
-    try:
-        with named_in_errors(path):
-            filesystem(path).call("GET", "b/{}/o", bucket, maxResults=1)
-    except FileNotFoundError:
-        raise ValueError(
-            f"{path}: there is no bucket gs://{bucket}. Correct the name, or make the bucket"
-        ) from None
+    bucket, _, prefix = str(path).removeprefix("gs://").partition("/")
+    with named_in_errors(path):
+        filesystem(path).call("GET", "b/{}/o", bucket, prefix=prefix, maxResults=1)
 
 
 def listing(folder: str | epath.Path) -> dict[str, Stored]:

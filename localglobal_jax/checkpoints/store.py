@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Faults of Google Cloud Storage: how long its clients retry, and the line that reports the rest.
+
+Two clients are used: gcsfs (small files; `gcs_file_system`) and tensorstore (the arrays of
+checkpoints). Both retry what may pass (429, 5xx, lost connections, no answer) for about four
+minutes, with growing pauses. What is left is a `StoreFailed` that names the object and the remedy.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import re
+from collections.abc import Iterator
+
+from etils import epath
+
+STALL = 60  # seconds without a byte, after which a request is repeated
+LONGEST = 32.0  # seconds between two attempts
+# tensorstore counts attempts: pauses of 1, 2, 4, 8, 16 and seven times 32 s are 255 s
+TENSORSTORE = {"max_retries": 12, "initial_delay": "1s", "max_delay": f"{LONGEST:.0f}s"}
+# read by tensorstore at its first request, and left alone where the user has set them
+TENSORSTORE_ENVIRONMENT = {
+    "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": str(STALL),  # it waits forever without these
+    "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
+    "TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS": str(STALL),
+}
+FILE_SYSTEM = "localglobal_jax.checkpoints.gcs_file_system.FileSystem"
+
+
+@dataclasses.dataclass
+class Limits:
+    """Limits of gcsfs that may change while a process runs, in seconds.
+
+    Attributes:
+      patience: of all retries of one request; a pod's outages of minutes pass without a restart.
+      told: time of the last warning.
+    """
+
+    patience: float = 240.0
+    told: float = 0.0
+
+
+LIMITS = Limits()
+
+
+class StoreFailed(OSError):
+    """The store did not do what was asked, also after retries; nothing is known of the object.
+
+    Attributes:
+      status: the HTTP status; 0 where none arrived.
+    """
+
+    def __init__(self, text: str, status: int = 0):
+        super().__init__(text)
+        self.status = status
+
+    @property
+    def is_final(self) -> bool:
+        """Returns whether the same request would fail again: no permission, or no such bucket."""
+        return self.status in (403, 404)
+
+
+def prepare() -> None:
+    """Gives the clients their settings; called before the first path in a bucket is used."""
+    import fsspec  # noqa: PLC0415 # only for buckets
+
+    for name, value in TENSORSTORE_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("fsspec").setLevel(logging.WARNING)  # it tells of every file at INFO
+    for protocol in ("gs", "gcs"):
+        # by name: gcsfs, an optional dependency, is imported at its first use
+        fsspec.register_implementation(protocol, FILE_SYSTEM, clobber=True)
+
+
+def failure(name: str, status: int, reason: str) -> StoreFailed:
+    """Returns the error of a request for `name` (``gs://bucket/object``)."""
+    bucket = "/".join(name.split("/")[:3])
+    reason = " ".join(reason.split()).rstrip(".")[:200]
+    said = f"{name}: {f'{status} ' if status else ''}{reason}. "
+    if status == 401:
+        said += (
+            "The credentials are missing or have expired: log in again (gcloud auth "
+            "application-default login) or renew the key that GOOGLE_APPLICATION_CREDENTIALS names"
+        )
+    elif status == 403:
+        said += f"Grant the account roles/storage.objectUser on {bucket}, or give another bucket"
+    elif status == 404:
+        said += f"Create the bucket {bucket}, or correct its name"
+    else:
+        said += "The store was asked again until the time was up: run the same command again later"
+    return StoreFailed(said, status)
+
+
+def of_tensorstore(error: BaseException, name: str | os.PathLike[str]) -> StoreFailed | None:
+    """Returns the error of the store behind an error of tensorstore, which has no class of its own.
+
+    None where the store answered: the file is damaged, or it is not there.
+    """
+    text = str(error)
+    found = re.search(r"\[http_response_code='(\d+)'\]", text)
+    if not found and not re.search(r"\[curl_code='\d+'\]|^(?:UNAVAILABLE|DEADLINE_EXCEEDED)", text):
+        return None
+    status = int(found[1]) if found else 0
+    if status in (400, 412, 416):
+        return None
+    plain = re.split(r"\s*\[\w+(?:\[\d+\])?='", text.splitlines()[0])[0]
+    objects = re.findall(r"(gs://.+?): ", plain)
+    name = objects[-1] if objects else os.fspath(name)
+    reason = plain.rpartition(f"{name}: ")[2]
+    reason = re.sub(r"^[A-Z_]{5,}: |All \d+ retry attempts failed: ", "", reason)
+    return failure(name, status, reason)
+
+
+@contextlib.contextmanager
+def named(path: epath.Path | str) -> Iterator[None]:
+    """Context manager that turns tensorstore's errors of a failing store into StoreFailed."""
+    try:
+        yield
+    except ValueError as error:
+        if failed := of_tensorstore(error, path):
+            raise failed from error
+        raise
+
+
+@contextlib.contextmanager
+def patience(seconds: float) -> Iterator[None]:
+    """Context manager that bounds the retries of gcsfs by `seconds`."""
+    before, LIMITS.patience = LIMITS.patience, min(seconds, LIMITS.patience)
+    try:
+        yield
+    finally:
+        LIMITS.patience = before

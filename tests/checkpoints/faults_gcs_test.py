@@ -1,0 +1,428 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Faults of a real server's answers, by each client; the lock of a workdir in a bucket."""
+
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import fsspec
+import numpy as np
+import pytest
+import tensorstore
+from etils import epath
+
+from localglobal_jax.checkpoints import bucket_lock, gcs, gcs_file_system, manager, reader, store
+from localglobal_jax.cli.main import main
+from localglobal_jax.config import schema
+
+ROOT = pathlib.Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "experiments" / "stress" / "faults"))
+
+import store_faults
+
+PASSING = {name: options for name, (options, passes) in store_faults.FAULTS.items() if passes}
+del PASSING["stall, once"]  # waits for the real limit, see below
+STATUSES = [429, 503, 401, 403, 404]
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Retries of a second, instead of minutes."""
+    monkeypatch.setattr(store.LIMITS, "patience", 3.0)
+    monkeypatch.setattr(bucket_lock, "FRESH", 0.0)
+    for name, value in {"max_retries": 3, "initial_delay": "50ms", "max_delay": "100ms"}.items():
+        monkeypatch.setitem(store.TENSORSTORE, name, value)
+
+
+def files():
+    store.prepare()
+    return fsspec.filesystem("gs", use_listings_cache=False)
+
+
+def checkpoints(bucket):
+    return manager.Checkpoints(f"{bucket}/checkpoints", schema.Checkpoints(keep=3))
+
+
+def state(value):
+    return {"a": np.full((300, 7), value, np.float32), "b": {"c": np.arange(5, dtype=np.int32)}}
+
+
+def same(restored, value):
+    assert np.array_equal(restored.state["a"], state(value)["a"])
+    assert np.array_equal(restored.state["b"]["c"], np.arange(5))
+
+
+# ---------------------------------------------------------------------------- small files: gcsfs
+
+
+@pytest.mark.parametrize("name", PASSING)
+def test_small_files_pass_a_fault(faults, bucket, name):
+    rules = [
+        faults.add(path="one.txt", method=method, **PASSING[name]) for method in ("GET", "POST")
+    ]
+    files().pipe_file(f"{bucket}/one.txt", b"1" * 100_000)
+    assert files().cat_file(f"{bucket}/one.txt") == b"1" * 100_000
+    assert all(rule.hits for rule in rules)
+
+
+@pytest.fixture
+def impatient():
+    with store.patience(0.5):
+        yield
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("status", STATUSES)
+def test_small_files_name_the_object(faults, bucket, status):
+    faults.add("status", "one.txt", status=status)
+    with pytest.raises(store.StoreFailed, match=f"{bucket}/one.txt: {status}") as error:
+        files().pipe_file(f"{bucket}/one.txt", b"1")
+    assert error.value.is_final == (status in (403, 404))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("status", [503, 401, 403])
+def test_a_store_that_fails_does_not_lack_a_directory(faults, bucket, status):
+    """gcsfs takes 403, a reset and a time-out for "there is no such directory"."""
+    files().pipe_file(f"{bucket}/sub/one.txt", b"1")
+    path = epath.Path(f"{bucket}/sub")
+    assert path.is_dir() and not epath.Path(f"{bucket}/other").is_dir()
+    faults.add("status", status=status)
+    for question in (path.is_dir, path.exists, files().isfile):
+        with pytest.raises(store.StoreFailed, match=f"{bucket}/sub"):
+            question(*([str(path)] if question == files().isfile else []))
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("fault", ["reset", "cut"])
+def test_connections_that_are_lost_for_good(faults, bucket, fault):
+    files().pipe_file(f"{bucket}/one.txt", b"1" * 1000)
+    faults.add(fault, "one.txt")
+    with pytest.raises(store.StoreFailed, match=f"{bucket}/one.txt"):
+        files().cat_file(f"{bucket}/one.txt")
+
+
+def test_an_answer_that_stalls_is_asked_again(faults, bucket, monkeypatch):
+    monkeypatch.setattr(store, "STALL", 1)
+    quick = gcs_file_system.FileSystem(skip_instance_cache=True)
+    quick.pipe_file(f"{bucket}/one.txt", b"1")
+    rule = faults.add("stall", "alt=media", seconds=30.0, times=1)
+    begin = time.monotonic()
+    assert quick.cat_file(f"{bucket}/one.txt") == b"1"
+    assert rule.hits == 1 and time.monotonic() - begin < 15
+    faults.add("stall", "alt=media", seconds=30.0)
+    with pytest.raises(store.StoreFailed, match=f"{bucket}/one.txt"):
+        quick.cat_file(f"{bucket}/one.txt")
+
+
+@pytest.mark.slow
+def test_a_minute_without_an_answer_passes(faults, bucket, monkeypatch):
+    """With the limits of a real run, in both clients."""
+    monkeypatch.setattr(store.LIMITS, "patience", 240.0)
+    files().pipe_file(f"{bucket}/one.txt", b"1")
+    rule = faults.add("stall", "alt=media", seconds=180.0, times=1)
+    assert files().cat_file(f"{bucket}/one.txt") == b"1"
+    assert rule.hits == 1
+    faults.clear()
+    rule = faults.add("stall", "alt=media", seconds=180.0, times=1)
+    name, _, path = bucket.removeprefix("gs://").partition("/")
+    spec = {"driver": "gcs", "bucket": name, "path": f"{path}/"}
+    begin = time.monotonic()
+    assert tensorstore.KvStore.open(spec).result().read("one.txt").result().value == b"1"
+    assert rule.hits == 1 and time.monotonic() - begin < 120
+
+
+# ---------------------------------------------------------------------------- checkpoints: orbax
+
+
+@pytest.mark.parametrize("name", PASSING)
+def test_a_checkpoint_passes_a_fault(faults, bucket, name):
+    """Every write, and every read of the arrays, once."""
+    writes = faults.add(path="checkpoints/1/", method="POST", **PASSING[name])
+    saved = checkpoints(bucket)
+    saved.save(1, state(1), metadata={})
+    saved.close()
+    reads = faults.add(path="checkpoints/1/state/.*tensorstore", method="GET", **PASSING[name])
+    same(checkpoints(bucket).restore(state(0)), 1)
+    assert writes.hits and reads.hits
+
+
+def test_orbax_writes_nothing_after_the_list_of_files(faults, bucket):
+    """Its thread writes the names of the handlers: were it slow, the step would be damaged."""
+    rule = faults.add("stall", "1/_CHECKPOINT_METADATA", method="POST", seconds=2.0)
+    saved = checkpoints(bucket)
+    saved.save(1, state(1), metadata={})
+    saved.close()
+    assert rule.hits
+    same(checkpoints(bucket).restore(state(0)), 1)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("status", [503, 401, 403])
+@pytest.mark.parametrize("what", ["state/ocdbt", "metadata", "files.json"])
+def test_a_save_that_fails_leaves_the_earlier_steps(faults, bucket, status, what):
+    saved = checkpoints(bucket)
+    saved.save(1, state(1), metadata={})
+    saved.wait()
+    rule = faults.add("status", f"checkpoints/2/.*{what}", method="POST", status=status)
+    with pytest.raises(manager.SaveFailed, match=rf"{bucket}/checkpoints.* {status}.*\[1\]"):
+        saved.save(2, state(2), metadata={})
+        saved.wait()
+    assert rule.hits
+    faults.clear()
+    assert checkpoints(bucket).steps() == [1]
+    same(checkpoints(bucket).restore(state(0)), 1)
+    again = checkpoints(bucket)
+    assert again.save(2, state(2), metadata={})
+    again.close()
+    same(again.restore(state(0)), 2)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("fault", [{"fault": "status", "status": 503}, {"fault": "reset"}])
+@pytest.mark.parametrize("what", ["state/.*tensorstore", "files.json", "prefix=.*checkpoints"])
+def test_a_store_that_fails_damages_no_step(faults, bucket, fault, what):
+    """Else the run would go back to an older step, and move the newest one aside."""
+    saved = checkpoints(bucket)
+    for step in (1, 2):
+        saved.save(step, state(step), metadata={}, metrics={"x": step})
+    saved.close()
+    rule = faults.add(path=what, method="GET", **fault)
+    later = checkpoints(bucket)
+    with pytest.raises(store.StoreFailed, match=f"{bucket}/checkpoints"):
+        later.restore(state(0))
+    with pytest.raises(store.StoreFailed, match=f"{bucket}/checkpoints"):
+        reader.inspect(bucket, verify=True)
+    assert rule.hits
+    faults.clear()
+    same(later.restore(state(0)), 2)
+    later.save(3, state(3), metadata={})
+    later.close()
+    assert later.steps() == [1, 2, 3]
+
+
+# ---------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def whole(gcs_proxy, tmp_path_factory, data_dir):
+    """A bucket with an undisturbed run, and the cases of `store_faults`."""
+    gcs_proxy.clear()
+    with store_faults.prepared(tmp_path_factory.mktemp("whole"), gcs_proxy, data_dir) as bucket:
+        yield bucket
+
+
+@pytest.mark.parametrize(
+    ("place", "fault"),
+    [
+        ("start, list", "404 of the bucket"),
+        ("start, lock", "403"),
+        ("save, arrays", "503 for good"),
+        ("resume, arrays", "resets for good"),
+        ("evaluate, arrays", "cut off, once"),
+    ],
+)
+def test_a_run_ends_in_a_line_and_goes_on(whole, faults, place, fault):
+    assert whole.case(place, fault)["problems"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", store_faults.PLACES)
+@pytest.mark.parametrize("fault", [f for f in store_faults.FAULTS if not f.startswith("stall")])
+def test_every_fault_in_every_place(whole, faults, place, fault):
+    assert whole.case(place, fault)["problems"] == []
+
+
+def test_a_real_process_prints_one_line(faults, bucket, data_dir):
+    faults.add("status", "checkpoints/2/", method="POST", status=403)
+    options = {**store_faults.STEPS, "optim.warmup_steps": "1", "data.dir": data_dir}
+    command = [sys.executable, "-m", "localglobal_jax", "train", f"--workdir={bucket}"]
+    command += [f"--config={ROOT / 'configs' / 'coatnet_digits.py'}:size=tiny"]
+    command += [f"--config.{name}={value}" for name, value in options.items()]
+    ended = subprocess.run(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False)
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    assert f"{bucket}/checkpoints" in ended.stderr.splitlines()[-1]
+    assert not epath.Path(f"{bucket}/.lock").exists()
+
+
+# ---------------------------------------------------------------------------- bad input
+
+
+TRAIN = ["train", f"--config={ROOT / 'configs' / 'coatnet_digits.py'}:size=tiny"]
+
+
+@pytest.mark.usefixtures("gcs")
+@pytest.mark.parametrize("path", ["gs:/bucket/x", "gs://bucket", "s3://bucket/x", "gs://no-such/x"])
+def test_a_wrong_place_is_exit_2(tmp_path, monkeypatch, capsys, data_dir, path):
+    monkeypatch.chdir(tmp_path)
+    assert main([*TRAIN, f"--workdir={path}", f"--config.data.dir={data_dir}"]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert path in said[-1] and "Traceback" not in "".join(said)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_permission_it_is_exit_2(faults, bucket, capsys, data_dir):
+    faults.add("status", method="GET", status=403)
+    assert main([*TRAIN, f"--workdir={bucket}", f"--config.data.dir={data_dir}"]) == 2
+    assert bucket in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not [method for method, _, _ in faults.requests if method != "GET"]
+
+
+def test_without_the_extra_it_is_exit_2():
+    code = "import sys; sys.modules['gcsfs'] = None\nfrom localglobal_jax.cli.main import main\n"
+    code += "sys.exit(main(['inspect', 'gs://bucket/run']))"
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    assert ended.returncode == 2, ended.stderr
+    assert "localglobal_jax[gcs]" in ended.stderr.splitlines()[-1]
+    assert len(ended.stderr.splitlines()) == 1
+
+
+# ---------------------------------------------------------------------------- the lock
+
+
+HOLD = """
+import sys
+from localglobal_jax.checkpoints import bucket_lock, workdir
+bucket_lock.BEAT, bucket_lock.LEASE, bucket_lock.FRESH = 0.5, 3.0, 0.0
+if sys.argv[2:]:
+    bucket_lock._machine = lambda: sys.argv[2]  # a process of another machine
+try:
+    with workdir.Lock() as lock:
+        lock.take(sys.argv[1], run="a run")
+        print("held", flush=True)
+        for line in sys.stdin:
+            lock.confirm()
+            print("confirmed", flush=True)
+except workdir.Locked as error:
+    print(error, flush=True)
+    sys.exit(1)
+"""
+
+
+class Starter:
+    """A process that takes the lock, confirms it for every line, and releases it at the end."""
+
+    def __init__(self, lock, machine=None):
+        command = [sys.executable, "-c", HOLD, lock, *([machine] if machine else [])]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen(command, text=True, **pipes)
+
+    def said(self):
+        return self.process.stdout.readline().strip()
+
+    def confirm(self):
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return self.said()
+
+    def kill(self, number=signal.SIGKILL):
+        self.process.send_signal(number)
+        if number == signal.SIGKILL:
+            self.process.wait()
+
+    def end(self):
+        self.process.communicate()
+        return self.process.returncode
+
+
+@pytest.fixture
+def start(bucket):
+    """Starts processes that lock one workdir; ends them after the test."""
+    started = []
+
+    def new(machine=None):
+        started.append(Starter(f"{bucket}/.lock", machine))
+        return started[-1]
+
+    yield new
+    for one in started:
+        one.process.kill()
+        one.process.communicate()
+
+
+@pytest.mark.parametrize("machine", [None, "another"])
+def test_the_second_run_names_the_first(start, bucket, machine):
+    first = start()
+    assert first.said() == "held"
+    second = start(machine)
+    assert f"{bucket}/.lock is locked by pid {first.process.pid} on " in second.said()
+    assert second.end() == 1
+    assert first.confirm() == "confirmed"
+    assert first.end() == 0
+    assert not epath.Path(f"{bucket}/.lock").exists()
+
+
+def test_of_several_at_once_one_wins(start):
+    several = [start(f"machine {i}") for i in range(3)]
+    said = [one.said() for one in several]
+    assert said.count("held") == 1
+    winner = several[said.index("held")]
+    assert winner.confirm() == "confirmed"
+
+
+@pytest.mark.parametrize("machine", [None, "another"])
+def test_a_killed_run_is_followed_in_bounded_time(start, machine):
+    first = start()
+    assert first.said() == "held"
+    first.kill()
+    second = start(machine)
+    assert second.said() == "held"
+    assert second.confirm() == "confirmed"
+
+
+def test_a_run_that_was_taken_over_ends_before_it_writes(start, bucket):
+    first = start()
+    assert first.said() == "held"
+    first.kill(signal.SIGSTOP)
+    second = start("another")
+    assert second.said() == "held"
+    first.kill(signal.SIGCONT)
+    assert f"by pid {second.process.pid} on " in first.confirm()
+    assert first.end() == 1
+    assert second.confirm() == "confirmed"  # the first has not deleted it
+    assert second.end() == 0
+
+
+def test_a_mirror_of_a_lost_workdir_uploads_nothing(bucket):
+    mirror = gcs.LocalMirror(bucket)
+    lock = bucket_lock.BucketLock(mirror.lock)
+    lock.take()
+    mirror.confirm = lock.confirm
+    (mirror.local / "config.json").write_text("{}")
+    mirror.push()
+    files().pipe_file(f"{bucket}/.lock", json.dumps({}).encode())  # another generation
+    (mirror.local / "metrics.jsonl").write_text("1\n")
+    with pytest.raises(bucket_lock.Locked, match=f"{bucket}/.lock"):
+        mirror.push()
+    lock.release()
+    assert files().exists(f"{bucket}/.lock")
+    assert not files().exists(f"{bucket}/metrics.jsonl")
+
+
+def test_an_answer_that_is_lost_does_not_lose_the_lock(faults, bucket):
+    """The server has done it, the client asks again: the precondition fails by its own doing."""
+    path = epath.Path(f"{bucket}/.lock")
+    files()
+    lock = bucket_lock.BucketLock(path)
+    rule = faults.add("cut", r"\.lock", method="POST", times=1)
+    lock.take()
+    assert rule.hits == 1
+    rule = faults.add("cut", r"\.lock", method="POST", times=1)
+    lock.confirm()
+    assert rule.hits == 1
+    lock.confirm()
+    lock.release()
+    assert not path.exists()
+    faults.add("cut", r"\.lock", method="POST")
+    second = bucket_lock.BucketLock(path)
+    with pytest.raises(store.StoreFailed, match=str(path)):
+        second.take()
+    faults.clear()
+    second.release()
+    assert not path.exists()
