@@ -212,7 +212,7 @@ evaluate.read_variables                    inference.load.read_variables
 health.Spikes                              training.divergence.LossSpikeDetector
 health.Watch                               training.divergence.DivergenceMonitor
 hosts.Cluster                              parallel.rendezvous.Cluster
-hosts.HEARTBEAT                            parallel.rendezvous.HEARTBEAT
+hosts.HEARTBEAT                            parallel.watch.HEARTBEAT
 hosts.Lost                                 parallel.multihost.HostLost
 hosts.detect                               parallel.rendezvous.detect
 hosts.gathered                             parallel.multihost.all_gather

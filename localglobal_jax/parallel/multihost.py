@@ -131,7 +131,7 @@ def naming_the_lost() -> Iterator[None]:
         ):
             reason = str(error).splitlines()[0][:200]
             for each in _watches:  # a lost host ends this process here
-                reason = each.reason(watch.HEARTBEAT + 10) or reason
+                reason = each.reason(watch.heartbeat() + 10) or reason
             raise HostLost(
                 f"host {rank()} lost another host ({reason}); start all hosts again: "
                 "the run goes on from its last checkpoint"

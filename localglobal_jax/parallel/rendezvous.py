@@ -15,7 +15,7 @@ from localglobal_jax.parallel import multihost, watch
 from localglobal_jax.parallel.multihost import HostLost
 
 log = logging.getLogger(__name__)
-HEARTBEAT = 40  # seconds after `watch.HEARTBEAT` at which jax itself ends the other processes
+LATER = 40  # seconds after `watch.heartbeat` at which jax itself ends the other processes
 
 
 class Cluster(NamedTuple):
@@ -56,6 +56,7 @@ def start(cluster: Cluster, timeout: float = 300.0) -> None:
         )
     log.info("host     %d of %d (%s), coordinator %s; waiting for the others, at most %.0f s",
              number, size, socket.gethostname(), coordinator, timeout)  # fmt: skip
+    heartbeat = watch.heartbeat()
     names, calls = _meet(cluster, timeout)
     multihost.watched_by(watch.Watch(number, names, calls))
     jax.distributed.initialize(
@@ -64,7 +65,7 @@ def start(cluster: Cluster, timeout: float = 300.0) -> None:
         number,
         list(devices) if devices else None,
         initialization_timeout=int(timeout) + 60,  # all of them are there: this is quick
-        heartbeat_timeout_seconds=int(watch.HEARTBEAT) + HEARTBEAT,
+        heartbeat_timeout_seconds=int(heartbeat) + LATER,
     )
     log.info("host     %d of %d: all are here (%s), %d of %d devices", number, size,
              ", ".join(names), jax.local_device_count(), jax.device_count())  # fmt: skip

@@ -2,7 +2,7 @@
 """Names a host that is lost, and ends the others with exit code 42, before jax aborts them.
 
 The connections of the rendezvous stay open: every host has one to host 0. A closed connection, or
-one without a sign of life for `HEARTBEAT` seconds, is a lost host; host 0 tells the others which.
+one without a sign of life for `heartbeat` seconds, is a lost host; host 0 tells the others which.
 jax ends the other processes too, but by SIGABRT, without a name and 100 s after a network failure.
 """
 
@@ -17,16 +17,28 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 
-HEARTBEAT = float(os.environ.get("LOCALGLOBAL_HEARTBEAT", "60"))  # seconds of silence
+HEARTBEAT = 60.0  # seconds of silence, unless LOCALGLOBAL_HEARTBEAT says otherwise
 LOST = 42  # exit code: start again; `launch.exit_codes` is a later package
 GRACE = 30.0  # seconds in which a host may end after another one has ended with an error
+
+
+def heartbeat() -> float:
+    """Returns the seconds of silence after which a host is lost. Raises ValueError."""
+    text = os.environ.get("LOCALGLOBAL_HEARTBEAT", f"{HEARTBEAT}")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 1 <= seconds <= 86400:
+        raise ValueError(f"LOCALGLOBAL_HEARTBEAT={text}: want seconds, 1 to 86400")
+    return seconds
 
 
 class Watch:
     """Watches the other hosts in a thread, from the rendezvous to `stop`.
 
     `names`: host names by rank. `calls`: open connections by rank: host 0 has one to every other
-    host, any other host has one to host 0.
+    host, any other host has one to host 0. Raises ValueError for a wrong LOCALGLOBAL_HEARTBEAT.
     """
 
     def __init__(self, rank: int, names: Sequence[str], calls: Mapping[int, socket.socket]):
@@ -34,6 +46,7 @@ class Watch:
         self._heard = dict.fromkeys(self._calls, time.monotonic())
         self._partial = dict.fromkeys(self._calls, b"")
         self._failed: dict[int, tuple[int, float]] = {}  # exit code and deadline, by rank
+        self._heartbeat = heartbeat()
         self._stopped = False
         self._someone_left = threading.Event()
         self._selector = selectors.DefaultSelector()
@@ -67,7 +80,7 @@ class Watch:
         return f"host {number} ({self._names[number]})"
 
     def _run(self) -> None:
-        pause = min(5.0, HEARTBEAT / 5)
+        pause = min(5.0, self._heartbeat / 5)
         before = beat = time.monotonic()
         while (self._calls or self._failed) and not self._stopped:
             if (now := time.monotonic()) >= beat:
@@ -83,8 +96,8 @@ class Watch:
                 if now > deadline:
                     self._end(number, f"ended with exit code {code}")
             for number in self._calls:
-                if now - self._heard[number] > HEARTBEAT:
-                    self._end(number, f"has been silent for {HEARTBEAT:.0f} s")
+                if now - self._heard[number] > self._heartbeat:
+                    self._end(number, f"has been silent for {self._heartbeat:.0f} s")
 
     def _read(self, number: int) -> None:
         try:

@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+from localglobal_jax.parallel import rendezvous
+
 HOST = """
 import sys, time
 from localglobal_jax.parallel import multihost, rendezvous, watch
@@ -71,6 +73,13 @@ def test_a_host_that_ends_with_an_error_ends_the_others_with_its_name():
         for i in (0, 2):
             code, said = end(hosts[i])
             assert code == 42 and "host 1 " in said and "ended with exit code 2" in said
+
+
+@pytest.mark.parametrize("text", ["", "0", "-3", "nan", "1 min"])
+def test_a_wrong_heartbeat_is_named_before_anything_waits(text, monkeypatch):
+    monkeypatch.setenv("LOCALGLOBAL_HEARTBEAT", text)
+    with pytest.raises(ValueError, match=f"LOCALGLOBAL_HEARTBEAT={text}:"):
+        rendezvous.start(rendezvous.Cluster("localhost:1", 2, 1), 60)
 
 
 def test_hosts_that_are_done_may_end_at_different_times():
