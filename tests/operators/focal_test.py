@@ -175,7 +175,7 @@ def test_pool_methods(method):
     [
         ({"expand": 5}, "expand 5 "),
         ({"shift": 4}, "shift 4"),
-        ({"levels": 5}, "5 levels .*4$"),
+        ({"levels": 5}, "5 levels .* 4"),
         ({"focal_window": 2}, "focal_window 2 "),
         ({"heads": 4}, "4 heads"),
     ],
