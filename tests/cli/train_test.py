@@ -71,7 +71,7 @@ def test_wrong_config_files(tmp_path, capsys):
     (tmp_path / "c.py").write_text("x = 1\ny = (\n")
     assert main(["train", f"--config={tmp_path / 'c.py'}", "--workdir=x"]) == 2
     assert "c.py:2: SyntaxError" in capsys.readouterr().err
-    (tmp_path / "c.py").write_text("def get_config(arg=None):\n    return {}\n")
+    (tmp_path / "c.py").write_text("def get_config(arg=None):\n    return 3\n")
     assert main(["train", f"--config={tmp_path / 'c.py'}", "--workdir=x"]) == 2
     assert "ConfigDict" in capsys.readouterr().err
 
