@@ -562,7 +562,10 @@ def test_killed_during_a_save(tmp_path, where):
         )
         if where == "anywhere":
             assert child.stdout.readline().startswith("resumed")
-            time.sleep(0.6 + 0.37 * attempt)
+            while max(open_at(tmp_path).steps(), default=0) < at_least + 3:
+                assert child.poll() is None, child.communicate()
+                time.sleep(0.01)
+            time.sleep(0.037 * attempt)
             child.kill()
         output, errors = child.communicate(timeout=120)
         assert child.returncode == -signal.SIGKILL, errors
