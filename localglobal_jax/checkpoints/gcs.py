@@ -68,11 +68,14 @@ class LocalMirror:
         if self._store is None:
             return
         try:
-            found = objects.sizes(self._store)
+            self._pull(self._store)
         except store.StoreFailed as error:
             if error.is_final:
                 raise ValueError(str(error)) from error
             raise
+
+    def _pull(self, there: epath.Path) -> None:
+        found = objects.sizes(there)
         folders = {name.split("/")[0] for name in found if "/" in name}
         wanted = {
             name: size
@@ -85,7 +88,7 @@ class LocalMirror:
             (self.local / folder).mkdir(exist_ok=True)
         for name in self._same.keys() - wanted.keys():
             (self.local / name).unlink(missing_ok=True)
-        for name, contents in objects.contents(self._store, wanted):
+        for name, contents in objects.contents(there, wanted):
             file = self.local / name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(contents)

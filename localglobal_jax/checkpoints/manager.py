@@ -94,6 +94,7 @@ class _CommittedInPlace(ocp.path.atomicity.CommitFileTemporaryPath):
 
     ABOUT = "_CHECKPOINT_METADATA"  # orbax adds the names of its handlers, and warns without it
     _about: Any = None  # orbax's writer of that file
+    _failed: Exception | None = None
 
     @classmethod
     def from_final(cls, final_path: epath.Path, **options: Any) -> "_CommittedInPlace":
@@ -109,10 +110,15 @@ class _CommittedInPlace(ocp.path.atomicity.CommitFileTemporaryPath):
 
     async def create(self) -> epath.Path:
         if self.get().name.isdigit():  # a step, not one item of it
-            await asyncio.to_thread(objects.write, self.get(), {self.ABOUT: b"{}"})
+            try:
+                await asyncio.to_thread(objects.write, self.get(), {self.ABOUT: b"{}"})
+            except Exception as error:  # raised here, it lets threads of orbax wait ten minutes
+                self._failed = error
         return self.get()
 
     async def finalize(self) -> None:
+        if self._failed:
+            raise self._failed
         if self._about:  # its thread would write `ABOUT` after the manifest
             await asyncio.to_thread(self._about.wait_until_finished)
         await asyncio.to_thread(self._finish)

@@ -18,6 +18,7 @@ import random
 import re
 import sys
 import tempfile
+import threading
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[3] / "tests"))
@@ -66,6 +67,16 @@ FAULTS = {  # name: (options of a `gcs_faults.Rule`, whether a retry succeeds)
     "403": ({"fault": "status", "status": 403}, False),
     "404 of the bucket": ({"fault": "status", "status": 404}, False),
 }
+
+
+def threads_left(patience=10.0):
+    """Returns orbax's threads that still run after `patience` seconds: a process waits for them."""
+    deadline = time.monotonic() + patience
+    while True:
+        found = [t.name for t in threading.enumerate() if "_target_setting" in t.name]
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.1)
 
 
 def shorten_limits():
@@ -142,7 +153,7 @@ class Bucket:
         path = path.replace("checkpoints/2", "checkpoints/4") if phase == "evaluate" else path
         rule = self.proxy.add(path=path, method=method, **options)
         code, seconds, said = self.command(phase, workdir)
-        hits = rule.hits
+        hits, waiting = rule.hits, threads_left()
         self.proxy.clear()
         last = said.strip().splitlines()[-1] if code else ""
         wrong = options.get("status") == 403 and place in WRONG
@@ -152,6 +163,7 @@ class Bucket:
         problems += [f"exit {code}, expected {wanted}"] * (code != wanted)
         problems += [said[said.find("Traceback") :]] * ("Traceback" in said)
         problems += [f"the line names no path: {last}"] * (bool(code) and self.root not in last)
+        problems += [f"the process cannot end: {waiting}"] * bool(waiting)
         again, _, _ = self.command("train" if phase != "evaluate" else phase, workdir)
         problems += [f"without the fault: exit {again}"] * (again != 0)
         problems += self.differences(workdir)
