@@ -74,7 +74,10 @@ def gcs_proxy():
 
 @pytest.fixture(scope="session")
 def gcs(gcs_proxy):
-    """The URL of the server."""
+    """The URL of the server. `epath` keeps its first file system, which has to be ours."""
+    from localglobal_jax.checkpoints import store
+
+    store.prepare()
     return gcs_proxy.url
 
 
