@@ -2,9 +2,6 @@
 """TFRecord shards read at random through an index, on disk and in a bucket."""
 
 import concurrent.futures
-import contextlib
-import http.client
-import http.server
 import itertools
 import multiprocessing
 import os
@@ -14,12 +11,10 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import tracemalloc
 import types
-from typing import ClassVar
 
-import gcs_server
+import fsspec.config
 import numpy as np
 import pytest
 from etils import epath
@@ -318,121 +313,36 @@ def test_where_the_data_cannot_be_written_the_index_is_in_the_cache(on_disk, cac
 # ------------------------------------------------------------------------ a bucket that fails
 
 
-class Proxy(http.server.BaseHTTPRequestHandler):
-    """Forwards requests to the bucket's server, except for the first `faults` reads of shards."""
-
-    protocol_version = "HTTP/1.1"
-    faults: ClassVar = []
-    reads: ClassVar = []  # paths of requests for shards
-    writes = 0
-
-    def forward(self):
-        length = int(self.headers.get("Content-Length", 0))
-        body = self.rfile.read(length)
-        if self.command != "GET" and not type(self).writable:
-            type(self).writes += 1
-            return self.answer(403, b'{"error": {"code": 403, "message": "no permission"}}', {})
-        fault = 0
-        if "alt=media" in self.path and "tfrecord-0" in self.path:
-            self.reads.append(self.path)
-            fault = self.faults.pop(0) if self.faults else 0
-        if fault in (429, 503):
-            return self.answer(fault, b"later", {})
-        if fault == "stall":
-            self.released.wait(60)  # longer than the process may take
-        with contextlib.closing(http.client.HTTPConnection(type(self).target)) as there:
-            there.request(self.command, self.path, body, dict(self.headers))
-            found = there.getresponse()
-            content = found.read()
-        if fault == "reset":
-            content = content[: len(content) // 2]
-        return self.answer(found.status, content, dict(found.getheaders()))
-
-    do_GET = do_POST = do_PUT = do_DELETE = forward
-
-    def answer(self, status, content, headers):
-        self.send_response(status)
-        left_out = ("transfer-encoding", "connection", "date", "server")
-        for name, value in {"Content-Length": str(len(content)), **headers}.items():
-            if name.lower() not in left_out:
-                self.send_header(name, value)
-        self.end_headers()
-        with contextlib.suppress(ConnectionError):  # a client need not wait out a stall
-            self.wfile.write(content)
-        if len(content) < int(headers.get("Content-Length", 0)):
-            self.close_connection = True
-
-    def log_message(self, *args):
-        pass
-
-
-def through_proxy(gcs, code, faults=(), writable=True):
-    """Runs code in a process whose bucket is behind a `Proxy`; returns it, and the proxy."""
-
-    class Configured(Proxy):
-        target = gcs.removeprefix("http://")
-
-    Configured.faults, Configured.writable = list(faults), writable
-    Configured.reads = []
-    Configured.released = threading.Event()
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Configured) as server:
-        serving = threading.Thread(target=server.serve_forever)
-        serving.start()
-        url = f"http://127.0.0.1:{server.server_port}"
-        done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(code)],
-            env={**os.environ, **gcs_server.environment(url)},
-            capture_output=True,
-            text=True,
-            timeout=50,
-            check=False,
-        )
-        Configured.released.set()
-        server.shutdown()
-        serving.join()
-    assert done.returncode == 0, done.stderr
-    return done, Configured
-
-
-READ = """
-    import types
-    from localglobal_jax.data.tfds import gcs, ranges, tfrecord_index
-    from localglobal_jax.data.tfds.tfrecord_files import TFRecordFiles
-    folder, counts = {folder!r}, {counts!r}
-    ranges.PATIENCE = 4
-    tfrecord_index.make(folder, counts)
-    parts = [
-        types.SimpleNamespace(filename=f"{{folder}}/{{name}}", examples_in_shard=count)
-        for name, count in counts.items()
-    ]
-    files = TFRecordFiles(parts, gcs.place(folder))
-    print([files.read([place])[0] == record for place, record in {records!r}])
-"""
-
-
-def reads(folder):
-    records = [(place, SHARDS[place[0]][place[1]]) for place in places()]
-    return READ.format(folder=str(folder), counts=counts(SHARDS), records=records)
-
-
-def test_a_bucket_that_fails_for_the_moment_is_asked_again(gcs, bucket, tmp_path, monkeypatch):
+def test_a_bucket_that_fails_for_the_moment_is_asked_again(bucket, faults, tmp_path, monkeypatch):
     """And each request names the project that pays, where one is set."""
-    monkeypatch.setenv("FSSPEC_GCS_REQUESTER_PAYS", "payer")
     put(epath.Path(bucket), SHARDS, tmp_path)
     make(bucket)
-    faults = [503, 0, "reset", 0, 429, 0, "stall"]  # 0: none
-    done, proxy = through_proxy(gcs, reads(bucket), faults)
-    assert done.stdout.strip() == str([True] * len(places()))
-    assert proxy.faults == []
-    assert len(proxy.reads) >= len(places())
-    assert all("userProject=payer" in path for path in proxy.reads)
+    files = opened(bucket)
+    faults.clear()
+    monkeypatch.setitem(fsspec.config.conf, "gcs", {"requester_pays": "payer"})
+    monkeypatch.setattr(ranges, "PATIENCE", 4)
+    shards = {"path": r"/set-train\.tfrecord-.*alt=media", "times": 1}
+    rules = [
+        faults.add("status", status=503, **shards),
+        faults.add("cut", skip=1, **shards),
+        faults.add("status", status=429, skip=2, **shards),
+        faults.add("stall", seconds=60, skip=3, **shards),  # longer than our patience
+    ]
+    assert [files.read([place])[0] for place in places()] == [*itertools.chain(*SHARDS)]
+    assert [rule.hits for rule in rules] == [1] * len(rules)
+    asked = [path for _, path, _ in faults.requests if "/set-train.tfrecord-" in path]
+    assert len(asked) >= len(places())
+    assert all("userProject=payer" in path for path in asked)
 
 
-def test_the_index_of_a_bucket_that_cannot_be_written_is_in_the_cache(gcs, bucket, tmp_path, cache):
+def test_the_index_of_a_bucket_that_cannot_be_written_is_in_the_cache(
+    bucket, faults, tmp_path, cache
+):
     put(epath.Path(bucket), SHARDS, tmp_path)
-    done, proxy = through_proxy(gcs, reads(bucket), writable=False)
-    assert done.stdout.strip() == str([True] * len(places()))
-    assert proxy.writes > 0
+    denied = faults.add("status", tfrecord_index.NAME, method="POST|PUT|DELETE", status=403)
+    make(bucket)
+    assert denied.hits > 0
+    assert opened(bucket).read(places()) == [*itertools.chain(*SHARDS)]
     assert not (epath.Path(bucket) / tfrecord_index.NAME).exists()
     assert len(list(cache.iterdir())) == 1
 
