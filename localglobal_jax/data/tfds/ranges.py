@@ -19,6 +19,7 @@ import fsspec.config
 import google_crc32c
 import tensorstore as ts
 
+from localglobal_jax.checkpoints import store
 from localglobal_jax.data.tfds import gcs
 
 # Requests in flight per directory. A request takes 30 to 60 ms, whatever it reads: with
@@ -86,7 +87,11 @@ class Directory:
         return [self.result(future, *one) for future, one in zip(futures, ranges, strict=True)]
 
     def result(self, future: ts.Future, name: str, begin: int, end: int) -> bytes:
-        """Waits for a read that `start` began, and sends it again where no answer comes."""
+        """Waits for a read that `start` began, and sends it again where no answer comes.
+
+        Raises ValueError without permission, `store.StoreFailed` where the bucket goes on failing,
+        and `ReadFailed` for a range that cannot be read.
+        """
         path = f"{self.path}/{name}"
         for attempt in range(ATTEMPTS):
             try:
@@ -100,6 +105,11 @@ class Directory:
                         f"cannot read {path}: no answer in {ATTEMPTS * PATIENCE} s"
                     ) from None
             except Exception as error:  # tensorstore maps its status codes to many classes
+                failed = store.of_tensorstore(error, path)
+                if failed and failed.is_final:
+                    raise ValueError(str(failed)) from error
+                if failed:
+                    raise failed from error
                 raise ReadFailed(f"cannot read {path}: {error}") from error
         if found.state != "value":
             raise ReadFailed(f"cannot read {path}: it is missing")

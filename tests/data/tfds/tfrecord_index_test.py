@@ -335,6 +335,15 @@ def test_a_bucket_that_fails_for_the_moment_is_asked_again(bucket, faults, tmp_p
     assert all("userProject=payer" in path for path in asked)
 
 
+def test_shards_that_may_be_listed_but_not_read_are_named_in_one_line(bucket, faults, tmp_path):
+    put(epath.Path(bucket), SHARDS, tmp_path)
+    make(bucket)
+    faults.add("status", r"/set-train\.tfrecord-.*alt=media", status=403)
+    with pytest.raises(ValueError, match=f"{bucket}/{names(SHARDS)[1]}: 403") as error:
+        opened(bucket).read([(1, 0)])
+    assert "\n" not in str(error.value)
+
+
 def test_the_index_of_a_bucket_that_cannot_be_written_is_in_the_cache(
     bucket, faults, tmp_path, cache
 ):
