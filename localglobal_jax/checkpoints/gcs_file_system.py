@@ -18,6 +18,8 @@ from typing import Any
 
 from localglobal_jax.checkpoints import store
 
+# else gcsfs asks another service for the bucket's type first; it reads this at its import
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 try:
     import aiohttp
     import gcsfs
