@@ -27,6 +27,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 # The upper bounds are far beyond any use: they stop a typing error from taking all memory.
 Side = Annotated[int, Field(gt=0, le=16384)]  # pixels
 Threads = Annotated[int, Field(gt=0, le=1024)]
+Workers = Annotated[int, Field(ge=0, le=1024)]
 Alpha = Annotated[float, Field(ge=0, le=1000)]  # of a Beta distribution
 
 
@@ -66,7 +67,10 @@ class Images(Section):
     randaugment_magnitude: Annotated[int, Field(ge=0, le=30)] = 15  # strength of each operation
     erase: Fraction = 0.0  # probability of erasing a random rectangle (arXiv 1708.04896)
     max_bad_records: NonNegativeInt = 0  # records that may fail to decode; they are masked
-    threads: Threads = 4  # decoding threads of one host
+    threads: Threads = 4  # decoding threads of one host, or of each worker
+    # Processes of one host that make batches, two ahead each, for images that are decoded anew for
+    # every batch (see `data/workers.py`); 0: only threads, which share the interpreter's lock
+    workers: Workers = 0
 
     @pydantic.field_validator("area")
     @classmethod
@@ -107,6 +111,7 @@ class Text(Section):
     rows_multiple: PositiveInt = 8
     max_bad_records: NonNegativeInt = 0  # records that may be unreadable; they are left out
     threads: Threads = 2  # batches that one host prepares at a time
+    workers: Workers = 0  # processes of one host that make batches instead; text rarely needs them
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -317,6 +322,6 @@ MAY_CHANGE = (
         if field not in ("batch_norm", "formulation")
     ),
     "optim.skip_nonfinite",
-    *("data.dir", "data.in_memory", "data.max_bad_records", "data.threads"),
+    *("data.dir", "data.in_memory", "data.max_bad_records", "data.threads", "data.workers"),
     *("data.files", "data.dicts"),  # data may move: a checksum guards the pairs
 )

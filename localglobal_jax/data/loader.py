@@ -8,12 +8,14 @@ takes its contiguous part of every batch, and side by side the parts are the one
 augmentation included, because an example's randomness hangs on (seed, position) alone.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Callable, Generator, Iterator
+from typing import Any, Protocol
 
-import grain
 import numpy as np
+
+from localglobal_jax.data import workers as processes
 
 Batch = dict[str, np.ndarray]
 
@@ -60,6 +62,9 @@ class Source(Protocol):
         cannot be used keeps its slot with mask 0, so that nothing after it moves.
         """
 
+    def admit(self, index: np.ndarray) -> None:
+        """Notes records that another process could not use, or raises its error."""
+
 
 def train_batches(
     source: Source,
@@ -70,27 +75,42 @@ def train_batches(
     stop: int,
     shard: tuple[int, int] = (0, 1),
     threads: int = 2,
+    workers: int = 0,
 ) -> Iterator[Batch]:
     """Yields batches ``start`` to ``stop - 1`` of the stream, this host's part of each.
 
-    ``batch_size`` is global, ``shard`` is (this host, hosts), ``threads`` batches are prepared at
-    a time. Batches may straddle epochs. Each has ``mask`` and ``index: int32 [b]``, the record
-    numbers. Raises ValueError for an empty source or an indivisible batch, at once; an error
-    in a thread is raised by ``next``.
+    ``batch_size`` is global, ``shard`` is (this host, hosts). ``threads`` batches are prepared at a
+    time, or one in each of ``workers`` processes; neither number changes a batch. Batches may
+    straddle epochs. Each has ``mask`` and ``index: int32 [b]``, the record numbers. Raises
+    ValueError for an empty source or an indivisible batch, at once; an error in a thread or a
+    process is raised by ``next``.
     """
+    import grain  # noqa: PLC0415, it imports jax, which a worker does without
+
     host, local = _part(source, batch_size, shard)
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
 
-    def make(step: int) -> Batch:
+    def place(step: int) -> tuple[np.ndarray, PositionRng]:
         first = step * batch_size + host * local
         index = np.array([order[p] for p in range(first, first + local)], np.int32)
-        return {**source.batch(index, PositionRng(seed, first)), "index": index}
+        return index, PositionRng(seed, first)
 
-    return prefetch(make, start, stop, threads)
+    def batches() -> Iterator[Batch]:
+        made = prefetch(source, place, start, stop, threads=threads, workers=workers)
+        with contextlib.closing(made):
+            for (index, _), batch in made:
+                yield {**_admitted(source, batch, index), "index": index}
+
+    return batches()
 
 
 def eval_batches(
-    source: Source, *, batch_size: int, shard: tuple[int, int] = (0, 1), threads: int = 2
+    source: Source,
+    *,
+    batch_size: int,
+    shard: tuple[int, int] = (0, 1),
+    threads: int = 2,
+    workers: int = 0,
 ) -> Iterator[Batch]:
     """Yields every record once, in order, this host's part of each batch.
 
@@ -100,15 +120,28 @@ def eval_batches(
     host, local = _part(source, batch_size, shard)
     size = len(source)
 
-    def make(step: int) -> Batch:
+    def place(step: int) -> tuple[np.ndarray, None]:
         first = step * batch_size + host * local
-        wanted = np.arange(first, first + local)
-        index = np.minimum(wanted, size - 1).astype(np.int32)
-        batch = source.batch(index, None)
-        mask = batch["mask"] * (wanted < size).astype(np.float32)
-        return {**batch, "mask": mask, "index": index}
+        return np.minimum(np.arange(first, first + local), size - 1).astype(np.int32), None
 
-    return prefetch(make, 0, -(-size // batch_size), threads)
+    def batches() -> Iterator[Batch]:
+        steps = -(-size // batch_size)
+        made = prefetch(source, place, 0, steps, threads=threads, workers=workers)
+        with contextlib.closing(made):
+            for step, ((index, _), batch) in enumerate(made):
+                first = step * batch_size + host * local
+                inside = np.arange(first, first + local) < size
+                mask = _admitted(source, batch, index)["mask"] * inside.astype(np.float32)
+                yield {**batch, "mask": mask, "index": index}
+
+    return batches()
+
+
+def _admitted(source: Source, batch: Batch, index: np.ndarray) -> Batch:
+    """Returns the batch, after the source of this process has noted its unusable records."""
+    if not batch["mask"].all():
+        source.admit(index[batch["mask"] == 0])
+    return batch
 
 
 def _part(source: Source, batch_size: int, shard: tuple[int, int]) -> tuple[int, int]:
@@ -125,8 +158,37 @@ def _part(source: Source, batch_size: int, shard: tuple[int, int]) -> tuple[int,
     return host, batch_size // hosts
 
 
-def prefetch(make: Callable[[int], Batch], start: int, stop: int, threads: int) -> Iterator[Batch]:
+def prefetch(
+    source: Any,
+    place: Callable[[int], tuple[Any, ...]],
+    start: int,
+    stop: int,
+    *,
+    threads: int,
+    workers: int = 0,
+) -> Generator[tuple[tuple[Any, ...], Batch], None, None]:
+    """Yields ``(place(n), source.batch(*place(n)))`` of ``n`` from ``start`` to ``stop - 1``.
+
+    The batches are made ahead of time, ``threads`` at a time in this process, or in ``workers``
+    others.
+    """
+
+    def make(step: int) -> tuple[tuple[Any, ...], Batch]:
+        arguments = place(step)
+        return arguments, source.batch(*arguments)
+
+    if workers and stop > start:
+        requests = _in_threads(place, start, stop, 1)
+        return processes.answers(source, requests, min(workers, stop - start))
+    return _in_threads(make, start, stop, threads)
+
+
+def _in_threads(
+    make: Callable[[int], Any], start: int, stop: int, threads: int
+) -> Generator[Any, None, None]:
     """Yields ``make(start), ..., make(stop - 1)``, made ahead of time in threads."""
+    import grain  # noqa: PLC0415, see `train_batches`
+
     if stop <= start:
         return
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)

@@ -21,6 +21,9 @@ class Numbers:
     def __len__(self):
         return self.size
 
+    def admit(self, index):
+        assert {*index.tolist()} <= self.bad
+
     def batch(self, index, draws):
         out = {"mask": np.array([i not in self.bad for i in index.tolist()], np.float32)}
         if draws is not None:

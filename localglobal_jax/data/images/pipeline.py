@@ -114,6 +114,16 @@ class ImageSource:
         self._pool = concurrent.futures.ThreadPoolExecutor(options.threads, "images")
         self._memory = self._load() if self._fits() else None
 
+    def __getstate__(self) -> dict[str, Any]:
+        left = ("_pool", "_tolerance")
+        return {name: value for name, value in vars(self).items() if name not in left}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores a source in a worker. It tolerates bad records: the parent counts them."""
+        vars(self).update(state)
+        self._tolerance = records.BadRecordBudget(len(self))
+        self._pool = concurrent.futures.ThreadPoolExecutor(self._options.threads, "images")
+
     def __len__(self) -> int:
         return len(self._reader)
 
@@ -131,6 +141,12 @@ class ImageSource:
         if not mask.all():
             stacked = np.where(mask[:, None, None, None] > 0, stacked, np.uint8(0))
         return {"image": stacked, "label": labels, "mask": mask}
+
+    def admit(self, index: np.ndarray) -> None:
+        """Notes records that a worker could not use, each once; see `loader.Source`."""
+        for number in index.tolist():
+            if number not in self._tolerance.seen:
+                self._decode(self._reader.block([number])[0], number, None)
 
     # ------------------------------------------------------------- the same every time
 

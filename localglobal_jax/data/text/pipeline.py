@@ -16,6 +16,7 @@ All but the mask are int32, padded at the right by PAD. ``l`` is the length of a
 import itertools
 import zlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -116,6 +117,10 @@ class TextSource:
         self.edges = edges or bucketing.make_edges(self.lengths, count)
         if (longest := int(bucketing.round_up(self.lengths).max())) > self.edges[-1]:
             self.edges = (*self.edges, longest)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what a worker needs to make batches: the ids."""
+        return {"_source": self._source, "_target": self._target}
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -221,12 +226,13 @@ def train_batches(
     stop: int,
     shard: tuple[int, int] = (0, 1),
     threads: int = 2,
+    workers: int = 0,
 ) -> Iterator[Batch]:
     """Yields batches ``start`` to ``stop - 1``, this host's rows of each.
 
     ``tokens``: the budget of the global batch, of the longer side, padding included. Batch n is a
-    function of (seed, n): hosts and threads change nothing. Raises ValueError at once for a budget
-    that is too small, or hosts that do not divide ``multiple``.
+    function of (seed, n): hosts, threads and workers change nothing. Raises ValueError at once for
+    a budget that is too small, or hosts that do not divide ``multiple``.
     """
     host, hosts = _shard(shard, multiple)
     check_budget(source, tokens, multiple)
@@ -239,11 +245,12 @@ def train_batches(
         seed=seed,
     )
 
-    def make(n: int) -> Batch:
+    def place(n: int) -> tuple[np.ndarray, int]:
         bucket, index = schedule.batch(n)
-        return source.batch(np.split(index, hosts)[host], source.edges[used[bucket]])
+        return np.split(index, hosts)[host], source.edges[used[bucket]]
 
-    return loader.prefetch(make, start, stop, threads)
+    made = loader.prefetch(source, place, start, stop, threads=threads, workers=workers)
+    return (batch for _, batch in made)
 
 
 def eval_batches(
@@ -252,6 +259,7 @@ def eval_batches(
     budget: bucketing.Budget,
     shard: tuple[int, int] = (0, 1),
     threads: int = 2,
+    workers: int = 0,
 ) -> Iterator[Batch]:
     """Yields every pair once, shortest bucket first, this host's rows of each batch.
 
@@ -267,15 +275,22 @@ def eval_batches(
         for first in range(0, len(those), rows[bucket])
     ]
 
-    def make(n: int) -> Batch:
+    def wanted(n: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the places of batch ``n`` in its bucket, and which of them exist."""
         bucket, first = plan[n]
-        wanted = np.split(np.arange(first, first + rows[bucket]), hosts)[host]
+        places = np.split(np.arange(first, first + rows[bucket]), hosts)[host]
         last = len(members[bucket]) - 1
-        batch = source.batch(members[bucket][np.minimum(wanted, last)], source.edges[bucket])
-        batch["mask"] *= (wanted <= last)[:, None]
-        return batch
+        return np.minimum(places, last), places <= last
 
-    return loader.prefetch(make, 0, len(plan), threads)
+    def place(n: int) -> tuple[np.ndarray, int]:
+        bucket, _ = plan[n]
+        return members[bucket][wanted(n)[0]], source.edges[bucket]
+
+    made = loader.prefetch(source, place, 0, len(plan), threads=threads, workers=workers)
+    return (
+        {**batch, "mask": batch["mask"] * wanted(n)[1][:, None]}
+        for n, (_, batch) in enumerate(made)
+    )
 
 
 def _shard(shard: tuple[int, int], multiple: int) -> tuple[int, int]:

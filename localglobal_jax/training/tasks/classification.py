@@ -68,6 +68,7 @@ def create(
             start=start,
             stop=stop,
             shard=shard,
+            workers=run.data.workers,
         )
 
     size = f"{len(source)} images" if source else "images"
@@ -98,7 +99,9 @@ def create_evaluator(
     batch_size = run.eval.batch_size or run.batch_size
 
     def batches() -> Iterator[HostBatch]:
-        return loader.eval_batches(source, batch_size=batch_size, shard=shard)
+        return loader.eval_batches(
+            source, batch_size=batch_size, shard=shard, workers=run.data.workers
+        )
 
     def measure(variables: Variables, batch: Batch) -> metrics.Sums:
         logits, _ = model.apply(variables, normalize(batch["image"], run.data), train=False)

@@ -77,6 +77,7 @@ def create(
             stop=stop,
             shard=shard,
             threads=run.data.threads,
+            workers=run.data.workers,
         )
 
     if source:
@@ -197,7 +198,13 @@ def create_evaluator(
         summary += f"; BLEU {bleu.signature(**options)}"
 
     def batches() -> Iterator[HostBatch]:
-        return pipeline.eval_batches(source, budget=budget, shard=shard, threads=run.data.threads)
+        return pipeline.eval_batches(
+            source,
+            budget=budget,
+            shard=shard,
+            threads=run.data.threads,
+            workers=run.data.workers,
+        )
 
     def measure(variables: Variables, batch: Batch) -> metrics.Sums:
         logits, _ = model.apply(variables, batch["source"], batch["target_input"], train=False)
