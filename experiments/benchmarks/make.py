@@ -4,12 +4,15 @@
 python -m experiments.benchmarks.make
 """
 
+import math
 import pathlib
 
 from experiments import study
 
 HERE = pathlib.Path(__file__).parent
 GIB = 2**30
+PLANS = HERE.parent / "pod_plans/results.csv"
+H100 = 989e12  # FLOP/s in bfloat16, dense (NVIDIA's data sheet)
 FIRST = ("plain", "unrolled")  # what the other forms of a step are measured against
 
 
@@ -119,6 +122,58 @@ def random_reads():
     return study.table([*head, "TFRecord, CPU µs a record", "ArrayRecord"], body)
 
 
+def workers():
+    body = [
+        (
+            row["workers"],
+            row["threads"],
+            row["images_per_second"],
+            f"{row['lowest']} to {row['highest']}",
+            f"{float(row['cpu_ms']):.2f}",
+            f"{1e3 / float(row['cpu_ms']):.0f}",
+            f"{float(row['main_ms']):.3f}",
+        )
+        for row in read("workers.csv")
+    ]
+    head = ["workers", "threads", "images/s", "lowest to highest", "CPU ms an image"]
+    return study.table([*head, "images/s a core", "of it in the main process, ms"], body)
+
+
+def hosts():
+    """Tabulates the cores that the input of CoAtNet-0 takes: rate wanted times CPU time."""
+    plans = {row["row"]: row for row in study.read(PLANS)}
+    measured = max(read("workers.csv"), key=lambda row: int(row["workers"]))
+    cpu_ms = float(measured["cpu_ms"])
+    wanted = {
+        "v5e-8": wanted_of_plan(plans["coatnet_0_replicate_v5e"], chips=256, of_host=8),
+        "v5p-4": wanted_of_plan(plans["coatnet_0_replicate_v5p"], chips=512, of_host=4),
+        "8 x H100": wanted_of_h100(plans["coatnet_0_replicate_v5e"], chips=256, of_host=8),
+    }
+    body = [
+        (
+            name,
+            " to ".join(f"{rate:,.0f}" for rate in rates),
+            " to ".join(f"{math.ceil(rate * cpu_ms / 1e3)}" for rate in rates),
+        )
+        for name, rates in wanted.items()
+    ]
+    return study.table(["host", "images/s wanted", "cores for the input"], body)
+
+
+def wanted_of_plan(row, *, chips, of_host):
+    """Returns the two ends of the plan's estimate for the chips of a host."""
+    ends = row["items/s, estimate"].replace(",", "").split(" to ")
+    return [float(end) / chips * of_host for end in ends]
+
+
+def wanted_of_h100(row, *, chips, of_host):
+    """Returns the rates at the shares of the peak that the plan estimates for the TPU."""
+    low, high = wanted_of_plan(row, chips=chips, of_host=1)
+    flops = 1e9 * float(row["GFLOP a device"]) / (float(row["items a step"]) / chips)
+    most = float(row["MFU %, at most"]) / 100 * H100 / flops * of_host
+    return [most * low / high, most]
+
+
 def startup():
     body = [
         (
@@ -134,7 +189,7 @@ def startup():
 
 
 def tables():
-    made = (cpu, gpu, tpu, largest, inputs, random_reads, startup)
+    made = (cpu, gpu, tpu, largest, inputs, workers, hosts, random_reads, startup)
     return {table.__name__: table() for table in made}
 
 

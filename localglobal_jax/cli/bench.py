@@ -22,12 +22,30 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps", type=int, default=20, metavar="N", help="steps to measure; default: 20"
     )
+    parser.add_argument(
+        "--input",
+        action="store_true",
+        help="the input of training alone: items/s and MB/s, and what they are bound by. "
+        "--compare.data.workers=N: with N processes",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Measures one config or two, and prints the report."""
     # checked first: importing jax takes seconds
     given = loading.load_runs(args.config, args.overrides, args.compare, args.compare_overrides)
+
+    if args.input:
+        from localglobal_jax.profiling import bench_input
+
+        inputs = [
+            {"config": name, **bench_input.measure(run, args.steps)} for name, run in given.items()
+        ]
+        if args.json:
+            print(json.dumps(inputs[0] if len(inputs) == 1 else inputs))
+        else:
+            print("\n\n".join(input_text(report) for report in inputs))
+        return
 
     from localglobal_jax.profiling import bench
 
@@ -61,3 +79,22 @@ def text(report: Mapping[str, Any]) -> str:
             f"(quartiles {ratio['low']:.2f} to {ratio['high']:.2f})"
         )
     return "\n".join(lines)
+
+
+def input_text(report: Mapping[str, Any]) -> str:
+    """Returns a report of the input as text."""
+    stages = ", ".join(f"{name} {us:,.1f}" for name, us in report["us_per_item"].items())
+    each = " each" if report["workers"] else ""
+    return "\n".join(
+        [
+            f"{report['config']}  input alone",
+            f"host     {report['workers']} workers, {report['threads']} threads{each}, "
+            f"{report['cores']} cores, load {report['load']:.1f}",
+            f"first    {report['first_batch_seconds']:.1f} s",
+            f"rate     {report['items_per_second']:,.0f} {report['items']}/s; MB/s "
+            f"{report['read_mb_per_second']:,.1f} read, {report['mb_per_second']:,.1f} made",
+            f"one item {stages} microseconds of one thread",
+            f"bound by {report['bottleneck']}: {report['share_of_cores']:.0%} of the rate that "
+            "one thread's time allows",
+        ]
+    )

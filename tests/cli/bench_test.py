@@ -65,3 +65,28 @@ def test_refusals(args, message, capsys):
 def test_overrides_of_a_second_config_belong_to_two_commands(capsys):
     assert main(["models", "--compare.dtype=bfloat16"]) == 2
     assert "--compare.dtype" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("config", "stages"),
+    [
+        ((*DIGITS, "--config.data.in_memory=False"), {"reading", "decoding", "augmentation"}),
+        (DIGITS, {"augmentation"}),
+        (MUSE, {"padding"}),
+    ],
+    ids=["decoded", "in memory", "text"],
+)
+def test_the_input_alone(capsys, config, stages):
+    threads, workers = bench(capsys, "--input", *config, "--compare.data.workers=1")
+    assert (threads["workers"], workers["workers"]) == (0, 1)
+    for found in (threads, workers):
+        assert {*found["us_per_item"]} == stages
+        assert min(found["us_per_item"].values()) >= 0
+        assert found["items_per_second"] > 0 and found["mb_per_second"] > 0
+        assert (found["read_mb_per_second"] > 0) == ("reading" in stages)
+        assert found["bottleneck"] in {*stages, "lock, handover or other programs"}
+
+
+def test_the_input_alone_as_text(capsys):
+    assert main(["bench", "--input", "--steps", "2", *DIGITS]) == 0
+    assert "images/s" in capsys.readouterr().out
