@@ -61,7 +61,7 @@ def test_a_host_without_network_for_90_s(tmp_path, network, installed, data_dir)
 
     with contextlib.closing(desk):
         words = ("--backend=slurm", "--nodes=2", "--config.steps=1000")
-        assert desk.sweep(*words, workdir=str(workdir)).wait(100) == 0, desk.log.read_text()
+        assert desk.sweep(*words, workdir=str(workdir)).wait(300) == 0, desk.log.read_text()
         desk.wait_for(lambda: re.search(r"step +2\d\d/1000", text()), "shared/**/*.txt")
         ip("link", "set", port, "nomaster")
         cut = time.monotonic()
