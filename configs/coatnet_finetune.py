@@ -11,8 +11,8 @@ classes differs, the classifier starts at zero. The paper: 30 epochs, batch 512,
 """
 
 import json
-import pathlib
 
+from localglobal_jax.checkpoints import steps, workdir
 from localglobal_jax.config import recipes
 from localglobal_jax.config.loading import parse_arg
 from localglobal_jax.config.values import tuples
@@ -50,7 +50,9 @@ def finetune(arg, steps, dataset):
 
 def model_of(path):
     """Returns the ``model`` section of a checkpoint, without its number of classes and dtype."""
-    (file,) = sorted(pathlib.Path(path).glob("checkpoints/*/metadata/metadata"))[-1:] or (None,)
+    folder = workdir.absolute(path) / "checkpoints"
+    files = [folder / str(step) / "metadata" / "metadata" for step in reversed(steps.scan(folder))]
+    file = next((file for file in files if file.exists()), None)
     if file is None:
         raise ValueError(
             f"init={path}: no checkpoint there; give a workdir of `localglobal train` or `convert`"

@@ -16,7 +16,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_config(parser, required=False)
     add = parser.add_argument
     add("name", nargs="?", metavar="NAME", help="a TFDS name, instead of --config")
-    add("--dir", metavar="DIR", help="TFDS data directory")
+    add("--dir", metavar="DIR", help="TFDS data directory, local or gs://")
     add("--source", metavar="DIR", help="files already downloaded")
     add("--from_tfrecord", metavar="DIR", help="convert a TFRecord data set")
     add("--index", metavar="DIR", help="make the index by which TFRecords are read as they are")

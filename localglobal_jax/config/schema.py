@@ -48,7 +48,8 @@ class Images(Section):
     # TFDS name: digits, fashion_mnist, cifar10, imagenet2012, ...; or "folder": `dir` holds one
     # folder of pictures per class (see `data/images/folder.py`)
     name: str = "digits"
-    dir: Path | None = None  # TFDS data directory; None: $TFDS_DATA_DIR or ~/tensorflow_datasets
+    # TFDS data directory, local or gs://BUCKET/PATH; None: $TFDS_DATA_DIR or ~/tensorflow_datasets
+    dir: Path | None = None
     mock: bool = False  # synthetic images of the right shape and number of classes, no data needed
     train_split: str = "train"  # TFDS split: "train", "train[:90%]", "train+validation", ...
     eval_splits: tuple[str, ...] = ("test",)  # evaluated one after the other
@@ -88,7 +89,8 @@ class Text(Section):
     """
 
     name: str = "lohelp_translate/en-de"  # TFDS name: wmt14_translate/de-en, opus, ...
-    dir: Path | None = None  # TFDS data directory; None: $TFDS_DATA_DIR or ~/tensorflow_datasets
+    # TFDS data directory, local or gs://BUCKET/PATH; None: $TFDS_DATA_DIR or ~/tensorflow_datasets
+    dir: Path | None = None
     # Your own text instead (the name is then "text_pairs"): (SOURCE, TARGET), line i of one the
     # translation of line i of the other, or one .tsv of "source TAB target". With "{split}" in the
     # names each split has its own files, otherwise a hash of the source chooses the split (see

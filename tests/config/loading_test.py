@@ -6,6 +6,7 @@ import sys
 import warnings
 
 import pytest
+from etils import epath
 from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
@@ -49,6 +50,20 @@ def test_fine_tuning_starts_from_a_path_with_commas(name, tmp_path):
     assert run.init == str(init) and run.data.mock
     want = {"name": "coatnet", "layout": "CT", "depths": (1, 1), "drop_path": 0.1}
     assert run.model == want
+
+
+def test_fine_tuning_starts_from_the_newest_step_also_in_a_bucket(bucket):
+    """As numbers: 10 is newer than 9."""
+    for step in (9, 10):
+        folder = epath.Path(bucket) / "checkpoints" / str(step)
+        model = {"name": "coatnet", "layout": "CT", "depths": [1, 1], "widths": [step, step]}
+        (folder / "metadata/metadata").write_text(json.dumps({"metadata": {"model": model}}))
+        (folder / "commit_success.txt").write_text("")
+    file = pathlib.Path(__file__).parents[2] / "configs" / "coatnet_finetune.py"
+    config = loading.load(f"{file}:init={bucket},size=tiny,data=mock")
+    assert config["init"] == bucket and config["model"]["widths"] == (10, 10)
+    with pytest.raises(ValueError, match=f"init={bucket}/x"):
+        loading.load(f"{file}:init={bucket}/x,size=tiny,data=mock")
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda p: p.stem)

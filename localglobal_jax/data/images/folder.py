@@ -19,7 +19,7 @@ import numpy as np
 
 from localglobal_jax.config.validation import unknown
 from localglobal_jax.data.images import readers
-from localglobal_jax.data.tfds import records
+from localglobal_jax.data.tfds import gcs, records
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +29,7 @@ EVERY = 10  # one picture in so many is for testing, one for validation
 ENDINGS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp"})
 SHOWN = 20  # files in an error
 THREADS = 8
+REQUESTS = 32  # pictures of a bucket that are fetched at a time
 
 
 class Picture(NamedTuple):
@@ -60,15 +61,16 @@ def pictures(directory: str | None, split: str) -> list[Picture]:
     for folder in _folders(inside) if inside.is_dir() else []:
         if folder.name not in names:
             raise ValueError(f"{folder}: {root}/train has no such class, but {', '.join(names)}")
-        for path in sorted(folder.rglob("*")):
-            if path.name.startswith(".") or path.is_dir():
+        for path in gcs.files_below(folder):
+            if path.name.startswith("."):
                 continue
             if path.suffix.lower() not in ENDINGS:
                 ignored.append(str(path))
             elif inside != root or split_of(str(path.relative_to(root))) == split:
                 found.append(Picture(path, names.index(folder.name)))
     if split == "train" or inside != root:  # else the splits are of the same folders
-        ignored += [str(p) for p in sorted(inside.glob("*")) if p.suffix.lower() in ENDINGS]
+        beside = sorted(inside.iterdir()) if inside.is_dir() else []
+        ignored += [str(path) for path in beside if path.suffix.lower() in ENDINGS]
         if ignored:
             shown = ", ".join(ignored[:SHOWN])
             why = "no JPEG, PNG, GIF, BMP or WebP, or in no folder of a class"
@@ -138,14 +140,20 @@ class FolderReader:
         return len(self.pictures)
 
     def block(self, indices: Sequence[int]) -> list[tuple[bytes, int] | records.BadRecord]:
-        return [self._read(index) for index in indices]
+        if not gcs.is_bucket(self.pictures[0].path):
+            return [self._read(index) for index in indices]
+        with concurrent.futures.ThreadPoolExecutor(REQUESTS) as pool:
+            return list(pool.map(self._read, indices))
 
     def _read(self, index: int) -> tuple[bytes, int] | records.BadRecord:
         picture = self.pictures[index]
         try:
-            return picture.path.read_bytes(), picture.label
+            with gcs.named_in_errors(picture.path):
+                return picture.path.read_bytes(), picture.label
         except OSError as error:
-            return self.bad(index, error.strerror)
+            if gcs.is_bucket(picture.path) and gcs.may_pass(error):
+                raise  # of the network, not of the picture
+            return self.bad(index, error.strerror or "it is missing")
 
     def decode(
         self, record: tuple[bytes, int], part: readers.Part | None = None
@@ -179,7 +187,9 @@ class FolderReader:
 def _root(directory: str | None) -> pathlib.Path:
     if not directory:
         raise ValueError("data.name=folder needs data.dir: the folder with a folder per class")
-    root = pathlib.Path(directory).expanduser()
+    root = gcs.place(directory).expanduser()
+    if gcs.is_bucket(root):
+        gcs.check_bucket(root)
     if not root.is_dir():
         raise ValueError(f"data.dir={directory}: there is no such folder")
     return root

@@ -10,6 +10,7 @@ import pathlib
 from collections.abc import Sequence
 
 from localglobal_jax.config.validation import unknown
+from localglobal_jax.data.tfds import gcs
 
 SPLITS = ("train", "validation", "test")
 EVERY = 20  # one pair in so many is for testing, one for validation
@@ -17,10 +18,14 @@ EVERY = 20  # one pair in so many is for testing, one for validation
 
 def read_lines(path: str | pathlib.Path) -> list[str]:
     """Returns the `lines` of a file."""
+    file = gcs.place(path).expanduser()
     try:
-        data = pathlib.Path(path).expanduser().read_bytes()
+        with gcs.named_in_errors(file):
+            data = file.read_bytes()
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+        if gcs.is_bucket(file) and gcs.may_pass(error):
+            raise
+        raise ValueError(f"cannot read {path}: {error.strerror or 'it is missing'}") from error
     return lines(data, str(path))
 
 

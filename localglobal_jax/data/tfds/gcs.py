@@ -56,8 +56,8 @@ def filesystem(path: str | epath.Path) -> Any:
 def named_in_errors(path: str | epath.Path) -> Iterator[None]:
     """Context manager that turns errors of gcsfs, google-auth and aiohttp into one line.
 
-    They become an OSError where the same request may succeed later, else a ValueError. Those that
-    name the path already, and a missing file, pass as they are.
+    They become an OSError where the same request may succeed later, else a ValueError. Errors that
+    name the path already, of a missing file and of local files pass as they are.
     """
     try:
         yield
@@ -68,7 +68,7 @@ def named_in_errors(path: str | epath.Path) -> Iterator[None]:
             raise ValueError(str(error)) from error
         raise
     except Exception as error:
-        if str(path) in str(error):
+        if str(path) in str(error) or not is_bucket(path):
             raise
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(
@@ -113,6 +113,14 @@ def find(folder: str | epath.Path, name: str, depth: int) -> list[epath.Path]:
     with named_in_errors(folder):
         found = filesystem(folder).find(str(folder), maxdepth=depth)
     return [epath.Path(f"gs://{path}") for path in found if path.rpartition("/")[2] == name]
+
+
+def files_below(folder: Place) -> list[Any]:
+    """Returns the paths of all files below a folder, local or in a bucket, sorted."""
+    if not is_bucket(folder):
+        return sorted(path for path in folder.rglob("*") if not path.is_dir())
+    with named_in_errors(folder):
+        return sorted(epath.Path(f"gs://{name}") for name in filesystem(folder).find(str(folder)))
 
 
 def crc32c(file: pathlib.Path) -> str:

@@ -205,7 +205,7 @@ class _Target(Protocol):
     def add(self, shard: _Shard) -> None:
         """Converts a shard. Raises ValueError for a damaged one."""
 
-    def finish(self, files: dict[str, bytes]) -> None:
+    def finish(self, shards: list[_Shard], files: dict[str, bytes]) -> None:
         """Adds the other files, with the description, after all shards."""
 
 
@@ -262,7 +262,7 @@ def _origin(directory: str) -> Any:
 def _convert(builder: tfds.core.DatasetBuilder, origin: Any, target: _Target) -> None:
     shards = _shards(builder, origin)
     missing = [shard for shard in shards if not target.has(shard)]
-    log.info("converting %d shards of %d; the others are made", len(missing), len(shards))
+    log.info("converting %d of %d shards of %s", len(missing), len(shards), origin)
     pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
     try:
         for done in [pool.submit(target.add, shard) for shard in missing]:
@@ -275,7 +275,7 @@ def _convert(builder: tfds.core.DatasetBuilder, origin: Any, target: _Target) ->
     info["fileFormat"] = FORMAT
     for entry in info["splits"]:
         entry["filepathTemplate"] = SHARD_NAME
-    target.finish(files | {INFO: json.dumps(info, indent=2).encode()})
+    target.finish(shards, files | {INFO: json.dumps(info, indent=2).encode()})
 
 
 def _shards(builder: tfds.core.DatasetBuilder, origin: Any) -> list[_Shard]:
@@ -284,7 +284,7 @@ def _shards(builder: tfds.core.DatasetBuilder, origin: Any) -> list[_Shard]:
     def identity(path: Any) -> str:
         if (stored := there.get(path.name)) is not None:
             state = f"{stored.size} {stored.generation}"
-        elif path.exists():
+        elif not gcs.is_bucket(path) and path.exists():
             state = f"{path.stat().st_size} {path.stat().st_mtime_ns}"
         else:
             raise ValueError(f"{path} is missing: prepare the TFRecord data set again")
@@ -329,11 +329,14 @@ class _OnDisk:
             if other != self._file(shard):
                 other.unlink()
 
-    def finish(self, files: dict[str, bytes]) -> None:
-        for file in self._staging.iterdir():
-            file.rename(file.with_suffix(""))
+    def finish(self, shards: list[_Shard], files: dict[str, bytes]) -> None:
+        for shard in shards:
+            self._file(shard).rename(self._staging / shard.name)
         for name, content in files.items():
             (self._staging / name).write_bytes(content)
+        for file in self._staging.iterdir():  # of an attempt that was ended here
+            if file.name not in {*files, *(shard.name for shard in shards)}:
+                file.unlink()
         self._staging.rename(self._target)
 
 
@@ -356,7 +359,8 @@ class _InBucket:
         finally:
             file.unlink(missing_ok=True)
 
-    def finish(self, files: dict[str, bytes]) -> None:
+    def finish(self, shards: list[_Shard], files: dict[str, bytes]) -> None:
+        del shards  # they are there
         for name, content in files.items():
             (self._scratch / name).write_bytes(content)
         gcs.upload([self._scratch / name for name in files if name != INFO], self._target)

@@ -174,6 +174,27 @@ def test_killed_it_goes_on_where_it_was(places, monkeypatch, data_dir, kind):
     assert read(target) == read(data_dir)
 
 
+def test_killed_while_it_gives_files_their_names(places, monkeypatch, data_dir):
+    origin, target = (place("disk") for place in places)
+    names_given, rename = [], pathlib.Path.rename
+
+    def ends(self, other):
+        if "incomplete" not in self.name:
+            names_given.append(other.name)
+        if len(names_given) == 3:
+            raise KeyboardInterrupt
+        return rename(self, other)
+
+    monkeypatch.setattr(pathlib.Path, "rename", ends)
+    with pytest.raises(KeyboardInterrupt):
+        prepare.from_tfrecord(origin, target)
+    monkeypatch.setattr(pathlib.Path, "rename", rename)
+    assert len(names_given) == 3
+    assert prepare.from_tfrecord(origin, target) == COUNTS
+    assert read(target) == read(data_dir)
+    assert len(list(pathlib.Path(target, "digits/1.0.0").iterdir())) == SHARDS + 1 + 2
+
+
 def test_two_at_once_into_a_bucket(places, data_dir):
     origin, target = (place("bucket") for place in places)
     code = "import sys; from localglobal_jax.data.tfds import prepare; "
