@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from etils import epath
 
-from localglobal_jax.checkpoints import workdir
+from localglobal_jax.checkpoints import store, workdir
 
 T = TypeVar("T")
 PARALLEL = 16  # requests at a time
@@ -31,6 +31,7 @@ def _store() -> Any:
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     # also for `epath`, which orbax reads with
     fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
+    store.prepare()  # its retries, also where no path was checked before
     return fsspec.filesystem("gs")
 
 
