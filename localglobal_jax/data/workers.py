@@ -16,7 +16,7 @@ import contextlib
 import logging
 import mmap
 import os
-import pickle
+import pickle  # nosec B403, between this process and its children
 import select
 import signal
 import socket
@@ -89,7 +89,7 @@ class _Worker:
         self._socket, other = socket.socketpair()
         command = [sys.executable, "-c", PROGRAM, str(other.fileno()), *sys.path]
         with other, _blocked(IGNORED):  # the process inherits that
-            self._process = subprocess.Popen(
+            self._process = subprocess.Popen(  # nosec B603, an argument list, no shell
                 command,
                 pass_fds=[other.fileno()],
                 stdin=subprocess.DEVNULL,

@@ -7,7 +7,7 @@ waiting: for the interpreter's lock, for the handover from other processes, or f
 """
 
 import os
-import pickle
+import pickle  # nosec B403, within this process
 import time
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data in a bucket gives the batches of the same data on disk."""
+"""Data in a bucket gives the batches, parameters and metrics of the same data on disk."""
 
 import json
 import pathlib
@@ -10,17 +10,21 @@ import sys
 import textwrap
 
 import cv2
+import jax
 import numpy as np
 import pytest
 from etils import epath
 
+import localglobal_jax as lg
+from localglobal_jax.checkpoints import reader
 from localglobal_jax.cli.main import main
-from localglobal_jax.config import schema
+from localglobal_jax.config import loading, schema
 from localglobal_jax.data import loader
 from localglobal_jax.data.images import folder
 from localglobal_jax.data.images import pipeline as images
 from localglobal_jax.data.text import pairs
 from localglobal_jax.data.text import pipeline as texts
+from localglobal_jax.training.reporting.run import of_the_machine
 
 WORDS = ["the", "a", "dialog", "opens", "closes", "menu", "button", "file", "window", "page"]
 
@@ -134,6 +138,50 @@ def test_two_hosts_read_their_parts_in_processes_of_their_own(sets, bucket):
         [{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in zip(one, other, strict=True)],
         whole,
     )
+
+
+# ------------------------------------------------------------------------------------------ runs
+
+
+def lines_of(directory):
+    lines = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if not of_the_machine(k)} for line in lines]
+
+
+RUNS = {
+    "coatnet": ("coatnet_digits", {"data.name": "digits"}),
+    "muse": (
+        "muse_lohelp",
+        {
+            "data.name": "sentences/de-en",
+            "data.vocab": 300,
+            "data.buckets": 1,
+            "data.train_split": "train",
+            "data.eval_splits": ("validation",),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("family", RUNS)
+def test_a_run_on_data_in_a_bucket_is_the_run_on_disk_bit_for_bit(family, sets, bucket, tmp_path):
+    put(sets, bucket)
+    file, fields = RUNS[family]
+    config = f"{pathlib.Path(__file__).parents[2]}/configs/{file}.py:size=tiny"
+    short = {"steps": 3, "eval.every": 3, "checkpoint.every": 3, "optim.warmup_steps": 1}
+    states, lines = [], []
+    for name, root in (("disk", str(sets)), ("bucket", bucket)):
+        given = {"data.dir": root, **short, **fields}
+        overrides = {key: str(value) for key, value in given.items()}
+        lg.train(loading.load(config, overrides), tmp_path / name)
+        step, state, _ = reader.read(tmp_path / name)
+        assert step == 3
+        states.append(state)
+        lines.append(lines_of(tmp_path / name))
+    assert lines[0] == lines[1] and lines[0][-1]["step"] == 3
+    here, there = map(jax.tree.leaves, states)
+    for x, y in zip(here, there, strict=True):
+        assert x.dtype == y.dtype and x.tobytes() == y.tobytes()
 
 
 # --------------------------------------------------------------------------- one's own files
