@@ -46,7 +46,7 @@ class LocalMirror:
         self._store: epath.Path | None = None
         self.lock: epath.Path | pathlib.Path
         if workdir.is_remote(directory):
-            self._store = epath.Path(directory)
+            self._store = workdir.absolute(directory)
             self.local = pathlib.Path(tempfile.mkdtemp(prefix="localglobal-"))
             atexit.register(shutil.rmtree, self.local, ignore_errors=True)
             self.checkpoints = self._store / "checkpoints"

@@ -249,6 +249,12 @@ def newest_valid(
         return found, set(damaged)
     if not damaged:
         return None, set()
+    if step is not None:
+        others = [other for other in steps if other != step]
+        raise CorruptCheckpoint(
+            f"{directory}: {damaged[step]}. Other steps: {others or 'none'}. Without a step, "
+            "the newest valid one is taken"
+        )
     raise CorruptCheckpoint(
         f"no valid checkpoint in {directory}; " + "; ".join(damaged.values()) + ". To start over, "
         "use another workdir or remove this directory."

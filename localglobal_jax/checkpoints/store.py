@@ -73,6 +73,19 @@ def prepare() -> None:
         fsspec.register_implementation(protocol, FILE_SYSTEM, clobber=True)
 
 
+def check_path(path: str | os.PathLike[str]) -> None:
+    """Raises ValueError for a path in a bucket that the clients do not agree on.
+
+    tensorstore ends a path at ``#`` or ``?``, so the arrays of all steps would be in one place; the
+    others are patterns in gcsfs.
+    """
+    if found := sorted(set(re.findall(r"[#?*\[\]]", os.fspath(path)))):
+        raise ValueError(
+            f"{path}: {' '.join(found)} has another meaning for the clients of a bucket: choose a "
+            "path without # ? * [ ]"
+        )
+
+
 def failure(name: str, status: int, reason: str) -> StoreFailed:
     """Returns the error of a request for `name` (``gs://bucket/object``)."""
     bucket = "/".join(name.split("/")[:3])

@@ -265,5 +265,6 @@ def absolute(path: str | os.PathLike[str]) -> epath.Path:
     `epath` would put the current directory before ``gs://``. Raises ValueError as `is_remote`.
     """
     if is_remote(path):
+        store.check_path(path)
         return epath.Path(path)
     return epath.Path(epath.Path(path).expanduser().absolute())

@@ -36,6 +36,10 @@ def run(args: argparse.Namespace) -> None:
     given = loading.load_runs(args.config, args.overrides, args.compare, args.compare_overrides)
 
     if args.input:
+        if args.step != "train":
+            raise ValueError(
+                f"--input measures the input of training: leave --step {args.step} out"
+            )
         from localglobal_jax.profiling import bench_input
 
         inputs = [
@@ -93,8 +97,8 @@ def input_text(report: Mapping[str, Any]) -> str:
             f"first    {report['first_batch_seconds']:.1f} s",
             f"rate     {report['items_per_second']:,.0f} {report['items']}/s; MB/s "
             f"{report['read_mb_per_second']:,.1f} read, {report['mb_per_second']:,.1f} made",
-            f"one item {stages} microseconds of one thread",
-            f"bound by {report['bottleneck']}: {report['share_of_cores']:.0%} of the rate that "
-            "one thread's time allows",
+            f"one item: {stages} microseconds of one thread",
+            f"bound by {report['bottleneck']}: all cores reach {report['share_of_cores']:.0%} of "
+            "one thread's speed times their number",
         ]
     )

@@ -23,10 +23,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints one paragraph per checkpoint; returns 1 if anything is damaged."""
-    from localglobal_jax.checkpoints import gcs, reader, workdir
+    from localglobal_jax.checkpoints import gcs, reader, store, workdir
     from localglobal_jax.training import verification
 
-    found = reader.inspect(args.path, verify=args.verify)
+    try:
+        found = reader.inspect(args.path, verify=args.verify)
+    except store.StoreFailed as error:
+        if error.is_final:  # a wrong path, not a bad moment
+            raise ValueError(str(error)) from error
+        raise
     bad = [step for step in found["steps"] if step["error"]]
     path = str(workdir.absolute(args.path))
     if (

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from localglobal_jax.checkpoints.workdir import is_remote
+from localglobal_jax.checkpoints.workdir import absolute, is_remote
 from localglobal_jax.config import loading, schema, sweeps, validation, values
 
 
@@ -49,7 +49,7 @@ def expand(
     given = given or {}
     base = validation.check(loading.load(spec, given))
     prefix = prefix_of(spec, function)
-    root = root.rstrip("/") if is_remote(root) else str(pathlib.Path(root).absolute())
+    root = str(absolute(root.rstrip("/") or "/"))
 
     runs: list[Description] = []
     seen: dict[str, str] = {}

@@ -270,6 +270,14 @@ def test_stores_that_nobody_knows(path):
         workdir.is_remote(path)
 
 
+@pytest.mark.parametrize("name", ["a#1", "a?1", "a[1]", "a]", "a*"])
+def test_names_that_the_clients_read_differently(name):
+    with pytest.raises(ValueError, match=r"# \? \*"):
+        workdir.absolute(f"gs://bucket/{name}")
+    with pytest.raises(ValueError, match=r"# \? \*"):
+        gcs.LocalMirror(f"gs://bucket/{name}/run")
+
+
 def test_status_and_collect_look_there(bucket, tmp_path, capsys):
     """Of six runs one is done, one half way."""
     sweep = ["sweep", "--config=experiments/coatnet_layouts/sweep.py:size=tiny"]

@@ -521,6 +521,17 @@ def test_two_hosts_agree_on_what_is_damaged(tmp_path):
     assert (tmp_path / "2.damaged").is_dir()
 
 
+def test_a_damaged_step_that_was_given_names_the_others(tmp_path):
+    checkpoints = open_at(tmp_path)
+    for step in (1, 2):
+        checkpoints.save(step, {"x": jnp.ones(3)}, metadata={})
+    checkpoints.close()
+    (tmp_path / "2" / "metadata" / "metadata").unlink()
+    with pytest.raises(reader.CorruptCheckpoint, match=r"step 2: .*metadata.*\[1\]"):
+        reader.read(tmp_path, 2)
+    assert reader.read(tmp_path)[0] == 1
+
+
 CHILD = """
 import os, signal, sys, jax, jax.numpy as jnp
 from localglobal_jax.checkpoints import digests, manager

@@ -342,7 +342,7 @@ def test_works_in_nnx():
         ({"layout": "MX"}, '"MX": "X"'),
         ({"depths": (1,)}, r"depths=\(1,\)"),
         ({"heads": (2,)}, r"heads=\(2,\)"),
-        ({"embeddings": "shared"}, 'embeddings="shared"'),
+        ({"embeddings": "shared"}, "embeddings=shared"),
         ({"blocks": {"M": {"window": 3}}}, 'block M: "window".*"windows"'),
         ({"blocks": {"M": {"dropout": 0.1}}}, "blocks: dropout of block M"),
         ({"blocks": {"M": {"windows": "3, 5"}}}, "block M: windows='3, 5'"),

@@ -92,7 +92,7 @@ def split_of(name: str) -> str:
 def count(directory: str | None) -> dict[str, int]:
     """Returns ``{"train": 90, "train/cat": 45, ...}``, after decoding every picture.
 
-    Raises ValueError that lists the files that are no whole pictures.
+    Raises ValueError that lists the files that are not whole pictures.
     """
     counts, bad, opened = {}, [], []
     root = _root(directory)
@@ -108,7 +108,7 @@ def count(directory: str | None) -> dict[str, int]:
         for reader in opened:
             reader.announce()
         shown = "\n  ".join(bad[:SHOWN]) + (f"\n  and {len(bad) - SHOWN} more" * (len(bad) > SHOWN))
-        raise ValueError(f"{len(bad)} files are no whole pictures:\n  {shown}")
+        raise ValueError(f"{len(bad)} files are not whole pictures:\n  {shown}")
     return counts
 
 

@@ -68,7 +68,8 @@ def named_in_errors(path: str | epath.Path) -> Iterator[None]:
             raise ValueError(str(error)) from error
         raise
     except Exception as error:
-        if str(path) in str(error) or not is_bucket(path):
+        missing_extra = isinstance(error.__context__, ImportError)
+        if missing_extra or str(path) in str(error) or not is_bucket(path):
             raise
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(

@@ -20,6 +20,7 @@ import tensorflow_datasets as tfds
 from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
+from localglobal_jax.checkpoints import store
 from localglobal_jax.data.tfds import builders, gcs, tfrecord_index, trust
 from localglobal_jax.data.tfds.array_records import ArrayRecordFiles
 from localglobal_jax.data.tfds.tfrecord_files import DamagedRecord, TFRecordFiles
@@ -49,8 +50,9 @@ def data_root(directory: str | None) -> str:
     root = os.path.expanduser(directory or default)
     try:
         if gcs.is_bucket(root):
+            store.check_path(root)
             return root.rstrip("/")
-    except ValueError as error:  # another store, or no path in a bucket
+    except ValueError as error:  # another store, no path in a bucket, or an ambiguous one
         raise ValueError(f"the data directory (data.dir, or $TFDS_DATA_DIR): {error}") from None
     if "://" in root or "\0" in root or root.startswith("~"):
         raise ValueError(

@@ -90,7 +90,7 @@ def test_prepare_counts_and_names_what_is_damaged(root, capsys):
     (root / "dog" / "text.png").write_text("no picture")
     assert main(command) == 2
     said = capsys.readouterr().err
-    assert "2 files are no whole pictures" in said
+    assert "2 files are not whole pictures" in said
     assert "3.jpg: the JPEG is cut short" in said and "text.png" in said
 
 

@@ -106,7 +106,17 @@ def test_hostile_names_are_no_names(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "root", ["gs:/x", "gs://bucket", "gs://", "s3://x", "http://x/y", "a\0b", "~nobody-here/x"]
+    "root",
+    [
+        "gs:/x",
+        "gs://bucket",
+        "gs://",
+        "s3://x",
+        "http://x/y",
+        "gs://b/a#1",
+        "a\0b",
+        "~nobody-here/x",
+    ],
 )
 def test_data_directories_are_local_or_in_a_bucket(root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where a folder named gs: would be made
