@@ -63,7 +63,9 @@ EXTRAS = {
     "torch": ["torch>=2.6,<3"],
     # brings the libtpu that fits jax; `localglobal plan` compiles with it where there is no TPU
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],
+    # bring the compiler for GPUs too; `localglobal plan` needs no GPU and no driver
     "cuda": ["jax[cuda12]>=0.10.2,<0.13"],
+    "cuda13": ["jax[cuda13]>=0.10.2,<0.13"],
     "gcs": ["gcsfs>=2024.6"],  # workdirs and data on gs://
     "wandb": ["wandb>=0.18"],
     "ja": ["sacrebleu[ja]>=2.4"],  # BLEU of Japanese: MeCab and a dictionary
