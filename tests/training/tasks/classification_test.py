@@ -160,7 +160,7 @@ def test_a_volo_that_classifies_no_tokens_has_the_plain_loss(mix_token):
         }
     )
     if mix_token:  # whose labels would be nobody's
-        with pytest.raises(ValueError, match="aux_head=False"):
+        with pytest.raises(ValueError, match="mix_token=True needs aux_head=True"):
             create_task(run)
         return
     task = create_task(run)
