@@ -277,11 +277,23 @@ def test_without_permission_it_is_exit_2(faults, bucket, capsys, data_dir):
     assert set(tried) == {"GET"}
 
 
-def test_without_the_extra_it_is_exit_2():
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["inspect", "gs://bucket/run"],
+        ["sweep", "--config=experiments/coatnet_layouts/sweep.py:size=tiny", "--workdir=gs://b/x",
+         "--status"],
+    ],
+    ids=lambda command: command[0],
+)  # fmt: skip
+def test_without_the_extra_it_is_exit_2(command):
     code = "import sys; sys.modules['gcsfs'] = None\nfrom localglobal_jax.cli.main import main\n"
-    code += "sys.exit(main(['inspect', 'gs://bucket/run']))"
-    command = [sys.executable, "-c", code]
-    ended = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    ended = subprocess.run(
+        [sys.executable, "-c", f"{code}sys.exit(main({command}))"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert ended.returncode == 2, ended.stderr
     assert "localglobal_jax[gcs]" in ended.stderr.splitlines()[-1]
     assert len(ended.stderr.splitlines()) == 1

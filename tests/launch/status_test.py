@@ -95,16 +95,6 @@ def test_status_and_collect(tmp_path, capsys):
     assert found[0]["metrics"]["test"]["accuracy"] == 0.25
 
 
-def test_without_the_package_for_a_store(monkeypatch, capsys):
-    def absent(run):
-        raise ImportError("Please install gcsfs")
-
-    monkeypatch.setattr(status, "read", absent)
-    command = ["sweep", f"--config={LAYOUTS}:size=tiny", "--workdir=gs://b/x", "--status"]
-    assert main(command) == 2
-    assert "Please install gcsfs (the extra gcs)" in capsys.readouterr().err
-
-
 def test_descriptions_do_not_change():
     run = expand.expand(LAYOUTS, "gs://b/runs").runs[0]
     with pytest.raises(dataclasses.FrozenInstanceError):
