@@ -32,6 +32,8 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", *CUDA_PLUGINS)
 # Without a GPU there is no autotuning: Triton's products have no tile sizes and fail; cuBLAS, which
 # autotuning mostly chooses, has them. The second flag writes XLA's estimate into every fusion.
 GPU_FLAGS = "--xla_gpu_enable_triton_gemm=false --xla_gpu_collect_cost_model_stats=true"
+LATENCY_TABLES = ("h100", "h200", "b200")  # of XLA's estimator, which stops at other GPUs
+NO_LATENCY_ESTIMATOR = "--xla_gpu_enable_analytical_sol_latency_estimator=false"
 # Without the first two, libtpu queries the cloud's metadata server and logs a failure; the type
 # need not be that of the target. Without the last one, two compilations cannot run side by side.
 LIBTPU = {
@@ -152,7 +154,8 @@ def environment(
     if topology.chip is not None:
         flags = f"--xla_dump_to={dump} --xla_dump_hlo_as_text" if dump else ""
         if topology.platform == "cuda":
-            return found | {"XLA_FLAGS": f"{GPU_FLAGS} {flags}"}
+            estimator = "" if topology.name.startswith(LATENCY_TABLES) else NO_LATENCY_ESTIMATOR
+            return found | {"XLA_FLAGS": f"{GPU_FLAGS} {estimator} {flags}"}
         return found | LIBTPU | {"XLA_FLAGS": flags}
     return found | {"JAX_NUM_CPU_DEVICES": str(topology.devices)}
 
