@@ -14,6 +14,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 FOUND = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
     *(ROOT / folder / "README.md" for folder in ("configs", "localglobal_jax", "tests")),
+    *sorted((ROOT / "configs").glob("[a-z]*.md")),
     *sorted((ROOT / "experiments").rglob("README.md")),
 ]
 PAGES = {str(file.relative_to(ROOT)): file.read_text() for file in FOUND}

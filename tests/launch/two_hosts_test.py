@@ -49,7 +49,7 @@ def sweep_wrong():
     yield {"data.name": "imagenet2012"}
 """
 ROOT = pathlib.Path(__file__).parents[2]
-PAGE = ROOT / "configs/README.md"
+PAGE = ROOT / "configs/sweeps.md"
 
 
 class Desk:

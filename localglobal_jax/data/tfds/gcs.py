@@ -74,7 +74,7 @@ def named_in_errors(path: str | epath.Path) -> Iterator[None]:
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(
             f'{path} cannot be reached ({error}). Check the network and the credentials ("Data in '
-            'buckets" in configs/README.md names their variables)'
+            'buckets" in configs/data.md names their variables)'
         ) from error
 
 
