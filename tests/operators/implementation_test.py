@@ -5,6 +5,8 @@ Here in training, with large means, masks and dropout. Every operator, block and
 `differentiation_test.py`. Whole steps: `blocks/stack_test.py`, `parallel/strategies_test.py`.
 """
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from localglobal_jax.blocks.convolution import MBConvBlock
 from localglobal_jax.models.stems import ConvPatchStem, ConvStem
 from localglobal_jax.operators.activations import ACTIVATIONS
 from localglobal_jax.operators.attention import attend
+from localglobal_jax.operators.kernels import attention as kernels
 from localglobal_jax.parallel import context
 
 MODULES = {
@@ -128,6 +131,112 @@ def test_attention_survives_large_logits_and_rows_without_keys():
     mask = jnp.array([[[[True, True, False], [False, False, False]]]])
     key = value = jnp.arange(12.0).reshape(1, 3, 1, 4)
     same(jax.value_and_grad(lambda q: attend(q, key, value, mask=mask).sum()), query)
+
+
+# shapes of query, key and bias; a bias without batch dimensions, or one per window
+CUDNN = {
+    "no bias": ((3, 9, 2, 8), (3, 11, 2, 8), None),
+    "a bias": ((3, 8, 2, 8), (3, 10, 2, 8), (2, 8, 10)),
+    "odd lengths": ((3, 9, 2, 8), (3, 11, 2, 8), (2, 9, 11)),
+    "windows": ((2, 3, 4, 9, 2, 8), (2, 3, 4, 11, 2, 8), (3, 4, 2, 9, 11)),
+    "one bias for all windows": ((2, 3, 4, 9, 2, 8), (2, 3, 4, 11, 2, 8), (1, 1, 2, 9, 11)),
+    "windows, no bias": ((2, 3, 4, 9, 2, 8), (2, 3, 4, 11, 2, 8), None),
+}
+
+
+def of_shapes(query, key, bias):
+    shapes = (query, key, key, bias)
+    keys = jax.random.split(jax.random.key(0), 4)
+    return [s and jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True)]
+
+
+@pytest.mark.parametrize("name", CUDNN)
+def test_what_is_given_to_cudnn_is_the_reference(name, monkeypatch):
+    """By XLA's implementation of the same call: cuDNN itself runs on no CPU."""
+    call = jax.nn.dot_product_attention
+
+    def by_xla(*args, implementation):
+        assert implementation == "cudnn"
+        return call(*args, implementation="xla")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+    query, key, value, bias = of_shapes(*CUDNN[name])
+
+    def step(attention, *args):
+        def loss(query, key, value, bias):
+            y = attention(query, key, value, bias)
+            return jnp.sum(jnp.sin(y)), y
+
+        wanted = (0, 1, 2) if bias is None else (0, 1, 2, 3)
+        return jax.grad(loss, argnums=wanted, has_aux=True)(*args, bias)
+
+    ours = step(kernels.attend_cudnn, query, key, value)
+    theirs = step(lambda q, k, v, b: attend(q, k, v, bias=b), query, key, value)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6)
+
+
+@pytest.fixture
+def cudnn(monkeypatch):
+    """The plugin of CUDA as jax sees it. Lowering needs no more of it."""
+    lowered = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(lowered, "check_cudnn_version", lambda: 91000)
+    kernels.has_cudnn.cache_clear()
+    yield
+    kernels.has_cudnn.cache_clear()
+
+
+def calls_of_cudnn(query, key, value, bias, *, platform="cuda", dtype=jnp.bfloat16, **options):
+    """Returns the calls in a gradient as lowered for a platform."""
+
+    def loss(query, key, value, bias):
+        with context.implementation("fused"):
+            return attend(query, key, value, bias=bias, **options).astype(jnp.float32).sum()
+
+    args = [x.astype(dtype) for x in (query, key, value)]
+    step = jax.jit(jax.grad(loss, argnums=(0, 1, 2) if bias is None else (0, 1, 2, 3)))
+    text = step.trace(*args, bias).lower(lowering_platforms=(platform,)).as_text()
+    return set(re.findall(r"__cudnn\$\w+", text))
+
+
+@pytest.mark.parametrize("name", CUDNN)
+def test_attention_on_cuda_calls_cudnn_forward_and_backward(name, cudnn):
+    kind = "fmhaSoftmax" if CUDNN[name][-1] is None else "fmhaScaleBiasSoftmax"
+    found = calls_of_cudnn(*of_shapes(*CUDNN[name]))
+    assert found == {f"__cudnn${kind}", f"__cudnn${kind}Backward"}
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "rocm"])
+def test_attention_elsewhere_does_not(platform, cudnn):
+    assert not calls_of_cudnn(*of_shapes(*CUDNN["a bias"]), platform=platform)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "options"),
+    [
+        (CUDNN["a bias"], {"dtype": jnp.float32}),
+        (CUDNN["a bias"], {"mask": jnp.ones((3, 1, 1, 10), bool)}),
+        (CUDNN["a bias"], {"kept": jnp.ones((3, 2, 8, 10), bool), "dropout": 0.1}),
+        (((3, 8, 2, 4), (3, 10, 2, 4), None), {}),  # heads that are too narrow
+        (((3, 8, 1, 136), (3, 10, 1, 136), None), {}),  # or too wide
+        (((3, 1, 2, 8), (3, 10, 2, 8), None), {}),  # decoding
+        (((3, 8, 2, 8), (3, 10, 2, 8), (3, 2, 8, 10)), {}),  # a bias per example
+        (((3, 8, 2, 8), (3, 10, 2, 8), (2, 1, 10)), {}),  # or not per query
+    ],
+)
+def test_attention_that_cudnn_cannot_do_is_left_to_xla(shapes, options, cudnn):
+    assert not calls_of_cudnn(*of_shapes(*shapes), **options)
+
+
+def test_attention_without_the_plugin_of_cuda_is_left_to_xla(monkeypatch):
+    kernels.has_cudnn.cache_clear()
+
+    def none(*_, **__):
+        raise RuntimeError("cuDNN is not detected.")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", none)
+    assert not calls_of_cudnn(*of_shapes(*CUDNN["a bias"]))
+    kernels.has_cudnn.cache_clear()
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fused softmax attention: stores one array of weights per direction. Derivative by hand.
+"""Fused softmax attention: stores one array of weights per direction, or none on GPU.
 
 The equation is `operators.attention.attend`. Legend: b batch, l m lengths, n heads, c v widths.
 """
 
-from functools import partial
+import math
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -33,12 +34,100 @@ def _logits(query: Array, key: Array, bias: Array | None, mask: Array | None) ->
     return logits
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(keep: float, *inputs: Any) -> Array:
-    """Computes softmax attention, storing one array [b, n, l, m] in each direction.
+    """Computes `operators.attention.attend`; on NVIDIA's GPUs by cuDNN, where that can do it.
 
     `keep` is 1 - dropout; `inputs` are query, key, value, bias, mask and kept of
-    `operators.attention.attend`. The stored arrays have the dtype of the values. Forward, that is
+    `operators.attention.attend`.
+    """
+    query, key, value, bias, mask, kept = inputs
+    if mask is not None or kept is not None or not cudnn_can(query, key, value, bias):
+        return attend_stored(keep, *inputs)
+
+    def stored(query: Array, key: Array, value: Array, bias: Array | None) -> Array:
+        return attend_stored(keep, query, key, value, bias, None, None)
+
+    return lax.platform_dependent(query, key, value, bias, cuda=attend_cudnn, default=stored)
+
+
+def cudnn_can(query: Array, key: Array, value: Array, bias: Array | None) -> bool:
+    """Returns whether cuDNN has this attention and its gradient, without dropout and mask.
+
+    It has 16-bit dtypes and heads of equal width up to 128. A few queries, as in decoding, are left
+    to XLA.
+    """
+    width, lengths = query.shape[-1], (query.shape[-3], key.shape[-3])
+    return (
+        query.ndim >= 4
+        and query.dtype == key.dtype == value.dtype
+        and query.dtype in (jnp.bfloat16, jnp.float16)
+        and value.shape[-1] == width
+        and width % 8 == 0
+        and width <= 128
+        and min(lengths) >= FEW
+        and (bias is None or (bias.ndim < query.ndim and bias.shape[-2:] == lengths))
+        and has_cudnn()
+    )
+
+
+FEW = 8  # positions
+_HALF = jax.ShapeDtypeStruct((1, FEW, 1, 8), jnp.bfloat16)
+
+
+@cache
+def has_cudnn() -> bool:
+    """Returns whether jax finds cuDNN: whether its CUDA plugin is installed."""
+    try:
+        jax.eval_shape(attend_cudnn, _HALF, _HALF, _HALF, None)
+    except RuntimeError:
+        return False
+    return True
+
+
+def attend_cudnn(query: Array, key: Array, value: Array, bias: Array | None) -> Array:
+    """Computes softmax attention by cuDNN, which stores one number per query and head.
+
+    The softmax is in float32; the bias is rounded to the dtype of the values. Axes that query and
+    bias share in front of the heads (windows) become heads, so that the bias has no batch. With a
+    bias cuDNN has gradients for even lengths only: odd ones get one more position, which has no
+    weight.
+    """
+    (*front, length, heads, _), m = query.shape, key.shape[-3]
+    at = len(front) if bias is None else query.ndim - bias.ndim
+    windows = front[at:]
+
+    def rows(x: Array) -> Array:  # [*b, *windows, l, n, c] -> [b, l, windows x n, c]
+        x = jnp.moveaxis(x, -3, at)
+        return x.reshape(-1, x.shape[at], math.prod(windows) * heads, x.shape[-1])
+
+    query, key, value = map(rows, (query, key, value))
+    if bias is not None:
+        bias = jnp.broadcast_to(bias.astype(query.dtype), (*windows, heads, length, m))
+        bias = bias.reshape(1, -1, length, m)
+        query = _pad(query, 1, length % 2)
+        key, value = (_pad(x, 1, m % 2) for x in (key, value))
+        bias = _pad(_pad(bias, 2, length % 2), 3, m % 2, NOTHING)
+    y = jax.nn.dot_product_attention(query, key, value, bias, implementation="cudnn")
+    y = y[:, :length].reshape(*front[:at], length, *windows, heads, y.shape[-1])
+    return jnp.moveaxis(y, at, -3)
+
+
+NOTHING = -1e9  # added to a logit; exp of it is zero
+
+
+def _pad(x: Array, axis: int, after: int, value: float = 0.0) -> Array:
+    if not after:
+        return x
+    config = [(0, 0)] * x.ndim
+    config[axis] = (0, after)
+    return jnp.pad(x, config, constant_values=value)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend_stored(keep: float, *inputs: Any) -> Array:
+    """Computes `attend`, storing one array [b, n, l, m] in each direction.
+
+    The stored arrays have the dtype of the values. Forward, that is
     the numerator of the softmax, which the backward pass reads again. Backward, it is the gradient
     of the logits: the term that the softmax subtracts, ``sum_m g_lm w_lm``, is ``g_l . y_l``
     (arXiv 2205.14135, B.4). Products have the heads in front, ``[b, n, l, c]``: XLA on CPU took
@@ -102,7 +191,7 @@ def _attend_backward(keep: float, saved: Any, g: Array) -> tuple[Array | None, .
     return d_query, d_key, d_value, d_bias, None, None
 
 
-attend.defvjp(_attend_forward, _attend_backward)
+attend_stored.defvjp(_attend_forward, _attend_backward)
 
 
 def _where(mask: Array | None, x: Array) -> Array:
