@@ -69,7 +69,8 @@ def depthwise(
     # XLA's grouped convolution on CPU is several times slower than shifted products, forward and
     # backward; on TPU and GPU the shifts' backward pass needs 6 to 9 times the temporary memory.
     shifted = partial(kernels.depthwise, stride=stride, padding=padding)
-    return lax.platform_dependent(x, kernel, cpu=shifted, default=grouped)
+    forms = {"cuda": kernels.strided(grouped, stride, padding)} if stride > 1 else {}
+    return lax.platform_dependent(x, kernel, cpu=shifted, default=grouped, **forms)
 
 
 def dynamic(

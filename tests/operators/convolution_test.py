@@ -38,6 +38,29 @@ def test_shifted_sums_are_the_convolution_forward_and_backward(space, k, stride,
     jax.tree.map(lambda u, v: np.testing.assert_allclose(u, v, atol=2e-4), a, b)
 
 
+@settings(deadline=None, max_examples=12)
+@given(
+    space=st.lists(st.integers(3, 8), min_size=1, max_size=2),
+    k=st.sampled_from([1, 2, 3, 5]),
+    stride=st.sampled_from([2, 3, 4]),
+    causal=st.booleans(),
+)
+def test_strided_gradients_of_gpus_are_those_of_the_convolution(space, k, stride, causal):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, *space, 3)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(k,) * len(space) + (3,)), jnp.float32)
+    padding = [(k - 1, 0) if causal else (k // 2, k // 2)] * len(space)
+
+    def plain(x, kernel):
+        return convolution.depthwise(x, kernel, stride=stride, padding=padding)
+
+    def run(f):
+        return jax.value_and_grad(lambda *args: jnp.sin(f(*args)).sum(), (0, 1))(x, kernel)
+
+    a, b = run(kernels.strided(plain, stride, padding)), run(plain)
+    jax.tree.map(lambda u, v: np.testing.assert_allclose(u, v, atol=2e-4), a, b)
+
+
 def test_against_the_definition():
     x = jnp.arange(5.0).reshape(1, 5, 1)
     kernel = jnp.array([[1.0], [10.0], [100.0]])

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Depthwise convolution as shifted sums, with derivatives by hand; dynamic convolution as bands.
 
-Both are for CPU. The equations are in `operators.convolution`. Legend: b batch, n heads, d width,
-l length, k positions of a window.
+Both are for CPU; `strided` is for GPU. The equations are in `operators.convolution`. Legend: b
+batch, n heads, d width, l length, k positions of a window.
 """
 
 import functools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +90,59 @@ def _offsets(kernel: Array, stride: int) -> Iterator[tuple[tuple[int, ...], ...]
 def _slice(x: Array, first: Sequence[int], size: Sequence[int]) -> Array:
     steps = (slice(f, f + n) for f, n in zip(first, size, strict=True))
     return x[(slice(None), *steps)]
+
+
+def strided(grouped: Callable[[Array, Array], Array], stride: int, padding: Padding) -> Any:
+    """Returns the convolution `grouped` with the gradient of its input as slices, for GPU.
+
+    XLA on GPU computes that gradient as a convolution of the output's gradient with zeros between
+    its elements, which it writes to memory first. Here each position of a stride x stride cell is a
+    sum of the few slices of the output's gradient that reach it, and all of them are one kernel.
+    """
+
+    def backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+        x, kernel = saved
+        (of_kernel,) = jax.vjp(lambda kernel: grouped(x, kernel), kernel)[1](g)
+        return _input_gradient(g, kernel, stride, padding, x.shape[1:-1]), of_kernel
+
+    convolve = jax.custom_vjp(grouped)
+    convolve.defvjp(lambda *args: (grouped(*args), args), backward)
+    return convolve
+
+
+def _input_gradient(
+    g: Array, kernel: Array, stride: int, padding: Padding, space: tuple[int, ...]
+) -> Array:
+    """Returns ``dx[u] = sum g[i] kernel[o]`` over all i, o with ``i stride + o = u + before``.
+
+    Positions u = m stride + r with the same r are the same sum over o, of ``g[m + (r + before - o)
+    / stride]``: one array per r, then interleaved.
+    """
+    window, rank = kernel.shape[:-1], len(space)
+    cells = [-(-n // stride) for n in space]
+    # (r + before - o) / stride lies between -(k - 1) // stride and (stride - 1 + before) // stride.
+    front = [(k - 1) // stride for k in window]
+    back = [
+        max(0, n + (stride - 1 + before) // stride - size)
+        for n, (before, _), size in zip(cells, padding, g.shape[1:-1], strict=True)
+    ]
+    padded = jnp.pad(g, ((0, 0), *zip(front, back, strict=True), (0, 0)))
+    terms: dict[tuple[int, ...], Array] = {}
+    for offset in product(*map(range, window)):
+        which = tuple((o - before) % stride for o, (before, _) in zip(offset, padding, strict=True))
+        first = [
+            ahead + (r + before - o) // stride
+            for ahead, r, o, (before, _) in zip(front, which, offset, padding, strict=True)
+        ]
+        term = _slice(padded, first, cells) * grids.per_channel(kernel[offset], g)
+        terms[which] = terms[which] + term if which in terms else term
+    nothing = jnp.zeros((g.shape[0], *cells, g.shape[-1]), g.dtype)
+    parts = [terms.get(which, nothing) for which in product(range(stride), repeat=rank)]
+    grid = jnp.stack(parts).reshape((stride,) * rank + nothing.shape)
+    # [s.., b, m.., d] -> [b, m, s, .., d]
+    order = [rank, *(axis for i in range(rank) for axis in (rank + 1 + i, i)), 2 * rank + 1]
+    whole = grid.transpose(order).reshape(g.shape[0], *(n * stride for n in cells), g.shape[-1])
+    return _slice(whole, (0,) * rank, space)
 
 
 def dynamic(x: Array, kernel: Array, *, before: int) -> Array:
