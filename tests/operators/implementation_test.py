@@ -135,7 +135,8 @@ def test_attention_survives_large_logits_and_rows_without_keys():
 
 # shapes of query, key and bias; a bias without batch dimensions, or one per window
 CUDNN = {
-    "no bias": ((3, 9, 2, 8), (3, 11, 2, 8), None),
+    "no bias": ((3, 8, 2, 8), (3, 10, 2, 8), None),
+    "no bias, odd lengths": ((3, 9, 2, 8), (3, 11, 2, 8), None),
     "a bias": ((3, 8, 2, 8), (3, 10, 2, 8), (2, 8, 10)),
     "odd lengths": ((3, 9, 2, 8), (3, 11, 2, 8), (2, 9, 11)),
     "windows": ((2, 3, 4, 9, 2, 8), (2, 3, 4, 11, 2, 8), (3, 4, 2, 9, 11)),
@@ -155,9 +156,9 @@ def test_what_is_given_to_cudnn_is_the_reference(name, monkeypatch):
     """By XLA's implementation of the same call: cuDNN itself runs on no CPU."""
     call = jax.nn.dot_product_attention
 
-    def by_xla(*args, implementation):
+    def by_xla(*args, implementation, **options):
         assert implementation == "cudnn"
-        return call(*args, implementation="xla")
+        return call(*args, implementation="xla", **options)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
     query, key, value, bias = of_shapes(*CUDNN[name])

@@ -88,9 +88,8 @@ def attend_cudnn(query: Array, key: Array, value: Array, bias: Array | None) -> 
     """Computes softmax attention by cuDNN, which stores one number per query and head.
 
     The softmax is in float32; the bias is rounded to the dtype of the values. Axes that query and
-    bias share in front of the heads (windows) become heads, so that the bias has no batch. With a
-    bias cuDNN has gradients for even lengths only: odd ones get one more position, which has no
-    weight.
+    bias share in front of the heads (windows) become heads, so that the bias has no batch. jax
+    takes gradients of even lengths only: odd ones get one more position, which has no weight.
     """
     (*front, length, heads, _), m = query.shape, key.shape[-3]
     at = len(front) if bias is None else query.ndim - bias.ndim
@@ -101,13 +100,18 @@ def attend_cudnn(query: Array, key: Array, value: Array, bias: Array | None) -> 
         return x.reshape(-1, x.shape[at], math.prod(windows) * heads, x.shape[-1])
 
     query, key, value = map(rows, (query, key, value))
+    query = _pad(query, 1, length % 2)
+    key, value = (_pad(x, 1, m % 2) for x in (key, value))
+    seen = None
     if bias is not None:
         bias = jnp.broadcast_to(bias.astype(query.dtype), (*windows, heads, length, m))
         bias = bias.reshape(1, -1, length, m)
-        query = _pad(query, 1, length % 2)
-        key, value = (_pad(x, 1, m % 2) for x in (key, value))
         bias = _pad(_pad(bias, 2, length % 2), 3, m % 2, NOTHING)
-    y = jax.nn.dot_product_attention(query, key, value, bias, implementation="cudnn")
+    elif m % 2:
+        seen = jnp.full(key.shape[:1], m, jnp.int32)
+    y = jax.nn.dot_product_attention(
+        query, key, value, bias, key_value_seq_lengths=seen, implementation="cudnn"
+    )
     y = y[:, :length].reshape(*front[:at], length, *windows, heads, y.shape[-1])
     return jnp.moveaxis(y, at, -3)
 
