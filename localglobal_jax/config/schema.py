@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self
 import pydantic
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -29,6 +30,17 @@ Side = Annotated[int, Field(gt=0, le=16384)]  # pixels
 Threads = Annotated[int, Field(gt=0, le=1024)]
 Workers = Annotated[int, Field(ge=0, le=1024)]
 Alpha = Annotated[float, Field(ge=0, le=1000)]  # of a Beta distribution
+
+
+def _number(value: Any) -> Any:
+    """Returns the number that a text spells; any other value as it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+Crop = Annotated[float, Field(ge=0.1, le=2)] | Literal["squash"]
 
 
 Path = Annotated[str, AfterValidator(os.path.expanduser)]  # "~/x" is in the home directory
@@ -57,9 +69,18 @@ class Images(Section):
     mean: tuple[float, ...] = (0.5,)  # subtracted, per channel; pixels are in [0, 1]
     std: tuple[Annotated[float, Field(ge=1e-6)], ...] = (0.5,)  # divisor, per channel
     in_memory: bool | None = None  # decode once, keep as uint8; None: if that takes less than 2 GiB
-    # Training crop. "resized": Inception's (random area and aspect ratio); evaluation then sees the
-    # central 7/8 of each side. "pad": random shift. "none": the whole image, resized.
+    # Training crop. "resized": Inception's (random area and aspect ratio). "pad": random shift of
+    # the image that evaluation sees. "none": that image.
     crop: Literal["none", "pad", "resized"] = "none"
+    # Part of an image that evaluation sees. A number: the central crop in the aspect of
+    # `image_size`, its sides so much of the largest one's; above 1: a black border (timm's
+    # crop_pct).
+    # "squash": the whole image, in the aspect of `image_size`. None: 0.875 if `crop` is "resized",
+    # else "squash"
+    eval_crop: Annotated[Crop | None, BeforeValidator(_number)] = None
+    # How images are resized. "area": averages of areas to shrink, cubic to enlarge (OpenCV);
+    # "bilinear", "bicubic": those of Pillow, as torchvision and timm resize
+    interpolation: Literal["area", "bilinear", "bicubic"] = "area"
     pad: Annotated[int, Field(ge=0, le=16384)] = 0  # zero padding of a "pad" crop, pixels a side
     area: tuple[Share, Share] = (0.08, 1.0)  # (smallest, largest) of a "resized" crop; 1: the image
     flip: bool = False  # left to right, with probability 0.5

@@ -82,7 +82,7 @@ def overlay(
       picture: ``uint8 [h, w, c]``.
       looked: the map ``[i, j]``, at least 0; of any scale.
       seen: the crop that the map covers, ``(top, left, height, width)`` as fractions of the sides
-        of the image. The rest is drawn dark.
+        of the image, which it may exceed. The rest of the image is drawn dark.
     """
     scale = max(1.0, SHOWN[0] / max(picture.shape[:2]))
     picture = _resized(shrunk(picture), scale, cv2.INTER_NEAREST)
@@ -96,12 +96,14 @@ def overlay(
     right = max(left + 1, round((seen[1] + seen[3]) * w))
     heat: np.ndarray = looked.astype(np.float32) / max(float(looked.max()), 1e-30)
     heat = cv2.resize(heat, (right - left, bottom - top), interpolation=cv2.INTER_CUBIC)
+    inside = slice(max(0, top), min(h, bottom)), slice(max(0, left), min(w, right))
+    heat = heat[inside[0].start - top : inside[0].stop - top]
+    heat = heat[:, inside[1].start - left : inside[1].stop - left]
     shares = np.clip(heat, 0, 1)  # cubic overshoots
     # The map's last, pale colours would be grey on black.
     levels = (BRIGHTEST * shares).astype(np.uint8)
     colours = cv2.applyColorMap(levels, cv2.COLORMAP_INFERNO)[..., ::-1]
     share = OPAQUE * shares[..., None]
-    inside = slice(top, bottom), slice(left, right)
     out[inside] = (1 - share) * grey[inside] + share * colours
     return out.round().astype(np.uint8)
 

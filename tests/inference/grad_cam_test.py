@@ -139,6 +139,18 @@ def test_what_is_drawn(channels):
     np.testing.assert_array_equal(nothing, 120)
 
 
+def test_a_map_may_reach_over_the_edge():
+    """Of a crop above 1 the map covers a border, too."""
+    looked = np.zeros((4, 4), np.float32)
+    looked[1, 1] = 1.0  # in the upper left of the image, once its border is gone
+    picture = np.full((400, 400, 3), 128, np.uint8)
+    drawn = grad_cam.overlay(picture, looked, (-0.25, -0.25, 1.5, 1.5)).astype(int)
+    assert drawn.shape == (400, 400, 3)
+    colour = np.abs(drawn - drawn.mean(2, keepdims=True)).sum(2)
+    y, x = np.unravel_index(colour.argmax(), colour.shape)
+    assert y < 200 > x
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 3000), (3000, 1), (7, 5), (2000, 1500)])
 def test_pictures_of_any_shape(shape):
     picture = np.zeros((*shape, 3), np.uint8)

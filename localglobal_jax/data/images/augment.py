@@ -14,6 +14,8 @@ import scipy.sparse
 
 cv2.setNumThreads(0)
 
+WHOLE = 16  # times the pixels of a crop, up to which the image around it is resized too
+PILLOW = ("bilinear", "bicubic")  # interpolations, antialiased
 TRIES = 10  # to fit a random rectangle before giving up
 ASPECT = (3 / 4, 4 / 3)  # of a resized crop
 ERASED_AREA = (0.02, 0.4)  # arXiv 1708.04896, section 4.1.1
@@ -49,23 +51,92 @@ def flip(images: np.ndarray, uniform: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------------------------- one image
 
 
-def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Returns ``[h, w, c]`` resized to ``[*size, c]``: area averages to shrink, else cubic."""
+def resize(image: np.ndarray, size: tuple[int, int], interpolation: str = "area") -> np.ndarray:
+    """Returns ``[h, w, c]`` resized to ``[*size, c]``.
+
+    `interpolation`: "area" averages areas to shrink, and is cubic else; or one of `PILLOW`.
+    """
     if image.shape[:2] == tuple(size):
         return image
+    if interpolation in PILLOW:
+        return _resample(image, size, interpolation)
     shrink = size[0] <= image.shape[0] and size[1] <= image.shape[1]
     how = cv2.INTER_AREA if shrink else cv2.INTER_CUBIC
     out = cv2.resize(image, (size[1], size[0]), interpolation=how)
     return out.reshape(*size, image.shape[2])  # OpenCV drops a single channel
 
 
-def center_crop(image: np.ndarray, size: tuple[int, int], fraction: float) -> np.ndarray:
+def _resample(
+    image: np.ndarray,
+    size: tuple[int, int],
+    interpolation: str,
+    box: tuple[float, float, float, float] | None = None,
+) -> np.ndarray:
+    """Returns ``[h, w, c]``, or its ``box`` (left, top, right, bottom), resized to ``[*size, c]``.
+
+    By Pillow; pixels around the box count at its edges.
+    """
+    from PIL import Image  # noqa: PLC0415, only where it is used
+
+    how = Image.Resampling[interpolation.upper()]
+
+    def resized(plane: np.ndarray) -> np.ndarray:
+        picture = Image.fromarray(np.ascontiguousarray(plane))
+        return np.asarray(picture.resize(size[::-1], how, box))
+
+    if image.shape[2] == 3:
+        return resized(image)
+    return np.stack([resized(image[..., i]) for i in range(image.shape[2])], -1)
+
+
+def center_crop(
+    image: np.ndarray, size: tuple[int, int], fraction: float, interpolation: str = "area"
+) -> np.ndarray:
     """Returns the middle ``fraction`` of the image in the aspect of ``size``, resized to ``size``.
 
-    The same as resizing the short side to ``size / fraction`` and cutting out the centre.
+    The same as resizing the short side to ``size / fraction`` and cutting out the centre. Above 1,
+    the border is black. With an interpolation of `PILLOW`, sizes and offsets are rounded as timm
+    and torchvision round them.
     """
+    if interpolation in PILLOW:
+        return _timm_crop(image, size, fraction, interpolation)
     top, left, h, w = center_box((image.shape[0], image.shape[1]), size, fraction)
+    if top < 0 or left < 0:
+        above, before = max(0, -top), max(0, -left)
+        below, behind = max(0, h - image.shape[0] - above), max(0, w - image.shape[1] - before)
+        image = np.pad(image, ((above, below), (before, behind), (0, 0)))
+        top, left = max(0, top), max(0, left)
     return resize(image[top : top + h, left : left + w], size)
+
+
+def _timm_crop(
+    image: np.ndarray, size: tuple[int, int], fraction: float, interpolation: str
+) -> np.ndarray:
+    """Returns `center_crop` as ``transforms_imagenet_eval`` of timm (``crop_mode="center"``)."""
+    shape = image.shape[:2]
+    # of the whole image, as far as the side limits its scale
+    target = [max(1, math.floor(side / fraction)) for side in size]
+    if target[0] == target[1]:  # torchvision's Resize
+        scaled = [target[0] * side // min(shape) for side in shape]
+    else:  # timm's ResizeKeepRatio
+        ratio = min(side / want for side, want in zip(shape, target, strict=True))
+        scaled = [max(1, round(side / ratio)) for side in shape]
+    out = np.zeros((*size, image.shape[2]), np.uint8)
+    inside, seen, box = [], [], []
+    for side, whole, want in zip(shape, scaled, size, strict=True):
+        count, border = min(whole, want), max(0, want - whole) // 2
+        start = round(max(0, whole - want) / 2)
+        inside.append(slice(border, border + count))
+        seen.append(slice(start, start + count))
+        box.append((start * side / whole, min(side, (start + count) * side / whole)))
+    if math.prod(scaled) <= WHOLE * math.prod(size):
+        found = resize(image, (scaled[0], scaled[1]), interpolation)[tuple(seen)]
+    else:  # a very long image
+        counts = [part.stop - part.start for part in seen]
+        edges = box[1][0], box[0][0], box[1][1], box[0][1]
+        found = _resample(image, (counts[0], counts[1]), interpolation, edges)
+    out[tuple(inside)] = found
+    return out
 
 
 def center_box(
@@ -100,15 +171,17 @@ def random_box(
     return center_box(shape, size, 1.0)
 
 
-def resize_crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Returns `resize`, faster where it shrinks, its pixels within one level.
+def resize_crop(
+    image: np.ndarray, size: tuple[int, int], interpolation: str = "area"
+) -> np.ndarray:
+    """Returns `resize`, faster where it averages areas, its pixels within one level.
 
     OpenCV averages areas one number at a time. The averages of rows, then those of columns, are
     products with sparse matrices, which are vectorised.
     """
     h, w, channels = image.shape
-    if not (size[0] <= h and size[1] <= w) or size == (h, w):
-        return resize(image, size)
+    if interpolation != "area" or not (size[0] <= h and size[1] <= w) or size == (h, w):
+        return resize(image, size, interpolation)
     rows = image.reshape(h, w * channels).astype(np.float32)
     out = _area_weights(h, size[0]) @ rows
     out = cv2.transpose(out.reshape(size[0], w, channels)).reshape(w, size[0] * channels)

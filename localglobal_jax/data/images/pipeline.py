@@ -7,10 +7,11 @@ Where the images wait in between changes no pixel.
 """
 
 import concurrent.futures
+import logging
 import math
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -31,9 +32,12 @@ from localglobal_jax.data.loader import Batch, PositionRng
 from localglobal_jax.data.tfds import prepare, records
 from localglobal_jax.data.tfds.builders import EMBEDDED
 
+log = logging.getLogger(__name__)
+_NOTED: set[tuple[Any, ...]] = set()  # data sets whose aspect was noted
 IN_MEMORY = 2 * 2**30  # bytes below which a decoded split is kept, if the options do not say
 BLOCK = 1024  # records read at a time while filling the memory
 EVAL_FRACTION = 0.875  # of the image that evaluation sees after training on resized crops
+SAME_ASPECT = 1.02  # ratio of aspects below which squashing is not seen
 CROP, CHANGE = 0, 1  # streams of random numbers
 
 
@@ -60,15 +64,43 @@ def class_names(options: schema.Images) -> tuple[str, ...]:
 
 def for_evaluation(image: np.ndarray, options: schema.Images) -> np.ndarray:
     """Returns ``uint8 [h, w, c]`` as ``[*image_size, c]``, cropped as in evaluation."""
-    top, left, height, width = seen_in_evaluation((image.shape[0], image.shape[1]), options)
-    return augment.resize(image[top : top + height, left : left + width], options.image_size)
+    crop = _evaluation_crop(options)
+    if crop == "squash":
+        if options.eval_crop is None:
+            _note_aspect((image.shape[0], image.shape[1]), options)
+        return augment.resize(image, options.image_size, options.interpolation)
+    return augment.center_crop(image, options.image_size, crop, options.interpolation)
 
 
 def seen_in_evaluation(shape: tuple[int, int], options: schema.Images) -> tuple[int, int, int, int]:
-    """Returns ``(top, left, height, width)`` of evaluation's crop of an image of ``shape``."""
-    if options.crop == "resized":
-        return augment.center_box(shape, options.image_size, EVAL_FRACTION)
-    return 0, 0, *shape
+    """Returns ``(top, left, height, width)`` of evaluation's crop of an image of ``shape``.
+
+    With ``eval_crop`` above 1, it is larger than the image.
+    """
+    crop = _evaluation_crop(options)
+    if crop == "squash":
+        return 0, 0, *shape
+    return augment.center_box(shape, options.image_size, crop)
+
+
+def _evaluation_crop(options: schema.Images) -> float | Literal["squash"]:
+    if options.eval_crop is not None:
+        return options.eval_crop
+    return EVAL_FRACTION if options.crop == "resized" else "squash"
+
+
+def _note_aspect(shape: tuple[int, int], options: schema.Images) -> None:
+    """Warns, once for a data set, of images whose aspect is not that of ``image_size``."""
+    key = (options.name, options.dir, options.image_size)
+    aspect = shape[0] * options.image_size[1] / (shape[1] * options.image_size[0])
+    if key not in _NOTED and not 1 / SAME_ASPECT < aspect < SAME_ASPECT:
+        _NOTED.add(key)
+        log.warning(
+            "an image of %s, of %dx%d pixels, is squashed to data.image_size=%s, and others may "
+            "be. data.eval_crop=1.0 keeps the aspect and takes the centre; data.eval_crop=squash "
+            "silences this",
+            *(options.name, *shape, options.image_size),
+        )
 
 
 def open_split(options: schema.Images, split: str, *, train: bool) -> "ImageSource":
@@ -317,7 +349,8 @@ class _RandomCrop:
 
     def finish(self, image: np.ndarray) -> np.ndarray:
         """Returns what is inside the box, resized and flipped."""
-        image = augment.resize_crop(image, self._options.image_size)
+        options = self._options
+        image = augment.resize_crop(image, options.image_size, options.interpolation)
         return cv2.flip(image, 1).reshape(image.shape) if self._flip else image
 
     def whole(self, image: np.ndarray) -> np.ndarray:
