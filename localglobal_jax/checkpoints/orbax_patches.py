@@ -24,11 +24,9 @@ from typing import Any
 
 import tensorstore
 from etils import epath
-from orbax.checkpoint._src.futures import future, signaling_client
-from orbax.checkpoint._src.path import gcs_utils
-from orbax.checkpoint._src.serialization import tensorstore_utils
 
-from localglobal_jax.checkpoints import objects, steps
+from localglobal_jax.checkpoints import objects, steps, store
+from localglobal_jax.parallel import private_names
 
 
 class _Spec:
@@ -70,10 +68,25 @@ def _rmtree(path: epath.Path, *, missing_ok: bool = False) -> None:
     objects.delete_all(path, first=steps.MARKS)
 
 
+@functools.cache
+def limit_retries() -> None:
+    """Bounds the retries of orbax's requests to a bucket; without, it asks for a quarter hour."""
+    for name in ("_BASE_TS_CONTEXT", "_DEFAULT_OCDBT_TS_CONTEXT"):
+        getattr(_utils(), name)["gcs_request_retries"] = store.TENSORSTORE
+
+
+@functools.cache
 def apply_patches() -> None:
-    """Installs the patches; called once, before the first save."""
-    for module in (future, signaling_client):
+    """Installs the patches, before the first save."""
+    limit_retries()
+    for name in ("future", "signaling_client"):
+        module = private_names.find(f"orbax.checkpoint._src.futures.{name}")
         module.time = types.SimpleNamespace(time=time.monotonic)
+    tensorstore_utils = _utils()
     tensorstore_utils.ts = _TensorStore()
     tensorstore_utils.get_tensorstore_raw_bytes = lambda *args, **kwargs: 0  # only logged
-    gcs_utils.rmtree = _rmtree
+    private_names.find("orbax.checkpoint._src.path.gcs_utils").rmtree = _rmtree
+
+
+def _utils() -> Any:
+    return private_names.find("orbax.checkpoint._src.serialization.tensorstore_utils")

@@ -21,16 +21,13 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
-from orbax.checkpoint._src.serialization import tensorstore_utils
 
-from localglobal_jax.checkpoints import digests, objects, store, workdir
+from localglobal_jax.checkpoints import digests, objects, orbax_patches, store, workdir
 from localglobal_jax.checkpoints import steps as steps_of
 
 T = TypeVar("T")
 SMALL = 2**18  # bytes; smaller arrays are fetched to the host for their digest
 log = logging.getLogger(__name__)
-for _context in (tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT):
-    _context["gcs_request_retries"] = store.TENSORSTORE  # 32 times, a quarter of an hour, else
 
 
 class CorruptCheckpoint(RuntimeError):
@@ -190,6 +187,8 @@ def read_arrays(directory: epath.Path, step: int, wanted: dict[str, Any]) -> dic
 
     full = {path: leaf for path, leaf in wanted.items() if math.prod(leaf.shape)}
     # The handler, not a Checkpointer: its barrier would hang where one host fails to read.
+    if workdir.is_remote(directory):
+        orbax_patches.limit_retries()
     with store.named(directory / str(step)):
         nested = ocp.PyTreeCheckpointHandler().restore(
             directory / str(step) / "state",

@@ -29,6 +29,7 @@ from localglobal_jax.cli import (
     translate,
 )
 from localglobal_jax.cli.options import Command
+from localglobal_jax.config import extras
 from localglobal_jax.launch.exit_codes import ExitCode
 
 COMMANDS: tuple[Command, ...] = (
@@ -89,6 +90,11 @@ def _without_stragglers(otherwise: Callable[[Any], Any], found: Any) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
+    try:
+        extras.check("localglobal")
+    except extras.MissingExtra as error:
+        print(error, file=sys.stderr)
+        return ExitCode.WRONG
     argv = list(sys.argv[1:] if argv is None else argv)
     argv, overrides = take_overrides(argv)
     argv, compared = take_overrides(argv, "--compare.")

@@ -9,9 +9,8 @@ import time
 from typing import NamedTuple
 
 import jax
-from jax._src.clusters import ClusterEnv  # and no other way to ask without starting
 
-from localglobal_jax.parallel import multihost, watch
+from localglobal_jax.parallel import multihost, private_names, watch
 from localglobal_jax.parallel.multihost import HostLost
 
 log = logging.getLogger(__name__)
@@ -29,7 +28,8 @@ class Cluster(NamedTuple):
 
 def detect(timeout: float) -> Cluster:
     """Detects the cluster of Cloud TPU, Kubernetes, SLURM or Open MPI, else raises ValueError."""
-    found = ClusterEnv.auto_detect_unset_distributed_params(
+    environment = private_names.find("jax._src.clusters.ClusterEnv")
+    found = environment.auto_detect_unset_distributed_params(
         None, None, None, None, None, int(timeout)
     )
     coordinator, size, number, devices = found

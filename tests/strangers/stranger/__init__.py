@@ -1,0 +1,1 @@
+"""Another project: its own model, its own training loop, and a checkpoint of localglobal_jax."""
