@@ -140,9 +140,14 @@ class MBConvBlock(nn.Module):
         if train:
             mean, spread = covariance(x)
             batch = mean, jnp.maximum(jnp.diagonal(spread), 0)
-        before = BatchNorm(d, self.norm_eps, name="norm")(batch)
+        norm = BatchNorm(d, self.norm_eps, name="norm")
+        before = norm(batch)
         if train:
-            batch = product_moments(spread, before, kernel)
+            seen = before
+            if norm.is_frozen():  # its center is not the batch's mean
+                shift = (mean - before.center) * before.scale
+                seen = before._replace(offset=before.offset + shift)
+            batch = product_moments(spread, seen, kernel)
         after = BatchNorm(width, self.norm_eps, name="expand_norm")(batch)
         return activate_product(x, kernel, before, after, self.activation, train=train)
 

@@ -12,7 +12,12 @@ from jaxtyping import Array, Float
 from localglobal_jax.operators import grids
 from localglobal_jax.operators.activations import ACTIVATIONS, Activation
 from localglobal_jax.operators.dense import Dense
-from localglobal_jax.operators.kernels.batch_norm import BatchNorm, activate, moments
+from localglobal_jax.operators.kernels.batch_norm import (
+    FROZEN_NORMS,
+    BatchNorm,
+    activate,
+    moments,
+)
 from localglobal_jax.parallel import context
 
 Grid = Float[Array, "b h w d"]
@@ -30,8 +35,8 @@ def make_norm(kind: Norm, *, eps: float, train: bool, dtype: str, name: str) -> 
     and the biased variance (torch keeps the unbiased one; they differ by n / (n - 1)).
     """
     if kind == "batch":
-        return nn.BatchNorm(
-            use_running_average=not train,
+        return _BatchNorm(
+            train=train,
             axis_name=context.norm_axis(),
             momentum=0.9,
             epsilon=eps,
@@ -39,6 +44,16 @@ def make_norm(kind: Norm, *, eps: float, train: bool, dtype: str, name: str) -> 
             name=name,
         )
     return nn.LayerNorm(epsilon=eps, dtype=dtype, name=name)
+
+
+class _BatchNorm(nn.BatchNorm):
+    """`flax.linen.BatchNorm` with running statistics in evaluation and under `FROZEN_NORMS`."""
+
+    train: bool = False
+
+    def __call__(self, x: Array) -> Array:  # type: ignore[override]
+        frozen = self.has_variable(FROZEN_NORMS, "mark")
+        return super().__call__(x, use_running_average=not self.train or frozen)
 
 
 def norm_activation(

@@ -72,9 +72,11 @@ def run(args: argparse.Namespace) -> int:
         return ExitCode.DONE
     from localglobal_jax.launch import status
 
+    by_name = {run.name: run.run for run in runs}
     for row in rows:
         if row["remote"]:  # only now: a dry run uses no network
-            row["latest_step"] = status.latest_step(row["workdir"])
+            found = row["latest_step"] = status.latest_step(row["workdir"])
+            row["steps"] = status.steps_of(by_name[row["name"]], row["workdir"], found)
     done = {
         row["name"] for row in rows if row["latest_step"] and row["latest_step"] >= row["steps"]
     }

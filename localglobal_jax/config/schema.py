@@ -203,9 +203,20 @@ class Optim(Section):
     momentum: Fraction = 0.9  # sgd
     weight_decay: NonNegativeFloat = 0.0  # decoupled, multiplied by the learning rate
     clip_norm: NonNegativeFloat = 1.0  # largest global norm of the gradient; 0: off
+    # Globs of paths in the table of parameters: those are not trained, see `training/freezing.py`.
+    # "stem" and "stage[12]" name modules; "!" exempts: ("*", "!head") is a linear probe
+    freeze: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    # Rate of a block relative to that of the next one: the head has learning_rate, the stem the
+    # lowest rate (arXiv 2106.08254, table 9); 1: one rate for all. See `optim.layer_rates`
+    layer_decay: Share = 1.0
     ema: Fraction = 0.0  # decay per step of the parameters' average that evaluation uses; 0: off
     accumulate: PositiveInt = 1  # micro-batches per step; the gradient is that of the whole batch
     skip_nonfinite: NonNegativeInt = 0  # NaN or infinite updates that a run may skip
+
+    @pydantic.field_validator("freeze", mode="before")
+    @classmethod
+    def _one_pattern(cls, given: Any) -> Any:
+        return tuple(filter(None, given.split(","))) if isinstance(given, str) else given
 
 
 class Checkpoints(Section):
@@ -226,6 +237,8 @@ class Evaluation(Section):
     # Global; text: tokens. Much longer pairs than data.max_length need more of them, and are left
     # out (and counted) if a batch cannot hold them. None: the training batch size
     batch_size: PositiveInt | None = None
+    # Stop after so many evaluations in a row without a better value of checkpoint.best; 0: never
+    patience: NonNegativeInt = 0
 
 
 class Log(Section):
@@ -301,6 +314,18 @@ class Run(Section):
         if not isinstance(model.get("name"), str):
             raise ValueError("set model.name to the name of a model, see `localglobal models`")
         return model
+
+    @pydantic.field_validator("eval")
+    @classmethod
+    def _patient(cls, given: Evaluation, info: pydantic.ValidationInfo) -> Evaluation:
+        saved = info.data.get("checkpoint")
+        if given.patience and saved and not (saved.best and given.every):
+            raise ValueError(
+                f"patience={given.patience} needs a metric in checkpoint.best, such as "
+                f'"test/accuracy" or "-test/loss", and eval.every above 0; given are '
+                f"checkpoint.best={saved.best} and eval.every={given.every}"
+            )
+        return given
 
     @property
     def train_rows(self) -> tuple[str, int]:

@@ -17,7 +17,7 @@ from localglobal_jax.config import schema, values
 from localglobal_jax.launch import expand, status
 from localglobal_jax.launch.backend import Target
 from localglobal_jax.parallel import placement
-from localglobal_jax.training import metrics, optim, step, tasks
+from localglobal_jax.training import freezing, metrics, optim, step, tasks
 
 
 class Preview:
@@ -27,7 +27,7 @@ class Preview:
         """`target`: devices and hosts of a run; None: one process with this process's devices."""
         self._base, self._hosts = base, target.hosts if target else 1
         self._devices = placement.placeholder_devices(target.devices if target else None)
-        self._known: dict[str, tuple[int, list[str]]] = {}
+        self._known: dict[str, tuple[Any, list[str]]] = {}
 
     def row(self, run: expand.Description) -> dict[str, Any]:
         """Returns the description of a run. Raises ValueError, which names an invalid run."""
@@ -41,7 +41,11 @@ class Preview:
         partitioner = placement.Partitioner(run.parallel, self._devices)
         step.check_batches(run, partitioner)
         optim.make_optimizer(run.optim, run.steps)
-        parameters, names = self._model(run)
+        params, names = self._model(run)
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+        freezing.trained(params, run.optim.freeze)
+        if run.optim.layer_decay < 1:
+            optim.layer_numbers(params)
         metrics.check_best(run.checkpoint.best, names)
         remote = is_remote(described.workdir)
         if not remote:
@@ -63,14 +67,14 @@ class Preview:
             "strategy": run.parallel.strategy,
             "devices": len(self._devices),
             "hosts": self._hosts,
-            "steps": run.steps,
+            "steps": status.steps_of(run, described.workdir, found),
             "workdir": described.workdir,
             "latest_step": found,
             "remote": remote,
         }
 
-    def _model(self, run: schema.Run) -> tuple[int, list[str]]:
-        """Returns the number of parameters, and the names of the metrics of evaluation."""
+    def _model(self, run: schema.Run) -> tuple[Any, list[str]]:
+        """Returns the shapes of the parameters, and the names of the metrics of evaluation."""
         what = run.model_dump(mode="json", include={"model", "data", "task", "dtype", "init"})
         key = json.dumps(what, sort_keys=True)
         if key not in self._known:
@@ -84,7 +88,7 @@ class Preview:
 
             params = jax.eval_shape(init, *task.inputs)["params"]
             names = [f"{s}/{m}" for s, e in task.evaluators.items() for m in e.metric_names]
-            self._known[key] = (sum(leaf.size for leaf in jax.tree.leaves(params)), names)
+            self._known[key] = params, names
         return self._known[key]
 
 

@@ -12,8 +12,10 @@ from typing import Any
 
 from localglobal_jax.checkpoints import gcs, objects, steps, workdir
 from localglobal_jax.checkpoints.workdir import is_remote
+from localglobal_jax.config import schema
 from localglobal_jax.launch import exit_codes, pool
 from localglobal_jax.launch.expand import Description
+from localglobal_jax.training import early_stopping
 from localglobal_jax.training.reporting import metrics_log
 
 SILENT = 600  # seconds without a line after which a run no longer counts as running
@@ -37,7 +39,8 @@ def read(run: Description, now: float | None = None) -> dict[str, Any]:
     age = max(0.0, (time.time() if now is None else now) - max(marks)) if marks else None
     # A lock on a remote store cannot be seen from here; the run writes there only when it saves.
     locked = None if is_remote(run.workdir) else pool.is_locked(pathlib.Path(run.workdir))
-    state, note = _state(run, saved, last, age, locked)
+    steps = steps_of(run.run, run.workdir, saved)
+    state, note = _state(run, saved, last, age, locked, steps=steps)
     if not (directory / "config.json").exists() and not events:
         state, note = "not started", ""
     elif changed := _changed(run, directory / "config.json"):
@@ -48,7 +51,7 @@ def read(run: Description, now: float | None = None) -> dict[str, Any]:
         "state": state,
         "note": note,
         "step": max([saved or 0, *(line["step"] for line in lines)]),
-        "steps": run.run.steps,
+        "steps": steps,
         "saved": saved,
         "age": age,
         "attempts": sum(event.get("event") == "start" for event in events),
@@ -73,19 +76,38 @@ def latest_step(directory: str | os.PathLike[str]) -> int | None:
     return max((step for step, complete in found.items() if complete), default=None)
 
 
+def steps_of(run: schema.Run, directory: str | os.PathLike[str], saved: int | None) -> int:
+    """Returns the steps of a run: `saved`, its newest checkpoint, if it stopped early there.
+
+    See `training.early_stopping`. A checkpoint that cannot be read counts as one of a run that goes
+    on.
+    """
+    if not run.eval.patience or saved is None or saved >= run.steps:
+        return run.steps
+    name = "metadata/metadata"
+    folder = workdir.absolute(directory) / "checkpoints" / str(saved)
+    try:
+        metadata = json.loads(dict(objects.contents(folder, {name: 0}))[name])["metadata"]
+        return saved if early_stopping.has_stopped(run, metadata) else run.steps
+    except (OSError, ValueError, KeyError, TypeError):
+        return run.steps
+
+
 def _state(
     run: Description,
     saved: int | None,
     last: Mapping[str, Any],
     age: float | None,
     locked: bool | None,
+    *,
+    steps: int,
 ) -> tuple[str, str]:
     """Returns the state and a note, which may be empty."""
     since = f"last line {duration(age)} ago" if age is not None else ""
     if locked:
         return "running", since
-    if saved is not None and saved >= run.run.steps:
-        return "done", ""
+    if saved is not None and saved >= steps:
+        return "done", "" if steps == run.run.steps else f"stopped early of {run.run.steps:,}"
     if locked is None:
         return "unfinished", since
     if last.get("event") == "end":

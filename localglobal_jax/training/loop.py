@@ -19,7 +19,8 @@ from ml_collections import ConfigDict
 from localglobal_jax.checkpoints.workdir import Lock, named_in_errors
 from localglobal_jax.config import schema, validation
 from localglobal_jax.parallel import multihost, placement
-from localglobal_jax.training import divergence
+from localglobal_jax.training import divergence, freezing
+from localglobal_jax.training.early_stopping import EarlyStopping
 from localglobal_jax.training.evaluation import Evaluation
 from localglobal_jax.training.reporting.examples import ExampleLogger
 from localglobal_jax.training.reporting.provenance import environment, versions
@@ -85,7 +86,11 @@ def _train(
 
     # ---- loop: evaluate, save, next batch, step, report (do not change the order)
     throughput = ThroughputMeter(run, task, start, before.get("window"), setup.work_of(update))
-    monitor = divergence.DivergenceMonitor(run, params, directory, start, before.get("skipped", 0))
+    trained = freezing.trained(params, run.optim.freeze)
+    monitor = divergence.DivergenceMonitor(run, trained, directory, start, before.get("skipped", 0))
+    stopping_early = EarlyStopping(run, before)
+    if stopping_early.done and start < run.steps and multihost.rank() == 0:
+        log.info("stopped  at step %d already: %s. Nothing is done", start, stopping_early)
     batches = task.train_batches(start, run.steps)
     with (
         mirror.kept(multihost.rank() == 0),
@@ -97,13 +102,18 @@ def _train(
         ) as logger,
     ):
         for step in range(start, run.steps + 1):
-            last, new, results = step == run.steps, step > start, {}
+            last = step == run.steps or stopping_early.done
+            new, results = step > start, {}
             stopping = asked_to_stop(step)  # read once: a signal may arrive between two lines
             if new and (last or due(step, run.eval.every)):
                 with throughput.paused():
                     variables = state.average or state.variables
                     results = evaluation(variables)
                     logger.evaluation(step, results, examples(task, variables))
+                stopping_early.add(step, results)
+                if stopping_early.done and not last:
+                    last = True
+                    logger.note(f"stopped early at step {step} of {run.steps}: {stopping_early}")
             if new and (last or stopping or due(step, run.checkpoint.every)):
                 with throughput.paused():
                     monitor.saving(step, state)  # a state that is not finite is never saved
@@ -112,7 +122,7 @@ def _train(
                         mirror.push()
                     named = {f"{s}/{k}": v for s, line in results.items() for k, v in line.items()}
                     metadata = {"window": throughput.partial(), "skipped": monitor.skipped}
-                    metadata |= {**description, "metrics_crc32": written}
+                    metadata |= {**description, "metrics_crc32": written, **stopping_early.state()}
                     checkpoints.save(step, state, metadata=metadata, metrics=named)
             if last:
                 break
@@ -129,7 +139,7 @@ def _train(
             if step + 1 == run.steps or due(step + 1, run.log.every):
                 monitor.settle()
                 logger.training(step + 1, throughput.close(step + 1) | monitor.line())
-    results = finish(run, task, directory, params)
+    results = finish(run, task, directory, params, step)
     if multihost.rank() == 0:
         mirror.push()
     return results

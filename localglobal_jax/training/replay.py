@@ -14,7 +14,7 @@ import numpy as np
 
 from localglobal_jax.config import schema
 from localglobal_jax.parallel import multihost
-from localglobal_jax.training import divergence
+from localglobal_jax.training import divergence, freezing
 from localglobal_jax.training.setup import prepare_setup
 from localglobal_jax.training.step import make_update
 from localglobal_jax.training.tasks import HostBatch
@@ -74,7 +74,8 @@ def replay(run: schema.Run, directory: str | pathlib.Path, step: int) -> dict[st
             for row, record in enumerate(batch["index"])
             if not outcome_of(_only(batch, row)).finite.all()
         )
-    _, parameters = divergence.wrong(outcome.finite, state.variables["params"])
+    trained = freezing.trained(state.variables["params"], run.optim.freeze)
+    _, parameters = divergence.wrong(outcome.finite, trained)
     loss, norm = (outcome.metrics[name] for name in ("loss", "gradient_norm"))
     return {
         "step": step,

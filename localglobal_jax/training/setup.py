@@ -92,6 +92,8 @@ def prepare_setup(run: schema.Run, directory: str | pathlib.Path) -> TrainSetup:
     optimizer = optim.make_optimizer(run.optim, run.steps)
     init = partitioner.compile_init(lambda: init_state(task, optimizer, run))
     template = partitioner.template(jax.eval_shape(init))
+    if run.optim.layer_decay < 1:
+        optim.layer_numbers(template.variables["params"])
     if jax.default_backend() == "cpu":  # elsewhere the state is in device memory
         name = "the parameters of config.model and the optimizer's state"
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(template))

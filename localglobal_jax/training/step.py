@@ -13,7 +13,7 @@ from jaxtyping import Array, Int, PyTree
 from localglobal_jax.config import schema
 from localglobal_jax.parallel import context
 from localglobal_jax.parallel.placement import Partitioner
-from localglobal_jax.training import divergence, optim
+from localglobal_jax.training import divergence, freezing, optim
 from localglobal_jax.training.divergence import Outcome
 from localglobal_jax.training.tasks import Batch, Loss, Task, Variables
 
@@ -34,7 +34,7 @@ def init_state(task: Task, optimizer: optax.GradientTransformation, run: schema.
     return State(
         step=jnp.zeros((), jnp.int32),
         variables=variables,
-        optimizer=optimizer.init(variables["params"]),
+        optimizer=optimizer.init(freezing.trained(variables["params"], run.optim.freeze)),
         average=jax.tree.map(jnp.copy, variables) if run.optim.ema else {},
     )
 
@@ -82,16 +82,20 @@ def train_step(
 ) -> tuple[State, Outcome]:
     """Applies one update, by the gradient of the mean loss over the global batch.
 
+    Parameters that ``freeze`` names stay as they are, see `freezing`.
+
     With ``skip_nonfinite`` a step whose loss or gradient is not finite increments the step and
     changes nothing else; its metrics are zeros.
     """
     key = context.device_key(jax.random.fold_in(jax.random.key(seed), state.step))
     gradient, loss = accumulated_gradient(
-        task.loss, state.variables, batch, key, options.accumulate
+        task.loss, state.variables, batch, key, options.accumulate, freeze=options.freeze
     )
     params = state.variables["params"]
-    updates, opt_state = optimizer.update(gradient, state.optimizer, params)
-    variables = {**loss.collections, "params": optax.apply_updates(params, updates)}
+    trained = freezing.trained(params, options.freeze)
+    updates, opt_state = optimizer.update(gradient, state.optimizer, trained)
+    trained = optax.apply_updates(trained, updates)
+    variables = {**loss.collections, "params": freezing.merged(trained, params)}
     average = state.average
     if options.ema:
         average = optim.ema(average, variables, options.ema, state.step)
@@ -114,19 +118,28 @@ def accumulated_gradient(
     batch: Batch,
     key: jax.Array,
     parts: int,
+    *,
+    freeze: tuple[str, ...] = (),
 ) -> tuple[PyTree, Loss]:
     """Returns the gradient of total / weight over `parts` micro-batches, one after the other.
+
+    The gradient has None in place of the parameters that `freeze` names.
 
     The result equals that of one large batch except under BatchNorm, whose statistics are those of
     a micro-batch.
     """
 
     def part(variables: Variables, batch: Batch, key: jax.Array) -> tuple[PyTree, Loss]:
-        def total(params: PyTree) -> tuple[Array, Loss]:
-            loss = loss_fn({**variables, "params": params}, batch, key)
-            return loss.total, loss
+        params = variables["params"]
+        marks = freezing.norm_marks(variables, freeze)
 
-        return jax.grad(total, has_aux=True)(variables["params"])
+        def total(trained: PyTree) -> tuple[Array, Loss]:
+            whole = freezing.merged(trained, params)
+            loss = loss_fn({**variables, **marks, "params": whole}, batch, key)
+            kept = {k: x for k, x in loss.collections.items() if k not in marks}
+            return loss.total, loss._replace(collections=kept)
+
+        return jax.grad(total, has_aux=True)(freezing.trained(params, freeze))
 
     if parts == 1:
         gradient, loss = part(variables, batch, key)
@@ -145,7 +158,8 @@ def accumulated_gradient(
             return (loss.collections, after), loss._replace(collections={})
 
         collections = {k: v for k, v in variables.items() if k != "params"}
-        nothing = jax.tree.map(jnp.zeros_like, variables["params"])
+        trained = freezing.trained(variables["params"], freeze)
+        nothing = jax.tree.map(jnp.zeros_like, trained)
         (collections, gradient), losses = jax.lax.scan(
             body, (collections, nothing), (split, jax.random.split(key, parts))
         )

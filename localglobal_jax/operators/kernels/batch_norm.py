@@ -30,6 +30,9 @@ from localglobal_jax.operators.activations import ACTIVATIONS, Activation
 from localglobal_jax.operators.dense import product
 from localglobal_jax.parallel import context
 
+# Collection of variables that marks the norms of frozen parts: these keep their running statistics,
+# and normalise by them in training, too. A collection reaches blocks in any form of `blocks.stack`.
+FROZEN_NORMS = "frozen_norms"
 Moments = tuple[Float[Array, " d"], Float[Array, " d"]]  # mean, biased variance
 
 
@@ -237,6 +240,10 @@ class BatchNorm(nn.Module):
     eps: float
     momentum: float = 0.9
 
+    def is_frozen(self) -> bool:
+        """Returns whether the norm keeps its running statistics, see `FROZEN_NORMS`."""
+        return self.has_variable(FROZEN_NORMS, "mark")
+
     @nn.compact
     def __call__(self, batch: Moments | None) -> Affine:
         """Returns the norm by the batch's moments and updates the running ones; None: by those."""
@@ -247,6 +254,7 @@ class BatchNorm(nn.Module):
         )
         scale = self.param("scale", nn.initializers.ones, shape)
         bias = self.param("bias", nn.initializers.zeros, shape)
+        batch = None if self.is_frozen() else batch
         mean, variance = batch or (running[0].value, running[1].value)
         if batch and not self.is_initializing():
             for old, new in zip(running, batch, strict=True):

@@ -15,6 +15,7 @@ from jaxtyping import PyTree
 from localglobal_jax.checkpoints.workdir import shown, write_atomically
 from localglobal_jax.config import schema
 from localglobal_jax.parallel import multihost, placement
+from localglobal_jax.training import freezing, optim
 from localglobal_jax.training.reporting import metrics_log, model_card, plots, progress
 from localglobal_jax.training.reporting.provenance import environment, versions
 from localglobal_jax.training.tasks import Task
@@ -30,6 +31,10 @@ def log_run_header(run: schema.Run, task: Task, params: PyTree, start: int) -> N
     if multihost.rank():
         return
     log.info("%s", progress.parameter_table(params))
+    if run.optim.freeze:
+        log.info("freeze   %s", freezing.summary(params, run.optim.freeze))
+    if run.optim.layer_decay < 1:
+        log.info("layers   %s", optim.layer_summary(params, run.optim))
     for summary in (task.summary, *(split.summary for split in task.evaluators.values())):
         if summary:
             log.info("data     %s", summary)
@@ -97,6 +102,11 @@ class MetricLogger:
                 text = "  ".join(f"{name} {value:.5g}" for name, value in line.items())
                 self._progress.print(f"step {step}  {split}: {text}")
 
+    def note(self, text: str) -> None:
+        """Shows a line of text."""
+        if self._progress:
+            self._progress.print(text)
+
     def flush(self) -> int | None:
         """Returns the `metrics_log.checksum` once it is on the disk; None on other ranks."""
         if self._writer:
@@ -121,9 +131,12 @@ def model_results(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def finish(
-    run: schema.Run, task: Task, directory: pathlib.Path, params: PyTree
+    run: schema.Run, task: Task, directory: pathlib.Path, params: PyTree, step: int
 ) -> dict[str, dict[str, float]]:
-    """Writes `model_card.md` and the learning curve; returns the last metrics. Rank 0 only."""
+    """Writes `model_card.md` and the learning curve; returns the last metrics. Rank 0 only.
+
+    `step`: the last one, fewer than ``steps`` if the run stopped early.
+    """
     last: dict[str, dict[str, float]] = {}
     if multihost.rank():
         return last
@@ -136,7 +149,7 @@ def finish(
         config=run.model_dump(mode="json"),
         data={"name": run.data.name, "training": task.summary},
         parameters=sum(x.size for x in jax.tree.leaves(params)),
-        steps=run.steps,
+        steps=step,
         metrics={split: model_results(line) for split, line in last.items()},
         use=task.use,
         versions=versions(),

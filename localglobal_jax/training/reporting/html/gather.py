@@ -25,7 +25,7 @@ from localglobal_jax.data.text import tokenizers
 from localglobal_jax.inference import load
 from localglobal_jax.inference.translator import Translator
 from localglobal_jax.models import registry
-from localglobal_jax.training import divergence
+from localglobal_jax.training import divergence, early_stopping
 from localglobal_jax.training.reporting import metrics_log
 from localglobal_jax.training.reporting.html.attempts import attempts
 from localglobal_jax.training.reporting.html.facts import Run
@@ -96,7 +96,9 @@ def gather(
     with _noted(run, "The checkpoint", (RuntimeError, OSError) if step else (Exception,)):
         found = load.read_variables(path, step)
     saved = [found[0] if found else 0, *(steps.scan(mirror.checkpoints) if step else ())]
-    run.state = _state(mirror.local, config, run.metrics, max(saved))
+    newest = found is not None and found[0] == max(saved)
+    stopped = newest and found is not None and early_stopping.has_stopped(config, found[2])
+    run.state = _state(mirror.local, config, run.metrics, max(saved), stopped)
     run.attempts = attempts(mirror.local, config.steps)
     if found is None:
         return run
@@ -143,11 +145,17 @@ def _finite(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def _state(
-    directory: pathlib.Path, config: schema.Run, lines: list[dict[str, Any]], saved: int
+    directory: pathlib.Path,
+    config: schema.Run,
+    lines: list[dict[str, Any]],
+    saved: int,
+    stopped: bool,
 ) -> str:
     step = max([saved, *(line["step"] for line in lines)])
     try:
         diverged = json.loads((directory / divergence.FILE).read_text(encoding="utf-8"))["step"]
         return f"diverged at step {diverged} of {config.steps}"
     except (OSError, ValueError, KeyError, TypeError):
+        if stopped:
+            return f"done: stopped early at step {saved:,} of {config.steps:,}"
         return "done" if saved >= config.steps else f"step {step:,} of {config.steps:,}"
