@@ -274,9 +274,13 @@ def _set(config: ConfigDict, field: str, read: Callable[[Any], Any]) -> Any:
 def _example(annotation: Any, value: Any) -> Any:
     """Returns an example of the type that a field has by its annotation; `value` if it has several.
 
+    None for a dict, a tuple or a name, as a Python literal tells them apart.
+
     The value of a config file may be None, or have another type: 1 for a number like 0.5.
     """
     kinds = [typing.get_origin(kind) or kind for kind in _types(annotation)]
+    if dict in kinds and len(kinds) > 1:
+        return None
     for kind in (str, bool, int, float, tuple):
         if kind in kinds:
             return kind()

@@ -30,6 +30,7 @@ Side = Annotated[int, Field(gt=0, le=16384)]  # pixels
 Threads = Annotated[int, Field(gt=0, le=1024)]
 Workers = Annotated[int, Field(ge=0, le=1024)]
 Alpha = Annotated[float, Field(ge=0, le=1000)]  # of a Beta distribution
+Weight = Annotated[float, Field(gt=0, le=1e6)]  # of a class
 
 
 def _number(value: Any) -> Any:
@@ -88,6 +89,10 @@ class Images(Section):
     randaugment_layers: Annotated[int, Field(ge=0, le=100)] = 0
     randaugment_magnitude: Annotated[int, Field(ge=0, le=30)] = 15  # strength of each operation
     erase: Fraction = 0.0  # probability of erasing a random rectangle (arXiv 1708.04896)
+    # Factors of the classes' images in the training loss: "none"; "balanced" (n / (classes * images
+    # of the class)); your own, one per class in their order, or by name ({"cat": 2.0}, others 1).
+    # Evaluations stay unweighted, and also report the mean recall of the classes
+    class_weights: Literal["none", "balanced"] | dict[str, Weight] | tuple[Weight, ...] = "none"
     max_bad_records: NonNegativeInt = 0  # records that may fail to decode; they are masked
     threads: Threads = 4  # decoding threads of one host, or of each worker
     # Processes of one host that make batches, two ahead each, for images that are decoded anew for

@@ -6,6 +6,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
 
+def smooth(targets: Float[Array, "*b v"], label_smoothing: float) -> Float[Array, "*b v"]:
+    """Returns distributions of which a share is spread evenly over all v classes."""
+    return (1 - label_smoothing) * targets + label_smoothing / targets.shape[-1]
+
+
 def cross_entropy(
     logits: Float[Array, "*b v"],
     targets: Integer[Array, "*b"] | Float[Array, "*b v"],
@@ -16,8 +21,8 @@ def cross_entropy(
 
     Args:
       logits: any leading axes; v classes.
-      targets: class numbers in [0, v), or a distribution over the classes (MixUp, CutMix). A
-        number out of range gives NaN: mask those positions.
+      targets: class numbers in [0, v), or a distribution over the classes (MixUp, CutMix), whose
+        classes may be weighted. A number out of range gives NaN: mask those positions.
       label_smoothing: fraction of every target that is spread evenly over all v classes
         (arXiv 1512.00567, section 7).
     """

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Integer, Shaped
 
@@ -59,6 +60,16 @@ def classification(
     return sums
 
 
+def recalls(
+    logits: Float[Array, "b v"], labels: Integer[Array, " b"], mask: Shaped[Array, " b"]
+) -> tuple[Integer[Array, " v"], Integer[Array, " v"]]:
+    """Returns hits and images of every class; `compute` makes the mean recall of them."""
+    classes = jnp.arange(logits.shape[-1])[None]
+    mine = (labels[:, None] == classes) & mask.astype(bool)[:, None]
+    right = (logits.argmax(-1) == labels)[:, None]
+    return jnp.sum(mine & right, 0, dtype=jnp.int32), jnp.sum(mine, 0, dtype=jnp.int32)
+
+
 def tokens(
     logits: Float[Array, "b l v"], targets: Integer[Array, "b l"], mask: Shaped[Array, "b l"]
 ) -> Sums:
@@ -83,8 +94,16 @@ def merge(a: Sums, b: Sums) -> Sums:
 
 
 def compute(sums: Mapping[str, tuple]) -> dict[str, float]:
-    """Returns sum / count as floats (NaN where the count is 0), and ``count``, an int."""
+    """Returns sum / count as floats (NaN where the count is 0), and ``count``, an int.
+
+    Of a metric per class the mean over the classes that occur.
+    """
     result = {}
     for name, (total, count) in sums.items():
-        result[name] = float(total) / int(count) if int(count) else float("nan")
-    return result | {"count": max((int(count) for _, count in sums.values()), default=0)}
+        if np.ndim(count):
+            there = np.asarray(count) > 0
+            each = np.asarray(total, np.float64)[there] / np.asarray(count)[there]
+            result[name] = float(each.mean()) if len(each) else float("nan")
+        else:
+            result[name] = float(total) / int(count) if int(count) else float("nan")
+    return result | {"count": max((int(np.sum(count)) for _, count in sums.values()), default=0)}

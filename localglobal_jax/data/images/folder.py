@@ -161,6 +161,9 @@ class FolderReader:
         data, label = record
         return readers.decode(data, self.channels, part), label
 
+    def label(self, record: tuple[bytes, int]) -> int:
+        return record[1]
+
     def bad(self, index: int, why: object) -> records.BadRecord:
         return records.BadRecord(
             f"{self.pictures[index].path}: {why}. Mend or remove it, or skip a few such files "

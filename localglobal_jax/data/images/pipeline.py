@@ -169,6 +169,25 @@ class ImageSource:
         """Number of bad records tolerated so far."""
         return len(self._tolerance.seen)
 
+    def class_counts(self) -> list[int]:
+        """Returns the number of images of every class, without those known to be bad.
+
+        Reads every record of a TFDS data set that is not in memory.
+        """
+        if self._memory is not None:
+            _, labels, mask = self._memory
+            return np.bincount(labels[mask > 0], minlength=self.classes).tolist()
+        if isinstance(self._reader, folder.FolderReader):
+            return [*self._reader.balance().values()]
+        counts = np.zeros(self.classes, np.int64)
+        for start in range(0, len(self), BLOCK):
+            numbers = range(start, min(start + BLOCK, len(self)))
+            for record in self._reader.block(numbers):
+                label = -1 if isinstance(record, records.BadRecord) else self._reader.label(record)
+                if 0 <= label < self.classes:  # a wrong one is met, and counted, in training
+                    counts[label] += 1
+        return counts.tolist()
+
     def batch(self, index: np.ndarray, draws: PositionRng | None) -> Batch:
         """Returns a batch; see `loader.Source`. A training split has no evaluation batches."""
         if (draws is not None) != self._train:

@@ -59,6 +59,9 @@ class Reader(Protocol):
         Any exception marks a bad record.
         """
 
+    def label(self, record: Any) -> int:
+        """Returns the label of a record, whose image is not decoded."""
+
     def bad(self, index: int, why: Any) -> records.BadRecord: ...
 
 
@@ -161,10 +164,13 @@ class RecordReader:
             image = cut(image, part((image.shape[0], image.shape[1])))
         if not part:
             self._check((image.shape[0], image.shape[1]))
+        return image, self.label(record)
+
+    def label(self, record: Any) -> int:
         label = np.asarray(record[self._label])
         if label.size != 1 or label.dtype.kind not in "iub":  # int() would make 2 of 2.7
             raise TypeError(f"its label is {record[self._label]!r}, want a whole number")
-        return image, int(label.item())
+        return int(label.item())
 
     def _part(self, part: Part, shape: tuple[int, int]) -> Box:
         self._check(shape)
@@ -191,12 +197,15 @@ class MockReader:
         return indices
 
     def decode(self, record: int, part: Part | None = None) -> tuple[np.ndarray, int]:
-        label = record % self.classes
+        label = self.label(record)
         pattern = np.random.default_rng([label]).integers(0, 192, (4, 4, self.channels), np.uint8)
         image = augment.resize(pattern, self._size)
         noise = np.random.default_rng([record, self._train]).integers(0, 64, image.shape, np.uint8)
         image = cv2.add(image, noise).reshape(image.shape)
         return cut(image, part(self._size)) if part else image, label
+
+    def label(self, record: int) -> int:
+        return record % self.classes
 
     def bad(self, index: int, why: Any) -> records.BadRecord:
         return records.BadRecord(f"mock record {index}: {why}")

@@ -2,14 +2,14 @@
 """Image classification: a batch is images and labels."""
 
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from localglobal_jax.config import schema
+from localglobal_jax.config import schema, validation
 from localglobal_jax.data import loader
 from localglobal_jax.data.images import device_ops, pipeline
 from localglobal_jax.data.images.device_ops import normalize
@@ -58,6 +58,11 @@ def create(
         where = f"config.model, on images of data.image_size={run.data.image_size}"
         raise ValueError(f"{where}: {error}") from error
     source = pipeline.open_split(run.data, run.data.train_split, train=True) if train else None
+    names = pipeline.class_names(run.data)
+    weights = class_weights(run.data, names, classes, source)
+    factors = None
+    if weights is not None:  # classes that the data set does not have are never seen
+        factors = jnp.asarray([*weights, *[1.0] * (model.classes - classes)], jnp.float32)
 
     def train_batches(start: int, stop: int) -> Iterator[HostBatch]:
         assert source is not None, "this task was created with train=False"
@@ -76,7 +81,7 @@ def create(
         model=model,
         model_spec=spec,
         inputs=(example,),
-        loss=lambda variables, batch, key: loss(model, run, variables, batch, key),
+        loss=lambda variables, batch, key: loss(model, run, variables, batch, key, weights=factors),
         train_batches=train_batches,
         evaluators={
             split: create_evaluator(model, run, split, shard=shard)
@@ -86,9 +91,50 @@ def create(
         order=size,
         use=USE,
         summary=f"{run.data.name}/{run.data.train_split}: {size} {'x'.join(map(str, shape))}, "
-        f"{classes} classes",
-        labels=pipeline.class_names(run.data),
+        f"{classes} classes{_shown(weights)}",
+        labels=names,
     )
+
+
+def class_weights(
+    options: schema.Images,
+    names: Sequence[str],
+    classes: int,
+    source: pipeline.ImageSource | None,
+) -> list[float] | None:
+    """Returns the factor of every class in the training loss; None if all are 1.
+
+    "balanced" is n / (classes * images of the class), as in scikit-learn, over the classes with
+    images; a class without any has 0. Without a `source` there is no training: None.
+
+    Raises ValueError for a class that the data set does not have, or another number of weights.
+    """
+    given = options.class_weights
+    if isinstance(given, Mapping):
+        known = names or tuple(map(str, range(classes)))
+        for name in given:
+            if name not in known:
+                raise validation.unknown("class in data.class_weights:", name, known)
+        return [given.get(name, 1.0) for name in known]
+    if isinstance(given, tuple):
+        if len(given) != classes:
+            raise ValueError(
+                f"data.class_weights={given} are {len(given)} weights, but {options.name} has "
+                f"{classes} classes: give one per class, or names, such as {{'{0}': 2.0}}"
+            )
+        return [*given]
+    if given == "none" or source is None:
+        return None
+    counts = source.class_counts()
+    there = sum(count > 0 for count in counts)
+    return [sum(counts) / (there * count) if count else 0.0 for count in counts]
+
+
+def _shown(weights: Sequence[float] | None) -> str:
+    if weights is None:
+        return ""
+    more = ", ..." if len(weights) > 20 else ""
+    return f", weights {', '.join(f'{w:.4g}' for w in weights[:20])}{more}"
 
 
 def create_evaluator(
@@ -105,11 +151,17 @@ def create_evaluator(
 
     def measure(variables: Variables, batch: Batch) -> metrics.Sums:
         logits, _ = model.apply(variables, normalize(batch["image"], run.data), train=False)
-        return metrics.classification(logits, batch["label"], batch["mask"])
+        return measured(logits, batch["label"], batch["mask"])
+
+    def measured(logits: jax.Array, label: jax.Array, mask: jax.Array) -> metrics.Sums:
+        sums = metrics.classification(logits, label, mask)
+        if run.data.class_weights == "none":
+            return sums
+        return {**sums, "mean_recall": metrics.recalls(logits, label, mask)}
 
     row = jax.ShapeDtypeStruct((1, model.classes), jnp.float32)
     one = jax.ShapeDtypeStruct((1,), jnp.int32)
-    names = (*jax.eval_shape(metrics.classification, row, one, one), "count")
+    names = (*jax.eval_shape(measured, row, one, one), "count")
     return Evaluator(batches, measure, names, size=lambda: len(source) - source.skipped)
 
 
@@ -119,8 +171,14 @@ def loss(
     variables: Variables,
     batch: Batch,
     key: jax.Array,
+    *,
+    weights: jax.Array | None = None,
 ) -> Loss:
     """Computes the cross-entropy of a training batch, on mixed images under MixUp or CutMix.
+
+    With `weights` of the classes (``float32 [classes]``) the loss is sum_c w_c t_c (-log p_c) over
+    sum_c w_c t'_c, both summed over the images, as in PyTorch: t is the label, mixed and smoothed,
+    t' is not smoothed. The reported "loss" is without weights, "weighted_loss" is with them.
 
     For a model that also classifies every token ("aux_logits", VOLO) the mean loss of its tokens is
     added (arXiv 2104.10858, equation 3); without label maps of a teacher, a token has the label of
@@ -141,16 +199,30 @@ def loss(
         rngs={"dropout": dropout_key},
         mutable=[name for name in variables if name != "params"],
     )
-    cross_entropy = partial(losses.cross_entropy, label_smoothing=run.task.label_smoothing)
+    smoothing = run.task.label_smoothing
     class_target = target
     if "mix_box" in found:
         own = mix_token.kept_share(found["mix_box"], found["aux_logits"].shape[1:3])
         class_target = own * target + (1 - own) * target[::-1]
-    each = cross_entropy(logits, class_target)
-    if "aux_logits" in found:
-        token_target = jnp.broadcast_to(target[:, None, None], found["aux_logits"].shape)
-        tokens = cross_entropy(found["aux_logits"], token_target).mean((1, 2))
-        each = each + run.task.token_weight * tokens
-    total, weight = jnp.sum(each * mask), jnp.sum(mask)
+
+    def summed(cross_entropy: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
+        each = cross_entropy(logits, class_target)
+        if "aux_logits" in found:
+            token_target = jnp.broadcast_to(target[:, None, None], found["aux_logits"].shape)
+            tokens = cross_entropy(found["aux_logits"], token_target).mean((1, 2))
+            each = each + run.task.token_weight * tokens
+        return jnp.sum(each * mask)
+
+    total, weight = summed(partial(losses.cross_entropy, label_smoothing=smoothing)), jnp.sum(mask)
     sums = metrics.classification(logits, batch["label"], mask)
-    return Loss(total, weight, {**sums, "loss": (total, weight)}, collections)
+    sums = {**sums, "loss": (total, weight)}
+    if weights is not None:
+
+        def weighted(logits: jax.Array, target: jax.Array) -> jax.Array:
+            factors = jnp.broadcast_to(weights, target.shape)
+            return losses.cross_entropy(logits, factors * losses.smooth(target, smoothing))
+
+        total = summed(weighted)
+        weight = jnp.sum(mask * (class_target @ weights))
+        sums["weighted_loss"] = total, weight
+    return Loss(total, weight, sums, collections)
