@@ -162,6 +162,8 @@ class Classification(Section):
     """Classification of images: loss and mixing of images."""
 
     name: Literal["classification"] = "classification"
+    # softmax: cross-entropy; sigmoid: binary cross-entropy of every class, summed over the classes
+    loss: Literal["softmax", "sigmoid"] = "softmax"
     label_smoothing: Fraction = 0.0  # probability mass spread over all classes
     mixup: Alpha = 0.0  # alpha of Beta(alpha, alpha) (arXiv 1710.09412); 0: off
     # alpha of Beta(alpha, alpha) (arXiv 1905.04899); 0: off. With mixup on too, each batch uses one
@@ -198,10 +200,11 @@ class Optim(Section):
 
     name: Literal["adamw", "sgd"] = "adamw"
     learning_rate: PositiveFloat = 1e-3  # after the warm-up
-    schedule: Literal["cosine", "constant", "rsqrt"] = "cosine"  # rsqrt: peak * sqrt(warmup / step)
+    # After the warm-up; rsqrt: peak * sqrt(warmup / step)
+    schedule: Literal["cosine", "linear", "constant", "rsqrt"] = "cosine"
     warmup_steps: NonNegativeInt = 0  # linear
     init_learning_rate: NonNegativeFloat = 0.0  # at the first step of the warm-up
-    end_learning_rate: NonNegativeFloat = 0.0  # at the last step of the cosine
+    end_learning_rate: NonNegativeFloat = 0.0  # at the last step of "cosine" and "linear"
     b1: Fraction = 0.9  # adamw: decay of the mean of the gradient, per step
     b2: Fraction = 0.999  # adamw: decay of the mean of its square, per step
     eps: PositiveFloat = 1e-8  # adamw: added to the square root

@@ -11,6 +11,17 @@ def smooth(targets: Float[Array, "*b v"], label_smoothing: float) -> Float[Array
     return (1 - label_smoothing) * targets + label_smoothing / targets.shape[-1]
 
 
+def binary_cross_entropy(
+    logits: Float[Array, "*b v"], targets: Float[Array, "*b v"]
+) -> Float[Array, "*b"]:
+    """Cross-entropy of a sigmoid per class, summed over the classes, in nats, in float32.
+
+    ``targets``: a probability per class, which need not sum to 1.
+    """
+    wide = logits.astype(jnp.float32)
+    return jnp.sum(jax.nn.softplus(wide) - targets.astype(jnp.float32) * wide, -1)
+
+
 def cross_entropy(
     logits: Float[Array, "*b v"],
     targets: Integer[Array, "*b"] | Float[Array, "*b v"],

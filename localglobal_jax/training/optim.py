@@ -25,8 +25,8 @@ def make_schedule(options: schema.Optim, steps: int) -> optax.Schedule:
 
     Linear from ``init_learning_rate`` to ``learning_rate`` over ``warmup_steps`` (from 0, the first
     update moves nothing), then: ``cosine`` to ``end_learning_rate`` at ``steps`` (arXiv 1608.03983,
-    one cycle); ``constant``; or ``rsqrt``, peak * sqrt(warmup / step) (arXiv 1706.03762, section
-    5.3).
+    one cycle); ``linear`` to it; ``constant``; or ``rsqrt``, peak * sqrt(warmup / step) (arXiv
+    1706.03762, section 5.3).
 
     Raises:
       ValueError: the warm-up is longer than the run.
@@ -41,6 +41,8 @@ def make_schedule(options: schema.Optim, steps: int) -> optax.Schedule:
     after: optax.Schedule
     if options.schedule == "cosine":
         after = optax.cosine_decay_schedule(peak, max(steps - warmup, 1), alpha=end / peak)
+    elif options.schedule == "linear":
+        after = optax.linear_schedule(peak, end, max(steps - warmup, 1))
     elif options.schedule == "rsqrt":
         first = max(warmup, 1)  # optax has no such schedule; `count` begins after the warm-up
         after = lambda count: peak * jnp.sqrt(first / jnp.maximum(count + warmup, first))  # noqa: E731

@@ -72,3 +72,20 @@ def test_any_integer_type_is_a_label(dtype):
     labels = jnp.array([1, 2, 3])
     loss = losses.cross_entropy(logits, labels.astype(dtype))
     np.testing.assert_array_equal(loss, losses.cross_entropy(logits, labels))
+
+
+def test_binary_cross_entropy_is_that_of_its_formula():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 5, (4, 3, 7))
+    targets = rng.dirichlet(np.ones(7), (4, 3))
+    p = 1 / (1 + np.exp(-logits))
+    expected = -(targets * np.log(p) + (1 - targets) * np.log(1 - p)).sum(-1)
+    arrays = jnp.asarray(logits, jnp.float32), jnp.asarray(targets, jnp.float32)
+    np.testing.assert_allclose(losses.binary_cross_entropy(*arrays), expected, rtol=1e-5)
+    far = jnp.array([[1e4, -1e4]], jnp.float32), jnp.array([[0.0, 1.0]], jnp.float32)
+    np.testing.assert_allclose(losses.binary_cross_entropy(*far), [2e4])
+
+
+def test_smoothing_spreads_over_all_classes():
+    found = losses.smooth(jnp.array([[1.0, 0, 0, 0]]), 0.2)
+    np.testing.assert_allclose(found, [[0.85, 0.05, 0.05, 0.05]], rtol=1e-6)

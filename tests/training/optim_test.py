@@ -25,14 +25,14 @@ def filled(seed):
     return tree.unflatten([jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes])
 
 
-@pytest.mark.parametrize("name", ["cosine", "constant", "rsqrt"])
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant", "rsqrt"])
 def test_schedule_warms_up_to_the_peak_and_never_exceeds_it(name):
     options = schema.Optim(learning_rate=0.5, schedule=name, warmup_steps=10, end_learning_rate=0.1)
     rates = np.array([optim.make_schedule(options, 100)(step) for step in range(101)])
     np.testing.assert_allclose(rates[:11], np.linspace(0, 0.5, 11), rtol=1e-6)
     assert rates.max() == rates[10]
     assert (np.diff(rates[10:]) <= 0).all()
-    end = {"cosine": 0.1, "constant": 0.5, "rsqrt": 0.5 * np.sqrt(0.1)}[name]
+    end = {"cosine": 0.1, "linear": 0.1, "constant": 0.5, "rsqrt": 0.5 * np.sqrt(0.1)}[name]
     np.testing.assert_allclose(rates[100], end, rtol=1e-6)
 
 
@@ -50,12 +50,14 @@ def closed_form(options, steps, count):
     if options.schedule == "cosine":
         done = min((count - warmup) / max(steps - warmup, 1), 1)
         return end + (peak - end) * (1 + np.cos(np.pi * done)) / 2
+    if options.schedule == "linear":
+        return peak + (end - peak) * min((count - warmup) / max(steps - warmup, 1), 1)
     if options.schedule == "rsqrt":
         return peak * np.sqrt(max(warmup, 1) / max(count, warmup, 1))
     return peak
 
 
-@pytest.mark.parametrize("name", ["cosine", "constant", "rsqrt"])
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant", "rsqrt"])
 @pytest.mark.parametrize("steps", [1, 10, 300_000])
 @pytest.mark.parametrize("warmup", [0, 1, 7, 10_000])
 @pytest.mark.parametrize("first", [0.0, 1e-5, 0.9])

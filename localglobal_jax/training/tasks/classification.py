@@ -3,7 +3,6 @@
 
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 
 import flax.linen as nn
 import jax
@@ -155,9 +154,12 @@ def create_evaluator(
 
     def measured(logits: jax.Array, label: jax.Array, mask: jax.Array) -> metrics.Sums:
         sums = metrics.classification(logits, label, mask)
-        if run.data.class_weights == "none":
-            return sums
-        return {**sums, "mean_recall": metrics.recalls(logits, label, mask)}
+        if run.task.loss == "sigmoid":
+            each = losses.binary_cross_entropy(logits, jax.nn.one_hot(label, logits.shape[-1]))
+            sums["loss"] = jnp.sum(jnp.where(mask > 0, each, 0)), sums["loss"][1]
+        if run.data.class_weights != "none":
+            sums["mean_recall"] = metrics.recalls(logits, label, mask)
+        return sums
 
     row = jax.ShapeDtypeStruct((1, model.classes), jnp.float32)
     one = jax.ShapeDtypeStruct((1,), jnp.int32)
@@ -178,7 +180,8 @@ def loss(
 
     With `weights` of the classes (``float32 [classes]``) the loss is sum_c w_c t_c (-log p_c) over
     sum_c w_c t'_c, both summed over the images, as in PyTorch: t is the label, mixed and smoothed,
-    t' is not smoothed. The reported "loss" is without weights, "weighted_loss" is with them.
+    t' is not smoothed. Under ``task.loss=sigmoid`` an image has the weight sum_c w_c t'_c. The
+    reported "loss" is without weights, "weighted_loss" is with them.
 
     For a model that also classifies every token ("aux_logits", VOLO) the mean loss of its tokens is
     added (arXiv 2104.10858, equation 3); without label maps of a teacher, a token has the label of
@@ -199,7 +202,6 @@ def loss(
         rngs={"dropout": dropout_key},
         mutable=[name for name in variables if name != "params"],
     )
-    smoothing = run.task.label_smoothing
     class_target = target
     if "mix_box" in found:
         own = mix_token.kept_share(found["mix_box"], found["aux_logits"].shape[1:3])
@@ -213,16 +215,34 @@ def loss(
             each = each + run.task.token_weight * tokens
         return jnp.sum(each * mask)
 
-    total, weight = summed(partial(losses.cross_entropy, label_smoothing=smoothing)), jnp.sum(mask)
+    total = summed(_loss_of(run.task))
+    weight = jnp.sum(mask)
     sums = metrics.classification(logits, batch["label"], mask)
     sums = {**sums, "loss": (total, weight)}
     if weights is not None:
-
-        def weighted(logits: jax.Array, target: jax.Array) -> jax.Array:
-            factors = jnp.broadcast_to(weights, target.shape)
-            return losses.cross_entropy(logits, factors * losses.smooth(target, smoothing))
-
-        total = summed(weighted)
+        total = summed(_loss_of(run.task, weights))
         weight = jnp.sum(mask * (class_target @ weights))
         sums["weighted_loss"] = total, weight
     return Loss(total, weight, sums, collections)
+
+
+def _loss_of(
+    options: schema.Classification, weights: jax.Array | None = None
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Returns the loss per logits and target (a distribution over the classes)."""
+    smoothing = options.label_smoothing
+
+    def weighted(logits: jax.Array, target: jax.Array) -> jax.Array:
+        assert weights is not None
+        factors = jnp.broadcast_to(weights, target.shape)
+        if options.loss == "softmax":
+            return losses.cross_entropy(logits, factors * losses.smooth(target, smoothing))
+        each = losses.binary_cross_entropy(logits, losses.smooth(target, smoothing))
+        return jnp.sum(factors * target, -1) * each
+
+    def plain(logits: jax.Array, target: jax.Array) -> jax.Array:
+        if options.loss == "softmax":
+            return losses.cross_entropy(logits, target, label_smoothing=smoothing)
+        return losses.binary_cross_entropy(logits, losses.smooth(target, smoothing))
+
+    return plain if weights is None else weighted

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from localglobal_jax import load
 from localglobal_jax.config import loading, schema, validation
 from localglobal_jax.data.images import device_ops, pipeline
 from localglobal_jax.models import mix_token
@@ -56,11 +57,17 @@ def log_p(x):
 @pytest.mark.parametrize("mixup", [0.0, 0.8])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("tokens", [False, True])
-def test_the_loss_is_that_of_its_formula(tokens, smoothing, mixup):
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_the_loss_is_that_of_its_formula(kind, tokens, smoothing, mixup):
     run = validation.check(
         {
             "model": {"name": "m"},
-            "task": {"mixup": mixup, "label_smoothing": smoothing, "token_weight": 0.5},
+            "task": {
+                "loss": kind,
+                "mixup": mixup,
+                "label_smoothing": smoothing,
+                "token_weight": 0.5,
+            },
         }
     )
     model, batch, key = Pixels(tokens), batch_of(), jax.random.key(5)
@@ -86,6 +93,10 @@ def test_the_loss_is_that_of_its_formula(tokens, smoothing, mixup):
 
     def crossed(target, logits, weights):
         smooth = (1 - smoothing) * target + smoothing / 3
+        if kind == "sigmoid":
+            p = 1 / (1 + np.exp(-np.asarray(logits, np.float64)))
+            each = -(smooth * np.log(p) + (1 - smooth) * np.log(1 - p)).sum(-1)
+            return (weights * target).sum(-1) * each
         return -(weights * smooth * log_p(logits)).sum(-1)
 
     for weights, (total, weight) in (
@@ -233,3 +244,20 @@ def test_a_wrong_class_is_known_before_anything_is_written(data_dir, tmp_path):
         loop.train(run, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     assert create_task(run.model_copy(update={"data": schema.Images(dir=data_dir)})).labels == ()
+
+
+def test_a_run_with_the_sigmoid_loss_also_evaluates_it(data_dir, tmp_path):
+    given = {"steps": "2", "data.dir": data_dir, "task.loss": "sigmoid"}
+    run = validation.check(
+        loading.load(f"{CONFIG}:size=tiny", {**given, "optim.warmup_steps": "0"})
+    )
+    found = loop.train(run, tmp_path)["test"]
+    module, variables = load(tmp_path)
+    source = pipeline.open_split(run.data, "test", train=False)
+    batch = source.batch(np.arange(len(source)), None)
+    image = device_ops.normalize(jnp.asarray(batch["image"]), run.data)
+    logits = np.asarray(module.apply(variables, image, train=False)[0], np.float64)
+    target = np.eye(10)[batch["label"]]
+    p = 1 / (1 + np.exp(-logits))
+    expected = -(target * np.log(p) + (1 - target) * np.log(1 - p)).sum(-1).mean()
+    assert found["loss"] == pytest.approx(expected, rel=1e-4)
