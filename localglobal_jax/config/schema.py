@@ -88,6 +88,10 @@ class Images(Section):
     # Operations per image (RandAugment, arXiv 1909.13719); 0: off
     randaugment_layers: Annotated[int, Field(ge=0, le=100)] = 0
     randaugment_magnitude: Annotated[int, Field(ge=0, le=30)] = 15  # strength of each operation
+    # Operations, and what a magnitude means to them: see `data/images/randaugment.py`
+    randaugment_scale: Literal["own", "timm", "tf"] = "own"
+    randaugment_probability: Share = 1.0  # of each operation to be applied
+    randaugment_noise: Annotated[float, Field(ge=0, le=30)] = 0.0  # deviation of the magnitude
     erase: Fraction = 0.0  # probability of erasing a random rectangle (arXiv 1708.04896)
     # Factors of the classes' images in the training loss: "none"; "balanced" (n / (classes * images
     # of the class)); your own, one per class in their order, or by name ({"cat": 2.0}, others 1).

@@ -340,9 +340,16 @@ class ImageSource:
         if options.randaugment_layers or options.erase:
 
             def change(image: np.ndarray, i: int) -> np.ndarray:
-                generator, layers = draws.generator(i, CHANGE), options.randaugment_layers
-                magnitude = options.randaugment_magnitude
-                image = randaugment.randaugment(image, layers, magnitude, generator)
+                generator = draws.generator(i, CHANGE)
+                image = randaugment.randaugment(
+                    image,
+                    options.randaugment_layers,
+                    options.randaugment_magnitude,
+                    generator,
+                    scale=options.randaugment_scale,
+                    probability=options.randaugment_probability,
+                    noise=options.randaugment_noise,
+                )
                 return augment.random_erase(image, options.erase, generator)
 
             images = np.stack(list(self._pool.map(change, images, range(len(images)))))
