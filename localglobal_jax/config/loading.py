@@ -256,7 +256,9 @@ def _set(config: ConfigDict, field: str, read: Callable[[Any], Any]) -> Any:
         default = None  # of a required placeholder without a value
         with contextlib.suppress(RequiredValueError):
             default = section[leaf]
-    if leaf in fields and not isinstance(default, ConfigDict):
+    if leaf in fields and _may_be_dict(fields[leaf].annotation):
+        default = None  # neither a section nor of one type: a Python literal, or a name
+    elif leaf in fields and not isinstance(default, ConfigDict):
         default = _example(fields[leaf].annotation, default)
     is_section = isinstance(default, ConfigDict | pydantic.BaseModel)
     free = isinstance(default, ConfigDict) and section_of(known, leaf) is None and bool(parents)
@@ -274,17 +276,19 @@ def _set(config: ConfigDict, field: str, read: Callable[[Any], Any]) -> Any:
 def _example(annotation: Any, value: Any) -> Any:
     """Returns an example of the type that a field has by its annotation; `value` if it has several.
 
-    None for a dict, a tuple or a name, as a Python literal tells them apart.
-
     The value of a config file may be None, or have another type: 1 for a number like 0.5.
     """
     kinds = [typing.get_origin(kind) or kind for kind in _types(annotation)]
-    if dict in kinds and len(kinds) > 1:
-        return None
     for kind in (str, bool, int, float, tuple):
         if kind in kinds:
             return kind()
     return value
+
+
+def _may_be_dict(annotation: Any) -> bool:
+    """Returns whether a dict is one of several alternatives of an annotation."""
+    kinds = [typing.get_origin(kind) or kind for kind in _types(annotation)]
+    return dict in kinds and len(kinds) > 1
 
 
 def _types(annotation: Any) -> list[Any]:
