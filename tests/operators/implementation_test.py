@@ -231,6 +231,7 @@ def test_attention_that_cudnn_cannot_do_is_left_to_xla(shapes, options, cudnn):
 
 def test_attention_without_the_plugin_of_cuda_is_left_to_xla(monkeypatch):
     kernels.has_cudnn.cache_clear()
+    jax.clear_caches()  # of what the call below was traced to
 
     def none(*_, **__):
         raise RuntimeError("cuDNN is not detected.")
@@ -240,8 +241,39 @@ def test_attention_without_the_plugin_of_cuda_is_left_to_xla(monkeypatch):
     kernels.has_cudnn.cache_clear()
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_attention_in_bfloat16_loses_no_more_than_the_reference(dropout, platform):
+    """Against float32, of the same rounded inputs."""
+    shapes = [(3, 16, 2, 8), (3, 24, 2, 8), (3, 24, 2, 8)]
+    keys = jax.random.split(jax.random.key(0), 6)
+    args = [2 * jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=False)]
+    args = [x.astype(jnp.bfloat16) for x in args]
+    bias = jax.random.normal(keys[3], (2, 16, 24))
+    mask = jax.random.bernoulli(keys[4], 0.8, (3, 1, 1, 24))
+    kept = jax.random.bernoulli(keys[5], 0.7, (3, 2, 16, 24)) if dropout else None
+
+    def step(args, bias):
+        def loss(args, bias):
+            y = attend(*args, bias=bias, mask=mask, kept=kept, dropout=dropout)
+            return jnp.sum(jnp.sin(y.astype(jnp.float32)))
+
+        return jax.grad(loss, argnums=(0, 1))(args, bias)
+
+    exact = implemented("reference", step, [x.astype(jnp.float32) for x in args], bias)
+    fused, reference = (
+        jax.tree.map(
+            lambda a, b: float(jnp.linalg.norm(a.astype(jnp.float32) - b)),
+            implemented(name, step, args, bias),
+            exact,
+        )
+        for name in ("fused", "reference")
+    )
+    for ours, theirs in zip(jax.tree.leaves(fused), jax.tree.leaves(reference), strict=True):
+        assert ours <= 1.25 * theirs
+
+
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_activations(name):
+def test_activations(name, platform):
     x = jnp.linspace(-9, 9, 400)
     same(jax.value_and_grad(lambda x: jnp.sum(ACTIVATIONS[name](x))), x, rtol=1e-6)
     same(ACTIVATIONS[name], x.astype(jnp.bfloat16), rtol=1e-2)  # jax rounds between its steps

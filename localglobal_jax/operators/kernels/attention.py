@@ -116,7 +116,7 @@ def attend_cudnn(query: Array, key: Array, value: Array, bias: Array | None) -> 
     return jnp.moveaxis(y, at, -3)
 
 
-NOTHING = -1e9  # added to a logit; exp of it is zero
+NOTHING = -3e4  # added to a logit, whose exp is zero then; float16 has it
 
 
 def _pad(x: Array, axis: int, after: int, value: float = 0.0) -> Array:
@@ -142,16 +142,44 @@ def attend_stored(keep: float, *inputs: Any) -> Array:
 
 
 def _attend_forward(keep: float, *inputs: Any) -> tuple[Array, Any]:
+    numerators = partial(_numerator_forward, keep)
+    stored, total, y = lax.platform_dependent(
+        *inputs,
+        cuda=partial(_weights_forward, keep),
+        tpu=partial(numerators, twice=True),
+        default=numerators,
+    )
+    return y, (*inputs, stored, total, y)
+
+
+def _numerator_forward(keep: float, *inputs: Any, twice: bool = False) -> tuple[Array, ...]:
     query, key, value, bias, mask, kept = inputs
     query, key, value = _by_heads(query, key, value)
-    exponentials, total = lax.platform_dependent(
-        query, key, bias, mask, tpu=partial(numerator, twice=True), default=numerator
-    )
+    exponentials, total = numerator(query, key, bias, mask, twice=twice)
     exponentials = exponentials.astype(value.dtype)
     left = _where(kept, exponentials)
     y = jnp.einsum("...nlm,...nmv->...nlv", left, value, preferred_element_type=total.dtype)
     (y,) = _by_heads((y / (total * keep)).astype(value.dtype))
-    return y, (*inputs, exponentials, total, y)
+    return exponentials, total, y
+
+
+def _weights_forward(keep: float, *inputs: Any) -> tuple[Array, ...]:
+    """Stores the weights of the values; of those that dropout takes away, their negatives.
+
+    For GPU. A softmax is one kernel there, which reads the logits once, and the mask of dropout
+    needs no array of its own.
+    """
+    query, key, value, bias, mask, kept = inputs
+    query, key, value = _by_heads(query, key, value)
+    weights = jax.nn.softmax(_logits(query, key, bias, mask), -1)
+    total = jnp.zeros_like(weights[..., :1])  # not used
+    if kept is not None:
+        weights = jnp.where(kept, weights / keep, -weights)
+    # Behind a barrier: XLA would store the logits in float32 for the backward pass.
+    weights = lax.optimization_barrier(weights.astype(value.dtype))
+    left = weights if kept is None else jnp.maximum(weights, 0)
+    (y,) = _by_heads(jnp.einsum("...nlm,...nmv->...nlv", left, value))
+    return weights, total, y
 
 
 def numerator(
@@ -174,25 +202,68 @@ def numerator(
 
 
 def _attend_backward(keep: float, saved: Any, g: Array) -> tuple[Array | None, ...]:
-    query, key, value, bias, mask, kept, exponentials, total, y = saved
-    wide, scale = total.dtype, query.shape[-1] ** -0.5
-    subtracted = jnp.sum(g.astype(wide) * y.astype(wide), -1)[..., None].swapaxes(-3, -2)
+    gradients = lax.platform_dependent(
+        *saved, g, cuda=partial(_weights_backward, keep), default=partial(_numerator_backward, keep)
+    )
+    return (*gradients, None, None)
+
+
+def _numerator_backward(keep: float, *saved: Any) -> tuple[Array | None, ...]:
+    query, key, value, bias, mask, kept, exponentials, total, y, g = saved
     share = (g / (total * keep).swapaxes(-3, -2)).astype(g.dtype)
     key, value, gradient = _by_heads(key, value, g)
-    d_weights = jnp.einsum("...nlv,...nmv->...nlm", gradient, value, preferred_element_type=wide)
+    d_weights = jnp.einsum(
+        "...nlv,...nmv->...nlm", gradient, value, preferred_element_type=total.dtype
+    )
     d_weights = _where(kept, d_weights / keep)
-    d_logits = (exponentials * ((d_weights - subtracted) / total)).astype(query.dtype)
+    d_logits = (exponentials * ((d_weights - _subtracted(y, g)) / total)).astype(query.dtype)
+    return _gradients(query, key, bias, mask, d_logits, _where(kept, exponentials), share)
+
+
+def _weights_backward(keep: float, *saved: Any) -> tuple[Array | None, ...]:
+    query, key, value, bias, mask, kept, weights, _, y, g = saved
+    key, value, gradient = _by_heads(key, value, g)
+    # As autodiff rounds it too.
+    d_weights = jnp.einsum("...nlv,...nmv->...nlm", gradient, value)
+    left, subtracted = weights, _subtracted(y, g)
+    if kept is None:
+        change = d_weights - subtracted
+    else:
+        left = jnp.maximum(weights, 0)
+        change = jnp.where(weights > 0, d_weights - keep * subtracted, subtracted)
+    d_logits = (weights * change).astype(query.dtype)
+    return _gradients(query, key, bias, mask, d_logits, left, g)
+
+
+def _subtracted(y: Array, g: Array) -> Array:
+    """``sum_m g_lm w_lm``, as ``g_l . y_l``: [..., n, l, 1]."""
+    wide = jnp.promote_types(y.dtype, jnp.float32)
+    return jnp.sum(g.astype(wide) * y.astype(wide), -1)[..., None].swapaxes(-3, -2)
+
+
+def _gradients(  # noqa: PLR0917
+    query: Array,
+    key: Array,
+    bias: Array | None,
+    mask: Array | None,
+    d_logits: Array,
+    left: Array,
+    g: Array,
+) -> tuple[Array | None, ...]:
+    """Returns the gradients of query, key, value and bias; the key has the heads in front."""
+    scale = query.shape[-1] ** -0.5
     d_logits = _where(mask, d_logits)
     # Sums over queries: XLA on CPU is a third faster with the heads behind the positions.
-    d_value = jnp.einsum("...nlm,...lnv->...mnv", _where(kept, exponentials), share)
+    d_value = jnp.einsum("...nlm,...lnv->...mnv", left, g)
     d_key = jnp.einsum("...nlm,...lnc->...mnc", d_logits, query) * scale
     (d_query,) = _by_heads(jnp.einsum("...nlm,...nmc->...nlc", d_logits, key) * scale)
     d_bias = None
     if bias is not None:
+        wide = jnp.promote_types(query.dtype, jnp.float32)
         whole = partial(jnp.broadcast_to, shape=d_logits.shape)
         (d_bias,) = jax.vjp(whole, bias.astype(wide))[1](d_logits.astype(wide))
         d_bias = d_bias.astype(bias.dtype)
-    return d_query, d_key, d_value, d_bias, None, None
+    return d_query, d_key, d_value, d_bias
 
 
 attend_stored.defvjp(_attend_forward, _attend_backward)
