@@ -6,6 +6,7 @@ from functools import partial
 from typing import Literal
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
@@ -23,11 +24,31 @@ def gelu(x: Array) -> Array:
     return (0.5 * wide * (1 + lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
 
+def relu(x: Array) -> Array:
+    """Computes ``max(x, 0)``."""
+    if not context.is_fused():
+        return nn.relu(x)
+    return lax.platform_dependent(x, cuda=_relu, default=nn.relu)
+
+
+@jax.custom_vjp
+def _relu(x: Array) -> Array:
+    """Stores its output. A product of cuBLAS applies the ReLU itself, and its input stays there."""
+    return nn.relu(x)
+
+
+def _relu_backward(y: Array, g: Array) -> tuple[Array]:
+    y = lax.optimization_barrier(y)  # XLA would compare the input instead
+    return (jnp.where(y > 0, g, jnp.zeros_like(g)),)
+
+
+_relu.defvjp(lambda x: (nn.relu(x),) * 2, _relu_backward)
+
 ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
     "gelu": gelu,
     "gelu_tanh": partial(nn.gelu, approximate=True),
     "silu": nn.silu,
-    "relu": nn.relu,
+    "relu": relu,
     "tanh": jnp.tanh,
     "none": lambda x: x,
 }
