@@ -307,6 +307,27 @@ def test_bfloat16_activations_float32_parameters_and_logits():
     assert {x.shape[0] for x in jax.tree.leaves(cache)} == {3}
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_matrices_rounded_once_change_no_bit_of_a_step(name):
+    module = create_model("muse_iwslt", **TINY | MODELS[name], dtype="bfloat16")
+    variables = module.init(jax.random.key(0), SOURCE, TARGET)
+    rounded = module.narrowed(variables)
+    types = {
+        path[-1].key: leaf.dtype for path, leaf in jax.tree_util.tree_leaves_with_path(rounded)
+    }
+    assert types["kernel"] == types["embedding"] == jnp.bfloat16
+    assert types["scale"] == jnp.float32
+
+    @jax.jit
+    def two_steps(variables):
+        memory, cache = module.apply(variables, SOURCE, 4, method="init_cache")
+        first, cache = module.apply(variables, TARGET[:, 0], memory, cache, method="step")
+        second, _ = module.apply(variables, TARGET[:, 1], memory, cache, method="step")
+        return first, second
+
+    jax.tree.map(np.testing.assert_array_equal, two_steps(rounded), two_steps(variables))
+
+
 @pytest.mark.parametrize("name", ["MM", "mixed"])
 def test_training_is_noisy_and_has_gradients_everywhere(name):
     module, variables = made(name)

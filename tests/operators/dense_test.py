@@ -47,6 +47,31 @@ def test_it_is_lax_dot_general_forward_and_backward(rows, d, columns):
     )
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("form", ["cuda", "default"])
+def test_logits_and_their_gradients_are_those_of_the_plain_product(form, dtype, monkeypatch):
+    monkeypatch.setattr(lax, "platform_dependent", lambda *args, **forms: forms[form](*args))
+    random = np.random.default_rng(0)
+    x, table = (jnp.asarray(random.normal(size=s), dtype) for s in ((2, 16, 8), (32, 8)))
+
+    def loss(product):
+        def total(x, table):
+            logits = product(x, table)
+            assert logits.dtype == jnp.float32
+            return jax.nn.logsumexp(logits, -1).sum(), logits
+
+        (_, logits), gradients = jax.value_and_grad(total, (0, 1), has_aux=True)(x, table)
+        return logits, *gradients
+
+    def plain(x, table):
+        return jnp.einsum("bld,vd->blv", x, table, preferred_element_type=jnp.float32)
+
+    for a, b in zip(loss(dense.wide_product), loss(plain), strict=True):
+        assert a.dtype == b.dtype
+        error = jnp.linalg.norm((a - b).astype(jnp.float32)) / jnp.linalg.norm(b)
+        assert error <= (1e-6 if dtype == "float32" else 2**-8)  # half a unit of bfloat16's
+
+
 def test_other_sums_and_batches_are_left_alone():
     x, y = jnp.ones((2, 3, 4)), jnp.ones((2, 3, 5))
     numbers = (((1,), (1,)), ((0,), (0,)))

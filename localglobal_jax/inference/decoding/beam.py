@@ -19,6 +19,7 @@ from localglobal_jax.inference.decoding.hypotheses import (
     log_probabilities,
     nothing,
     pick,
+    prepared,
 )
 
 MOST = 1024  # hypotheses of a sentence
@@ -94,6 +95,7 @@ def _beam_search(
     beam, max_length, min_length, early_stop = options
     b, length = source.shape[0], max_length + 1
     memory, cache = module.apply(variables, source, length, method="init_cache")
+    variables = prepared(module, variables)
     # all hypotheses of a sentence begin alike: at the first step, only the first one counts
     first = jnp.where(jnp.arange(beam) == 0, 0.0, LOWEST)
     search = _Search(

@@ -37,7 +37,8 @@ class Decodable(Protocol):
         init_cache(source [b, ls], length) -> (memory, cache)   rows of both: b
         step(token [r], memory, cache) -> (logits [r, v], cache)   rows r: b times hypotheses
 
-    The memory is constant. Axis 0 of every leaf of the cache is the row.
+    The memory is constant. Axis 0 of every leaf of the cache is the row. A third method is
+    optional: ``narrowed(variables)`` returns the variables for `step`, prepared once.
     """
 
     pad: int
@@ -45,6 +46,11 @@ class Decodable(Protocol):
     end: int
 
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any: ...
+
+
+def prepared(module: Decodable, variables: Any) -> Any:
+    """Returns the variables that the steps of a search read."""
+    return module.narrowed(variables) if hasattr(module, "narrowed") else variables
 
 
 def log_probabilities(

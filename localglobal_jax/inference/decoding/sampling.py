@@ -23,6 +23,7 @@ from localglobal_jax.inference.decoding.hypotheses import (
     log_probabilities,
     nothing,
     pick,
+    prepared,
 )
 
 
@@ -121,6 +122,7 @@ def _sample(
     samples, max_length, min_length, *_ = options
     b, length = source.shape[0], max_length + 1
     memory, cache = module.apply(variables, source, length, method="init_cache")
+    variables = prepared(module, variables)
     rows = b * samples
     numbers = drawing.numbers[:, None] * samples + jnp.arange(samples)[None]
     keys = jax.vmap(lambda i: jax.random.fold_in(drawing.key, i))(numbers.reshape(-1))
