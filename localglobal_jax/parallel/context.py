@@ -28,6 +28,7 @@ class StackOptions(NamedTuple):
 
 
 _edge: ContextVar[Callable[[Array], Array]] = ContextVar("edge", default=lambda x: x)
+_whole: ContextVar[Callable[..., Array]] = ContextVar("whole", default=lambda x, *_: x)
 _axis: ContextVar[str | None] = ContextVar("axis", default=None)
 _norm_axis: ContextVar[str | None] = ContextVar("norm_axis", default=None)
 _stack_options: ContextVar[StackOptions | None] = ContextVar("stack_options", default=None)
@@ -85,6 +86,15 @@ def constrain(x: Array) -> Array:
     return _edge.get()(x)
 
 
+def replicate(x: Array, free: int) -> Array:
+    """Constrains an array to be whole on every device, except along axis `free`.
+
+    The identity outside of a step of several devices. For arrays without a batch, which would
+    otherwise follow sharded parameters.
+    """
+    return _whole.get()(x, free)
+
+
 def norm_axis() -> str | None:
     """Returns the pmap axis of batch statistics; None under jit, where they are global."""
     return _norm_axis.get()
@@ -109,13 +119,17 @@ def device_key(key: Array) -> Array:
 def tracing(
     *,
     edge: Callable[[Array], Array] = lambda x: x,
+    whole: Callable[[Array, int], Array] = lambda x, _: x,
     axis: str | None = None,
     norm_axis: str | None = None,
     options: StackOptions | None = None,
 ) -> Iterator[None]:
     """Context manager that sets what the functions above return while a step is traced."""
     chosen: list[tuple[ContextVar[Any], Any]]
-    chosen = [(_edge, edge), (_axis, axis), (_norm_axis, norm_axis), (_stack_options, options)]
+    chosen = [
+        (_edge, edge), (_whole, whole), (_axis, axis), (_norm_axis, norm_axis),
+        (_stack_options, options),
+    ]  # fmt: skip
     tokens = [(variable, variable.set(value)) for variable, value in chosen]
     try:
         yield

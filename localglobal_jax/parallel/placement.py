@@ -225,8 +225,19 @@ class Partitioner:
     def _tracing(self, axis: str | None = None) -> Iterator[None]:
         """Context manager for tracing a step: settings of this run for the code inside it."""
         split = self.strategy != "replicate"
+
+        def whole(x: jax.Array, free: int) -> jax.Array:
+            if self.compile == "pmap" or self.mesh.size == 1:
+                return x
+            axes = [None] * x.ndim
+            axes[free] = PartitionSpec.UNCONSTRAINED
+            return jax.lax.with_sharding_constraint(
+                x, NamedSharding(self.mesh, PartitionSpec(*axes))
+            )
+
         settings = context.tracing(
             edge=lambda x: jax.lax.with_sharding_constraint(x, self._batched()) if split else x,
+            whole=whole,
             axis=axis,
             norm_axis=axis if self._global_norm else None,
             options=self._stack_options,

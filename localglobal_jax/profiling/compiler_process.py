@@ -44,7 +44,10 @@ LIBTPU = {
 }
 ASIDE = ("checkpoint", "log")  # sections of a run that change no compiled step
 NOT_COMPILED = ("cli", "launch")  # packages whose code no compiled step contains
-READERS = ("hlo.py", "collectives.py", "roofline.py", "table.py", "lints.py", "search.py")
+READERS = (
+    "hlo.py", "collectives.py", "roofline.py", "gpu_kernels.py", "table.py", "lints.py",
+    "search.py",
+)  # fmt: skip
 
 
 class CompilerFailed(RuntimeError):

@@ -36,9 +36,9 @@ class Kernel:
 
     kind: str  # product, convolution, attention, fusion, copy, other
     name: str
-    dtype: str  # of the inputs of a product or convolution, else of the result
+    dtype: str  # of the inputs of a product, convolution or attention, else of the result
     nbytes: int
-    flops: int  # of products and convolutions
+    flops: int  # of products, convolutions and attention
     roofline: float  # seconds by published peaks
     estimate: float  # seconds
     runs: int
@@ -66,6 +66,8 @@ def _kernel(i: Instruction, inputs: list[Array], size: int, runs: int, gpu: Gpu)
         flops, dtype = _product_flops(i, inputs), inputs[0].dtype
     elif kind == "convolution":
         flops, dtype = _convolution_flops(i, inputs, target), inputs[0].dtype
+    elif kind == "attention":
+        flops, dtype = _attention_flops(inputs, target), inputs[0].dtype
     elif i.opcode in COPIES or (i.opcode == "fusion" and COPY_NAMES.fullmatch(i.name)):
         kind = "copy"
     elif kind is None:
@@ -96,6 +98,15 @@ def _convolution_flops(i: Instruction, inputs: list[Array], target: str) -> int:
     else:
         kernel, output = inputs[1], i.result[0]
     return 2 * math.prod(kernel.shape) * math.prod(output.shape) // output.shape[channel]
+
+
+def _attention_flops(inputs: list[Array], target: str) -> int:
+    """Returns the FLOP of cuDNN's attention: two products forward, and five backward.
+
+    The backward pass computes the weights again. Query and key are [b, l, n, c] and [b, m, n, c].
+    """
+    query, key = inputs[0].shape, inputs[1].shape
+    return (5 if "Backward" in target else 2) * 2 * math.prod(query) * key[1]
 
 
 def _estimate(i: Instruction) -> float:

@@ -158,6 +158,19 @@ def test_the_real_compiler_of_gpus(home, topology, step):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not CUDA, reason="needs the extra [cuda]")
+@pytest.mark.parametrize("strategy", ["fsdp", "tensor"])
+def test_attention_of_cudnn_with_split_parameters(home, strategy):
+    args = ["--config", "configs/focal_imagenet.py:variant=tiny,data=mock", "--topology", "h100-8"]
+    args += [f"--config.parallel.strategy={strategy}", "--config.batch_size=16"]
+    args += ["--config.model.depths=(1,1,1,1)"]
+    mesh = {"data": 1, "fsdp": 8} if strategy == "fsdp" else {"data": 8, "model": 1}
+    out, _ = plan(home, *args, f"--config.parallel.mesh={mesh}", "--json")
+    calls = {row["kind"]: row["count"] for row in json.loads(out)["kernels"]}
+    assert calls["attention"] == 8  # one block a stage, forward and backward
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CUDA, reason="needs the extra [cuda]")
 def test_a_batch_that_no_gpu_has_memory_for(home):
     args = ("--config", DIGITS, "--topology", "h100-1", "--config.batch_size=8000000")
     out, _ = plan(home, *args)

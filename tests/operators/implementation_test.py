@@ -207,6 +207,19 @@ def test_attention_on_cuda_calls_cudnn_forward_and_backward(name, cudnn):
     assert found == {f"__cudnn${kind}", f"__cudnn${kind}Backward"}
 
 
+def test_the_bias_of_cudnn_is_split_by_no_position(cudnn):
+    """A bias made of split parameters would be, which the partitioner of cuDNN's call refuses."""
+    asked = []
+
+    def whole(x, free):
+        asked.append((x.shape, free))
+        return x
+
+    with context.tracing(whole=whole):
+        calls_of_cudnn(*of_shapes(*CUDNN["windows"]))
+    assert set(asked) == {((1, 3 * 4 * 2, 10, 12), 1)}
+
+
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "rocm"])
 def test_attention_elsewhere_does_not(platform, cudnn):
     assert not calls_of_cudnn(*of_shapes(*CUDNN["a bias"]), platform=platform)

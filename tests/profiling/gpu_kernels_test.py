@@ -101,3 +101,37 @@ def test_report_of_a_gpu_has_links_and_kernels():
     estimated = sum(row["estimated_ms"] for row in report["kernels"])
     assert report["step_ms"]["high"] >= estimated > report["step_ms"]["low"]
     assert "estimated_cycles" not in report
+
+
+# As XLA writes it for relative attention, backward: query, key, value, statistics, gradient, bias
+# and output.
+ATTENTION = """HloModule attention
+
+ENTRY %main (q: bf16[8,50,6,32], k: bf16[8,190,6,32]) -> bf16[8,6,50,32] {
+  %q = bf16[8,50,6,32]{3,2,1,0} parameter(0)
+  %k = bf16[8,190,6,32]{3,2,1,0} parameter(1)
+  %b = bf16[1,6,50,190]{3,2,1,0} parameter(2)
+  %forward = (bf16[8,6,50,32]{3,1,2,0}, f32[8,6,50]{2,1,0}, u8[0]{0}) custom-call(%q, %k, %k, %b), custom_call_target="__cudnn$fmhaScaleBiasSoftmax"
+  %y = bf16[8,6,50,32]{3,1,2,0} get-tuple-element(%forward), index=0
+  %s = f32[8,6,50]{2,1,0} get-tuple-element(%forward), index=1
+  %backward = (bf16[8,6,50,32]{3,1,2,0}, bf16[8,6,190,32]{3,1,2,0}, bf16[8,6,190,32]{3,1,2,0}, bf16[1,6,50,190]{3,2,1,0}, u8[0]{0}) custom-call(%q, %k, %k, %s, %y, %b, %y), custom_call_target="__cudnn$fmhaScaleBiasSoftmaxBackward"
+  ROOT %dq = bf16[8,6,50,32]{3,1,2,0} get-tuple-element(%backward), index=0
+}
+"""  # noqa: E501
+
+
+def test_attention_of_cudnn_has_two_products_forward_and_five_backward():
+    found = gpu_kernels.kernels(hlo.Program(ATTENTION), GPUS["h100"])
+    product = 2 * 8 * 6 * 50 * 190 * 32
+    assert [(k.kind, k.dtype, k.flops) for k in found] == [
+        ("attention", "bf16", 2 * product),
+        ("attention", "bf16", 5 * product),
+    ]
+    query, key, bias, sums = (
+        2 * 8 * 6 * 50 * 32,
+        2 * 8 * 6 * 190 * 32,
+        2 * 6 * 50 * 190,
+        4 * 8 * 300,
+    )
+    assert found[0].nbytes == 2 * query + 2 * key + bias + sums
+    assert found[1].nbytes == 4 * query + 4 * key + 2 * bias + sums

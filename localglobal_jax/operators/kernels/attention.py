@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from localglobal_jax.parallel import context
+
 
 def _by_heads(*arrays: Array) -> list[Array]:
     """Swaps positions and heads: [..., l, n, c] -> [..., n, l, c], and back."""
@@ -47,7 +49,9 @@ def attend(keep: float, *inputs: Any) -> Array:
     def stored(query: Array, key: Array, value: Array, bias: Array | None) -> Array:
         return attend_stored(keep, query, key, value, bias, None, None)
 
-    return lax.platform_dependent(query, key, value, bias, cuda=attend_cudnn, default=stored)
+    # A function of its own: jax keeps what it traced, with the shardings of its context.
+    cudnn = partial(attend_cudnn)
+    return lax.platform_dependent(query, key, value, bias, cuda=cudnn, default=stored)
 
 
 def cudnn_can(query: Array, key: Array, value: Array, bias: Array | None) -> bool:
@@ -107,6 +111,8 @@ def attend_cudnn(query: Array, key: Array, value: Array, bias: Array | None) -> 
         bias = jnp.broadcast_to(bias.astype(query.dtype), (*windows, heads, length, m))
         bias = bias.reshape(1, -1, length, m)
         bias = _pad(_pad(bias, 2, length % 2), 3, m % 2, NOTHING)
+        # Parameters that are split by position would split it, which cuDNN's call does not allow.
+        bias = context.replicate(bias, free=1)
     elif m % 2:
         seen = jnp.full(key.shape[:1], m, jnp.int32)
     y = jax.nn.dot_product_attention(
