@@ -149,13 +149,19 @@ def attend_stored(keep: float, *inputs: Any) -> Array:
 
 def _attend_forward(keep: float, *inputs: Any) -> tuple[Array, Any]:
     numerators = partial(_numerator_forward, keep)
+    forms = {"cuda": partial(_weights_forward, keep)} if _has_tiny(inputs) else {}
     stored, total, y = lax.platform_dependent(
-        *inputs,
-        cuda=partial(_weights_forward, keep),
-        tpu=partial(numerators, twice=True),
-        default=numerators,
+        *inputs, tpu=partial(numerators, twice=True), default=numerators, **forms
     )
     return y, (*inputs, stored, total, y)
+
+
+TINY = 2.0**-100  # times a weight: nothing in a sum with others
+
+
+def _has_tiny(arrays: Any) -> bool:
+    """Returns whether the values, the third array, have a dtype with the exponents of float32."""
+    return bool(jnp.finfo(arrays[2].dtype).smallest_normal <= TINY)
 
 
 def _numerator_forward(keep: float, *inputs: Any, twice: bool = False) -> tuple[Array, ...]:
@@ -170,21 +176,20 @@ def _numerator_forward(keep: float, *inputs: Any, twice: bool = False) -> tuple[
 
 
 def _weights_forward(keep: float, *inputs: Any) -> tuple[Array, ...]:
-    """Stores the weights of the values; of those that dropout takes away, their negatives.
+    """Stores the weights of the values, and -`TINY` times those that dropout takes away.
 
-    For GPU. A softmax is one kernel there, which reads the logits once, and the mask of dropout
-    needs no array of its own.
+    For GPU. A softmax is one kernel there, which reads the logits once. One array is the operand of
+    the products with the values and tells the backward pass all weights and the mask of dropout.
     """
     query, key, value, bias, mask, kept = inputs
     query, key, value = _by_heads(query, key, value)
     weights = jax.nn.softmax(_logits(query, key, bias, mask), -1)
     total = jnp.zeros_like(weights[..., :1])  # not used
     if kept is not None:
-        weights = jnp.where(kept, weights / keep, -weights)
+        weights = jnp.where(kept, weights / keep, -TINY * weights)
     # Behind a barrier: XLA would store the logits in float32 for the backward pass.
     weights = lax.optimization_barrier(weights.astype(value.dtype))
-    left = weights if kept is None else jnp.maximum(weights, 0)
-    (y,) = _by_heads(jnp.einsum("...nlm,...nmv->...nlv", left, value))
+    (y,) = _by_heads(jnp.einsum("...nlm,...nmv->...nlv", weights, value))
     return weights, total, y
 
 
@@ -208,8 +213,9 @@ def numerator(
 
 
 def _attend_backward(keep: float, saved: Any, g: Array) -> tuple[Array | None, ...]:
+    forms = {"cuda": partial(_weights_backward, keep)} if _has_tiny(saved) else {}
     gradients = lax.platform_dependent(
-        *saved, g, cuda=partial(_weights_backward, keep), default=partial(_numerator_backward, keep)
+        *saved, g, default=partial(_numerator_backward, keep), **forms
     )
     return (*gradients, None, None)
 
@@ -231,14 +237,11 @@ def _weights_backward(keep: float, *saved: Any) -> tuple[Array | None, ...]:
     key, value, gradient = _by_heads(key, value, g)
     # As autodiff rounds it too.
     d_weights = jnp.einsum("...nlv,...nmv->...nlm", gradient, value)
-    left, subtracted = weights, _subtracted(y, g)
-    if kept is None:
-        change = d_weights - subtracted
-    else:
-        left = jnp.maximum(weights, 0)
-        change = jnp.where(weights > 0, d_weights - keep * subtracted, subtracted)
-    d_logits = (weights * change).astype(query.dtype)
-    return _gradients(query, key, bias, mask, d_logits, left, g)
+    d_logits = weights * (d_weights - keep * _subtracted(y, g))
+    if kept is not None:
+        dropped = weights / TINY * _subtracted(y, g)
+        d_logits = jnp.where(weights > 0, d_logits, dropped)
+    return _gradients(query, key, bias, mask, d_logits.astype(query.dtype), weights, g)
 
 
 def _subtracted(y: Array, g: Array) -> Array:
