@@ -229,7 +229,7 @@ class Partitioner:
         def whole(x: jax.Array, free: int) -> jax.Array:
             if self.compile == "pmap" or self.mesh.size == 1:
                 return x
-            axes = [None] * x.ndim
+            axes: list[Any] = [None] * x.ndim
             axes[free] = PartitionSpec.UNCONSTRAINED
             return jax.lax.with_sharding_constraint(
                 x, NamedSharding(self.mesh, PartitionSpec(*axes))
