@@ -6,7 +6,8 @@
         --workdir runs/finetuned --config.data.name=DATASET
 
 The model is that of the checkpoint. Relative tables are resized bilinearly; where the number of
-classes differs, the classifier starts at zero. The paper: 30 epochs, batch 512, constant rate.
+classes differs, the classifier starts at zero. The paper: 30 epochs, constant rate; by the set of
+the pre-training (``:recipe=21k``) other batches, drop rates and augmentation.
 ``:data=mock,size=tiny`` starts from random parameters and runs anywhere.
 """
 
@@ -14,21 +15,37 @@ import json
 
 from localglobal_jax.checkpoints import steps, workdir
 from localglobal_jax.config import recipes
+from localglobal_jax.config.coatnet_recipes import FINETUNING, size_of
 from localglobal_jax.config.loading import parse_arg
 from localglobal_jax.config.values import tuples
+
+DROP_PATH = 0.1  # of sizes that are not in the paper's table, such as timm's
+EPOCHS = 30
 
 
 def get_config(arg=None):
     arg = parse_arg(
         arg,
         init="",
+        recipe=tuple(FINETUNING),
         resolution=384,  # pixels
-        steps=75_000,  # 30 epochs of ImageNet-1k
+        steps=0,  # 0: 30 epochs of `dataset`
         dataset="imagenet2012",
         data=("real", "mock"),
         size=("full", "tiny"),
     )
-    return finetune(arg, steps=arg.steps, dataset=arg.dataset)
+    recipe = FINETUNING[arg.recipe]
+    batch = recipe["batch_size"]
+    steps = arg.steps or recipes.steps(EPOCHS, batch, recipes.images_of(arg.dataset, arg.size))
+    config = finetune(arg, steps=steps, dataset=arg.dataset)
+    size = size_of(config.model.to_dict())
+    config.model.drop_path = recipe["drop_path"].get(size, DROP_PATH)
+    magnitude = recipe["randaugment"].get(size, recipe["magnitude"])
+    config.data.update(randaugment_magnitude=magnitude, randaugment_scale="tf")
+    config.task.mixup = recipe["mixup"]
+    if arg.size == "full":
+        config.batch_size = batch
+    return config
 
 
 def finetune(arg, steps, dataset):

@@ -18,6 +18,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--source", metavar="SRC", help="also score by length of the source")
     add("--tokenized", action="store_true",
         help="words stand between blanks: BLEU of tokenised text")  # fmt: skip
+    add("--compound_split", action="store_true",
+        help="of --tokenized text: hyphens between words are words, as in published BLEU of "
+        "WMT14 English to German")  # fmt: skip
     add(
         "--tokenize",
         metavar="NAME",
@@ -34,9 +37,13 @@ def run(args: argparse.Namespace) -> None:
     files = [args.hypotheses, args.references, *([args.source] if args.source else [])]
     if args.tokenized and args.tokenize:
         raise ValueError("--tokenized is text without --tokenize: give one of them")
+    if args.compound_split and not args.tokenized:
+        raise ValueError("--compound_split is for tokenised text: give --tokenized, too")
     texts = [read_lines(file) for file in files]
     language = pathlib.PurePath(args.references).suffix.removeprefix(".")
     known = language.lower() in bleu.BY_LANGUAGE
     chosen = args.tokenize or (bleu.choose_tokenizer(language, texts[1]) if known else "13a")
+    if args.compound_split:  # the lengths stay those of the source
+        texts[:2] = map(bleu.compound_split, texts[:2])
     result = bleu.score(*texts, tokenized=args.tokenized, tokenize=chosen)
     print(json.dumps(result) if args.json else bleu.report(result))

@@ -39,7 +39,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
     options.add_notes(parser, FORMATS)
     add = parser.add_argument
-    add("--workdir", required=True, metavar="DIR", help="of a run, or of a converted checkpoint")
+    add("--workdir", required=True, action="append", metavar="DIR",
+        help="of a run, or of a converted checkpoint; several times: an ensemble, by the mean of "
+        "the log probabilities")  # fmt: skip
     add(
         "file",
         nargs="?",
@@ -83,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
 
     translator = load(args.workdir, args.step, args.average)
     chosen = {
-        **defaults(args.workdir),
+        **defaults(args.workdir[0]),
         "nbest": 1 if args.nbest is None else args.nbest,
         "sampling": None if sampling is None else Sampling(**sampling),
         "replace_unknown": args.replace_unknown,

@@ -1,16 +1,68 @@
 # SPDX-License-Identifier: Apache-2.0
 """The recipe that the ImageNet configs share; each config sets what differs. Imports no jax."""
 
+import json
+import os
+import pathlib
 from typing import Any
 
 from ml_collections import ConfigDict
 
 IMAGES = 1_281_167  # in the training split of imagenet2012
+# Images of training splits. CoAtNet's paper gives 13 million for ImageNet-21k, whose editions have
+# 12.7 to 14.2 million; a prepared set tells its own number.
+SIZES = {
+    "imagenet2012": IMAGES,
+    "imagenet21k": 13_000_000,
+    "cifar10": 50_000,
+    "cifar100": 50_000,
+    "fashion_mnist": 60_000,
+    "places365_small": 1_803_460,
+    "placesfull": 10_653_087,
+}
 
 
 def steps(epochs: int, batch_size: int, images: int = IMAGES) -> int:
     """Returns the optimizer steps of `epochs` passes over `images` images, rounded down."""
     return epochs * images // batch_size
+
+
+def images_of(dataset: str, size: str = "full") -> int:
+    """Returns the images in the training split of a TFDS data set: of its files, else of `SIZES`.
+
+    Of ``size="tiny"``, whose number of steps is fixed, those of ImageNet.
+
+    The files are those in $TFDS_DATA_DIR or ~/tensorflow_datasets, of the newest version. Raises
+    ValueError for a set that is in neither.
+    """
+    if size == "tiny":
+        return IMAGES
+    name, _, version = dataset.partition(":")
+    root = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    if "://" not in root:
+        folder = pathlib.Path(root).expanduser() / name
+        for file in sorted(folder.glob(f"{version or '*'}/dataset_info.json"), reverse=True):
+            splits = json.loads(file.read_text(encoding="utf-8")).get("splits", [])
+            lengths = {s.get("name"): s.get("shardLengths", []) for s in splits}
+            if found := sum(map(int, lengths.get("train", []))):
+                return found
+    if name in SIZES:
+        return SIZES[name]
+    raise ValueError(
+        f"dataset={dataset}: its number of images is not known: it is not prepared in {root}. "
+        "Give images=N, those of its training split (or steps=N to fine-tune); known are "
+        f"{', '.join(SIZES)}"
+    )
+
+
+def timm_randaugment(config: ConfigDict, probability: float = 0.5) -> None:
+    """Sets timm's ``rand-m9-mstd0.5-inc1``, as the code of VOLO and of Focal Transformer has it."""
+    config.data.update(
+        randaugment_magnitude=9,
+        randaugment_scale="timm",
+        randaugment_probability=probability,
+        randaugment_noise=0.5,
+    )
 
 
 def imagenet(

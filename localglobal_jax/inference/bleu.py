@@ -86,6 +86,15 @@ def score(
     return result
 
 
+def compound_split(lines: Sequence[str]) -> list[str]:
+    """Returns tokenised lines with hyphens between words as tokens: "a-b" is "a ##AT##-##AT## b".
+
+    As in the ``compound_split_bleu.sh`` of fairseq, and the published numbers of En-De: of
+    "a-b-c", where b is one character, only the first hyphen is split.
+    """
+    return [re.sub(r"(\S)-(\S)", r"\1 ##AT##-##AT## \2", line) for line in lines]
+
+
 def tokenizer_of(lines: Sequence[str]) -> str | None:
     """Returns the tokenizer for text without blanks between words; None for other text."""
     text = " ".join(lines[:: -(-len(lines) // EXAMINED) or 1])

@@ -95,23 +95,39 @@ class Translator:
     depends on the longest sentence of its batch. Here padding is zero (``pad_values="zero"``):
     every line gets the translation that the published code gives it in a batch of its own.
 
+    With `others`, modules and variables of the same vocabularies, it is a `decoding.Ensemble`;
+    attention maps and the replacement of unknown tokens are then those of the first model.
+
     Raises ValueError for a module that does not translate, or tokenizers of another size.
     """
 
-    def __init__(self, module: nn.Module, variables: Variables, tokenizers: Tokenizers):
-        if not isinstance(module, EncoderDecoder) or len(module.layout) != 2:
-            raise ValueError(
-                f"a {type(module).__name__} does not translate: give an encoder-decoder"
-            )
+    def __init__(
+        self,
+        module: nn.Module,
+        variables: Variables,
+        tokenizers: Tokenizers,
+        others: Sequence[tuple[nn.Module, Variables]] = (),
+    ):
         sizes = tuple(side.size for side in tokenizers)
-        if sizes != (module.source_vocab, module.target_vocab):
-            raise ValueError(
-                f"the tokenizers have {sizes[0]} source and {sizes[1]} target ids, but the model "
-                f"has source_vocab={module.source_vocab} and target_vocab={module.target_vocab}: "
-                "give the tokenizers of the model's own run"
-            )
-        self.module: Any = module.clone(pad_values="zero")
+        modules: list[Any] = []
+        for one in (module, *(other for other, _ in others)):
+            if not isinstance(one, EncoderDecoder) or len(one.layout) != 2:
+                raise ValueError(
+                    f"a {type(one).__name__} does not translate: give an encoder-decoder"
+                )
+            if sizes != (one.source_vocab, one.target_vocab):
+                raise ValueError(
+                    f"the tokenizers have {sizes[0]} source and {sizes[1]} target ids, but the "
+                    f"model has source_vocab={one.source_vocab} and "
+                    f"target_vocab={one.target_vocab}: give the tokenizers of the model's own run"
+                )
+            modules.append(one.clone(pad_values="zero"))
+        self.module: Any = modules[0]
         self.variables, self.tokenizers = variables, tokenizers
+        self._searched: tuple[Any, Any] = self.module, variables
+        if others:
+            everything = (variables, *(theirs for _, theirs in others))
+            self._searched = decoding.Ensemble(tuple(modules)), everything
 
     def translate(
         self,
@@ -245,11 +261,10 @@ class Translator:
 
     def _search(self, beam: int, nbest: int, sampling: Sampling | None, numbers: np.ndarray) -> Any:
         if sampling is None:
-            return partial(decoding.beam_search, self.module, self.variables, beam=beam)
+            return partial(decoding.beam_search, *self._searched, beam=beam)
         return partial(
             decoding.sample,
-            self.module,
-            self.variables,
+            *self._searched,
             key=jax.random.key(sampling.seed),
             numbers=numbers,
             samples=nbest,
@@ -299,20 +314,37 @@ def _cross_attention(
 # ---------------------------------------------------------------------------- from disk
 
 
-def load(path: str | pathlib.Path, step: int | str | None = None, average: int = 1) -> Translator:
+def load(
+    path: str | pathlib.Path | Sequence[str | pathlib.Path],
+    step: int | str | None = None,
+    average: int = 1,
+) -> Translator:
     """Loads a translator from a workdir, or from the directory of a converted checkpoint.
 
-    `step` and `average`: see `inference.load.load`. Raises ValueError if there is no such
-    checkpoint, or no tokenizer beside it.
+    Several paths make an ensemble. `step` and `average`: see `inference.load.load`; they hold for
+    every path. Raises ValueError if there is no such checkpoint, no tokenizer beside it, or if the
+    tokenizers differ.
     """
-    module, variables = inference_load.load(path, step, average)
-    tokenizers = load_tokenizers(gcs.LocalMirror(path).local / DIRECTORY)
-    if tokenizers is None:
-        raise ValueError(
-            f"{path} has no tokenizer/tokenizer.json. Give the workdir of a translation run, or "
-            "convert the checkpoint again with --dict"
-        )
-    return Translator(module, variables, tokenizers)
+    paths = [path] if isinstance(path, str | pathlib.Path) else [*path]
+    if not paths:
+        raise ValueError("load_translator(()): give at least one path")
+    models, tokenizers = [], None
+    for one in paths:
+        models.append(inference_load.load(one, step, average))
+        found = load_tokenizers(gcs.LocalMirror(one).local / DIRECTORY)
+        if found is None:
+            raise ValueError(
+                f"{one} has no tokenizer/tokenizer.json. Give the workdir of a translation run, or "
+                "convert the checkpoint again with --dict"
+            )
+        if tokenizers and [x.dump() for x in found] != [x.dump() for x in tokenizers]:
+            raise ValueError(
+                f"{one} has other tokenizers than {paths[0]}: the models of an ensemble need the "
+                "same. Train them on the same data with the same data.vocab, or from the same init"
+            )
+        tokenizers = found
+    assert tokenizers is not None
+    return Translator(*models[0], tokenizers, others=models[1:])
 
 
 def defaults(path: str | pathlib.Path) -> Mapping[str, Any]:

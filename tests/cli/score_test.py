@@ -6,6 +6,7 @@ import json
 import pytest
 
 from localglobal_jax.cli.main import main
+from localglobal_jax.inference import bleu
 
 
 def test_score(tmp_path, capsys):
@@ -44,3 +45,24 @@ def test_score_of_text_without_blanks(tmp_path, capsys):
     assert main(["score", hyp, ref, "--tokenize", "chinese"]) == 2
     assert '"chinese"' in capsys.readouterr().err
     assert main(["score", hyp, ref, "--tokenize", "zh", "--tokenized"]) == 2
+
+
+def test_compound_split(tmp_path, capsys):
+    """As fairseq's script has it: perl -ple 's{(\\S)-(\\S)}{$1 ##AT##-##AT## $2}g'."""
+    assert bleu.compound_split(["ein rosa-rotes , x- - y a-b-c", "", "-a b-"]) == [
+        *("ein rosa ##AT##-##AT## rotes , x- - y a ##AT##-##AT## b-c", "", "-a b-")
+    ]
+    assert bleu.compound_split(["aa-bb-cc"]) == ["aa ##AT##-##AT## bb ##AT##-##AT## cc"]
+    hyp, ref = (str(tmp_path / name) for name in ("hyp", "ref"))
+    (tmp_path / "hyp").write_text("der rosa-rote Kreis ist nun hier\n")
+    (tmp_path / "ref").write_text("der rosa-blaue Kreis ist nun hier\n")
+    scores = []
+    for options in (["--tokenized"], ["--tokenized", "--compound_split"]):
+        assert main(["score", hyp, ref, "--json", *options]) == 0
+        scores.append(json.loads(capsys.readouterr().out))
+    assert [score["reference_tokens"] for score in scores] == [6, 8]
+    # 7 of 8 words; 5 of 7 pairs, 3 of 6 triples, 1 of 5 quadruples
+    assert scores[1]["bleu"] == pytest.approx(100 * (7 / 8 * 5 / 7 * 3 / 6 * 1 / 5) ** 0.25)
+    assert scores[1]["bleu"] > scores[0]["bleu"]
+    assert main(["score", hyp, ref, "--compound_split"]) == 2
+    assert "--tokenized" in capsys.readouterr().err

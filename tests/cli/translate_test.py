@@ -10,6 +10,8 @@ import shutil
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 
 from localglobal_jax.cli.main import main
@@ -22,20 +24,26 @@ LINES = ["w27 w17 w38 w6 w36", "", "w9 \u2028 w5", "w4"]
 SHORT = "--max_length=6"
 
 
-@pytest.fixture(scope="module")
-def converted(tmp_path_factory):
+def convert(directory, name, words):
     """A checkpoint of fairseq, ready to translate."""
-    directory = tmp_path_factory.mktemp("converted")
-    arguments = json.loads((GOLDEN / "muse_simple_post.json").read_text())["args"]
-    (directory / "dict.txt").write_text("".join(f"w{i} 1\n" for i in range(4, 40)))
+    arguments = json.loads((GOLDEN / f"{name}.json").read_text())["args"]
+    (directory / "dict.txt").write_text("".join(f"{word} 1\n" for word in words))
     files.convert_file(
         "fairseq",
-        str(GOLDEN / "muse_simple_post.safetensors"),
+        str(GOLDEN / f"{name}.safetensors"),
         str(directory / "out"),
         arguments=arguments,
         dictionaries=[str(directory / "dict.txt")],
     )
     return directory / "out"
+
+
+WORDS = [f"w{i}" for i in range(4, 40)]
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    return convert(tmp_path_factory.mktemp("converted"), "muse_simple_post", WORDS)
 
 
 @pytest.fixture(scope="module")
@@ -255,3 +263,34 @@ def test_people_type_and_see_each_translation_at_once(converted, expected):
         os.close(terminal)
     assert (process.returncode, out) == (0, b"")
     assert error == b"One sentence per line; Ctrl-D ends.\n"
+
+
+def test_an_ensemble_of_workdirs(run, converted, tmp_path_factory, capsys):
+    """Two runs of other layers; the score is the mean of their scores, token by token."""
+    other = convert(tmp_path_factory.mktemp("other"), "muse_post", WORDS)
+    code, out, _ = run(b"w27 w17 w38 w6 w36\nw4\n", f"--workdir={other}", "--json", SHORT)
+    assert code == 0
+    both = translator.load([converted, other])
+    members = [translator.load(path) for path in (converted, other)]
+    lines = ["w27 w17 w38 w6 w36", "w4"]
+    for found, line in zip(json.loads(out)["translations"], lines, strict=True):
+        (shown,) = found["hypotheses"]
+        (wanted,) = both.translate([line], max_length=6)
+        assert shown["text"] == wanted.text
+        scores = np.zeros(len(shown["token_scores"]))
+        tokens = np.array(wanted.hypotheses[0].tokens)
+        for member in members:
+            source = np.array(member._encode([line]))
+            before = np.array([[member.module.start, *tokens[:-1]]])
+            logits, _ = member.module.apply(member.variables, source, before, train=False)
+            log_p = jax.nn.log_softmax(np.asarray(logits[0], np.float64))
+            scores += np.asarray(log_p)[np.arange(len(tokens)), tokens] / 2
+        np.testing.assert_allclose(shown["token_scores"], scores, atol=1e-4)
+    for beam in ("--beam=1", "--sample"):
+        assert run(b"w4\n", f"--workdir={other}", beam, SHORT)[0] == 0
+    twice = run(b"w4\n", f"--workdir={converted}", SHORT)
+    assert twice == run(b"w4\n", SHORT)
+
+    foreign = convert(tmp_path_factory.mktemp("foreign"), "muse_post", WORDS[::-1])
+    code, _, err = run(b"w4\n", f"--workdir={foreign}")
+    assert code == 2 and str(foreign) in err

@@ -272,3 +272,63 @@ def test_wrong_arguments():
     none = np.ones((0, 2), np.int32)
     with pytest.raises(ValueError, match="source"):
         decoding.greedy(Table(), jnp.asarray(tables(0)), none, max_length=MAX)
+
+
+# ---------------------------------------------------------------------------- ensembles
+
+
+def ensemble(*seeds):
+    members = decoding.Ensemble(tuple(Table() for _ in seeds))
+    return members, tuple(jnp.asarray(tables(seed)) for seed in seeds)
+
+
+SOURCE = np.array([[0], [1]], np.int32)
+
+
+@pytest.mark.parametrize("seeds", [(3, 4), (3, 4, 5)])
+@pytest.mark.parametrize("penalty", [0.0, 1.0])
+def test_an_ensemble_scores_by_the_mean_of_the_log_probabilities(seeds, penalty):
+    found = decoding.beam_search(
+        *ensemble(*seeds), SOURCE, beam=3 + 9 + 27 + 81, max_length=MAX, length_penalty=penalty
+    )
+    for sentence in (0, 1):
+        members = zip(*(everything(seed, sentence) for seed in seeds), strict=True)
+        expected = [
+            (same[0][0], np.mean([scores for _, scores in same], axis=0)) for same in members
+        ]
+        by_score = sorted(expected, key=lambda e: -sum(e[1]) / len(e[0]) ** penalty)
+        compare(found, sentence, by_score, penalty)
+
+
+def test_an_ensemble_of_equal_models_is_that_model():
+    many = decoding.beam_search(*ensemble(7, 7), SOURCE, beam=4, max_length=MAX)
+    one = run(7, beam=4)
+    np.testing.assert_array_equal(many.tokens, one.tokens)
+    np.testing.assert_allclose(many.scores, one.scores, atol=1e-5)
+
+
+def test_greedy_and_samples_of_an_ensemble():
+    members = ensemble(3, 4)
+    found = decoding.greedy(*members, SOURCE, max_length=MAX)
+    for sentence in (0, 1):
+        prefix = ()
+        while not prefix or prefix[-1] != END:
+            each = [log_p(tables(seed), sentence, prefix) for seed in (3, 4)]
+            mean = np.mean(each, axis=0)
+            mean[PAD] = -np.inf
+            mean[END] = mean[END] if len(prefix) >= 1 else -np.inf
+            prefix = (*prefix, END if len(prefix) == MAX else int(mean.argmax()))
+        assert found.tokens[sentence, 0, : len(prefix)].tolist() == list(prefix)
+    draws = [
+        decoding.sample(*members, SOURCE, jax.random.key(seed), max_length=MAX, samples=3)
+        for seed in (0, 0, 1)
+    ]
+    np.testing.assert_array_equal(draws[0].tokens, draws[1].tokens)
+    assert not np.array_equal(draws[0].tokens, draws[2].tokens)
+
+
+def test_members_of_other_vocabularies():
+    with pytest.raises(ValueError, match=r"end=2.*end=3"):
+        decoding.Ensemble((Table(), Table(end=3)))
+    with pytest.raises(ValueError, match="0 models"):
+        decoding.Ensemble(())

@@ -62,7 +62,7 @@ def test_counts_equal_timm(name):
         assert relative == 1
 
 
-# The table as we have it does not give coatnet_6's totals: the arithmetic is in coatnet_variants.
+# Table 12 does not give coatnet_6's totals, coatnet_6_3072 does: see coatnet_variants.
 OFF = {"coatnet_6": {"parameters": 0.082, "multiply_adds": 0.037}}
 
 

@@ -7,7 +7,8 @@ shape of `source` and ``max_length``: choose both from a few buckets.
 """
 
 from localglobal_jax.inference.decoding.beam import beam_search
+from localglobal_jax.inference.decoding.ensemble import Ensemble
 from localglobal_jax.inference.decoding.hypotheses import Decodable, Hypotheses, max_length
 from localglobal_jax.inference.decoding.sampling import greedy, sample
 
-__all__ = ["Decodable", "Hypotheses", "beam_search", "greedy", "max_length", "sample"]
+__all__ = ["Decodable", "Ensemble", "Hypotheses", "beam_search", "greedy", "max_length", "sample"]

@@ -38,7 +38,8 @@ class Decodable(Protocol):
         step(token [r], memory, cache) -> (logits [r, v], cache)   rows r: b times hypotheses
 
     The memory is constant. Axis 0 of every leaf of the cache is the row. A third method is
-    optional: ``narrowed(variables)`` returns the variables for `step`, prepared once.
+    optional: ``narrowed(variables)`` returns the variables for `step`, prepared once. A module
+    with ``log_probabilities = True`` returns these in place of logits.
     """
 
     pad: int
@@ -60,11 +61,13 @@ def log_probabilities(
     min_length: int,
     max_length: int,
 ) -> Float[Array, "r v"]:
-    """Computes the log softmax, with -inf for tokens that are not allowed at `step`.
+    """Computes the log softmax (of logits), with -inf for tokens that are not allowed at `step`.
 
     Padding is never allowed, the end token not before `min_length`, and no other from `max_length`.
     """
-    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+    log_p = logits.astype(jnp.float32)
+    if not getattr(module, "log_probabilities", False):
+        log_p = jax.nn.log_softmax(log_p)
     token = jnp.arange(log_p.shape[-1])[None]
     forbidden = token == module.pad
     forbidden |= (token == module.end) & (step < min_length)
