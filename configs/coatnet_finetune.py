@@ -42,6 +42,8 @@ def get_config(arg=None):
     config.model.drop_path = recipe["drop_path"].get(size, DROP_PATH)
     magnitude = recipe["randaugment"].get(size, recipe["magnitude"])
     config.data.update(randaugment_magnitude=magnitude, randaugment_scale="tf")
+    if size is not None:  # the paper evaluates without a centre crop
+        config.data.eval_crop = "squash"
     config.task.mixup = recipe["mixup"]
     if arg.size == "full":
         config.batch_size = batch

@@ -121,6 +121,7 @@ FINETUNE_DROP_PATH = {
     "jft": {3: 0.1, 4: 0.3, 5: 0.2},
 }
 ALL = {
+    "data.eval_crop": "squash",  # no centre crop
     "task.loss": "softmax",
     "task.label_smoothing": 0.1,
     "data.randaugment_layers": 2,
@@ -201,6 +202,13 @@ VOLO = {
 def test_volo(variant, rate, drop_path):
     expected = {**VOLO, "optim.learning_rate": rate, "model.drop_path": drop_path}
     check(f"volo_imagenet.py:variant={variant}", expected)
+
+
+@pytest.mark.parametrize(
+    ("resolution", "crop"), [(224, 0.96), (384, 1.0), (448, 1.15), (512, 1.15)]
+)
+def test_volo_sees_so_much_of_an_image(resolution, crop):
+    check(f"volo_imagenet.py:resolution={resolution}", {"data.eval_crop": crop})
 
 
 # arXiv 2107.00641, section 4.1, and the yaml files of microsoft/Focal-Transformer
