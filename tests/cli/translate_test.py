@@ -265,7 +265,7 @@ def test_people_type_and_see_each_translation_at_once(converted, expected):
     assert error == b"One sentence per line; Ctrl-D ends.\n"
 
 
-def test_an_ensemble_of_workdirs(run, converted, tmp_path_factory, capsys):
+def test_an_ensemble_of_workdirs(run, converted, tmp_path_factory):
     """Two runs of other layers; the score is the mean of their scores, token by token."""
     other = convert(tmp_path_factory.mktemp("other"), "muse_post", WORDS)
     code, out, _ = run(b"w27 w17 w38 w6 w36\nw4\n", f"--workdir={other}", "--json", SHORT)
