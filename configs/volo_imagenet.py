@@ -4,8 +4,8 @@
     localglobal train --config configs/volo_imagenet.py:variant=d1 --workdir /data/runs/volo_d1
 
 The paper reports 84.2 / 85.2 / 85.4 / 85.7 / 86.1 % top-1 for d1 to d5, with token labelling by
-the label maps of a teacher. Here every token's label is that of its image, and tokens are mixed:
-83.8 % for d1 without maps, the authors say. Not run here.
+the label maps of a teacher (``--config.data.label_maps=FOLDER``, see data.md). Without maps every
+token's label is that of its image: 83.8 % for d1, the authors say. Tokens are mixed. Not run here.
 ``:data=mock,size=tiny`` runs anywhere, in a minute, without data.
 """
 

@@ -316,7 +316,7 @@ def with_absolute_paths(run: schema.Run) -> schema.Run:
             return tuple(map(absolute, value))
         return str(pathlib.Path(value).absolute()) if value and "://" not in value else value
 
-    fields = {"dir", "files", "dicts"} & type(run.data).model_fields.keys()
+    fields = {"dir", "files", "dicts", "label_maps"} & type(run.data).model_fields.keys()
     update = {name: absolute(getattr(run.data, name)) for name in fields}
     return run.model_copy(update={"data": run.data.model_copy(update=update)})
 

@@ -97,6 +97,9 @@ class Images(Section):
     # of the class)); your own, one per class in their order, or by name ({"cat": 2.0}, others 1).
     # Evaluations stay unweighted, and also report the mean recall of the classes
     class_weights: Literal["none", "balanced"] | dict[str, Weight] | tuple[Weight, ...] = "none"
+    # Folder of label maps for token labelling: CLASS/STEM.npy or .pt of each image, cropped and
+    # flipped with it (see `data/images/label_maps.py`); needs crop="resized" and a VOLO
+    label_maps: Path | None = None
     max_bad_records: NonNegativeInt = 0  # records that may fail to decode; they are masked
     threads: Threads = 4  # decoding threads of one host, or of each worker
     # Processes of one host that make batches, two ahead each, for images that are decoded anew for

@@ -20,6 +20,44 @@ def normalize(image: UInt8[Array, "b h w c"], options: schema.Images) -> Float[A
     return (pixels - mean) / std
 
 
+def token_targets(
+    maps: Float[Array, "b 2 k h w"],
+    boxes: Float[Array, "b 5"],
+    grid: tuple[int, int],
+    classes: int,
+) -> Float[Array, "b i j classes"]:
+    """Returns the distribution over the classes for each token, by label maps of a teacher.
+
+    A map is cropped as its image was, by the mean of two times two bilinear samples for each token
+    (RoIAlign, arXiv 1703.06870, as in the code of token labelling). The softmax is over the k
+    largest logits.
+
+    Args:
+      maps: logits, then classes, over the whole image.
+      boxes: top, left, height and width of the crop, as shares of the image; 1 if it was flipped.
+      grid: rows and columns of tokens.
+    """
+    maps, boxes = maps.astype(jnp.float32), boxes.astype(jnp.float32)
+    weights = jax.nn.softmax(maps[:, 0], axis=1)  # [b, k, h, w]
+    dense = jnp.sum(jax.nn.one_hot(maps[:, 1], classes) * weights[..., None], 1)  # [b, h, w, c]
+    rows = _samples(boxes[:, 0], boxes[:, 2], grid[0], dense.shape[1])
+    columns = _samples(boxes[:, 1], boxes[:, 3], grid[1], dense.shape[2])
+    flipped = boxes[:, 4][:, None, None] > 0
+    columns = jnp.where(flipped, columns[:, ::-1], columns)
+    return jnp.einsum("bih,bjw,bhwc->bijc", rows, columns, dense)
+
+
+def _samples(
+    start: Float[Array, " b"], size: Float[Array, " b"], tokens: int, places: int
+) -> Float[Array, "b tokens places"]:
+    """Returns the weight of every place in the mean of two bilinear samples for each token."""
+    share = (jnp.arange(2 * tokens) + 0.5) / (2 * tokens)
+    at = (start[:, None] + size[:, None] * share[None]) * places - 0.5
+    at = jnp.clip(at, 0, places - 1)[..., None]  # [b, 2 tokens, 1]
+    weights = jnp.maximum(0, 1 - jnp.abs(at - jnp.arange(places)[None, None]))
+    return weights.reshape(len(start), tokens, 2, places).mean(2)
+
+
 def mix(
     key: jax.Array,
     images: jax.Array,

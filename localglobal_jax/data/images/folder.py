@@ -164,6 +164,11 @@ class FolderReader:
     def label(self, record: tuple[bytes, int]) -> int:
         return record[1]
 
+    def name(self, record: tuple[bytes, int], index: int) -> str:
+        picture = self.pictures[index]
+        stem = picture.path.name.partition(".")[0]
+        return f"{self.names[picture.label]}/{stem}"
+
     def bad(self, index: int, why: object) -> records.BadRecord:
         return records.BadRecord(
             f"{self.pictures[index].path}: {why}. Mend or remove it, or skip a few such files "

@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 
 from localglobal_jax.config import schema
-from localglobal_jax.data.images import augment, folder, randaugment
+from localglobal_jax.data.images import augment, folder, label_maps, randaugment
 from localglobal_jax.data.images.readers import (
     Box,
     MockReader,
@@ -145,6 +145,7 @@ class ImageSource:
         self._reader, self._options, self._train = reader, options, train
         self._tolerance = records.BadRecordBudget(options.max_bad_records)
         self.use_threads(options.threads)
+        self._maps = self._open_maps() if train and options.label_maps else None
         self._memory = self._load() if self._fits() else None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -192,11 +193,13 @@ class ImageSource:
         """Returns a batch; see `loader.Source`. A training split has no evaluation batches."""
         if (draws is not None) != self._train:
             raise ValueError(f"this split was opened with train={self._train}")
-        images, labels, mask = self._gather(index, draws)
+        crops = self._crops(draws, len(index))
+        images, labels, mask = self._gather(index, crops)
         stacked = images if draws is None else self._augment(images, draws)
         if not mask.all():
             stacked = np.where(mask[:, None, None, None] > 0, stacked, np.uint8(0))
-        return {"image": stacked, "label": labels, "mask": mask}
+        found = {"image": stacked, "label": labels, "mask": mask}
+        return found | (self._label_maps(crops) if self._maps else {})
 
     def admit(self, index: np.ndarray) -> None:
         """Notes records that a worker could not use, each once; see `loader.Source`."""
@@ -223,7 +226,7 @@ class ImageSource:
             ]
         else:
             ended.append(ended[0])
-            shown = list(self._gather(index, draws)[0])
+            shown = list(self._gather(index, self._crops(draws, len(index)))[0])
         self._augment(np.asarray(shown), draws)
         ended.append(time.perf_counter())
         names = ("reading", "decoding", "augmentation")
@@ -242,6 +245,8 @@ class ImageSource:
         return self._reader.shape if self._crops_original() else self._options.image_size
 
     def _fits(self) -> bool:
+        if self._maps:
+            return False
         if self._options.in_memory is not None:
             return self._options.in_memory
         shape = self._shape()
@@ -259,14 +264,43 @@ class ImageSource:
             images[part], labels[part], mask[part] = self._decode_all(np.arange(size)[part])
         return images, labels, mask
 
+    def _open_maps(self) -> label_maps.LabelMaps | None:
+        """Opens ``data.label_maps``; None for mock images."""
+        options = self._options
+        if options.mock:
+            return None
+        if options.crop != "resized" or options.in_memory:
+            raise ValueError(
+                f"data.label_maps are read with each image, and cropped with it: set data.crop="
+                f"resized, not {options.crop}, and data.in_memory=False"
+            )
+        (first,) = self._reader.block([0])
+        if isinstance(first, records.BadRecord):
+            raise first
+        directory = str(options.label_maps)
+        try:
+            return label_maps.LabelMaps(directory, self.classes, self._reader.name(first, 0))
+        except ValueError as error:
+            raise ValueError(f"data.label_maps={directory}: of the first image: {error}") from error
+
+    def _label_maps(self, crops: "Sequence[_RandomCrop]") -> Batch:
+        """Returns the label maps of a batch and their boxes; those of masked images are zeros."""
+        assert self._maps is not None
+        maps = np.zeros((len(crops), *self._maps.shape), np.float16)
+        boxes = np.tile(np.array([0, 0, 1, 1, 0], np.float32), (len(crops), 1))
+        for i, crop in enumerate(crops):
+            if crop.label_map is not None:
+                maps[i], boxes[i] = crop.label_map, crop.share()
+        return {"label_map": maps, "label_box": boxes}
+
     def _gather(
-        self, index: np.ndarray, draws: PositionRng | None
+        self, index: np.ndarray, crops: "Sequence[_RandomCrop]"
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns images (cropped and flipped if the crop is "resized"), labels and mask."""
         if self._memory is None:
-            return self._decode_all(index, self._crops(draws, len(index)))
+            return self._decode_all(index, crops)
         images, labels, mask = self._memory
-        if crops := self._crops(draws, len(index)):
+        if crops:
             chosen = [images[number] for number in index.tolist()]
             images = np.stack(list(self._pool.map(_RandomCrop.whole, crops, chosen)))
             return images, labels[index], mask[index]
@@ -296,7 +330,7 @@ class ImageSource:
         def decode(record: Any, number: int, i: int) -> tuple[int, float]:
             """Decodes a record into its slot, so that few originals are in memory at a time."""
             crop = crops[i] if crops else None
-            image, label, mask = self._decode(record, number, crop.box if crop else None)
+            image, label, mask = self._decode(record, number, crop.box if crop else None, crop)
             if image is None:
                 shape = self._shape() if original else None
                 image = np.zeros((*(shape or size), self.channels), np.uint8)
@@ -313,7 +347,7 @@ class ImageSource:
         return images, np.array(labels, np.int32), np.array(mask, np.float32)
 
     def _decode(
-        self, record: Any, index: int, part: Part | None
+        self, record: Any, index: int, part: Part | None, crop: "_RandomCrop | None" = None
     ) -> tuple[np.ndarray | None, int, float]:
         """Returns image, label and mask of a record; None, 0 and 0 for a tolerated bad one."""
         try:
@@ -322,6 +356,10 @@ class ImageSource:
             image, label = self._reader.decode(record, part)
             if not 0 <= label < self.classes:
                 raise ValueError(f"its label is {label}, want 0 to {self.classes - 1}")
+            if self._maps:
+                found = self._maps.read(self._reader.name(record, index))
+                if crop:
+                    crop.label_map = found
         except (ValueError, TypeError, LookupError, cv2.error) as error:  # what garbage leads to
             bad = error if isinstance(error, records.BadRecord) else self._reader.bad(index, error)
             self._tolerance.admit(index, bad)
@@ -368,10 +406,20 @@ class _RandomCrop:
     def __init__(self, options: schema.Images, draws: PositionRng, i: int, flip: bool):
         self._options, self._flip = options, flip
         self._rng = draws.generator(i, CROP)
+        self._drawn: tuple[Box, tuple[int, int]] | None = None  # the box, and (height, width)
+        self.label_map: np.ndarray | None = None
 
     def box(self, shape: tuple[int, int]) -> Box:
         """Returns the crop of an image of ``(height, width)``. Draws anew at every call."""
-        return augment.random_box(shape, self._options.image_size, self._options.area, self._rng)
+        box = augment.random_box(shape, self._options.image_size, self._options.area, self._rng)
+        self._drawn = box, shape
+        return box
+
+    def share(self) -> tuple[float, ...]:
+        """Returns the drawn box as shares of the image's height and width, and 1 if flipped."""
+        assert self._drawn is not None
+        (top, left, height, width), (h, w) = self._drawn
+        return top / h, left / w, height / h, width / w, float(self._flip)
 
     def finish(self, image: np.ndarray) -> np.ndarray:
         """Returns what is inside the box, resized and flipped."""

@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 import tensorflow_datasets as tfds
 
-from localglobal_jax.data.images import augment, headers, jpeg
+from localglobal_jax.data.images import augment, headers, jpeg, label_maps
 from localglobal_jax.data.tfds import records
 
 log = logging.getLogger(__name__)
@@ -61,6 +61,9 @@ class Reader(Protocol):
 
     def label(self, record: Any) -> int:
         """Returns the label of a record, whose image is not decoded."""
+
+    def name(self, record: Any, index: int) -> str:
+        """Returns the name of an image among the label maps, ``CLASS/STEM``."""
 
     def bad(self, index: int, why: Any) -> records.BadRecord: ...
 
@@ -172,6 +175,9 @@ class RecordReader:
             raise TypeError(f"its label is {record[self._label]!r}, want a whole number")
         return int(label.item())
 
+    def name(self, record: Any, index: int) -> str:
+        return label_maps.name_of(record)
+
     def _part(self, part: Part, shape: tuple[int, int]) -> Box:
         self._check(shape)
         return part(shape)
@@ -206,6 +212,9 @@ class MockReader:
 
     def label(self, record: int) -> int:
         return record % self.classes
+
+    def name(self, record: int, index: int) -> str:
+        return f"{self.label(record)}/{record}"
 
     def bad(self, index: int, why: Any) -> records.BadRecord:
         return records.BadRecord(f"mock record {index}: {why}")

@@ -56,6 +56,13 @@ def create(
     ) as error:  # tables may grow with the square of the number of pixels
         where = f"config.model, on images of data.image_size={run.data.image_size}"
         raise ValueError(f"{where}: {error}") from error
+    if run.data.label_maps and (run.task.mixup or run.task.cutmix):
+        raise ValueError("data.label_maps are not mixed: set task.mixup=0 and task.cutmix=0")
+    if run.data.label_maps and not getattr(model, "aux_head", False):
+        raise ValueError(
+            f"data.label_maps are labels of tokens, which {run.model['name']} does not classify: "
+            "take a VOLO with aux_head=True"
+        )
     source = pipeline.open_split(run.data, run.data.train_split, train=True) if train else None
     names = pipeline.class_names(run.data)
     weights = class_weights(run.data, names, classes, source)
@@ -184,9 +191,9 @@ def loss(
     reported "loss" is without weights, "weighted_loss" is with them.
 
     For a model that also classifies every token ("aux_logits", VOLO) the mean loss of its tokens is
-    added (arXiv 2104.10858, equation 3); without label maps of a teacher, a token has the label of
-    its image. Where the model mixed tokens of two images ("mix_box"), the target of the class
-    logits is the mixture of both labels.
+    added (arXiv 2104.10858, equation 3). The label of a token is that of the teacher's map
+    ("label_map" in the batch), else that of its image. Where the model mixed tokens of two images
+    ("mix_box"), the target of the class logits is the mixture of both labels.
     """
     mix_key, dropout_key = jax.random.split(key)
     image, mask = normalize(batch["image"], run.data), batch["mask"]
@@ -211,6 +218,11 @@ def loss(
         each = cross_entropy(logits, class_target)
         if "aux_logits" in found:
             token_target = jnp.broadcast_to(target[:, None, None], found["aux_logits"].shape)
+            if "label_map" in batch:
+                grid, classes = found["aux_logits"].shape[1:3], found["aux_logits"].shape[3]
+                token_target = device_ops.token_targets(
+                    batch["label_map"], batch["label_box"], grid, classes
+                )
             tokens = cross_entropy(found["aux_logits"], token_target).mean((1, 2))
             each = each + run.task.token_weight * tokens
         return jnp.sum(each * mask)
