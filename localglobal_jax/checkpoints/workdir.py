@@ -21,7 +21,7 @@ from etils import epath
 
 from localglobal_jax.checkpoints import store
 from localglobal_jax.checkpoints.bucket_lock import BucketLock, Locked
-from localglobal_jax.config import loading, schema, validation, values
+from localglobal_jax.config import loading, schema, values
 
 log = logging.getLogger(__name__)
 _SHOWN: dict[str, str] = {}  # directories of local mirrors, and the paths in buckets
@@ -81,7 +81,7 @@ def check_config(workdir: pathlib.Path, step: int, metadata: Mapping[str, Any]) 
     if not saved:
         return
     found = loading.read_json(file, name=shown(file))
-    then, now = (x.model_dump() for x in (validation.check(saved), found))
+    then, now = (x.model_dump() for x in (loading.from_saved(saved), found))
     if changed := _changed(then, now, f"in step {step}", "in the file"):
         raise ValueError(
             f"{shown(file)} is not the config of the checkpoints beside it:\n{changed}\n"

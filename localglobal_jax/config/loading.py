@@ -23,7 +23,7 @@ import pydantic
 from ml_collections import ConfigDict, FrozenConfigDict
 from ml_collections.config_dict import RequiredValueError
 
-from localglobal_jax.config import schema
+from localglobal_jax.config import migrations, schema
 from localglobal_jax.config.validation import check, run_class, section_of, unknown
 from localglobal_jax.config.values import coerce, flatten, parse_value, shown
 
@@ -305,7 +305,8 @@ def _types(annotation: Any) -> list[Any]:
 
 def to_json(run: schema.Run) -> str:
     """Returns the run with all defaults, as `config.json` holds it."""
-    return json.dumps(run.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
+    tree = {"schema": migrations.SCHEMA, **run.model_dump(mode="json")}
+    return json.dumps(tree, indent=2, sort_keys=True) + "\n"
 
 
 def with_absolute_paths(run: schema.Run) -> schema.Run:
@@ -321,9 +322,14 @@ def with_absolute_paths(run: schema.Run) -> schema.Run:
     return run.model_copy(update={"data": run.data.model_copy(update=update)})
 
 
+def from_saved(tree: Mapping[str, Any]) -> schema.Run:
+    """Returns the run of a config that this or an earlier version saved (see `migrations`)."""
+    return check(migrations.migrate(tree))
+
+
 def read_json(file: pathlib.Path, name: str | None = None) -> schema.Run:
     """Reads a file written by `to_json`; ValueError, with `name` or its path, if it is damaged."""
     try:
-        return check(json.loads(file.read_text(encoding="utf-8")))
+        return from_saved(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{name or file} is damaged, or of another version: {error}") from None

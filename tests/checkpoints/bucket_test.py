@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A workdir in a bucket is as good as one on disk, for every family and every command.
 
-The runs of ``tests/golden/workdirs``, saved on disk by an older version, are copied into a bucket
-of a real server and resumed there, and beside it on disk.
+The runs of ``tests/golden/workdirs/4f09b88``, saved on disk by an older version, are copied into a
+bucket of a real server and resumed there, and beside it on disk.
 """
 
 import json
@@ -23,7 +23,7 @@ from localglobal_jax.cli.main import main
 from localglobal_jax.config import loading
 from localglobal_jax.training.reporting.run import of_the_machine
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "workdirs"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "workdirs" / "4f09b88"
 FAMILIES = ("coatnet", "focal", "muse", "volo")
 LOCAL = f"{tempfile.gettempdir()}/localglobal-"  # of mirrors: no message names it
 

@@ -67,7 +67,7 @@ def test_any_text_is_a_value_or_an_error_that_names_the_field(which, value):
     if found is None:
         assert field.rpartition(".")[2] in said
     else:  # an accepted value comes back from config.json unchanged
-        again = validation.check(json.loads(loading.to_json(found)))
+        again = loading.from_saved(json.loads(loading.to_json(found)))
         assert again == found
 
 
