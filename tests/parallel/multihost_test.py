@@ -250,3 +250,18 @@ def test_a_barrier_names_who_is_late():
     (text, _), _ = [process.communicate(timeout=120) for process in two]
     assert 'host 0 waited 0 s at "restored" for host 1: look at its log' in text
     assert end(two) == [0, 0]
+
+
+@pytest.mark.slow
+def test_two_hosts_stop_early_at_the_same_evaluation(tmp_path):
+    """Nothing improves after the first one; started again, they do nothing."""
+    still = ("--config.optim.learning_rate=1e-12", "--config.optim.ema=0")
+    stop = ("--config.eval.every=2", "--config.eval.patience=2", "--config.steps=400")
+    best = ("--config.checkpoint.best=test/accuracy", "--config.eval.batch_size=128")
+    for _ in range(2):
+        with training(tmp_path / "run", 2, 1, *still, *stop, *best) as two:
+            assert end(two) == [0, 0], [p.log.read_text() for p in two]
+        steps = [p.name for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()]
+        assert steps == ["6"]
+    assert max(lines(tmp_path / "run")) == 6
+    assert "at step 6 already" in two[0].log.read_text()
