@@ -7,11 +7,12 @@ Layout of ``checkpoints/<step>/``: ``state`` (orbax, plain nested dicts), ``meta
 where a step is written under its own name, ``commit_success.txt`` follows (see `steps`).
 """
 
+import functools
 import json
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 import jax
@@ -38,12 +39,17 @@ class Damaged(Exception):
     """One step is incomplete or damaged; the message names the file or leaf."""
 
 
-def read(path: str | os.PathLike, step: int | None = None) -> tuple[int, dict, dict]:
+def read(
+    path: str | os.PathLike,
+    step: int | None = None,
+    select: Callable[[Collection[str]], Collection[str]] | None = None,
+) -> tuple[int, dict, dict]:
     """Reads and verifies a checkpoint without a template.
 
     Args:
       path: a workdir, its ``checkpoints`` directory, or the directory of one step.
       step: None: the newest valid step.
+      select: takes the paths of all leaves and returns those to read; None: all.
 
     Returns:
       ``(step, nested dict of NumPy arrays, metadata)``.
@@ -53,7 +59,8 @@ def read(path: str | os.PathLike, step: int | None = None) -> tuple[int, dict, d
       CorruptCheckpoint: every checkpoint, or the given one, is damaged.
     """
     directory, own = _locate(path)
-    found, _ = newest_valid(directory, own if step is None else step, lambda s: _load(directory, s))
+    load = functools.partial(_load, directory, select)
+    found, _ = newest_valid(directory, own if step is None else step, load)
     if found is None:
         raise ValueError(f"no checkpoint in {directory}: train first, or give another directory")
     return found
@@ -82,7 +89,7 @@ def inspect(path: str | os.PathLike, verify: bool = False) -> dict:
             if not complete[step]:
                 raise Damaged(f"{digests.MANIFEST} is missing")
             if verify:
-                _load(directory, step)
+                _load(directory, None, step)
         except store.StoreFailed:  # says nothing about the step
             raise
         except Exception as error:
@@ -177,8 +184,13 @@ def check_template(wanted: dict[str, Any], leaves: dict[str, dict], where: Any) 
             leaf.sharding.shard_shape(tuple(leaf.shape))  # ValueError if it does not divide
 
 
-def read_arrays(directory: epath.Path, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
-    """Reads arrays by path, unverified: JAX arrays where a sharding is given, else NumPy arrays."""
+def read_arrays(
+    directory: epath.Path, step: int, wanted: dict[str, Any], *, part: bool = False
+) -> dict[str, Any]:
+    """Reads arrays by path, unverified: JAX arrays where a sharding is given, else NumPy arrays.
+
+    Unless `wanted` is a `part` of the step, other arrays in the step are an error.
+    """
 
     def how(leaf: Any) -> ocp.RestoreArgs:
         if getattr(leaf, "sharding", None) is None:
@@ -193,7 +205,9 @@ def read_arrays(directory: epath.Path, step: int, wanted: dict[str, Any]) -> dic
         nested = ocp.PyTreeCheckpointHandler().restore(
             directory / str(step) / "state",
             args=ocp.args.PyTreeRestore(
-                item=nest(full), restore_args=nest({path: how(leaf) for path, leaf in full.items()})
+                item=nest(full),
+                restore_args=nest({path: how(leaf) for path, leaf in full.items()}),
+                transforms={} if part else None,
             ),
         )
     flat, _ = flatten(nested)
@@ -260,13 +274,24 @@ def newest_valid(
     )
 
 
-def _load(directory: epath.Path, step: int) -> tuple[int, dict, dict]:
-    """Reads and verifies one step; raises Damaged for every error."""
+def _load(
+    directory: epath.Path,
+    select: Callable[[Collection[str]], Collection[str]] | None,
+    step: int,
+) -> tuple[int, dict, dict]:
+    """Reads and verifies one step; raises Damaged for every error but those of `select`."""
     try:
         document = document_of(directory, step, check=True)
         leaves = document["leaves"]
+    except store.StoreFailed:
+        raise
+    except Exception as error:
+        raise Damaged(_first_line(error)) from error
+    if select:
+        leaves = {path: leaves[path] for path in select(leaves)}
+    try:
         wanted = {k: jax.ShapeDtypeStruct(tuple(v["shape"]), _dtype(v)) for k, v in leaves.items()}
-        flat = read_arrays(directory, step, wanted)
+        flat = read_arrays(directory, step, wanted, part=select is not None)
         check_same(leaves, describe(flat))
     except store.StoreFailed:
         raise

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads trained models: from workdirs, checkpoints, and as a start for fine-tuning."""
 
+import functools
 import logging
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from localglobal_jax import convert
@@ -45,7 +47,15 @@ def read_run(workdir: pathlib.Path) -> schema.Run:
 
 
 def load(
-    path: str | pathlib.Path, step: int | str | None = None, average: int = 1
+    path: str | pathlib.Path,
+    step: int | str | None = None,
+    average: int = 1,
+    *,
+    only: str | None = None,
+    dtype: Any = None,
+    sharding: jax.sharding.Sharding
+    | Callable[[str, jax.Array], jax.sharding.Sharding]
+    | None = None,
 ) -> tuple[nn.Module, Variables]:
     """Loads a trained model: ``(module, variables)``, ready for ``module.apply``.
 
@@ -53,25 +63,42 @@ def load(
       path: a workdir, its checkpoints folder, or one step's folder.
       step: a number, "best" (of a workdir), or None: the newest.
       average: number of checkpoints to average, this one and those before it.
+      only: a module, such as "encoder" or "stage1/block1": only its variables are read; they are at
+        their places in the tree.
+      dtype: of the floating-point variables, such as ``jnp.bfloat16``; None: as saved.
+      sharding: of every variable, or a function of its path ("params/head/kernel") and the NumPy
+        array; None: on the default device.
 
     Returns the moving average of the variables if the run kept one. Needs neither the data set
     nor the config.
     """
-    _, variables, metadata = read_variables(path, step, average)
+    _, variables, metadata = read_variables(path, step, average, only)
     spec: dict[str, Any] = values.tuples(metadata["model"])
-    return create_model(**spec), jax.device_put(variables)
+    if dtype is not None:
+        floating = lambda x: jnp.issubdtype(x.dtype, jnp.floating)  # noqa: E731
+        variables = jax.tree.map(lambda x: x.astype(dtype) if floating(x) else x, variables)
+    if callable(sharding):
+        at = sharding
+        sharding = jax.tree_util.tree_map_with_path(
+            lambda p, x: at(jax.tree_util.keystr(p, simple=True, separator="/"), x), variables
+        )
+    return create_model(**spec), jax.device_put(variables, sharding)
 
 
 def read_variables(
-    path: str | pathlib.Path, step: int | str | None = None, average: int = 1
+    path: str | pathlib.Path,
+    step: int | str | None = None,
+    average: int = 1,
+    only: str | None = None,
 ) -> tuple[int, Variables, dict[str, Any]]:
-    """Reads ``(step, variables, metadata)``, with NumPy arrays, see `load`.
+    """Reads ``(step, variables, metadata)``, with NumPy arrays; the arguments are those of `load`.
 
     Checkpoint averaging as in arXiv 1706.03762, section 6.1; logs the steps that are averaged.
     Raises ValueError if fewer than `average` checkpoints are kept, or if steps between them were
     deleted (see `check_neighbours`).
     """
-    last, state, metadata = reader.read(path, find_step(path, step))
+    select = functools.partial(_inside, only) if only else None
+    last, state, metadata = reader.read(path, find_step(path, step), select)
     kept = [n for n in reader.steps(path) if n <= last][-average:]
     if average < 1 or len(kept) < average:
         raise ValueError(
@@ -80,7 +107,7 @@ def read_variables(
         )
     variables = state.get("average") or state["variables"]
     if average > 1:
-        read = [reader.read(path, earlier) for earlier in kept[:-1]]
+        read = [reader.read(path, earlier, select) for earlier in kept[:-1]]
         check_neighbours(kept, [*(saved for *_, saved in read), metadata], f"average={average}")
         log.info("average  of the steps %s", ", ".join(map(str, kept)))
         total = jax.tree.map(np.float64, variables)
@@ -88,6 +115,25 @@ def read_variables(
             total = jax.tree.map(np.add, total, state.get("average") or state["variables"])
         variables = jax.tree.map(lambda t, v: (t / average).astype(v.dtype), total, variables)
     return last, variables, metadata
+
+
+def _inside(module: str, leaves: Collection[str]) -> list[str]:
+    """Returns the paths in `leaves` of the variables of `module`, of their average if there is one.
+
+    Raises ValueError, with the modules beside it, if there are none.
+    """
+    root = "average" if any(path.startswith("average/") for path in leaves) else "variables"
+    inside = [path.split("/", 2) for path in leaves if path.startswith(f"{root}/")]
+    name = module.strip("/")
+    found = ["/".join(words) for words in inside if f"{words[2]}/".startswith(f"{name}/")]
+    if not found:
+        around = name.rpartition("/")[0]
+        start = f"{around}/" if any(w[2].startswith(f"{around}/") for w in inside) else ""
+        beside = {
+            start + w[2][len(start) :].split("/")[0] for w in inside if w[2].startswith(start)
+        }
+        raise ValueError(f"only={module!r}: the model has {', '.join(sorted(beside))}")
+    return found
 
 
 def check_neighbours(
