@@ -5,16 +5,17 @@
     localglobal train --config configs/coatnet_finetune.py:init=runs/coatnet_0_rw,resolution=384 \\
         --workdir runs/finetuned --config.data.name=DATASET
 
-The model is that of the checkpoint. Relative tables are resized bilinearly; where the number of
-classes differs, the classifier starts at zero. The paper: 30 epochs, constant rate; by the set of
-the pre-training (``:recipe=21k``) other batches, drop rates and augmentation.
+The model is that of the checkpoint, and so are mean, std, evaluation's crop and interpolation.
+Relative tables are resized bilinearly; a classifier is kept if the names of its classes are those
+of the data, else it starts at zero. The paper: 30 epochs, constant rate; by the set of the
+pre-training (``:recipe=21k``) other batches, drop rates and augmentation.
 ``:data=mock,size=tiny`` starts from random parameters and runs anywhere.
 """
 
 import json
 
 from localglobal_jax.checkpoints import steps, workdir
-from localglobal_jax.config import recipes
+from localglobal_jax.config import preprocessing, recipes
 from localglobal_jax.config.coatnet_recipes import FINETUNING, size_of
 from localglobal_jax.config.loading import parse_arg
 from localglobal_jax.config.values import tuples
@@ -53,9 +54,14 @@ def get_config(arg=None):
 def finetune(arg, steps, dataset):
     """Returns the config of fine-tuning `arg.init`; `configs/finetune_folder.py` calls it too."""
     config = recipes.imagenet(arg, steps=steps, batch_size=512, dataset=dataset)
+    config.model = {"name": "coatnet_0"}
     if arg.init:
         config.init = arg.init
-    config.model = dict(model_of(arg.init) if arg.init else {"name": "coatnet_0"}, drop_path=0.1)
+        metadata = metadata_of(arg.init)
+        config.model = model_of(metadata)
+        found = preprocessing.of_checkpoint(metadata)  # at another size all but the size
+        config.data.update({name: value for name, value in found.items() if name != "image_size"})
+    config.model.drop_path = 0.1
     config.task = dict(label_smoothing=0.1, mixup=0.8)
     config.optim = dict(learning_rate=5e-5, schedule="constant", weight_decay=1e-8, ema=0.9999)
     config.eval.every = 2_500  # steps: an epoch of ImageNet-1k
@@ -67,8 +73,8 @@ def finetune(arg, steps, dataset):
     return config
 
 
-def model_of(path):
-    """Returns the ``model`` section of a checkpoint, without its number of classes and dtype."""
+def metadata_of(path):
+    """Returns the metadata of a checkpoint, without reading its arrays."""
     folder = workdir.absolute(path) / "checkpoints"
     files = [folder / str(step) / "metadata" / "metadata" for step in reversed(steps.scan(folder))]
     file = next((file for file in files if file.exists()), None)
@@ -76,5 +82,10 @@ def model_of(path):
         raise ValueError(
             f"init={path}: no checkpoint there; give a workdir of `localglobal train` or `convert`"
         )
-    model = json.loads(file.read_text())["metadata"]["model"]
+    return json.loads(file.read_text())["metadata"]
+
+
+def model_of(metadata):
+    """Returns the ``model`` section of a checkpoint, without its number of classes and dtype."""
+    model = metadata["model"]
     return {key: tuples(value) for key, value in model.items() if key not in ("classes", "dtype")}

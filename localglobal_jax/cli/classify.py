@@ -23,13 +23,13 @@ feed or a backslash in a path or a name is shown as \\t, \\n or \\\\; --json has
 in one object. A file that is no whole picture is named on stderr with the reason, the others are
 still classified, and the exit code is then 2.
 
-Pictures are resized and normalised as in the run's evaluation; --config.data.FIELD=VALUE changes
-that, and is needed for converted weights, which do not say it (--config.data.image_size, .mean,
-.std). --overlay draws each picture in grey, and in colour where the model saw its likeliest class
-(Grad-CAM, arXiv 1610.02391, of the last stage's output: behind global blocks, evidence may lie
-elsewhere than where it was found; --overlay_stage takes an earlier one). What is dark is cut off
-in evaluation. In DIR the files lie as they do below the folder that all IMAGEs share, with .png
-behind their names."""
+Pictures are resized and normalised as in the run's evaluation, or as for the published weights;
+--config.data.FIELD=VALUE changes that (image_size, mean, std, eval_crop, interpolation), and is
+needed for converted weights of which it is not known. --overlay draws each picture in grey, and in
+colour where the model saw its likeliest class (Grad-CAM, arXiv 1610.02391, of the last stage's
+output: behind global blocks, evidence may lie elsewhere than where it was found; --overlay_stage
+takes an earlier one). What is dark is cut off in evaluation. In DIR the files lie as they do below
+the folder that all IMAGEs share, with .png behind their names."""
 # control characters, which a terminal would obey
 ESCAPED = {i: f"\\x{i:02x}" for i in (*range(32), 127)}
 ESCAPED |= str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})

@@ -9,12 +9,20 @@ from localglobal_jax.cli import options
 NAME = "evaluate"
 HELP = "evaluate a checkpoint"
 EXAMPLE = "--workdir runs/digits"
+NOTES = """\
+--config.data.FIELD=VALUE evaluates on other data (name, dir, eval_splits) or at another image_size,
+for which position tables are resized. The classes of other data are matched by their names; they
+may be some of the checkpoint's, in any order. --config FILE takes the data of a config instead of
+that of the run, prepared as for the checkpoint: a converted checkpoint needs it."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
-    options.take_overrides(parser)
-    parser.add_argument("--workdir", required=True, metavar="DIR")
+    options.add_notes(parser, NOTES)
+    parser.add_argument(
+        "--workdir", required=True, metavar="DIR", help="of a run, or of a converted checkpoint"
+    )
+    options.add_config(parser, required=False)
     options.add_checkpoint(parser)
 
 
@@ -22,7 +30,9 @@ def run(args: argparse.Namespace) -> None:
     """Evaluates, and prints one line per split."""
     from localglobal_jax.training import evaluation
 
-    step, results = evaluation.evaluate(args.workdir, args.step, args.overrides, args.average)
+    step, results = evaluation.evaluate(
+        args.workdir, args.step, args.overrides, args.average, args.config
+    )
     if args.json:
         print(json.dumps({"step": step, **results}))
         return

@@ -5,7 +5,7 @@ Both compare the variables with the shapes of the adapted module, so they work f
 architecture: the end of its path identifies a parameter.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -87,11 +87,10 @@ def reclassify(
       ValueError: there is no classifier to replace.
     """
     flat = _flat(variables)
-    old = {path for path in flat if len(path) > 1 and path[-2].endswith("classifier")}
+    old = {path for path in flat if _of_classifier(path)}
     if not old:
         raise ValueError(
-            f"no parameter belongs to a classifier: {_list(flat)}; to add one, initialise the "
-            "module with classes and put these variables into the result"
+            f"no parameter belongs to a classifier: {_list(flat)}; `adapt.add_classifier` adds one"
         )
     new = {
         path: jnp.zeros((*leaf.shape[:-1], classes), leaf.dtype) if path in old else leaf
@@ -99,6 +98,42 @@ def reclassify(
         if classes or path not in old
     }
     return module.clone(classes=classes), traverse_util.unflatten_dict(new)
+
+
+def choose_classes(
+    module: nn.Module, variables: Mapping[str, Any], rows: Sequence[int]
+) -> tuple[nn.Module, Variables]:
+    """Returns module and variables whose class i is class ``rows[i]`` of those given."""
+    index = jnp.asarray(rows, jnp.int32)
+    chosen = {
+        path: leaf[..., index] if _of_classifier(path) else leaf
+        for path, leaf in _flat(variables).items()
+    }
+    return module.clone(classes=len(rows)), traverse_util.unflatten_dict(chosen)
+
+
+def add_classifier(
+    module: nn.Module,
+    variables: Mapping[str, Any],
+    classes: int,
+    *inputs: jax.ShapeDtypeStruct,
+) -> tuple[nn.Module, Variables]:
+    """Returns a module without a classifier and its variables, with one of zeros.
+
+    `inputs` are shapes of a batch, which the shapes of the classifier are computed from.
+    """
+    module = module.clone(classes=classes)
+    shapes = jax.eval_shape(lambda *x: module.init(jax.random.key(0), *x, train=False), *inputs)
+    new = {
+        path: jnp.zeros(leaf.shape, leaf.dtype)
+        for path, leaf in _flat(shapes).items()
+        if _of_classifier(path)
+    }
+    return module, traverse_util.unflatten_dict({**_flat(variables), **new})
+
+
+def _of_classifier(path: Path) -> bool:
+    return len(path) > 1 and path[-2].endswith("classifier")
 
 
 def _flat(variables: Mapping[str, Any]) -> dict[Path, Any]:

@@ -9,15 +9,17 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from ml_collections import ConfigDict
 
 from localglobal_jax import convert
-from localglobal_jax.checkpoints import gcs, manager
-from localglobal_jax.config import schema
+from localglobal_jax.checkpoints import gcs, manager, workdir
+from localglobal_jax.config import loading, preprocessing, schema, validation
 from localglobal_jax.data.text import tokenizers
 from localglobal_jax.models import registry
 from localglobal_jax.models.registry import Variables
 
 log = logging.getLogger(__name__)
+CARD = "model_card.md"
 FILES = (".safetensors", ".pt", ".pth", ".bin", ".npz", ".ckpt")
 
 # (file, name of the model, arguments of the original) -> ours
@@ -43,8 +45,13 @@ def convert_file(
     name: str | None = None,
     arguments: Mapping[str, Any],
     dictionaries: Sequence[str] = (),
+    overrides: Mapping[str, str] | None = None,
+    labels: str | None = None,
 ) -> dict[str, Any]:
     """Converts the file `weights` into ``out/checkpoints/0``, for `lg.load`.
+
+    How the images of the weights are prepared is stored, too (`config.preprocessing`), and said in
+    ``out/model_card.md``: as the ``config.json`` beside the file says, or else by the name.
 
     Args:
       source: one of `SOURCES`.
@@ -55,6 +62,10 @@ def convert_file(
         file.
       dictionaries: of fairseq, the ``dict.txt`` of source and target, or one for both; they
         become ``out/tokenizer``, which translating needs.
+      overrides: fields of `preprocessing.FIELDS` as text, ``{"data.mean": "(0.5,)"}``, for weights
+        that are prepared in another way.
+      labels: a file with the names of the classes, one a line, in the order of the classifier;
+        None: the ``label_names`` in the ``config.json``, if any.
 
     Raises ValueError, and writes nothing, if the weights do not fit or `out` has a checkpoint.
     """
@@ -67,20 +78,183 @@ def convert_file(
             raise ValueError(f"{out} holds {taken} already: give another --out")
     if dictionaries and source != "fairseq":
         raise ValueError(f"--dict is for fairseq: models of {source} have no vocabulary")
+    given = _preprocessing_given(overrides or {})
     file = find_weights(weights)
     name = name or (pathlib.Path(weights).stem if file == pathlib.Path(weights) else weights)
-    module, variables = SOURCES[source](file, name, arguments)
+    try:
+        module, variables = SOURCES[source](file, name, arguments)
+    except ValueError as error:
+        raise ValueError(f"{error}{_advice(source, file, name, arguments)}") from None
+    hub = _hub_config(weights, file) if source != "fairseq" else None
+    names = _labels(labels, hub, getattr(module, "classes", 0))
     if dictionaries:
         tokenizers.save(vocabularies(dictionaries, module), folder / tokenizers.DIRECTORY)
-        mirror.push()
     elif source == "fairseq":
         log.warning("no --dict, no words: the model loads, but `localglobal translate` needs it")
+    found = {**prepared(source, name, arguments, variables, hub), **given}
+    metadata: dict[str, Any] = {
+        "model": registry.describe(module),
+        "converted": {"source": source, "name": name},
+    }
+    if source != "fairseq":
+        metadata["preprocessing"] = found
+    if names:
+        metadata["labels"] = names
+    count = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    report = {"model": metadata["model"]["name"], "parameters": count}
+    if source != "fairseq":
+        report |= {field: found.get(field, "not known") for field in preprocessing.FIELDS}
+    report |= {"written": out}
     saved = manager.Checkpoints(mirror.checkpoints, schema.Checkpoints())
-    metadata = {"model": registry.describe(module), "converted": {"source": source, "name": name}}
     saved.save(0, {"variables": variables}, metadata=metadata)
     saved.close()
-    count = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
-    return {"model": metadata["model"]["name"], "parameters": count, "written": out}
+    workdir.write_atomically(folder / CARD, card(source, name, report))
+    mirror.push()
+    return report
+
+
+def prepared(
+    source: str,
+    name: str,
+    arguments: Mapping[str, Any],
+    variables: Variables,
+    hub: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Returns the preprocessing of weights: of ``config.json`` (`hub`), or else by their name.
+
+    Warns where it is not known, and leaves out mean and std of another number of channels.
+    """
+    if source == "fairseq":
+        return {}
+    found = preprocessing.of_converted(source, name) | (preprocessing.of_hub(hub) if hub else {})
+    size = arguments.get("img_size")
+    if size:
+        found["image_size"] = (size, size) if isinstance(size, int) else tuple(size)
+    channels = registry.image_channels(variables)
+    if channels != 3 and len(set(found.get("mean", ()))) == 1:
+        found |= {field: found[field][:1] for field in ("mean", "std")}
+    elif channels != len(found.get("mean", ())):
+        found = {field: found[field] for field in found if field not in ("mean", "std")}
+    if missing := [field for field in ("mean", "std") if field not in found]:
+        log.warning(
+            "%s: how its images are normalised is not known. Give %s, the values that it was "
+            "trained with, or commands that use it will ask for them",
+            *(name, " ".join(f"--config.data.{field}=..." for field in missing)),
+        )
+    return found
+
+
+def _hub_config(weights: str, file: pathlib.Path) -> Mapping[str, Any] | None:
+    """Returns the ``config.json`` beside a file, or that of a hub name; None without one."""
+    if file != pathlib.Path(weights):
+        try:
+            from huggingface_hub import hf_hub_download  # noqa: PLC0415, an optional package
+
+            file = pathlib.Path(hf_hub_download(weights, "config.json"))  # nosec B615
+        except Exception as error:
+            log.info("no config.json of %s: %s", weights, error)
+            return None
+    else:
+        file = file.with_name("config.json")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _labels(file: str | None, hub: Mapping[str, Any] | None, classes: int) -> list[str]:
+    """Returns the names of the classes in a file, or in a hub's ``config.json``; [] if none.
+
+    Raises ValueError for a file that has not one name for each class.
+    """
+    if file is None:
+        pretrained = (hub or {}).get("pretrained_cfg")
+        places = (hub, pretrained if isinstance(pretrained, Mapping) else None)
+        found: Any = next((x["label_names"] for x in places if x and "label_names" in x), None)
+        if not isinstance(found, list) or len(found) != classes:
+            return []
+        return found if all(isinstance(name, str) for name in found) else []
+    try:
+        names = pathlib.Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--labels {file}: {error}") from None
+    if len(names) != classes or len(set(names)) != classes:
+        raise ValueError(
+            f"--labels {file} has {len(set(names))} different names in {len(names)} lines; the "
+            f"classifier has {classes} classes: give one line for each, in its order"
+        )
+    return names
+
+
+def _preprocessing_given(overrides: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the preprocessing of overrides, checked. Raises ValueError for other fields."""
+    allowed = [f"data.{field}" for field in preprocessing.FIELDS]
+    config = ConfigDict({"model": {"name": "coatnet"}})
+    for field, text in overrides.items():
+        if field not in allowed:
+            raise validation.unknown("field of the preprocessing:", field, allowed)
+        loading.override(config, field, text)
+    data = validation.check(config).data
+    return {field.removeprefix("data."): getattr(data, field[5:]) for field in overrides}
+
+
+def _advice(source: str, file: pathlib.Path, name: str, arguments: Mapping[str, Any]) -> str:
+    """Returns the end of an error: how to name a model, to make a readable file, or to tell its
+    number of classes.
+    """
+    if source == "fairseq":
+        return ""
+    if file.suffix != ".safetensors":
+        of_timm = ", with --name, timm's name of the model" * (source == "timm")
+        return (
+            f". {file} is not a .safetensors file. Where torch is installed, make one: python -c "
+            f'"import torch, safetensors.torch as s; '
+            f"x = torch.load('{file}', map_location='cpu', weights_only=True); "
+            "x = x.get('state_dict', x.get('model', x)); "
+            "s.save_file({k: v.contiguous().clone() for k, v in x.items()}, "
+            f"'{file.with_suffix('.safetensors')}')\"; then convert that{of_timm}"
+        )
+    if source != "timm":
+        return ""
+    advice = f". --name={name} is used: if it is not timm's name of the model, give --name"
+    classes = _classes(file)
+    if classes is not None and classes != arguments.get("num_classes", 1000):
+        count = f"'{{\"num_classes\": {classes}}}'"
+        advice += f". The file has a classifier of {classes} classes: give --args {count}"
+    return advice
+
+
+def _classes(file: pathlib.Path) -> int | None:
+    """Returns the classes of a file of timm, 0 without a classifier; None if unreadable."""
+    try:
+        state = convert.weights.read_safetensors(file)
+    except (ValueError, OSError):
+        return None
+    found = next((state[n] for n in ("head.fc.bias", "head.bias") if n in state), None)
+    return 0 if found is None else len(found)
+
+
+def card(source: str, name: str, report: Mapping[str, Any]) -> str:
+    """Returns the model card of converted weights, in Markdown."""
+    lines = [f"# {name}", "", f"Converted from {source} by `localglobal convert`.", "", "| | |"]
+    lines += ["|---|---|", *(f"| {key} | {value} |" for key, value in report.items())]
+    if source != "fairseq":
+        lines += [
+            "",
+            "`image_size`, `mean`, `std`, `eval_crop` and `interpolation` are fields of "
+            "config.data: how images are prepared for these weights. `classify`, `evaluate` and "
+            "the fine-tuning configs use them.",
+            "",
+            "```sh",
+            f"localglobal classify --workdir {report['written']} PICTURES",
+            f"localglobal evaluate --workdir {report['written']} "
+            "--config configs/finetune_folder.py --config.data.dir=PICTURES",
+            f"localglobal train --config configs/finetune_folder.py:init={report['written']} "
+            "--config.data.dir=PICTURES --workdir runs/mine",
+            "```",
+        ]
+    return "\n".join(lines) + "\n"
 
 
 def vocabularies(files: Sequence[str], module: nn.Module) -> tokenizers.Tokenizers:

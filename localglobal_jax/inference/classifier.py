@@ -22,20 +22,16 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from localglobal_jax import convert
-from localglobal_jax.config import loading, schema, validation, values
+from localglobal_jax.config import loading, preprocessing, schema, validation, values
 from localglobal_jax.data.images import device_ops, files, pipeline
 from localglobal_jax.inference import grad_cam
 from localglobal_jax.inference import load as inference_load
 from localglobal_jax.models import EncoderDecoder
-from localglobal_jax.models.registry import Variables, create_model
+from localglobal_jax.models.registry import Variables, create_model, image_channels
 from localglobal_jax.parallel import context
 
-NEEDED = (
-    "data.image_size",
-    "data.mean",
-    "data.std",
-)  # required for converted weights, which have no config
-PREPARING = (*NEEDED, "data.crop", "data.threads")
+NEEDED = ("data.image_size", "data.mean", "data.std")  # of weights whose preprocessing is unknown
+PREPARING = (*(f"data.{field}" for field in preprocessing.FIELDS), "data.crop", "data.threads")
 
 
 class Guess(NamedTuple):
@@ -87,9 +83,7 @@ class Classifier:
         labels: Sequence[str] = (),
     ):
         check_classifier(module)
-        # The first convolution of every stem here: [height, width, channels, features].
-        stem = jax.tree.leaves(variables["params"]["stem"])
-        self.channels = next(leaf.shape[2] for leaf in stem if leaf.ndim == 4)
+        self.channels = image_channels(variables)
         pipeline.check_channels(options, self.channels)
         shape = (1, *options.image_size, self.channels)
         try:
@@ -223,8 +217,8 @@ def load(
       path: the workdir, the checkpoint, or the directory that `localglobal convert` wrote.
       step, average: see `inference.load.load`.
       overrides: fields of the preprocessing (`PREPARING`) as text, for instance
-        ``{"data.image_size": "(384, 384)"}``. Converted weights have no config, so that `NEEDED`
-        must be given.
+        ``{"data.image_size": "(384, 384)"}``, in place of those of the checkpoint. `NEEDED` must be
+        given for weights that were converted without a preprocessing.
 
     Raises ValueError if there is no such checkpoint, or it does not classify images.
     """
@@ -235,19 +229,26 @@ def load(
     for field in overrides:
         if field not in PREPARING:
             raise validation.unknown("field of the preprocessing:", field, PREPARING)
-    missing = [f"--config.{field}" for field in NEEDED if field not in overrides]
-    if missing and "config" not in metadata:
+    found = preprocessing.of_checkpoint(metadata)
+    missing = [f for f in NEEDED if f not in overrides and f.removeprefix("data.") not in found]
+    if missing:
         raise ValueError(
-            f"{path} is a converted checkpoint, without a config of its preprocessing: give "
-            f"{', '.join(missing)}, the values of its authors. For most ImageNet models: "
-            "--config.data.image_size='(224, 224)' --config.data.mean='(0.485, 0.456, 0.406)' "
-            "--config.data.std='(0.229, 0.224, 0.225)' --config.data.crop=resized"
+            f"{path} does not say how its images were prepared: give "
+            f"{', '.join(f'--config.{field}' for field in missing)}, the values of its authors. "
+            "Examples: of timm's CoAtNets "
+            f"{preprocessing.shown(preprocessing.of_timm('coatnet_0_rw_224'))}; of timm's VOLOs "
+            f"{preprocessing.shown(preprocessing.of_timm('volo_d1_224'))}"
         )
     config = ConfigDict(values.tuples(metadata.get("config") or {"model": metadata["model"]}))
+    if "config" not in metadata:
+        config.data = ConfigDict(found)
     for field, text in overrides.items():
         loading.override(config, field, text)
     options = validation.check(config).data
     assert isinstance(options, schema.Images), (
         "the data of a classification run is of the class Images"
     )
+    if "mean" in found:
+        source = f"{path} was trained with"
+        inference_load.note_preprocessing(options, found, source, ("mean", "std"))
     return Classifier(module, jax.device_put(variables), options, metadata.get("labels") or ())

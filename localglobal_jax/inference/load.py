@@ -16,7 +16,7 @@ import numpy as np
 from localglobal_jax import convert
 from localglobal_jax.checkpoints import gcs, manager, reader
 from localglobal_jax.checkpoints.workdir import shown
-from localglobal_jax.config import loading, schema, values
+from localglobal_jax.config import loading, preprocessing, schema, values
 from localglobal_jax.models.registry import Variables, create_model
 
 log = logging.getLogger(__name__)
@@ -160,23 +160,101 @@ def check_neighbours(
             )
 
 
-def pretrained(path: str, module: nn.Module, inputs: tuple[jax.ShapeDtypeStruct, ...]) -> Variables:
+def pretrained(
+    path: str,
+    module: nn.Module,
+    inputs: tuple[jax.ShapeDtypeStruct, ...],
+    labels: Sequence[str] = (),
+    data: schema.Images | schema.Text | None = None,
+) -> Variables:
     """Reads the variables of the checkpoint `path` and fits them to `module` on `inputs`.
 
-    Position tables are resized. A classifier for another number of classes is replaced by zeros.
-    Raises ValueError if anything else differs.
+    Position tables are resized. A classifier is kept where its classes are those of the data, by
+    their names (`labels`); its rows are put into the data's order, or chosen, if all of them are
+    known. Otherwise it is replaced by zeros. What was done is logged, and so is a preprocessing of
+    `data` other than that of the checkpoint. Raises ValueError if anything else differs.
     """
     try:
-        old, variables = load(path)
+        _, found, metadata = read_variables(path)
     except (ValueError, OSError) as error:
         raise ValueError(f"init={path}: {error}") from error
+    old, variables = create_model(**values.tuples(metadata["model"])), jax.device_put(found)
     if type(old) is not type(module):
         raise ValueError(
             f"init={path} is a {type(old).__name__}, but this run trains a {type(module).__name__}"
         )
-    classes, replaced = getattr(module, "classes", None), ""
-    if classes is not None and old.classes != classes:
-        old, variables = convert.adapt.reclassify(old, variables, classes)
-        replaced = f"; its classifier is replaced by one for {classes} classes"
-    log.info("weights  of %s%s", path, replaced)
+    done = ""
+    if (classes := getattr(module, "classes", None)) is not None:
+        names = labels, metadata.get("labels") or ()
+        if old.classes:
+            old, variables, done = fit_classifier(old, variables, classes, *names)
+        else:
+            old, variables = convert.adapt.add_classifier(old, variables, classes, *inputs)
+            done = f"; it has no classifier: a new one for {classes} classes"
+    if isinstance(data, schema.Images):
+        note_preprocessing(
+            data, preprocessing.of_checkpoint(metadata), f"init={path} was trained with"
+        )
+    log.info("weights  of %s%s", path, done)
     return convert.adapt.fit(module, variables, *inputs)
+
+
+def fit_classifier(
+    module: nn.Module,
+    variables: Variables,
+    classes: int,
+    labels: Sequence[str],
+    known: Sequence[str],
+) -> tuple[nn.Module, Variables, str]:
+    """Returns a module and its variables for so many classes, and a note of what was done.
+
+    `labels` are the names of the data, `known` those of the checkpoint; () where there are none.
+    """
+    if labels and known and set(labels) <= set(known) and len(labels) == classes:
+        if tuple(labels) == tuple(known):
+            return module, variables, "; its classifier is kept: the classes have the same names"
+        rows = [list(known).index(label) for label in labels]
+        module, variables = convert.adapt.choose_classes(module, variables, rows)
+        what = f"of {len(known)} classes" if len(rows) < len(known) else "in another order"
+        return module, variables, f"; its classifier is kept by the names of the classes, {what}"
+    if module.classes == classes and not (labels and known):
+        side = "the checkpoint" if labels or not known else "the data"
+        note = f"; its classifier of {classes} classes is kept: {side} has no names to compare"
+        return module, variables, note
+    new = sorted(set(labels) - set(known)) if known else []
+    reason = f" (not among its classes: {named(new)})" if new else ""
+    module, variables = convert.adapt.reclassify(module, variables, classes)
+    return module, variables, f"; its classifier is replaced by one for {classes} classes{reason}"
+
+
+def named(labels: Sequence[str], at_most: int = 10) -> str:
+    """Returns names of classes for a message, the first of many."""
+    more = f" and {len(labels) - at_most} more" * (len(labels) > at_most)
+    return ", ".join(labels[:at_most]) + more
+
+
+def note_preprocessing(
+    data: schema.Images,
+    found: Mapping[str, Any],
+    source: str,
+    fields: Sequence[str] = ("mean", "std", "eval_crop", "interpolation"),
+) -> None:
+    """Warns where images are prepared in another way than `found`, that of a checkpoint.
+
+    `source` begins the warning. Without a mean in `found`, warns that it is not known.
+    """
+    if "mean" not in found:
+        log.warning(
+            "%s images whose mean and std are not known; now data.mean=%s data.std=%s",
+            *(source, data.mean, data.std),
+        )
+        return
+    now = preprocessing.of_checkpoint({"config": {"data": data.model_dump()}})
+    for field in fields:
+        if field in found and _spread(found[field]) != _spread(now[field]):
+            log.warning("%s data.%s=%s; now it is %s", source, field, found[field], now[field])
+
+
+def _spread(value: Any) -> Any:
+    """Returns one value for all channels as it is for one channel."""
+    return value[:1] if isinstance(value, tuple) and len(set(value)) == 1 else value

@@ -51,6 +51,13 @@ def _plain(value: Any) -> Any:
     return {k: _plain(v) for k, v in value.items()} if isinstance(value, Mapping) else value
 
 
+def image_channels(variables: Variables) -> int:
+    """Returns the channels of the images that a model of images takes."""
+    # the first convolution of every stem here: [height, width, channels, features]
+    stem = jax.tree.leaves(variables["params"]["stem"])
+    return int(next(leaf.shape[2] for leaf in stem if leaf.ndim == 4))
+
+
 def list_models() -> list[str]:
     """Returns the names that `create_model` accepts, sorted."""
     return sorted(MODELS)

@@ -98,7 +98,9 @@ def prepare_setup(run: schema.Run, directory: str | pathlib.Path) -> TrainSetup:
         name = "the parameters of config.model and the optimizer's state"
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(template))
         host_memory.check(name, size // multihost.count(), "Take a smaller model.")
-    pretrained = load.pretrained(run.init, task.model, task.inputs) if run.init else None
+    pretrained = None
+    if run.init:
+        pretrained = load.pretrained(run.init, task.model, task.inputs, task.labels, run.data)
     return TrainSetup(mirror, partitioner, task, optimizer, init, template, pretrained)
 
 

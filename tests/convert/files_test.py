@@ -3,6 +3,7 @@
 
 import json
 import pathlib
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -72,6 +73,7 @@ def test_fine_tuning_starts_from_it_at_another_size_with_other_classes(converted
 
 # ---------------------------------------------------------------------------- fairseq
 
+VOLO = str(GOLDEN / "volo_aux.safetensors")
 MUSE = str(GOLDEN / "muse_post.safetensors")
 ARGS = json.loads((GOLDEN / "muse_post.json").read_text())["args"]
 
@@ -159,6 +161,56 @@ def test_wrong_files_are_refused(command, message, capsys, tmp_path, monkeypatch
     assert main(["convert", *command]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+VOLO_ARGUMENTS = json.loads((GOLDEN / "volo_aux.json").read_text())["kwargs"]
+
+
+@pytest.mark.parametrize(
+    ("classes", "count"), [({}, 10), ({"num_classes": 7}, 10), ({"num_classes": 0}, 10)]
+)
+def test_another_number_of_classes_is_named_as_it_is_given(classes, count, capsys, tmp_path):
+    """And what the error says works."""
+    arguments = {k: v for k, v in VOLO_ARGUMENTS.items() if k != "num_classes"}
+    command = ["convert", "timm", str(GOLDEN / "volo_aux.safetensors"), f"--out={tmp_path}/out"]
+    command += ["--name=volo"]
+    assert main([*command, f"--args={json.dumps({**arguments, **classes})}"]) == 2
+    error = capsys.readouterr().err
+    assert f"--args '{{\"num_classes\": {count}}}'" in error and not list(tmp_path.iterdir())
+    assert main([*command, f"--args={json.dumps({**arguments, 'num_classes': count})}"]) == 0
+
+
+def test_the_name_of_a_released_file_needs_timms_name(capsys, tmp_path):
+    file = tmp_path / "coatnet_nano_rw_224_sw-f53093b4.safetensors"
+    file.write_bytes((GOLDEN / "coatnet_nano_rw.safetensors").read_bytes())
+    assert main(["convert", "timm", str(file), f"--out={tmp_path}/out"]) == 2
+    assert "--name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("source", ["timm", "focal"])
+@pytest.mark.parametrize("name", ["d1_224_84.2.pth.tar", "coatnet_0_rw_224.pth", "model.bin"])
+def test_a_file_of_torch_tells_how_to_make_it_readable(source, name, capsys, tmp_path):
+    (tmp_path / name).write_bytes(b"PK\x03\x04 of torch")
+    assert main(["convert", source, str(tmp_path / name), f"--out={tmp_path}/out"]) == 2
+    error = capsys.readouterr().err
+    for part in ("python -c", f"torch.load('{tmp_path / name}'", "save_file", ".safetensors'"):
+        assert part in error
+    assert ("--name" in error) == (source == "timm")
+
+
+@pytest.mark.slow  # needs torch, which nothing else needs
+@pytest.mark.parametrize("wrapped", [None, "state_dict", "model"])
+def test_the_line_makes_a_readable_file(wrapped, capsys, tmp_path):
+    torch = pytest.importorskip("torch")
+    state = {k: torch.from_numpy(v) for k, v in weights.read_safetensors(VOLO).items()}
+    torch.save({wrapped: state} if wrapped else state, tmp_path / "volo.pth")
+    command = ["convert", "timm", str(tmp_path / "volo.pth"), f"--out={tmp_path}/out"]
+    assert main(command) == 2
+    line = capsys.readouterr().err.split("make one: ")[1].split("; then")[0]
+    subprocess.run(line, shell=True, check=True)
+    command[2] = str(tmp_path / "volo.safetensors")
+    command += ["--name=volo", f"--args={json.dumps(VOLO_ARGUMENTS)}"]
+    assert main(command) == 0
 
 
 @pytest.mark.parametrize("name", ["coatnet", "volo", "focal"])

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from localglobal_jax.checkpoints.workdir import shown, write_atomically
-from localglobal_jax.config import schema
+from localglobal_jax.config import preprocessing, schema
 from localglobal_jax.parallel import multihost, placement
 from localglobal_jax.training import freezing, optim
 from localglobal_jax.training.reporting import metrics_log, model_card, plots, progress
@@ -130,6 +130,11 @@ def model_results(line: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in line.items() if k not in OF_THE_RUN and not of_the_machine(k)}
 
 
+def _preparation(run: schema.Run) -> dict[str, Any]:
+    """Returns how images are prepared for the model, by field of the config; {} of text."""
+    return preprocessing.of_checkpoint({"config": run.model_dump()})
+
+
 def finish(
     run: schema.Run, task: Task, directory: pathlib.Path, params: PyTree, step: int
 ) -> dict[str, dict[str, float]]:
@@ -147,7 +152,7 @@ def finish(
         name=f"{run.model['name']} on {run.data.name}",
         summary=f"A {run.task.name} model trained with localglobal_jax.",
         config=run.model_dump(mode="json"),
-        data={"name": run.data.name, "training": task.summary},
+        data={"name": run.data.name, "training": task.summary, **_preparation(run)},
         parameters=sum(x.size for x in jax.tree.leaves(params)),
         steps=step,
         metrics={split: model_results(line) for split, line in last.items()},
