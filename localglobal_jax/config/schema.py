@@ -106,6 +106,17 @@ class Images(Section):
     # every batch (see `data/workers.py`); 0: only threads, which share the interpreter's lock
     workers: Workers = 0
 
+    @pydantic.field_validator("class_weights", mode="wrap")
+    @classmethod
+    def _weights(cls, given: Any, check: pydantic.ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return check(given)
+        except pydantic.ValidationError:  # one line instead of one for every alternative
+            raise ValueError(
+                'give "none", "balanced", weights above 0 by name, such as {"cat": 2.0}, or one '
+                "for each class"
+            ) from None
+
     @pydantic.field_validator("area")
     @classmethod
     def _ordered(cls, area: tuple[float, float]) -> tuple[float, float]:

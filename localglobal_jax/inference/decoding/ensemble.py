@@ -4,7 +4,6 @@
 import dataclasses
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -23,7 +22,7 @@ class Ensemble:
     Raises ValueError for no members, or members of other vocabularies or special tokens.
     """
 
-    members: tuple[nn.Module, ...]
+    members: tuple[Any, ...]  # modules, see `Decodable`
     log_probabilities: bool = True
 
     def __post_init__(self) -> None:
