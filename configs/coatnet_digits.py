@@ -9,6 +9,7 @@ Expect at least 98 % on the 360 held-out digits, in less than three minutes on t
 from ml_collections import ConfigDict
 
 from localglobal_jax.config.loading import parse_arg
+from localglobal_jax.config.sweeps import product
 
 
 def get_config(arg=None):
@@ -34,3 +35,9 @@ def get_config(arg=None):
         config.optim.warmup_steps = 5
         config.eval.every = config.checkpoint.every = 10
     return config
+
+
+def sweep_layouts():
+    """Attention or convolution in the second stage, at two rates, with three seeds: 12 runs."""
+    layouts = {"model.layout": ("CC", "CT"), "optim.learning_rate": (2e-3, 8e-3)}
+    return product(layouts, {"seed": range(3)})

@@ -56,6 +56,20 @@ def sizes(directory: epath.Path) -> dict[str, int]:
     }
 
 
+def folders(directory: epath.Path) -> list[str]:
+    """Returns the names of the folders in `directory`, sorted; [] if it cannot be listed."""
+    try:
+        if not workdir.is_remote(directory):
+            return sorted(path.name for path in directory.iterdir() if path.is_dir())
+        bucket, _, key = os.fspath(directory).removeprefix("gs://").rstrip("/").partition("/")
+        found = _store().ls(f"{bucket}/{key}", detail=True)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return []
+    names = (entry["name"].rstrip("/").rpartition("/")[2] for entry in found
+             if entry["type"] == "directory")  # fmt: skip
+    return sorted(names)
+
+
 def _on_disk(directory: str) -> Iterator[tuple[str, int]]:
     for folder, _, files in os.walk(directory):
         for name in files:

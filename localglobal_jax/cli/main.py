@@ -88,6 +88,11 @@ def _without_stragglers(otherwise: Callable[[Any], Any], found: Any) -> None:
         otherwise(found)
 
 
+def _without_sync_points(record: logging.LogRecord) -> bool:
+    """Hides orbax's lines about a SIGTERM that hosts agree on, which `train` reports itself."""
+    return "Reached preemption sync point" not in record.getMessage()
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     try:
@@ -110,6 +115,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s", force=True)
     for noisy in NOISY:
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    if not debugging():
+        logging.getLogger("absl").addFilter(_without_sync_points)
     try:
         if overrides and not args.takes_overrides:
             raise ValueError(f"{args.command} takes no --config.{next(iter(overrides))}")

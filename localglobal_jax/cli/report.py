@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `localglobal report`: writes a page (HTML) of one run or several."""
+"""The command `localglobal report`: writes a page (HTML) of one run, several, or a sweep."""
 
 import argparse
 import json
@@ -9,14 +9,17 @@ from typing import Any
 from localglobal_jax.cli import options
 
 NAME = "report"
-HELP = "a page (HTML) of one run, or of several side by side"
+HELP = "a page (HTML) of one run, of several side by side, or of a sweep"
 EXAMPLE = "runs/digits runs/digits_2 --out report.html"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
     parser.add_argument(
-        "workdirs", nargs="+", metavar="WORKDIR", help="workdir of a run; several are compared"
+        "workdirs",
+        nargs="+",
+        metavar="WORKDIR",
+        help="workdir of a run; several are compared; or the root of a sweep",
     )
     parser.add_argument("--out", default="report.html", metavar="FILE.html",
                      help="the page, one file without scripts; default: %(default)s")  # fmt: skip

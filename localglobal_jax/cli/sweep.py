@@ -38,7 +38,35 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--only", nargs="+", metavar="GLOB|INDEX|A-B", help="some of the runs, by name or number")
     add("--dry_run", action="store_true", help="check and describe the runs, start nothing")
     add("--status", action="store_true", help="print the state of the runs")
-    add("--collect", metavar="FILE.csv", help="write overrides and last metrics of all runs")
+    add("--collect", metavar="FILE.csv",
+        help="write settings and last metrics of all runs; or .md, .tex, .json")  # fmt: skip
+    add("--prune", action="store_true",
+        help="list old checkpoints of finished runs, and workdirs of failed ones")  # fmt: skip
+    add("--yes", action="store_true", help="with --prune: delete them")
+    group = parser.add_argument_group("--sampler")
+    more = group.add_argument
+    more("--sampler", choices=("random", "tpe", "qmc"),
+         help="draw the runs from search(), or search_NAME(), by Optuna [local]")  # fmt: skip
+    more("--trials", type=int, metavar="N", help="with --sampler: runs, earlier ones included")
+    more("--halving", action="store_true",
+         help="with --sampler: stop runs by successive halving at evaluations")  # fmt: skip
+    group = parser.add_argument_group("--summary")
+    more = group.add_argument
+    more("--summary", action="store_true",
+         help="a table of settings, last and best value, time, disk and state")  # fmt: skip
+    more("--metric", help="test/accuracy, -test/loss, ...; default: checkpoint.best")
+    more("--group", nargs="+", metavar="FIELD",
+         help="a line per setting of the other fields (seed): n, mean, sd, interval")  # fmt: skip
+    more("--baseline", nargs="+", metavar="FIELD=VALUE",
+         help="with --group: paired differences to that setting, or to a run's")  # fmt: skip
+    more("--sort", metavar="COLUMN", help="ascending; descending with --sort=-COLUMN")
+    more("--top", type=int, metavar="N", help="the first N lines")
+    more(
+        "--format",
+        choices=("text", "markdown", "latex", "csv", "json"),
+        default="text",
+        help="default: text",
+    )
     add("--out", metavar="DIR", help="write scripts there instead of running anything")
     add(
         "--devices",
@@ -53,16 +81,30 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Starts the runs, or does what ``--status``, ``--dry_run`` and the like name."""
-    sweep = expand.expand(args.config, args.workdir, args.sweep, args.overrides)
+    looks = args.status or args.collect or args.summary or args.prune
+    if args.yes and not args.prune:
+        raise ValueError("--yes belongs to --prune, which is not given")
+    wrong: list[str] | None = None if looks else []  # the others are checked too
+    look = not args.dry_run and not args.out  # those use no network
+    if args.sampler:
+        return _search(args, looks)
+    if args.trials is not None or args.halving:
+        raise ValueError("--trials and --halving belong to --sampler, which is not given")
+    sweep = expand.expand(
+        args.config, args.workdir, args.sweep, args.overrides, look=look, wrong=wrong
+    )
     runs = expand.select(sweep.runs, args.only)
-    if args.status or args.collect:
-        return _look(args, runs)
+    if looks:
+        return _look(args, sweep, runs)
+    _refuse_alone(args)
     backends.check(args)
     backend = backends.BACKENDS[args.backend]
     request = Request(args, sweep, runs, shell.environment(args.env))
     outside = dict(os.environ)  # before `_preview` changes it
     launch = backend.launch(request)
-    rows = _preview(request)
+    rows = _preview(request, wrong or [])
+    for notice in launch.notices:
+        _say(f"notice   {notice}")
     if args.dry_run:
         env = shell.masked(request.env)
         return _dry_run(args, rows, backend.launch(dataclasses.replace(request, env=env)), env)
@@ -83,41 +125,169 @@ def run(args: argparse.Namespace) -> int:
     for name in sorted(done):
         _say(f"done     {name}: nothing to do")
     left = [run for run in runs if run.name not in done]
-    request = dataclasses.replace(request, runs=left)
+    request = dataclasses.replace(request, runs=left, done=len(done))
     started = backend.start(request, {**outside, **request.env}, _say)
     if args.json:
         print(json.dumps({"code": started.code, "runs": started.runs}))
     return started.code
 
 
-def _look(args: argparse.Namespace, runs: Sequence[expand.Description]) -> int:
-    """Prints or writes the state of the runs."""
-    from localglobal_jax.launch import status
+def _search(args: argparse.Namespace, looks: bool) -> int:
+    """Draws and starts the runs of a search, or does what ``--status`` and the like name."""
+    from localglobal_jax.launch import local, pool, search
 
-    if args.collect and not pathlib.Path(args.collect).absolute().parent.is_dir():
-        raise ValueError(f"--collect {args.collect}: there is no such folder")
-    with ThreadPoolExecutor(16) as pool:  # in a bucket, reading is waiting
+    if args.backend != local.NAME:
+        raise ValueError(f"--sampler draws runs on this machine, not with --backend {args.backend}")
+    if args.only:
+        raise ValueError("--only takes runs of a list: a search starts one after the other")
+    space = search.read_space(args.config, args.workdir, args.sweep, args.overrides)
+    if looks:
+        found = search.Study(space).sweep()
+        if not found.runs:
+            raise ValueError(f"{space.root}: no trial has been drawn yet")
+        return _look(args, found, found.runs)
+    _refuse_alone(args)
+    backends.check(args)
+    if args.trials is None or args.trials < 1:
+        raise ValueError("--sampler needs --trials N, at least 1")
+    env, outside = shell.environment(args.env), dict(os.environ)
+    # The first trials of a study that is forgotten are checked as a launch would check them.
+    drawn = search.Study(space, args.sampler, args.trials, stored=False)
+    runs = [run for _ in range(args.trials if args.dry_run else 1) if (run := drawn.draw())]
+    if not runs:
+        raise ValueError(f"no valid run among {args.trials} that were drawn: see the space")
+    request = Request(args, expand.Sweep(space.prefix, space.base, tuple(runs)), runs, env)
+    rows = _preview(request, ())
+    if args.dry_run:
+        masked = shell.masked(env)
+        launch = local.launch(dataclasses.replace(request, env=masked))
+        return _dry_run(args, rows, launch, masked)
+    study = search.Study(space, args.sampler, args.trials, halving=args.halving)
+    done = len(study.finished())
+    slots = local.machine_slots(args, {**outside, **env})
+    started = pool.run_jobs(
+        [], slots, args.retries, {**outside, **env}, _say, done=done, source=study
+    )
+    if args.json:
+        print(json.dumps({"code": started.code, "runs": started.runs}))
+    return started.code
+
+
+def _prune(args: argparse.Namespace, runs: Sequence[expand.Description]) -> int:
+    """Lists what may be deleted, and the bytes; with ``--yes`` deletes it."""
+    from localglobal_jax.launch import prune, status, summary
+
+    with ThreadPoolExecutor(16) as pool:
         rows = list(pool.map(status.read, runs))
+    found = prune.candidates(rows)
+    total = sum(candidate.bytes for candidate in found)
+    records, freed = [], 0
+    for candidate in found:
+        deleted = args.yes and prune.delete(candidate)
+        freed += candidate.bytes if deleted else 0
+        state = "deleted" if deleted else "in use" if args.yes else "would go"
+        record = {"state": state, "disk": candidate.bytes, "folder": candidate.path}
+        records.append({**record, "why": candidate.why})
+    if args.json:
+        print(json.dumps({"folders": records, "bytes": total, "freed": freed}))
+        return ExitCode.DONE
+    if records:
+        print(summary.shown(records, args.format))
+    if args.yes:
+        print(f"{summary.size(freed)} of {summary.size(total)} freed")
+    else:
+        print(f"{len(found)} folders, {summary.size(total)}; --prune --yes deletes them")
+    return ExitCode.DONE
+
+
+def _refuse_alone(args: argparse.Namespace) -> None:
+    """Raises ValueError for an option of ``--summary`` without it: a sweep would be started."""
+    for name in ("metric", "group", "baseline", "sort", "top"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name} belongs to --summary, which is not given")
+
+
+def _look(args: argparse.Namespace, sweep: expand.Sweep, runs: Sequence[expand.Description]) -> int:
+    """Prints or writes the state, the metrics and the summary of the runs."""
+    from localglobal_jax.launch import status, summary
+
+    if args.prune:
+        return _prune(args, runs)
+    file = pathlib.Path(args.collect or "none.csv").absolute()
+    if not file.parent.is_dir():
+        raise ValueError(f"--collect {args.collect}: there is no such folder")
+    if file.suffix not in summary.FILES:
+        raise ValueError(f"--collect {args.collect}: give a name in {' '.join(summary.FILES)}")
+    if args.baseline and not args.group:
+        raise ValueError("--baseline needs --group FIELD, the field that pairs the runs (seed)")
+    if args.top is not None and args.top < 1:
+        raise ValueError(f"--top {args.top}: at least 1")
+    if not args.summary:
+        _refuse_alone(args)
+    fields = status.override_fields(sweep.runs)
+
+    def read(run: expand.Description) -> dict[str, Any]:
+        return status.read(run, fields=fields, whole=args.summary)
+
+    with ThreadPoolExecutor(16) as pool:  # in a bucket, reading is waiting
+        rows = list(pool.map(read, runs))
     if args.collect:
         from localglobal_jax.checkpoints import workdir
 
-        workdir.write_atomically(pathlib.Path(args.collect), status.to_csv(rows))
+        form = summary.FILES[file.suffix]
+        table = status.to_csv(rows) if form == "csv" else _line(status.records(rows), form)
+        workdir.write_atomically(file, table)
         _say(f"wrote {args.collect}: {len(rows)} runs")
+    records = _summary(args, sweep, rows) if args.summary else None
     if args.json:
-        print(json.dumps({"runs": rows}))
+        print(json.dumps({"runs": rows, **({} if records is None else {"summary": records})}))
+    elif records is not None:
+        print(summary.shown(records, args.format))
     elif args.status:
         print(status.table(rows))
     return ExitCode.DONE
 
 
-def _preview(request: Request) -> list[dict[str, Any]]:
-    """Returns the description of every run. Raises ValueError for an invalid one."""
+def _line(records: Sequence[dict[str, Any]], form: str) -> str:
+    from localglobal_jax.launch import summary
+
+    return summary.shown(records, form) + "\n"
+
+
+def _summary(
+    args: argparse.Namespace, sweep: expand.Sweep, rows: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Returns the lines of ``--summary``, one per run or, with ``--group``, per setting."""
+    from localglobal_jax.launch import summary
+
+    split = next(iter(sweep.base.data.eval_splits), None)
+    metric = summary.metric(rows, args.metric, sweep.base.checkpoint.best, split)
+    if args.group:
+        records = summary.groups(rows, metric, args.group, args.baseline or ())
+    else:
+        records = summary.runs(rows, metric)
+    return summary.ordered(records, args.sort, args.top)
+
+
+def _preview(request: Request, wrong: Sequence[str]) -> list[dict[str, Any]]:
+    """Returns the description of every run. Raises ValueError with all invalid ones.
+
+    `wrong`: messages of those that are already known.
+    """
     if "jax" not in sys.modules:
         os.environ["JAX_PLATFORMS"] = "cpu"  # leaves the accelerator to the runs
     from localglobal_jax.launch import preview
 
     previewed = preview.Preview(request.sweep.base, backends.target(request.args))
-    return [previewed.row(run) for run in request.runs]
+    rows, messages = [], list(wrong)
+    for run in request.runs:
+        try:
+            rows.append(previewed.row(run))
+        except ValueError as error:
+            messages.append(str(error))
+    if messages:
+        raise ValueError(expand.all_of(messages, len(request.runs) + len(wrong)))
+    return rows
 
 
 def _dry_run(
@@ -139,6 +309,7 @@ def _dry_run(
         "git": provenance.git(folder),
         "env": dict(env),
         "scripts": sorted(launch.files),
+        "notices": list(launch.notices),
         **preview.totals(rows),
     }
     if args.json:

@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import os
 import sys
 import traceback
 
@@ -46,7 +47,24 @@ def join(args: argparse.Namespace) -> None:
         cluster = rendezvous.detect(args.start_timeout)
     else:
         return
+    keep_native_code_off_stdout()
     rendezvous.start(cluster, args.start_timeout)
+
+
+def keep_native_code_off_stdout() -> None:
+    """Sends what native code prints on stdout nowhere; Python's own output stays.
+
+    Gloo prints a line per group of hosts there, also before the JSON of ``--json``.
+    """
+    stdout = sys.__stdout__
+    if stdout is None or sys.stdout is not stdout:  # as in a test
+        return
+    stdout.flush()
+    ours = os.fdopen(os.dup(1), "w", buffering=1, encoding=stdout.encoding)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+    sys.stdout = ours
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--workdir is empty: give the directory where everything is written")
     run = validation.check(loading.load(args.config, args.overrides))  # importing jax takes seconds
 
+    if args.distributed or args.coordinator:  # a SIGTERM is reported by us, not by its notifier
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from localglobal_jax.parallel import multihost
     from localglobal_jax.training import divergence, loop, replay
 

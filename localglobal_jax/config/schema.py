@@ -44,6 +44,7 @@ def _number(value: Any) -> Any:
 Crop = Annotated[float, Field(ge=0.1, le=2)] | Literal["squash"]
 
 
+Tag = Annotated[str, Field(min_length=1, max_length=64)]  # as long as wandb allows
 Path = Annotated[str, AfterValidator(os.path.expanduser)]  # "~/x" is in the home directory
 
 
@@ -276,6 +277,9 @@ class Log(Section):
     samples: Annotated[int, Field(ge=0, le=64)] = 0
     wandb: str | None = None  # name of the project; needs the extra [wandb]
     profile: tuple[NonNegativeInt, PositiveInt] | None = None  # traced: (first step, steps)
+    # Words and a sentence of yours, shown in TensorBoard, wandb, reports and tables of sweeps
+    tags: Annotated[tuple[Tag, ...], Field(max_length=100)] = ()
+    note: Annotated[str, Field(max_length=10_000)] = ""
 
 
 class Parallel(Section):

@@ -7,8 +7,14 @@ yield the overrides of each run. They may take the argument of the config, as `g
     def sweep():
         yield {"optim.learning_rate": 1e-3, "model.depths": (1, 2)}
         yield from product({"seed": range(3), "optim.learning_rate": (1e-3, 2e-3)})
+
+A function ``search()`` or ``search_NAME()`` returns a space instead, from which a search draws::
+
+    def search():
+        return {"optim.learning_rate": uniform(1e-4, 1e-2, log=True), "seed": choice(0, 1)}
 """
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -69,6 +75,53 @@ def _parts(parts: Iterable[Part]) -> list[list[Mapping[str, Any]]]:
     return found
 
 
+# ---------------------------------------------------------------------------- spaces of a search
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The numbers from `low` to `high`, both included: of a search, not of a list of runs."""
+
+    low: float
+    high: float
+    log: bool = False
+    whole: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.low < self.high or (self.log and self.low <= 0):
+            positive = ", and low > 0 with log=True" if self.log else ""
+            raise ValueError(f"{self}: want low < high{positive}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One of `values`."""
+
+    values: tuple[Any, ...]
+
+    def __post_init__(self) -> None:
+        if len({canonical({"": value}) for value in self.values}) < max(1, len(self.values)):
+            raise ValueError(f"{self}: want at least one value, and none twice")
+
+
+Space = Mapping[str, Range | Choice]  # by field
+
+
+def uniform(low: float, high: float, *, log: bool = False) -> Range:
+    """Returns the numbers from `low` to `high`; `log`: uniform in their logarithm."""
+    return Range(low, high, log)
+
+
+def integers(low: int, high: int, *, log: bool = False) -> Range:
+    """Returns the integers from `low` to `high`, both included."""
+    return Range(low, high, log, whole=True)
+
+
+def choice(*values: Any) -> Choice:
+    """Returns the choice of one of `values`."""
+    return Choice(values)
+
+
 # ---------------------------------------------------------------------------- names
 
 
@@ -92,8 +145,12 @@ def name(prefix: str, index: int, overrides: Mapping[str, Any]) -> str:
 
     It has at most `LONGEST` lower-case letters, digits and hyphens, and starts with a letter.
     """
-    end = f"-{index:03d}-{digest(overrides)}"
-    return safe(prefix)[: LONGEST - len(end)].rstrip("-") + end
+    return f"{stem(prefix, index)}-{index:03d}-{digest(overrides)}"
+
+
+def stem(prefix: str, index: int) -> str:
+    """Returns the first part of a run's name: `prefix`, cut so that number and hash fit."""
+    return safe(prefix)[: LONGEST - len(f"-{index:03d}-") - DIGEST].rstrip("-")
 
 
 def cloud_name(name: str, root: str) -> str:

@@ -38,12 +38,16 @@ class Target(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """Runs to start with the options `args`; every run gets the environment `env`."""
+    """Runs to start with the options `args`; every run gets the environment `env`.
+
+    `done`: the number of runs that were asked for and have finished, which are not among `runs`.
+    """
 
     args: argparse.Namespace
     sweep: Sweep
     runs: Sequence[Description]
     env: Mapping[str, str]
+    done: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +56,14 @@ class Launch:
 
     `shown`: the commands of each run by its name, for people. `files`: scripts by file name,
     without secrets. `commands`: argument lists, by name of a run or of a script. `image`: the
-    Docker image of the runs.
+    Docker image of the runs. `notices`: what a person should know before the start.
     """
 
     shown: Mapping[str, tuple[str, ...]]
     files: Mapping[str, str]
     commands: Mapping[str, tuple[str, ...]]
     image: str | None = None
+    notices: tuple[str, ...] = ()
 
 
 class Started(NamedTuple):

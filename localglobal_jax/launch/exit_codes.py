@@ -20,7 +20,7 @@ FINAL = (ExitCode.WRONG, ExitCode.DIVERGED)  # the same command would fail in th
 REASONS = {
     ExitCode.WRONG: "wrong config or input",
     ExitCode.DIVERGED: "diverged",
-    ExitCode.PREEMPTED: "stopped and saved",
+    ExitCode.PREEMPTED: "stopped",
 }
 
 

@@ -4,18 +4,23 @@
 import dataclasses
 import fnmatch
 import inspect
+import itertools
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from localglobal_jax.checkpoints import objects
 from localglobal_jax.checkpoints.workdir import absolute, is_remote
 from localglobal_jax.config import loading, schema, sweeps, validation, values
 
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """One run, with everything a back end needs."""
+    """One run, with everything a back end needs.
+
+    `index`: its number in the sweep, as in its name, which it keeps when the sweep grows.
+    """
 
     index: int
     name: str
@@ -35,11 +40,24 @@ class Sweep:
 
 
 def expand(
-    spec: str, root: str, sweep: str = "sweep", given: Mapping[str, str] | None = None
+    spec: str,
+    root: str,
+    sweep: str = "sweep",
+    given: Mapping[str, str] | None = None,
+    *,
+    look: bool = False,
+    wrong: list[str] | None = None,
 ) -> Sweep:
-    """Returns all runs of ``FILE[:arg]``. `given`: overrides of the command line, for every run.
+    """Returns all runs of ``FILE[:arg]``.
 
-    Raises ValueError for an invalid run and for two runs with the same overrides.
+    Args:
+      given: overrides of the command line, for every run.
+      look: whether to look up in a bucket too which runs are there: they keep their names.
+      wrong: receives one message for every invalid run, which is left out.
+
+    Raises:
+      ValueError: an invalid run and no list `wrong`, two runs with the same overrides, or no run
+        that is valid. All invalid runs are named.
     """
     module, arg = loading.load_module(spec)
     function = sweep if sweep.startswith("sweep") else f"sweep_{sweep}"
@@ -51,26 +69,59 @@ def expand(
     prefix = prefix_of(spec, function)
     root = str(absolute(root.rstrip("/") or "/"))
 
-    runs: list[Description] = []
-    seen: dict[str, str] = {}
-    for index, overrides in enumerate(points(getattr(module, function), arg, f"{spec} {function}")):
-        where = f"run {index} of {function}: "
+    messages: list[str] = []
+    valid: dict[int, tuple[schema.Run, dict[str, Any], dict[str, str]]] = {}
+    seen: dict[str, int] = {}
+    found = points(getattr(module, function), arg, f"{spec} {function}")
+    for place, overrides in enumerate(found):
         try:
             run, applied, texts = apply(spec, given, overrides)
         except ValueError as error:
-            raise ValueError(f"{where}{error}") from None
-        name = sweeps.name(prefix, index, applied)
-        twin = seen.setdefault(sweeps.canonical(applied), name)
-        if twin != name:
-            raise ValueError(f"{name} has the same overrides as {twin}: {shown(applied)}")
-        name = known_as(root, name)
-        workdir = f"{root}/{name}"
-        flags = (f"--config.{field}={text}" for field, text in {**given, **texts}.items())
-        arguments = ("train", "--config", spec, "--workdir", workdir, *flags)
-        runs.append(Description(index, name, applied, run, workdir, arguments))
-    if not runs:
+            messages.append(f"run {place} of {function}: {error}")
+            continue
+        twin = seen.setdefault(sweeps.canonical(applied), place)
+        if twin == place:
+            valid[place] = run, applied, texts
+        else:
+            one, other = (sweeps.name(prefix, i, applied) for i in (place, twin))
+            messages.append(f"{one} has the same overrides as {other}: {shown(applied)}")
+    if not found:
         raise ValueError(f"{function} of {spec} yields nothing")
+    if messages and (wrong is None or not valid):
+        raise ValueError(all_of(messages, len(found)))
+    if wrong is not None:
+        wrong += messages
+
+    there = names_in(root, prefix) if look or not is_remote(root) else {}
+    numbers = numbered({i: sweeps.digest(applied) for i, (_, applied, _) in valid.items()}, there)
+    runs = []
+    for place, (run, applied, texts) in valid.items():
+        index = numbers[place]
+        name = sweeps.name(prefix, index, applied)
+        runs.append(describe(spec, f"{root}/{name}", index, {**given, **texts}, applied, run))
     return Sweep(prefix, base, tuple(runs))
+
+
+def describe(  # noqa: PLR0917 # a record
+    spec: str,
+    workdir: str,
+    index: int,
+    texts: Mapping[str, str],
+    overrides: Mapping[str, Any],
+    run: schema.Run,
+) -> Description:
+    """Returns the description of a run; `texts`: all its overrides as ``--config.field=TEXT``."""
+    flags = (f"--config.{field}={text}" for field, text in texts.items())
+    arguments = ("train", "--config", spec, "--workdir", workdir, *flags)
+    name = workdir.rpartition("/")[2]
+    return Description(index, name, overrides, run, workdir, arguments)
+
+
+def all_of(messages: Sequence[str], runs: int) -> str:
+    """Returns the messages of invalid runs as one; a single message as it is."""
+    if len(messages) == 1:
+        return messages[0]
+    return "\n".join([f"{len(messages)} of {runs} runs are wrong:", *messages])
 
 
 def prefix_of(spec: str, function: str) -> str:
@@ -129,21 +180,36 @@ def shown(overrides: Mapping[str, Any]) -> str:
     return "  ".join(f"{key}={text_of(value)}" for key, value in overrides.items()) or "(none)"
 
 
-def known_as(root: str, name: str) -> str:
-    """Returns the existing folder's name of the same run, whose index changes as a sweep grows.
+def names_in(root: str, prefix: str) -> dict[str, int]:
+    """Returns digest and number of every run of a sweep that has a folder in `root`.
 
-    Without such a folder, returns `name`.
+    If a run has two folders, as of a copy, it is the one with the smaller number.
     """
-    prefix, digest = name.rsplit("-", 2)[0], name.rsplit("-", 1)[1]
-    folder = pathlib.Path(root)
-    if is_remote(root) or not folder.is_dir() or (folder / name).exists():
-        return name
-    same = [p.name for p in folder.glob(f"{prefix}-*-{digest}") if p.is_dir()]
-    return min(same, default=name)
+    found: dict[str, int] = {}
+    for name in objects.folders(absolute(root)):
+        parts = re.fullmatch(r"(.+)-(\d{3,})-([0-9a-f]+)", name)
+        if parts and parts[1] == sweeps.stem(prefix, int(parts[2])):
+            found[parts[3]] = min(int(parts[2]), found.get(parts[3], int(parts[2])))
+    return found
+
+
+def numbered(digests: Mapping[int, str], there: Mapping[str, int]) -> dict[int, int]:
+    """Returns the number of every run, by its place in the sweep.
+
+    `digests`: by place. `there`: the numbers of runs with folders, by digest: they keep these. A
+    new run gets its place as its number unless that is taken, else one beyond all others.
+    """
+    kept = {place: there[digest] for place, digest in digests.items() if digest in there}
+    taken = set(there.values())
+    beyond = itertools.count(max([*digests, *taken], default=0) + 1)
+    return {
+        place: kept[place] if place in kept else next(beyond) if place in taken else place
+        for place in digests
+    }
 
 
 def select(runs: Sequence[Description], only: Sequence[str] | None) -> list[Description]:
-    """Returns the runs named by `only`: indices (``7``), ranges (``0-999``, both ends included, cut
+    """Returns the runs named by `only`: numbers (``7``), ranges (``0-999``, both ends included, cut
     at the last run) and patterns of names (``*-1f2e3d4c``). Raises ValueError if one names no run.
     """
     if not only:

@@ -3,7 +3,6 @@
 
 import argparse
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 
 from localglobal_jax.launch import pool, shell
@@ -18,6 +17,7 @@ from localglobal_jax.launch.backend import (
     Target,
     python_command,
 )
+from localglobal_jax.launch.expand import Description
 
 NAME = "local"
 OPTIONS: tuple[Option, ...] = (
@@ -53,12 +53,15 @@ def launch(request: Request) -> Launch:
 
 def start(request: Request, environment: Mapping[str, str], say: Say) -> Started:
     """Runs the processes in slots and returns once all have ended."""
-    commands = launch(request).commands
-    jobs = [
-        pool.Job(run.name, commands[run.name], pathlib.Path(run.workdir)) for run in request.runs
-    ]
+    jobs = [job(run) for run in request.runs]
     slots = machine_slots(request.args, environment)
-    return pool.run_jobs(jobs, slots, request.args.retries, environment, say)
+    return pool.run_jobs(jobs, slots, request.args.retries, environment, say, done=request.done)
+
+
+def job(run: Description) -> pool.Job:
+    """Returns the process of a run."""
+    command = (*python_command(), *run.arguments)
+    return pool.Job(run.name, command, pool.folder(run, NAME), *pool.progress(run))
 
 
 # ---------------------------------------------------------------------------- slots

@@ -3,7 +3,8 @@
 
 Every process writes to ``log.txt`` in its folder and holds a lock on that file. The lock is
 inherited, so it lasts as long as the process, even if the launcher is killed: no two processes run
-in one folder.
+in one folder. A job whose lock is taken runs elsewhere: the pool waits for its end, and starts it
+again if it has not finished.
 """
 
 import contextlib
@@ -16,18 +17,25 @@ import signal
 import subprocess
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TextIO
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TextIO
 
+from localglobal_jax.checkpoints.workdir import is_remote
+from localglobal_jax.config.sweeps import cloud_name
 from localglobal_jax.launch import exit_codes
 from localglobal_jax.launch.backend import Say, Started
 from localglobal_jax.launch.exit_codes import FINAL, ExitCode
+from localglobal_jax.launch.expand import Description
+from localglobal_jax.training.reporting import log_reason
 
 LOG, ATTEMPTS = "log.txt", "attempts.jsonl"
+PRUNED = "pruned"  # the last event of a run that a search has stopped for good
 PAUSE = 0.1  # seconds between two looks at the children
 SHORT = 60.0  # seconds; a preempted attempt shorter than this delays the next one
 LONGEST = 300.0  # seconds; the longest such delay
 DEFAULT_RETRIES = 2
+LOOK = 1.0  # seconds between two looks at a job that another launcher runs
+MOST_IDLE = 10  # consecutive preempted attempts that saved nothing; then the job has failed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +56,26 @@ class Slot:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A command and its folder, which no other job shares."""
+    """A command and its folder, which no other job shares.
+
+    `saved` returns the newest saved step, None without one; the job has finished at step `steps`.
+    """
 
     name: str
     command: tuple[str, ...]
     directory: pathlib.Path
+    saved: Callable[[], int | None] | None = None
+    steps: int = 0
+
+    def saved_step(self) -> int | None:
+        """Returns the newest saved step; None if there is none, or if it is not known."""
+        with contextlib.suppress(OSError, ValueError):  # of a store: it is looked up again
+            return self.saved() if self.saved else None
+        return None
+
+    def finished(self) -> bool:
+        """Returns whether the last step is saved."""
+        return (self.saved_step() or 0) >= self.steps > 0
 
 
 @dataclasses.dataclass
@@ -64,7 +87,22 @@ class JobResult:
     attempts: int = 0
     crashes: int = 0
     short: int = 0  # consecutive attempts that were preempted within `SHORT` seconds
+    idle: int = 0  # consecutive attempts that were preempted and saved nothing
     ready: float = 0.0  # when it may start again
+    reason: str = ""  # of the last failure
+
+
+class Source(Protocol):
+    """Draws jobs while others run, and gives up those that are not promising."""
+
+    def next_job(self) -> Job | None:
+        """Returns the next job; None if there is no other."""
+
+    def gives_up(self, job: Job) -> bool:
+        """Returns whether a running job is to be stopped."""
+
+    def ended(self, job: Job, outcome: JobResult) -> None:
+        """Takes the outcome of a job that is not started again by this pool."""
 
 
 class Pool:
@@ -80,16 +118,25 @@ class Pool:
         self._environment = dict(os.environ if environment is None else environment)
         self._slots, self._retries, self._say = list(slots), retries, say
         self._stops = 0
+        self._began = time.time()
 
-    def run(self, jobs: Sequence[Job]) -> dict[str, JobResult]:
-        """Runs all jobs and returns once no child is left."""
+    def run(self, jobs: Sequence[Job], source: Source | None = None) -> dict[str, JobResult]:
+        """Runs all jobs, and those of a `source`, and returns once no child is left."""
         outcomes = {job.name: JobResult() for job in jobs}
         waiting, free, children = deque(jobs), deque(self._slots), list[_Child]()
         with self._signals(children):
             try:
-                while children or (waiting and not self._stops):
+                more = source is not None
+                while children or ((waiting or more) and not self._stops):
                     while free and not self._stops:
                         ready = [j for j in waiting if outcomes[j.name].ready <= time.monotonic()]
+                        if not ready and more and source:
+                            drawn = source.next_job()
+                            more = drawn is not None
+                            if drawn:
+                                outcomes[drawn.name] = JobResult()
+                                waiting.append(drawn)
+                                ready = [drawn]
                         if not ready:
                             break
                         job, slot = ready[0], free.popleft()
@@ -97,6 +144,10 @@ class Pool:
                         child = self._start(job, slot, outcomes[job.name])
                         if not child:
                             free.append(slot)
+                            if outcomes[job.name].state == "busy":
+                                waiting.append(job)
+                            elif source:
+                                source.ended(job, outcomes[job.name])
                             continue
                         children.append(child)
                         if self._stops:  # asked for between the start and here
@@ -107,6 +158,10 @@ class Pool:
                         free.append(child.slot)
                         if self._ended(child):
                             waiting.append(child.job)
+                        elif source:
+                            source.ended(child.job, child.outcome)
+                    for child in children if source else ():
+                        self._prune_unpromising(child, source)
             finally:
                 for child in children:  # only if the pool itself fails
                     child.process.kill()
@@ -118,66 +173,119 @@ class Pool:
         return self._stops > 0
 
     def _start(self, job: Job, slot: Slot, outcome: JobResult) -> "_Child | None":
-        job.directory.mkdir(parents=True, exist_ok=True)
-        log = open(job.directory / LOG, "a", encoding="utf-8")  # noqa: SIM115, lives as the child
-        if not _locked(log):
+        """Starts a job; None if another launcher runs it ("busy"), or if it needs no start."""
+        try:
+            job.directory.mkdir(parents=True, exist_ok=True)
+            log = open(job.directory / LOG, "a", encoding="utf-8")  # noqa: SIM115, lives as the child
+        except OSError as error:
+            self._not_startable(job, outcome, error)
+            return None
+        if not _locked(log, tries=3):
             log.close()
-            outcome.state = "busy"
-            self._say(f"busy     {job.name}: is running already, started by another launcher")
+            if outcome.state != "busy":
+                self._say(f"busy     {job.name}: another launcher runs it; waiting for its end")
+            outcome.state, outcome.ready = "busy", time.monotonic() + LOOK
+            return None
+        taken_over = ", taken over" if outcome.state == "busy" else ""
+        if _over(job, outcome, self._began):
+            log.close()
+            said = "" if outcome.state == "done" else f": {outcome.reason}"
+            self._say(f"{outcome.state:<8} {job.name}: ended under another launcher{said}")
             return None
         outcome.attempts += 1
         again = f", attempt {outcome.attempts}" if outcome.attempts > 1 else ""
         environment = {**self._environment, **slot.environment()}
-        with _affinity(slot.cores):
-            process = subprocess.Popen(  # nosec B603 # an argument list, no shell
-                job.command,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C reaches the pool alone, which forwards it
-            )
+        begin, kills, saved = log.tell(), log_reason.memory_kills(), job.saved_step()
+        try:
+            with _affinity(slot.cores):
+                process = subprocess.Popen(  # nosec B603 # an argument list, no shell
+                    job.command,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # Ctrl-C reaches the pool alone, which forwards it
+                )
+        except OSError as error:  # no memory for a process
+            log.close()
+            self._not_startable(job, outcome, error)
+            return None
         outcome.state = "running"
-        _record(job, {"event": "start", "pid": process.pid})
-        self._say(f"start    {job.name}  {slot}{again}")
-        return _Child(job, slot, process, log, outcome, time.monotonic())
+        self._record(job, {"event": "start", "pid": process.pid, "log": begin})
+        self._say(f"start    {job.name}  {slot}{again}{taken_over}")
+        return _Child(job, slot, process, log, outcome, time.monotonic(), begin, kills, saved)
+
+    def _prune_unpromising(self, child: "_Child", source: Source | None) -> None:
+        """Stops a child that its source gives up; looks once in `LOOK` seconds."""
+        if child.pruned or source is None or time.monotonic() < child.looked + LOOK:
+            return
+        child.looked = time.monotonic()
+        if source.gives_up(child.job):
+            child.pruned = True
+            child.process.terminate()
+
+    def _not_startable(self, job: Job, outcome: JobResult, error: OSError) -> None:
+        """Marks a job that this machine cannot start as failed; the others go on."""
+        outcome.state, outcome.reason = "failed", f"cannot be started: {error}"
+        self._say(f"failed   {job.name}  {outcome.reason}")
 
     def _ended(self, child: "_Child") -> bool:
         """Records how a child ended; returns True if its job has to be started again."""
         code, job, outcome = child.process.returncode, child.job, child.outcome
-        _record(job, {"event": "end", "code": code})
+        kills = log_reason.memory_kills() - child.kills
+        outcome.reason = (
+            log_reason.of_attempt(job.directory / LOG, code, child.begin, kills) if code else ""
+        )
+        reason = {"reason": outcome.reason} if outcome.reason else {}
+        self._record(job, {"event": "end", "code": code, **reason})
         child.log.close()
         outcome.code = code
         outcome.crashes += code not in (ExitCode.DONE, ExitCode.PREEMPTED)
+        saved = job.saved_step() if code == ExitCode.PREEMPTED else None
+        idle = code == ExitCode.PREEMPTED and job.saved is not None and saved == child.saved
+        outcome.idle = outcome.idle + 1 if idle else 0
         following = exit_codes.what_next(code, outcome.crashes, self._retries)
+        if outcome.idle >= MOST_IDLE:
+            following = "failed"
         lasted = time.monotonic() - child.since
-        seconds = f"after {lasted:.0f} s"
         if following == "restart":  # the first at once, later ones with growing delays
             outcome.short = outcome.short + 1 if lasted < SHORT else 0
             pause = min(2.0**outcome.short, LONGEST) if outcome.short > 1 else 0.0
             outcome.ready = time.monotonic() + pause
+        said = f"after {lasted:.0f} s: {exit_codes.explained(code)}"
+        if saved is not None and not idle:
+            said += f", saved at step {saved:,}"
+        elif idle:
+            times = f" for {outcome.idle} times" if outcome.idle > 1 else ""
+            said += f", nothing new was saved{times}"
+        if child.pruned and code in (ExitCode.PREEMPTED, -signal.SIGTERM):
+            outcome.state = "pruned"
+            self._record(job, {"event": PRUNED, "step": job.saved_step() or 0})
+            self._say(f"pruned   {job.name}  after {lasted:.0f} s")
+            return False
         if self._stops and code not in (ExitCode.DONE, *FINAL):
             outcome.state = "stopped"
-            self._say(f"stopped  {job.name}  {seconds}: {exit_codes.explained(code)}")
+            self._say(f"stopped  {job.name}  {said}")
             return False
-        if following in ("restart", "retry"):
-            left = f"{outcome.crashes} of {self._retries} retries" if following == "retry" else ""
-            said = exit_codes.explained(code) + (f", {left}" if left else "")
-            self._say(f"{following:<8} {job.name}  {seconds}: {said}")
-            return True
-        outcome.state = following
-        self._say(f"{following:<8} {job.name}  {seconds}{self._why(job, code)}")
-        return False
-
-    def _why(self, job: Job, code: int) -> str:
-        """Returns the exit code and last line of a job that failed; empty for one that is done."""
+        if following == "retry":
+            said += f", {outcome.crashes} of {self._retries} retries"
+        else:
+            outcome.state = following if following != "restart" else outcome.state
         if code == ExitCode.DONE:
-            return ""
-        lines = (job.directory / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-        return (
-            f": {exit_codes.explained(code)}; see {job.directory / LOG}\n         {last}".rstrip()
-        )
+            said = f"after {lasted:.0f} s"
+        elif following == "failed":
+            said += f"; see {job.directory / LOG}"
+        below = f"\n         {outcome.reason}" if outcome.reason else ""
+        self._say(f"{following:<8} {job.name}  {said}{below}")
+        return following in ("restart", "retry")
+
+    def _record(self, job: Job, line: Mapping[str, Any]) -> None:
+        """Appends an event to ``attempts.jsonl``, which `status` reads; an OSError is only said."""
+        try:
+            with open(job.directory / ATTEMPTS, "a", encoding="utf-8") as file:
+                file.write(json.dumps({**line, "time": round(time.time(), 3)}) + "\n")
+        except OSError as error:
+            self._say(f"not kept {job.name}: {job.directory / ATTEMPTS}: {error.strerror}")
 
     @contextlib.contextmanager
     def _signals(self, children: "list[_Child]") -> Iterator[None]:
@@ -205,6 +313,59 @@ class _Child:
     log: TextIO
     outcome: JobResult
     since: float
+    begin: int  # of this attempt in the log, in bytes
+    kills: int  # `log_reason.memory_kills` at the start
+    saved: int | None  # the newest saved step at the start
+    looked: float = 0.0  # when its source was asked last
+    pruned: bool = False  # whether its source has given it up
+
+
+def _over(job: Job, outcome: JobResult, began: float) -> bool:
+    """Returns whether a job whose lock is free needs no start; sets its state.
+
+    It may have finished since it was looked at, and a launcher that ran it meanwhile, since `began`
+    (seconds since 1970), may have seen it end for good.
+    """
+    if job.finished():
+        outcome.state, outcome.code = "done", int(ExitCode.DONE)
+        return True
+    last = next(iter(events(job.directory / ATTEMPTS)[-1:]), {})
+    meanwhile = outcome.attempts == 0 and last.get("time", 0.0) >= began
+    if outcome.state != "busy" and not meanwhile:
+        return False
+    code = last.get("code") if last.get("event") == "end" else None
+    if code == ExitCode.DONE and job.saved is None:
+        outcome.state, outcome.code = "done", code
+    elif code in FINAL:
+        outcome.state, outcome.code = "failed", code
+        outcome.reason = last.get("reason") or exit_codes.explained(code)
+    else:
+        return False
+    return True
+
+
+def folder(run: Description, backend: str) -> pathlib.Path:
+    """Returns the folder of a run's ``log.txt`` and attempts: its workdir, if that is on a disk.
+
+    For a workdir in a bucket it is a folder below ``runs`` in the current directory.
+    """
+    if not is_remote(run.workdir):
+        return pathlib.Path(run.workdir)
+    root = run.workdir.rpartition("/")[0]
+    return pathlib.Path("runs", backend, cloud_name(run.name, root)).absolute()
+
+
+def progress(run: Description) -> tuple[Callable[[], int | None], int]:
+    """Returns the function that looks up the newest saved step of a run, and its steps."""
+
+    def saved() -> int | None:
+        from localglobal_jax.launch import status  # noqa: PLC0415 # imports jax
+
+        found = status.latest_step(run.workdir)
+        stopped_early = found and status.steps_of(run.run, run.workdir, found) == found
+        return run.run.steps if stopped_early else found
+
+    return saved, run.run.steps
 
 
 def run_jobs(
@@ -213,17 +374,37 @@ def run_jobs(
     retries: int | None,
     environment: Mapping[str, str],
     say: Say,
+    *,
+    done: int = 0,
+    source: Source | None = None,
 ) -> Started:
-    """Runs all jobs in a pool; returns their outcomes and the exit code of the whole."""
+    """Runs all jobs in a pool; returns their outcomes and the exit code of the whole.
+
+    `done`: the runs of the sweep that had finished before and are not among `jobs`.
+    """
     pool = Pool(slots, DEFAULT_RETRIES if retries is None else retries, environment, say)
-    outcomes = pool.run(jobs)
+    outcomes = pool.run(jobs, source)
     states = [outcome.state for outcome in outcomes.values()]
-    bad = "failed" in states or "busy" in states
-    code = ExitCode.FAILED if bad else ExitCode.DONE
-    say(f"{states.count('done')} of {len(jobs)} done, {states.count('failed')} failed")
-    return Started(
-        ExitCode.PREEMPTED if pool.stopped else code, {k: vars(v) for k, v in outcomes.items()}
-    )
+    finished = states.count("done") + done
+    pruned = f", {states.count('pruned')} pruned" if "pruned" in states else ""
+    say(f"{finished} of {len(states) + done} done, {states.count('failed')} failed{pruned}")
+    code = ExitCode.FAILED if "failed" in states else ExitCode.DONE
+    if pool.stopped:
+        code = ExitCode.PREEMPTED
+        say("stopped: the same command goes on from what is saved")
+    return Started(code, {k: vars(v) for k, v in outcomes.items()})
+
+
+def events(file: pathlib.Path) -> list[dict[str, Any]]:
+    """Returns the events of an ``attempts.jsonl``, without damaged lines; [] without the file."""
+    found = []
+    lines = file.read_text("utf-8", "replace").splitlines() if file.exists() else []
+    for text in lines:
+        with contextlib.suppress(ValueError):  # torn
+            line = json.loads(text)
+            if isinstance(line, dict):
+                found.append(line)
+    return found
 
 
 def is_locked(directory: pathlib.Path) -> bool:
@@ -245,12 +426,6 @@ def _locked(file: Any, tries: int = 10, how: int = fcntl.LOCK_EX) -> bool:
             if attempt + 1 < tries:
                 time.sleep(PAUSE)
     return False
-
-
-def _record(job: Job, line: Mapping[str, Any]) -> None:
-    """Appends an event to ``attempts.jsonl``, which `status` reads."""
-    with open(job.directory / ATTEMPTS, "a", encoding="utf-8") as file:
-        file.write(json.dumps({**line, "time": round(time.time(), 3)}) + "\n")
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ from localglobal_jax.launch.backend import (
 )
 from localglobal_jax.launch.exit_codes import ExitCode
 from localglobal_jax.launch.expand import Description
-from localglobal_jax.launch.pool import ATTEMPTS
+from localglobal_jax.launch.pool import ATTEMPTS, MOST_IDLE
 
 NAME = "slurm"
 OPTIONS: tuple[Option, ...] = (
@@ -236,15 +236,20 @@ def script(
             *cases,
             f'  *) echo "no run ${{SLURM_ARRAY_TASK_ID}}" >&2; exit {ExitCode.WRONG:d} ;;',
             "esac",
-            BODY.replace("ATTEMPTS", ATTEMPTS).replace("PREEMPTED", f"{ExitCode.PREEMPTED:d}"),
+            BODY.replace("ATTEMPTS", ATTEMPTS)
+            .replace("PREEMPTED", f"{ExitCode.PREEMPTED:d}")
+            .replace("MOST_IDLE", str(MOST_IDLE)),
         ]
     )
 
 
 BODY = """\
 record() { echo "{$1, \\"time\\": $(date +%s)}" >> "$directory/ATTEMPTS"; }
+saved() { ls "$directory"/checkpoints/*/files.json 2>/dev/null; }
 mkdir -p "$directory"
-record '"event": "start"'
+log=$(wc -c < "$directory/log.txt" 2>/dev/null || echo 0)
+record "\\"event\\": \\"start\\", \\"log\\": $log"
+before=$(saved)
 # srun takes all from sbatch but this.
 cpus=${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}
 srun $cpus --kill-on-bad-exit=1 --output="$directory/log.txt" --open-mode=append "${command[@]}" &
@@ -254,8 +259,13 @@ trap 'scancel --signal=TERM "$SLURM_JOB_ID"' TERM
 while kill -0 "$child" 2>/dev/null; do wait "$child"; done  # a signal ends wait too early
 wait "$child"
 code=$?
-record "\\"event\\": \\"end\\", \\"code\\": $code"
-if [ "$code" -eq PREEMPTED ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 1000 ]; then
+[ "$before" = "$(saved)" ] && new=false || new=true
+record "\\"event\\": \\"end\\", \\"code\\": $code, \\"saved\\": $new"
+# A run whose hosts never meet saves nothing: it is not queued for ever.
+idle=$(grep '"end"' "$directory/ATTEMPTS" | tail -n MOST_IDLE | grep -c '"saved": false')
+if [ "$code" -eq PREEMPTED ] && [ "$idle" -ge MOST_IDLE ]; then
+  echo "stopped MOST_IDLE times with nothing new saved: not queued again" >&2
+elif [ "$code" -eq PREEMPTED ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 1000 ]; then
   sleep 10  # a cluster that is not well is not asked every second
   scontrol requeue "$SLURM_JOB_ID"
 fi

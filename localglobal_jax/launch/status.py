@@ -10,37 +10,61 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from localglobal_jax.checkpoints import gcs, objects, steps, workdir
+from localglobal_jax.checkpoints import gcs, objects, reader, steps, workdir
 from localglobal_jax.checkpoints.workdir import is_remote
-from localglobal_jax.config import schema
+from localglobal_jax.config import schema, values
 from localglobal_jax.launch import exit_codes, pool
 from localglobal_jax.launch.expand import Description
+from localglobal_jax.models import registry
 from localglobal_jax.training import early_stopping
-from localglobal_jax.training.reporting import metrics_log
+from localglobal_jax.training.reporting import log_reason, metrics_log
 
 SILENT = 600  # seconds without a line after which a run no longer counts as running
-STATES = ("done", "running", "preempted", "failed", "unfinished", "not started", "other config")
+STATES = (
+    "done",
+    "pruned",
+    "running",
+    "preempted",
+    "failed",
+    "unfinished",
+    "not started",
+    "other config",
+)
+LAST_RATE = "last_learning_rate"  # decayed: not the swept optim.learning_rate
 SHOWN = 4  # metrics of a split in the table; the CSV has all
 
 
-def read(run: Description, now: float | None = None) -> dict[str, Any]:
-    """Returns the state, step, last metrics by split and age of the last line of a run."""
-    directory = gcs.LocalMirror(run.workdir).local
+def read(
+    run: Description, now: float | None = None, fields: Sequence[str] = (), whole: bool = False
+) -> dict[str, Any]:
+    """Returns the state, step, last metrics by split and age of the last line of a run.
+
+    Args:
+      now: seconds since 1970; None for the clock's.
+      fields: fields of the config whose values in force are returned as ``settings``.
+      whole: whether to look up devices and bytes on disk too, which takes more requests.
+    """
+    mirror = gcs.LocalMirror(run.workdir)
+    directory = mirror.local
     lines = metrics_log.read_metrics(directory)
     metrics: dict[str, dict[str, Any]] = {}
     for line in lines:
         metrics[line["split"]] = {k: v for k, v in line.items() if k != "split"}
     saved = latest_step(run.workdir)
-    events = _events(directory / pool.ATTEMPTS)
+    logs = _logs(run, directory)
+    events = pool.events(logs / pool.ATTEMPTS)
     last = events[-1] if events else {}
     marks = [float(last["time"])] if "time" in last else []
     if (directory / "metrics.jsonl").exists():
         marks.append(objects.modified(workdir.absolute(run.workdir), "metrics.jsonl"))
     age = max(0.0, (time.time() if now is None else now) - max(marks)) if marks else None
-    # A lock on a remote store cannot be seen from here; the run writes there only when it saves.
-    locked = None if is_remote(run.workdir) else pool.is_locked(pathlib.Path(run.workdir))
+    # A lock on another machine cannot be seen; a run writes to a bucket only when it saves.
+    locked = pool.is_locked(logs) or (None if is_remote(run.workdir) else False)
     steps = steps_of(run.run, run.workdir, saved)
     state, note = _state(run, saved, last, age, locked, steps=steps)
+    if state == "failed":
+        note += f": {reason}" if (reason := _reason(events, logs)) else ""
+        note += f"; see {logs / pool.LOG}"
     if not (directory / "config.json").exists() and not events:
         state, note = "not started", ""
     elif changed := _changed(run, directory / "config.json"):
@@ -55,10 +79,108 @@ def read(run: Description, now: float | None = None) -> dict[str, Any]:
         "saved": saved,
         "age": age,
         "attempts": sum(event.get("event") == "start" for event in events),
+        "tags": " ".join(run.run.log.tags),
+        "note_of_run": run.run.log.note,
         "overrides": dict(run.overrides),
+        "settings": {field: in_force(run.run, field) for field in fields},
         "metrics": metrics,
+        "extremes": _extremes(lines),
+        "seconds": _seconds(events, lines, run.run.batch_size),
+        "devices": _devices(mirror, saved) if whole else None,
+        "disk": sum(objects.sizes(workdir.absolute(run.workdir)).values()) if whole else None,
         "workdir": run.workdir,
     }
+
+
+def in_force(run: schema.Run, field: str) -> Any:
+    """Returns the value that field ``a.b`` has in `run`, defaults included; None if it has none."""
+    flat = values.flatten(run.model_dump())
+    if field in flat or not field.startswith("model."):
+        return flat.get(field)
+    name = field.removeprefix("model.")
+    model, spec = registry.MODELS.get(run.model["name"], (object, {}))
+    return spec.get(name, getattr(model, name, None))
+
+
+def override_fields(runs: Sequence[Description]) -> list[str]:
+    """Returns the fields that any of the runs overrides, in their order."""
+    return list(dict.fromkeys(field for run in runs for field in run.overrides))
+
+
+def _logs(run: Description, directory: pathlib.Path) -> pathlib.Path:
+    """Returns the folder of the log and the attempts: here, or where the run wrote them."""
+    here = pool.folder(run, "local")
+    return here if here.is_dir() else directory
+
+
+def _reason(events: Sequence[Mapping[str, Any]], logs: pathlib.Path) -> str:
+    """Returns the reason of the last attempt's failure, in one line."""
+    if known := events[-1].get("reason"):
+        return str(known)
+    begins = [int(event.get("log", 0)) for event in events if event.get("event") == "start"]
+    code = int(events[-1].get("code", 1))
+    return log_reason.of_attempt(logs / pool.LOG, code, begins[-1] if begins else 0)
+
+
+def _extremes(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Returns last, smallest and largest value of every metric ``split/name``, and their steps."""
+    found: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        for name, value in line.items():
+            if name in ("step", "split") or not isinstance(value, int | float):
+                continue
+            at = line["step"]
+            known = found.setdefault(
+                f"{line['split']}/{name}", {"min": value, "max": value, "min_at": at, "max_at": at}
+            )
+            known |= {"last": value, "last_at": at}
+            if value < known["min"]:
+                known |= {"min": value, "min_at": at}
+            if value > known["max"]:
+                known |= {"max": value, "max_at": at}
+    return found
+
+
+def _seconds(
+    events: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]], batch: int
+) -> float | None:
+    """Returns the wall seconds of all attempts; without their times, those of the training steps.
+
+    An attempt without a recorded end counts until the next start, or is left out if it is the last.
+    """
+    total, began = 0.0, None
+    for event in events:
+        if began is not None and "time" in event:
+            total += max(0.0, float(event["time"]) - began)
+        began = float(event["time"]) if event.get("event") == "start" and "time" in event else None
+    if total:
+        return round(total, 1)
+    rates = [(line["step"], _rate(line)) for line in lines if line["split"] == "train"]
+    compiled = sum(_plain(line.get("compile_seconds")) for line in lines)
+    before = [0, *(step for step, _ in rates)]
+    steps_of = ((step - last, rate) for last, (step, rate) in zip(before, rates, strict=False))
+    found = sum(steps * batch / rate for steps, rate in steps_of if rate) + compiled
+    return round(found, 1) if found else None
+
+
+def _rate(line: Mapping[str, Any]) -> float:
+    """Returns the images or tokens per second of a training line; 0 if it has none."""
+    return next((_plain(v) for k, v in line.items() if k.endswith("_per_second")), 0.0)
+
+
+def _plain(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+def _devices(mirror: gcs.LocalMirror, saved: int | None) -> str:
+    """Returns the devices as the newest checkpoint says, "1 x cpu (cpu), 1 host"; "" if unknown."""
+    if saved is None:
+        return ""
+    try:
+        document = reader.document_of(mirror.checkpoints, saved)
+    except (OSError, ValueError, KeyError):  # damaged: reading the checkpoint reports it
+        return ""
+    return str(document.get("metadata", {}).get("environment", {}).get("devices", ""))
 
 
 def _changed(run: Description, file: pathlib.Path) -> str:
@@ -110,26 +232,17 @@ def _state(
         return "done", "" if steps == run.run.steps else f"stopped early of {run.run.steps:,}"
     if locked is None:
         return "unfinished", since
+    if last.get("event") == pool.PRUNED:
+        return "pruned", "stopped by successive halving"
     if last.get("event") == "end":
         code = int(last.get("code", 1))
         if code == exit_codes.ExitCode.PREEMPTED:
-            return "preempted", exit_codes.explained(code)
-        return "failed", f"{exit_codes.explained(code)}; see {run.workdir}/{pool.LOG}"
+            there = "nothing was saved" if saved is None else f"saved at step {saved:,}"
+            return "preempted", f"{exit_codes.explained(code)}, {there}"
+        return "failed", exit_codes.explained(code)
     if age is not None and age < SILENT:
         return "running", since
     return "preempted", f"silent: {since}" if since else "silent"
-
-
-def _events(file: pathlib.Path) -> list[dict[str, Any]]:
-    found = []
-    for text in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue  # torn
-        if isinstance(line, dict):
-            found.append(line)
-    return found
 
 
 def duration(seconds: float | None) -> str:
@@ -162,28 +275,42 @@ def _last(metrics: Mapping[str, Mapping[str, Any]]) -> str:
     """Returns the last evaluation's metrics (training's, if there was none) in short form."""
     split = next((name for name in metrics if name != "train"), "train")
     numbers = {k: v for k, v in metrics.get(split, {}).items() if k not in ("step", "count")}
-    shown = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in numbers.items()][
-        :SHOWN
-    ]
+    named = {LAST_RATE if k == "learning_rate" else k: v for k, v in numbers.items()}
+    shown = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in named.items()]
+    shown = shown[:SHOWN]
     return f"{split}: " + "  ".join(shown) if shown else ""
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Returns one row per run: name, state, steps, overrides, last metrics as ``split/metric``.
+    """Returns the `records` of the runs as CSV."""
+    found = records(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(
+        text, dict.fromkeys(k for r in found for k in r), restval="", lineterminator="\n"
+    )
+    writer.writeheader()
+    writer.writerows(found)
+    return text.getvalue()
 
-    Once all runs are done, the text does not depend on the time of writing.
+
+def records(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns one record per run: name, state, steps, settings, last metrics as ``split/metric``.
+
+    The settings are the values in force of every field that any run overrides. Once all runs are
+    done, the records do not depend on the time of reading.
     """
-    flat = [
-        {f"{s}/{k}": v for s, line in row["metrics"].items() for k, v in line.items()}
+    about = {"tags": "tags", "note": "note_of_run"}
+    about = {column: key for column, key in about.items() if any(row[key] for row in rows)}
+    return [
+        {
+            **{key: row[key] for key in ("name", "state", "step", "steps")},
+            **{column: row[key] for column, key in about.items()},
+            **{field: "" if value is None else value for field, value in row["settings"].items()},
+            **{
+                f"{split}/{LAST_RATE if name == 'learning_rate' else name}": value
+                for split, line in row["metrics"].items()
+                for name, value in line.items()
+            },
+        }
         for row in rows
     ]
-    overrides = dict.fromkeys(key for row in rows for key in row["overrides"])
-    columns = dict.fromkeys(key for line in flat for key in line)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["name", "state", "step", "steps", *overrides, *columns])
-    for row, line in zip(rows, flat, strict=True):
-        fixed = [row[key] for key in ("name", "state", "step", "steps")]
-        given = [row["overrides"].get(key, "") for key in overrides]
-        writer.writerow([*fixed, *given, *(line.get(key, "") for key in columns)])
-    return text.getvalue()

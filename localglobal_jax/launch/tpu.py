@@ -2,7 +2,9 @@
 """Options, device counts and checks that the TPU back ends `xpk` and `tpu_vm` share."""
 
 import argparse
+import pathlib
 import re
+import subprocess
 
 from localglobal_jax.checkpoints.workdir import is_remote
 from localglobal_jax.launch.backend import Option, Target
@@ -36,6 +38,42 @@ def target(name: str, slices: int = 1) -> Target:
     found = topologies.parse(name)
     single = found.name.partition(":")[0] in SINGLE and found.chips <= 8
     return Target(found.devices * slices, (1 if single else max(1, found.chips // 4)) * slices)
+
+
+def notices(spec: str, how: str) -> tuple[str, ...]:
+    """Returns why the machines may not have the config file of ``FILE[:arg]``, as it is here.
+
+    They run the file of their own copy. `how`: what brings that copy.
+    """
+    name = spec.partition(":")[0]
+    file = pathlib.Path(name).expanduser()
+    if not file.is_file():  # a packaged config
+        return ()
+    found = []
+    if file.is_absolute() or ".." in file.parts:
+        found.append(f"{name}: the machines look at this very path; a relative one is safer")
+    inside = _git(file, "ls-files", "--error-unmatch", file.name)
+    if _git(file, "rev-parse", "HEAD") is None:
+        found.append(f"{name} is in no git commit: {how} has to bring it to the machines")
+    elif inside is None:
+        found.append(f"{name} is not in git: {how} has to bring it to the machines")
+    elif _git(file, "status", "--porcelain", "--", file.name):
+        found.append(f"{name} has changes that are not committed: the machines may not have them")
+    elif _git(file, "remote") and not _git(file, "branch", "-r", "--contains", "HEAD"):
+        found.append(f"the commit of {name} is on no remote branch: the machines may not have it")
+    return tuple(found)
+
+
+def _git(file: pathlib.Path, *words: str) -> str | None:
+    """Returns the output of git in the folder of `file`; None if it fails or is not installed."""
+    command = ["git", "--no-optional-locks", "-C", str(file.absolute().parent), *words]
+    try:
+        done = subprocess.run(  # nosec B603 # an argument list, no shell
+            command, capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def command(run: Description) -> tuple[str, ...]:

@@ -73,7 +73,7 @@ def launch(request: Request) -> Launch:
             ),
         )
         commands[run.name] = ("bash", f"{run.name}.sh")
-    return Launch(shown, files, commands)
+    return Launch(shown, files, commands, notices=tpu.notices(args.config, "--setup"))
 
 
 def start(request: Request, environment: Mapping[str, str], say: Say) -> Started:
@@ -83,11 +83,16 @@ def start(request: Request, environment: Mapping[str, str], say: Say) -> Started
     logs = pathlib.Path("runs", "tpu-vm").absolute()  # of the waiting and of ssh
     execute.write(launch(request).files, logs)
     jobs = [
-        pool.Job(run.name, ("bash", str(logs / f"{run.name}.sh")), logs / run.name)
+        pool.Job(
+            run.name,
+            ("bash", str(logs / f"{run.name}.sh")),
+            logs / run.name,
+            *pool.progress(run),
+        )
         for run in request.runs
     ]
     slots = [pool.Slot()] * (args.slots or len(jobs))
-    started = pool.run_jobs(jobs, slots, args.retries, environment, say)
+    started = pool.run_jobs(jobs, slots, args.retries, environment, say, done=request.done)
     for run, outcome in started.runs.items():
         name = cloud_name(run, args.workdir)
         command = delete(name, zone=args.zone, project=args.project)

@@ -59,7 +59,8 @@ def launch(request: Request) -> Launch:
     }
     shown = {name: (shell.quoted(argv),) for name, argv in commands.items()}
     files = {f"{name}.sh": script(argv, env) for name, argv in commands.items()}
-    return Launch(shown, files, commands, image=args.image)
+    notices = tpu.notices(args.config, "--image")
+    return Launch(shown, files, commands, image=args.image, notices=notices)
 
 
 def start(request: Request, environment: Mapping[str, str], say: Say) -> Started:

@@ -128,7 +128,7 @@ class DivergenceMonitor:
             self._write({"step": step, "last_checkpoint": self._saved, "state": names})
             raise Diverged(
                 f"{len(names)} state arrays ({_first(names)}) are NaN or infinite after step "
-                f"{step}, which is not saved; the checkpoint of step {self._saved} is kept. {CURES}"
+                f"{step}, which is not saved; {self._kept()}. {CURES}"
             )
         self._saved = step
         if self._directory and multihost.rank() == 0:
@@ -168,10 +168,16 @@ class DivergenceMonitor:
         }
         self._write(found)
         raise Diverged(
-            f"{culprits} became NaN or infinite at step {step}, {step - self._saved} after the "
-            f"checkpoint of step {self._saved}, which is kept. The batch's {len(batch)} records "
-            f"are in {FILE}; --replay {step} computes the step again in detail. {CURES}"
+            f"{culprits} became NaN or infinite at step {step}; {self._kept()}. "
+            f"The batch's {len(batch)} records are in {FILE}; --replay {step} computes the step "
+            f"again in detail. {CURES}"
         )
+
+    def _kept(self) -> str:
+        """Returns which checkpoint is left."""
+        if not self._saved:
+            return "no checkpoint had been saved"
+        return f"the checkpoint of step {self._saved} is kept"
 
     def _write(self, found: dict[str, Any]) -> None:
         if self._directory and multihost.rank() == 0:

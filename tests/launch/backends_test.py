@@ -11,7 +11,7 @@ import time
 import pytest
 
 from localglobal_jax.cli.main import main, parser
-from localglobal_jax.launch import backends, expand, local, shell, slurm, tpu, tpu_vm, xpk
+from localglobal_jax.launch import backends, expand, local, pool, shell, slurm, tpu, tpu_vm, xpk
 from localglobal_jax.launch.backend import Launch, Option, Request, Started, Target
 from localglobal_jax.launch.exit_codes import ExitCode
 
@@ -206,6 +206,7 @@ def test_machines_are_deleted_for_a_run_that_failed_but_not_for_a_failed_start(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(tpu_vm, "script", lambda *_, **__: f"exit {code}")
+    monkeypatch.setattr(pool, "progress", lambda run: (lambda: None, 9))  # no bucket
     tool(tmp_path, "gcloud", f'echo "$*" >> {tmp_path}/calls')
     run, said = expand.Description(0, "x-000-12345678", {}, None, "gs://b/r/x", ("train",)), []
     request = Request(arguments(*TPU_VM, "--retries=0"), expand.Sweep("x", None, [run]), [run], {})
@@ -217,6 +218,47 @@ def test_machines_are_deleted_for_a_run_that_failed_but_not_for_a_failed_start(
         assert command in (tmp_path / "calls").read_text()
     else:
         assert command in said[-1]
+
+
+def test_a_config_that_the_machines_may_not_have_is_named(tmp_path, monkeypatch, capsys):
+    """Outside of git, not in it, changed, not pushed; then nothing is said."""
+    body = "from localglobal_jax.config import loading\n\ndef get_config(arg=None):\n"
+    body += '    return loading.load("coatnet_digits.py:size=tiny")\n\n'
+    body += 'def sweep():\n    yield {"seed": 1}\n'
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "runs.py").write_text(body)
+    monkeypatch.chdir(tmp_path / "a")
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+
+    def git(*words):
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", *who, *words], check=True, capture_output=True)
+
+    def said(config="runs.py"):
+        words = ["sweep", f"--config={config}", "--workdir=gs://b/r", "--dry_run", "--json"]
+        assert main([*words, "--backend=tpu-vm", "--zone=z", "--tpu_type=v5litepod-16"]) == 0
+        printed = capsys.readouterr()
+        notices = json.loads(printed.out)["totals"]["notices"]
+        assert printed.err.count("notice ") == len(notices)
+        return " ".join(notices)
+
+    assert "in no git commit" in said() and "--setup" in said()
+    git("init", "-q")
+    git("commit", "--allow-empty", "-qm", "first")
+    assert "runs.py is not in git" in said()
+    git("add", "runs.py")
+    git("commit", "-qm", "runs")
+    assert said() == ""
+    assert str(tmp_path) in said(f"{tmp_path}/a/runs.py")
+    (tmp_path / "a" / "runs.py").write_text(body + "\n")
+    assert "not committed" in said()
+    git("checkout", "-q", "runs.py")
+    git("init", "-q", "--bare", str(tmp_path / "remote"))
+    git("remote", "add", "origin", str(tmp_path / "remote"))
+    assert "no remote branch" in said()
+    git("push", "-q", "origin", "HEAD:main")
+    git("fetch", "-q")
+    assert said() == ""
 
 
 def described(tmp_path):
@@ -253,6 +295,23 @@ def test_the_script_of_slurm(body, code, tmp_path):
     assert [json.loads(e)["event"] for e in events] == ["start", "end"]
     assert json.loads(events[1])["code"] == code
     assert (tmp_path / "requeued").exists() == (code == 42)
+
+
+def test_a_task_that_never_saves_is_not_queued_for_ever(tmp_path):
+    """Such as one whose other hosts do not turn up; one that saves goes on."""
+    tool(tmp_path, "srun", 'mkdir -p "$SAVES"; touch "$SAVES/files.json"; exit 42')
+    tool(tmp_path, "scontrol", 'echo "$*" >> "$PLACE/requeued"')
+    tool(tmp_path, "sleep", "")
+    run = described(tmp_path)[5]
+    text = slurm.script([run], {run.name: COMMAND}, prefix="p", root="/r")
+    (tmp_path / "s.sh").write_text(text)
+    env = {"PLACE": str(tmp_path), "SLURM_ARRAY_TASK_ID": "0", "SLURM_JOB_ID": "7"}
+    for start in range(pool.MOST_IDLE + 4):
+        number = min(start, 3)  # three steps are saved, then no more
+        env["SAVES"] = f"{run.workdir}/checkpoints/{number}"
+        assert executed(tmp_path / "s.sh", tmp_path, env) == 42
+    times = len((tmp_path / "requeued").read_text().splitlines())
+    assert times == pool.MOST_IDLE + 3
 
 
 SBATCH = """

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Expansion of a sweep: typed values, commands with the same values, errors that name the run."""
 
+import itertools
 import pathlib
 
+import gcs_server
 import numpy as np
 import pytest
-from hypothesis import given
+from etils import epath
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localglobal_jax.cli.main import main, take_overrides
@@ -32,6 +35,7 @@ def write(folder, body):
     return str(file)
 
 
+@settings(deadline=None)
 @given(
     st.fixed_dictionaries(
         {
@@ -107,13 +111,72 @@ def test_overrides_of_the_command_line_hold_for_all(tmp_path):
 
 
 def test_a_sweep_that_grew_keeps_the_names_of_runs_that_are_there(tmp_path):
-    body = "def sweep():\n yield from product({'seed': range(%d, 5)})"
-    before = expand.expand(write(tmp_path, body % 3), str(tmp_path)).runs
-    for described in before:
+    body = "def sweep():\n yield from product({'seed': (%s)})"
+
+    def names(seeds):
+        runs = expand.expand(write(tmp_path, body % seeds), str(tmp_path)).runs
+        assert [d.index for d in runs] == [int(d.name.split("-")[2]) for d in runs]
+        assert len({d.index for d in runs}) == len(runs)
+        return {d.run.seed: d.name for d in runs}, [d.index for d in runs], runs
+
+    before, _, runs = names("3, 4, 5")
+    for described in runs:
         pathlib.Path(described.workdir).mkdir()
-    after = expand.expand(write(tmp_path, body % 2), str(tmp_path)).runs
-    assert {d.name for d in before} < {d.name for d in after}
-    assert after[0].name.startswith("some-runs-000-") and after[0].overrides == {"seed": 2}
+    after, numbers, runs = names("3, 7, 4, 9, 5")  # two are put in the middle
+    assert {seed: after[seed] for seed in before} == before
+    assert numbers == [0, 5, 1, 3, 2]
+    assert [d.run.seed for d in expand.select(runs, ["5"])] == [7]
+    pathlib.Path(runs[1].workdir).mkdir()  # started, and then another is put in front
+    last, numbers, _ = names("1, 3, 7, 4, 9, 5")
+    assert last[7] == after[7] and {seed: last[seed] for seed in before} == before
+    assert numbers == [6, 0, 5, 1, 4, 2]
+    less, _, _ = names("9, 5")  # and some are removed
+    assert less[5] == before[5]
+
+
+def test_a_sweep_that_grew_in_a_bucket(tmp_path, gcs, monkeypatch):
+    for key, value in gcs_server.environment(gcs).items():
+        monkeypatch.setenv(key, value)
+    root = f"gs://{gcs_server.new_bucket(gcs)}/runs"
+    body = "def sweep():\n yield from product({'seed': (%s)})"
+    assert expand.expand(write(tmp_path, body % "3, 4"), root, look=True).runs[1].index == 1
+    for described in expand.expand(write(tmp_path, body % "3, 4"), root).runs:
+        (epath.Path(described.workdir) / "config.json").write_text("{}")
+    runs = expand.expand(write(tmp_path, body % "3, 7, 4"), root, look=True).runs
+    assert [(d.run.seed, d.index) for d in runs] == [(3, 0), (7, 3), (4, 1)]
+
+
+@settings(deadline=None)
+@given(
+    st.sets(st.integers(0, 30), min_size=1), st.dictionaries(st.integers(0, 40), st.integers(0, 9))
+)
+def test_numbers_are_unique_and_those_of_existing_runs_stay(digests, gaps):
+    places = {place: f"{digest:08x}" for place, digest in enumerate(digests)}
+    steps = itertools.accumulate(gap + 1 for gap in gaps.values())  # distinct
+    there = {f"{digest:08x}": number for digest, number in zip(gaps, steps, strict=True)}
+    found = expand.numbered(places, there)
+    assert found.keys() == places.keys() and len(set(found.values())) == len(places)
+    for place, number in found.items():
+        known = there.get(places[place])
+        assert number == known if known is not None else number not in there.values()
+
+
+def test_every_wrong_run_is_named(tmp_path, capsys):
+    """Those that the schema refuses, twins, and those that only their shapes make wrong."""
+    body = (
+        "def sweep():\n yield {'seed': 0}\n yield {'seed': -1}\n yield {'seed': 0}\n"
+        " yield {'steps': 0}\n yield {'checkpoint.best': 'test/nothing'}\n"
+        " yield {'optim.lr': 1}\n yield {'model.layout': 'CTT'}\n"
+    )
+    file = write(tmp_path, body)
+    with pytest.raises(ValueError, match=r"(?s)^4 of 7 .*seed=-1.*002-.*steps=0.*optim\W+lr"):
+        expand.expand(file, str(tmp_path / "r"))
+    command = ["sweep", "--config", file, "--workdir", str(tmp_path / "r"), "--config.data.mock=1"]
+    assert main([*command, "--dry_run"]) == 2
+    said = capsys.readouterr().err
+    for word in ("6 of 7", "seed=-1", "002-", "steps=0", "test/nothing", "optim", "layout=CTT"):
+        assert word in said
+    assert said.count("seed=0") == 1
 
 
 def test_select():

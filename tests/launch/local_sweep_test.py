@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
@@ -30,15 +31,19 @@ def get_config(arg=None):
 def sweep():
     for seed in range(2):
         yield {{"seed": seed, "optim.learning_rate": 1e-3}}
+
+def sweep_bad():
+    yield {{"batch_size": 400_000}}
+    yield {{"optim.learning_rate": 1e30, "optim.clip_norm": 0.0, "optim.name": "sgd"}}
 """
 
 
-def start(folder, *words):
+def start(folder, *words, **options):
     """A sweep as a process of its own; its workdirs are the folders of ``folder/runs``."""
     (folder / "c.py").write_text(CONFIG)
     command = [sys.executable, "-m", "localglobal_jax", "sweep", f"--config={folder / 'c.py'}"]
     command += [f"--workdir={folder / 'runs'}", *words]
-    return command, subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    return command, subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)
 
 
 def events(folder):
@@ -53,7 +58,7 @@ def wait_for(process, condition):
 
 
 def folders(folder):
-    return sorted((folder / "runs").glob("c-00?-*"))
+    return sorted((folder / "runs").glob("c-*00?-*"))
 
 
 def test_a_killed_child_is_started_again(tmp_path, capsys):
@@ -77,7 +82,7 @@ def test_a_killed_child_is_started_again(tmp_path, capsys):
     capsys.readouterr()
     # again: there is nothing to do
     assert main([*command[3:], "--config.steps=2"]) == 0
-    assert "0 of 0 done" in capsys.readouterr().err
+    assert "2 of 2 done" in capsys.readouterr().err
     # another config in the same folders: refused before anything starts
     assert main([*command[3:], "--config.steps=3"]) == 2
     assert "steps: 2 there, 3 now" in capsys.readouterr().err
@@ -86,6 +91,42 @@ def test_a_killed_child_is_started_again(tmp_path, capsys):
     states = [(run["state"], run["note"]) for run in json.loads(capsys.readouterr().out)["runs"]]
     assert states == [("other config", "steps: 2 there, 3 now")] * 2
     assert len(events(second)) == 2
+
+
+def test_two_starters_after_a_killed_one_end_well(tmp_path):
+    """The child of a killed launcher goes on; it is waited for, and all runs are counted."""
+    words = ("--slots=1", "--config.steps=2")
+    _, killed = start(tmp_path, *words)
+    wait_for(killed, lambda: folders(tmp_path) and events(folders(tmp_path)[0]))
+    killed.kill()
+    killed.communicate()
+    both = [start(tmp_path, *words)[1] for _ in range(2)]
+    ends = [process.communicate(timeout=300)[1] for process in both]
+    for process, said in zip(both, ends, strict=True):
+        assert process.returncode == 0, said
+        assert said.splitlines()[-1] == "2 of 2 done, 0 failed"
+    first, second = folders(tmp_path)
+    starts = [[e["event"] for e in events(folder)].count("start") for folder in (first, second)]
+    assert starts == [1, 1], ends
+
+
+def test_what_is_said_of_a_crash_by_memory_and_of_a_diverged_run(tmp_path, capsys):
+    limit = 4 * 2**30  # bytes of address space, as by `ulimit -v`
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+    words = ("--sweep=bad", "--config.steps=9")
+    command, sweep = start(tmp_path, *words, "--slots=2", "--retries=0", preexec_fn=limited)
+    _, said = sweep.communicate(timeout=300)
+    assert sweep.returncode == 1 and said.splitlines()[-1] == "0 of 2 done, 2 failed", said
+    assert "out of memory: " in said and "no checkpoint had been saved" in said
+    assert "exit code 3 (diverged)" in said and "JAX has removed" not in said
+    assert main([*command[3:8], "--summary", "--format=csv", *words[1:]]) == 0
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert [row["state"] for row in rows] == ["failed", "failed"]
+    assert "out of memory: " in rows[0]["reason"] and "NaN or infinite" in rows[1]["reason"]
+    assert [row["batch_size"] for row in rows] == ["400000", "4"]
 
 
 @pytest.mark.slow

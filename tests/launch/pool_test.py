@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Slots and processes, with children of milliseconds: real ones, that crash, save and stop."""
 
+import dataclasses
+import errno
 import itertools
 import json
 import os
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
@@ -124,30 +127,138 @@ def test_no_more_at_a_time_than_slots_each_in_its_own(tmp_path):
         assert not (overlap and core_a == core_b)
 
 
-def test_nothing_runs_twice_in_one_folder(tmp_path):
-    """Not even if the first launcher was killed and its child lives on."""
-    code = "open('ready', 'w'); sys.stdin.read(); time.sleep(600)"
-    first = job(tmp_path, "j", code)
-    launcher = f"""
+LAUNCHER = """
+import pathlib, sys
 from localglobal_jax.launch import pool
-import pathlib
-job = pool.Job("j", {first.command!r}, pathlib.Path({str(first.directory)!r}))
-pool.Pool([pool.Slot()], 0).run([job])
+jobs = [pool.Job(name, command, pathlib.Path(path)) for name, command, path in JOBS]
+print(pool.run_jobs(jobs, [pool.Slot()] * SLOTS, RETRIES, None, print).code)
 """
-    process = subprocess.Popen([sys.executable, "-c", launcher])
-    wait_for(first.directory / "ready")
+
+
+def launcher(jobs, slots=1, retries=0, **options):
+    """A pool in a process of its own."""
+    parts = [(found.name, found.command, str(found.directory)) for found in jobs]
+    text = LAUNCHER.replace("JOBS", repr(parts)).replace("SLOTS", str(slots))
+    words = [sys.executable, "-c", text.replace("RETRIES", str(retries))]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, text=True, **options)
+
+
+def orphan(found):
+    """Starts a job whose launcher is then killed; returns the pid of the job, which runs on."""
+    process = launcher([found])
+    wait_for(found.directory / "ready")
     process.kill()
-    process.wait()
-    (start,) = events(first)
+    process.communicate()
+    assert pool.is_locked(found.directory)
+    return events(found)[0]["pid"]
+
+
+def test_a_job_of_a_killed_launcher_is_waited_for_and_counted(tmp_path):
+    first = job(tmp_path, "j", "open('ready', 'w'); time.sleep(2); open('saved', 'w')")
+    orphan(first)
+    steps = {True: 5, False: None}
+    again = dataclasses.replace(
+        first, saved=lambda: steps[(tmp_path / "j/saved").exists()], steps=5
+    )
+    said = []
+    started = pool.run_jobs([again, job(tmp_path, "k", "")], [pool.Slot()], 0, {}, said.append)
+    assert (started.code, started.runs["j"]["state"]) == (0, "done")
+    assert started.runs["j"]["attempts"] == 0 and said[-1] == "2 of 2 done, 0 failed"
+    # the slot is not kept waiting
+    assert [line.split()[:2] for line in said[:2]] == [["busy", "j:"], ["start", "k"]]
+    assert len(list((tmp_path / "j").glob("start*"))) == 1  # nothing runs twice in one folder
+
+
+def test_a_busy_job_that_dies_is_taken_over(tmp_path):
+    first = job(tmp_path, "j", "open('ready', 'w')\nif n == 1: time.sleep(600)")
+    pid = orphan(first)
+    said = []
+
+    def kill_once_busy(line):
+        said.append(line)
+        if line.startswith("busy"):
+            os.kill(pid, signal.SIGKILL)
+
+    started = pool.run_jobs([first], [pool.Slot()], 0, {}, kill_once_busy)
+    assert (started.code, started.runs["j"]["state"]) == (0, "done")
+    assert "taken over" in said[1] and said[-1] == "1 of 1 done, 0 failed"
+
+
+def test_two_starters_share_the_jobs_and_both_count_all(tmp_path):
+    jobs = [job(tmp_path, f"j{i}", "time.sleep(0.5)") for i in range(4)]
+    jobs.append(job(tmp_path, "wrong", "time.sleep(0.2); print('no such data'); sys.exit(2)"))
+    both = [launcher(jobs), launcher(jobs)]
+    ends = [process.communicate(timeout=120)[0].splitlines() for process in both]
+    for said in ends:
+        assert said[-2:] == ["4 of 5 done, 1 failed", "1"]
+        assert "no such data" in "\n".join(said)
+    starts = [len(list((tmp_path / found.name).glob("start*"))) for found in jobs]
+    assert starts == [1] * 5
+
+
+def test_a_stop_ends_the_waiting_for_a_busy_job(tmp_path):
+    first = job(tmp_path, "j", "open('ready', 'w'); time.sleep(600)")
+    pid = orphan(first)
     try:
-        assert pool.is_locked(first.directory)
-        outcomes = pool.Pool([pool.Slot()], 0, say=lambda line: None).run([first])
-        assert outcomes["j"].state == "busy" and outcomes["j"].attempts == 0
+        second = launcher([first], stderr=subprocess.PIPE)
+        assert second.stdout.readline().startswith("busy")
+        second.send_signal(signal.SIGTERM)
+        said = second.communicate(timeout=60)[0].splitlines()
+        assert said[-1] == "42" and "same command" in said[-2]
     finally:
-        os.kill(start["pid"], signal.SIGKILL)
-    wait_for(first.directory, lambda folder: not pool.is_locked(folder))
-    again = job(tmp_path, "j", "pass")
-    assert pool.Pool([pool.Slot()], 0, say=lambda line: None).run([again])["j"].state == "done"
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_a_job_that_finished_meanwhile_is_not_started(tmp_path):
+    done = dataclasses.replace(job(tmp_path, "j", ""), saved=lambda: 5, steps=5)
+    assert pool.Pool([pool.Slot()], 0, say=lambda line: None).run([done])["j"].state == "done"
+    assert not list((tmp_path / "j").glob("start*"))
+
+
+def test_a_run_that_never_saves_is_not_restarted_for_ever(tmp_path, monkeypatch):
+    """Such as one whose other hosts do not turn up; as long as it saves, it goes on."""
+    monkeypatch.setattr(pool, "SHORT", 0.0)
+    monkeypatch.setattr(pool, "MOST_IDLE", 3)
+    stopped = "print('host 1 of 2 did not turn up'); sys.exit(42)"
+    never = dataclasses.replace(job(tmp_path, "never", stopped), saved=lambda: None, steps=9)
+    count = lambda: len(list((tmp_path / "goes-on").glob("start*")))  # noqa: E731
+    saves = dataclasses.replace(
+        job(tmp_path, "goes-on", "sys.exit(42 if n < 9 else 0)"), saved=count, steps=99
+    )
+    said = []
+    outcomes = pool.Pool([pool.Slot()] * 2, 0, say=said.append).run([never, saves])
+    assert (outcomes["never"].state, outcomes["never"].attempts) == ("failed", 3)
+    assert (outcomes["goes-on"].state, outcomes["goes-on"].attempts) == ("done", 9)
+    lines = [line for line in said if "never" in line and "start" not in line.split()]
+    assert all("nothing new was saved" in line and "did not turn up" in line for line in lines)
+    assert any("saved at step 3" in line for line in said)
+
+
+def test_the_reason_of_a_failure_is_that_of_its_own_attempt(tmp_path):
+    code = "if n == 1: raise ValueError('first')\nos.kill(os.getpid(), signal.SIGKILL)"
+    said = []
+    outcomes = pool.Pool([pool.Slot()], 1, say=said.append).run([job(tmp_path, "j", code)])
+    assert outcomes["j"].state == "failed"
+    assert "ValueError: first" in said[1] and "ValueError" not in said[-1]
+    assert "killed by SIGKILL" in said[-1] and "dmesg" in said[-1]
+    ends = [event for event in events(job(tmp_path, "j", "")) if event["event"] == "end"]
+    assert ends[0]["reason"] == "ValueError: first" and "memory" in ends[1]["reason"]
+
+
+def test_a_full_disk_ends_no_other_job(tmp_path):
+    """The events of one job cannot be written (EFBIG), and another's folder cannot be made."""
+    full, other = job(tmp_path, "full", ""), job(tmp_path, "other", "time.sleep(0.3)")
+    full.directory.mkdir()
+    (full.directory / "attempts.jsonl").write_text("\n" * 5000)
+    (tmp_path / "blocked").touch()
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+
+    process = launcher([full, job(tmp_path, "blocked", ""), other], slots=3, preexec_fn=limited)
+    text = process.communicate(timeout=60)[0]
+    assert text.splitlines()[-2:] == ["2 of 3 done, 1 failed", "1"], text
+    assert os.strerror(errno.EFBIG) in text and f"{tmp_path / 'blocked'}" in text
 
 
 @pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT])
@@ -158,23 +269,14 @@ def test_stop_requests_go_to_the_children_and_no_other_starts(asked, tmp_path):
         "while True: time.sleep(0.01)"
     )
     jobs = [job(tmp_path, name, saves) for name in ("a", "b", "later")]
-    parts = [(found.name, found.command, str(found.directory)) for found in jobs]
-    launcher = f"""
-from localglobal_jax.launch import pool
-import pathlib
-jobs = [pool.Job(name, command, pathlib.Path(path)) for name, command, path in {parts!r}]
-workers = pool.Pool([pool.Slot()] * 2, 5)
-outcomes = workers.run(jobs)
-print(*(o.state for o in outcomes.values()), workers.stopped, sep=",")
-"""
-    process = subprocess.Popen(
-        [sys.executable, "-c", launcher], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+    process = launcher(jobs, slots=2, retries=5, start_new_session=True)
     for name in ("a", "b"):
         wait_for(tmp_path / name / "ready")
     process.send_signal(asked)
     output, _ = process.communicate(timeout=60)
-    assert output.splitlines()[-1] == "stopped,stopped,not started,True"
+    said = output.splitlines()
+    assert [line.split()[:2] for line in said[2:4]] == [["stopped", "a"], ["stopped", "b"]]
+    assert said[-1] == "42" and "same command" in said[-2]
     assert (tmp_path / "a" / "saved").exists() and (tmp_path / "b" / "saved").exists()
     assert not (tmp_path / "later").exists()
 

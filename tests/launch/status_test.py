@@ -46,7 +46,7 @@ LINE = {"step": 10, "split": "train", "loss": 0.5}
         ({"saved": [20], "lines": [LINE], "events": [START]}, "done", ""),
         ({"saved": [10], "lines": [LINE]}, "running", "5 s ago"),
         ({"lines": [LINE], "age": 700.0}, "preempted", "silent: last line 11:40 min ago"),
-        ({"saved": [10], "events": [START, SAVED]}, "preempted", "stopped and saved"),
+        ({"saved": [10], "events": [START, SAVED]}, "preempted", "saved at step 10"),
         ({"saved": [10], "events": [START, KILLED]}, "failed", "killed by SIGKILL"),
         ({"saved": [10], "events": [START, KILLED, START]}, "running", "5 s ago"),
         ({"events": [START, WRONG], "config": False}, "failed", "exit code 2 (wrong config"),

@@ -22,9 +22,9 @@ def outcome(loss=1.0, bad=()):
     return divergence.Outcome({"loss": (np.float32(loss * 4), np.float32(4))}, parts)
 
 
-def monitor(directory=None, **optim):
+def monitor(directory=None, start=10, **optim):
     run = validation.check({"model": {"name": "x"}, "optim": optim})
-    return divergence.DivergenceMonitor(run, PARAMS, directory, start=10)
+    return divergence.DivergenceMonitor(run, PARAMS, directory, start=start)
 
 
 @settings(deadline=None)
@@ -81,6 +81,19 @@ def test_a_state_that_overflowed_behind_a_finite_loss_is_not_saved(tmp_path):
     assert found == {"step": 20, "last_checkpoint": 10, "state": ["batch_stats/var"]}
     watching.saving(30, {"params": PARAMS})  # as a later start does
     assert not (tmp_path / divergence.FILE).exists()
+
+
+@pytest.mark.parametrize(("start", "kept"), [(0, "no checkpoint"), (10, "step 10")])
+def test_the_message_names_the_checkpoint_that_is_left(start, kept, tmp_path):
+    bad = monitor(tmp_path, start)
+    bad.add(start + 1, outcome(bad=(1,)), np.arange(4))
+    with pytest.raises(divergence.Diverged) as first:
+        bad.settle()
+    state = monitor(tmp_path, start)
+    with pytest.raises(divergence.Diverged) as second:
+        state.saving(start + 1, {"a": np.array([np.nan], np.float32)})
+    for found in (first, second):
+        assert kept in str(found.value) and "step 0" not in str(found.value)
 
 
 def test_skipped_steps_are_counted_up_to_the_limit(caplog):

@@ -56,7 +56,10 @@ class Writer:
             # imported here: slow, and optional
             from localglobal_jax.training.reporting.tensorboard import EventFile  # noqa: PLC0415
 
-            self._boards.append(EventFile(self.path.parent / "tensorboard", forget=last + 1))
+            events = EventFile(self.path.parent / "tensorboard", forget=last + 1)
+            if about := about_run(config or {}):
+                events.show(max(last, 0), about)
+            self._boards.append(events)
         if wandb:
             run = wandb_run.start(wandb, self.path.parent, config or {}, name)
             self._boards += [run] if run else []
@@ -98,6 +101,13 @@ class Writer:
                 file.close()
             except OSError as error:
                 log.error("the last lines are not in %s: %s", shown(self.path.parent), error)
+
+
+def about_run(config: Mapping[str, Any]) -> dict[str, str]:
+    """Returns ``log.tags`` and ``log.note`` of a config as texts by name, without empty ones."""
+    given = config.get("log", {})
+    texts = {"tags": ", ".join(given.get("tags") or ()), "note": given.get("note") or ""}
+    return {name: text for name, text in texts.items() if text}
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict]:

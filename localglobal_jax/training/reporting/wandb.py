@@ -64,6 +64,8 @@ class WandbRun:
             id=file.read_text(),
             dir=str(directory),
             config=dict(config),
+            tags=list(config.get("log", {}).get("tags") or ()),
+            notes=config.get("log", {}).get("note") or None,
             resume="allow",
         )
         self._run.define_metric("*", step_metric="step")

@@ -12,6 +12,9 @@ import google.protobuf.message
 from tensorboardX.proto.event_pb2 import Event
 
 from localglobal_jax.data.tfds import tfrecord
+from localglobal_jax.training.reporting import log_reason
+
+SAVED = 42  # exit code of a run that was stopped and whose state is saved
 
 
 def attempts(directory: pathlib.Path, steps: int) -> list[dict[str, str]]:
@@ -36,6 +39,26 @@ def attempts(directory: pathlib.Path, steps: int) -> list[dict[str, str]]:
                 row |= {"start": inside[-1]["start"], "last": inside[-1]["last"]}
                 row["ended"] = min(row["ended"], max(inside[-1]["ended"], row["began"]))
     return [_attempt(row, steps) for row in rows]
+
+
+def failure(directory: pathlib.Path) -> str:
+    """Returns the reason why the last attempt of a run failed; "" if it did not, or is not known.
+
+    Only a sweep records how an attempt ended.
+    """
+    events = directory / "attempts.jsonl"
+    lines = events.read_text("utf-8", "replace").splitlines() if events.exists() else []
+    found = [line for line in map(_event, lines) if line]
+    if not found or found[-1].get("event") != "end" or not isinstance(found[-1].get("code"), int):
+        return ""
+    code = found[-1]["code"]
+    if code in (0, SAVED):
+        return ""
+    begins = [line.get("log", 0) for line in found if line.get("event") == "start"]
+    known = found[-1].get("reason") or log_reason.of_attempt(
+        directory / "log.txt", code, begins[-1] if begins else 0
+    )
+    return f"exit code {code}" + (f": {known}" if known else "")
 
 
 def _event(text: str) -> dict[str, Any]:

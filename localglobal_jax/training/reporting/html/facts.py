@@ -82,6 +82,12 @@ class Run:
     samples: list[Sample] = dataclasses.field(default_factory=list)
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     attempts: list[dict[str, str]] = dataclasses.field(default_factory=list)
+    reason: str = ""  # of a failure, in one line
+
+    @property
+    def finished(self) -> bool:
+        """Returns whether the run has come to its end, also by early stopping."""
+        return self.state.startswith("done")
 
     def last(self) -> dict[str, Any]:
         """Returns the last value of every metric of the model: ``{"test/accuracy": 0.99}``."""

@@ -27,7 +27,8 @@ from localglobal_jax.inference.translator import Translator
 from localglobal_jax.models import registry
 from localglobal_jax.training import divergence, early_stopping
 from localglobal_jax.training.reporting import metrics_log
-from localglobal_jax.training.reporting.html.attempts import attempts
+from localglobal_jax.training.reporting.html import sweep
+from localglobal_jax.training.reporting.html.attempts import attempts, failure
 from localglobal_jax.training.reporting.html.facts import Run
 from localglobal_jax.training.reporting.html.page import page
 from localglobal_jax.training.reporting.html.predictions import (
@@ -41,6 +42,8 @@ log = logging.getLogger(__name__)
 def write(paths: Sequence[str], out: pathlib.Path, step: int | str | None = None) -> list[Run]:
     """Writes the page of the workdirs `paths` to `out`; returns its facts.
 
+    A single path may be the root of a sweep: the page then is that of its runs.
+
     Args:
       step: a number, "best", or None for the newest.
 
@@ -50,17 +53,26 @@ def write(paths: Sequence[str], out: pathlib.Path, step: int | str | None = None
     """
     if (out.exists() and not out.is_file()) or not os.access(out.parent, os.W_OK | os.X_OK):
         raise ValueError(f"--out {out}: give a file in a directory that can be written")
-    if len(set(map(_whole, paths))) < len(paths):
-        raise ValueError(f"{' '.join(paths)}: give every workdir once")
-    known = [(path, gcs.LocalMirror(path)) for path in paths]
+    inside = sweep.folders(paths[0]) if len(paths) == 1 else []
+    failures = [failed for path in inside if (failed := sweep.without_config(path))]
+    without = {failed.name for failed in failures}
+    chosen = [path for path in inside if path.rpartition("/")[2] not in without]
+    if inside and not chosen:
+        reasons = "; ".join(f"{failed.name}: {failed.reason}" for failed in failures)
+        raise ValueError(f"{paths[0]}: no run has written anything yet: {reasons}")
+    chosen = chosen or list(paths)
+    if len(set(map(_whole, chosen))) < len(chosen):
+        raise ValueError(f"{' '.join(chosen)}: give every workdir once")
+    known = [(path, gcs.LocalMirror(path)) for path in chosen]
     configs = [load.read_run(mirror.local) for _, mirror in known]
     runs = [
         gather(name, path, mirror, config, step)
-        for name, (path, mirror), config in zip(names(paths), known, configs, strict=True)
+        for name, (path, mirror), config in zip(names(chosen), known, configs, strict=True)
     ]
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     made = f"Made by localglobal_jax {__version__}, {now}"
-    workdir.write_atomically(out, page(runs, made))
+    whole = sweep.gather(paths[0], runs, failures) if inside else None
+    workdir.write_atomically(out, page(runs, made, whole))
     return runs
 
 
@@ -99,7 +111,7 @@ def gather(
     newest = found is not None and found[0] == max(saved)
     stopped = newest and found is not None and early_stopping.has_stopped(config, found[2])
     run.state = _state(mirror.local, config, run.metrics, max(saved), stopped)
-    run.attempts = attempts(mirror.local, config.steps)
+    run.attempts, run.reason = attempts(mirror.local, config.steps), failure(mirror.local)
     if found is None:
         return run
     run.step, variables, metadata = found

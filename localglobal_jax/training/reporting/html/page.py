@@ -18,21 +18,29 @@ from typing import Any
 import jinja2
 
 from localglobal_jax.config import values
-from localglobal_jax.training.reporting.html import curves
+from localglobal_jax.training.reporting import metrics_log
+from localglobal_jax.training.reporting.html import curves, sweep
 from localglobal_jax.training.reporting.html.facts import BESIDE, TOTAL, Run, shown, size
 
 HERE = pathlib.Path(__file__).parent
 MATRIX = 30  # classes; larger matrices are not drawn
 
 
-def page(runs: Sequence[Run], made: str) -> str:
-    """Returns the HTML of one run, or of several side by side. `made`: the line of origin."""
+def page(runs: Sequence[Run], made: str, whole: sweep.Sweep | None = None) -> str:
+    """Returns the HTML of one run, or of several side by side.
+
+    Args:
+      made: the line of origin.
+      whole: the sweep that the runs belong to, which gives the page its tables and groups.
+    """
     style = _templates().get_template("page.css").render()
     policy = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     sizes = _table([run.parameters() for run in runs])
     configs = [values.flatten(run.config) for run in runs]
     fields = sorted({field for config in configs for field in config})
     rows = {field: [_json(config, field) for config in configs] for field in fields}
+    groups = [[run] for run in runs] if whole is None else [group.runs for group in whole.groups]
+    hues = {run.name: i for i, members in enumerate(groups) for run in members}
     return (
         _templates()
         .get_template("page.html")
@@ -40,7 +48,12 @@ def page(runs: Sequence[Run], made: str) -> str:
             runs=runs,
             made=made,
             policy=policy,
-            charts=curves.charts(runs),
+            sweep=whole,
+            hues=hues,
+            abouts=_abouts(runs),
+            ordered=sorted(runs, key=lambda run: whole is not None and run is not whole.best),
+            scatters=sweep.charts(whole, runs) if whole else [],
+            charts=curves.charts(runs, [(g.name, g.runs) for g in whole.groups] if whole else None),
             box=curves.BOX,
             matrix=MATRIX,
             results=_table([run.last() for run in runs], leave_out=r".*/bleu_.*"),
@@ -68,7 +81,22 @@ def _templates() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"size": size, "shown": shown}
+    environment.filters |= {"text": sweep.text, "interval": sweep.interval}
     return environment
+
+
+def _abouts(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """Returns notes and tags of the runs, and the names of the runs that have them."""
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        about = metrics_log.about_run(run.config)
+        if about:
+            tags = f" [{about['tags']}]" if "tags" in about else ""
+            found.setdefault((about.get("note", "") + tags).strip(), []).append(run.name)
+    return [
+        (text, "all runs" if 1 < len(names) == len(runs) else ", ".join(names))
+        for text, names in found.items()
+    ]
 
 
 def _json(config: Mapping[str, Any], field: str) -> str:

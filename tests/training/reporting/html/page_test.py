@@ -251,6 +251,93 @@ def test_several_runs_of_several_kinds(workdir, text_workdir, tmp_path):
     assert "cross-attention, mean of 1 layer and 2 heads" in said and "1-15 words" in said
 
 
+@pytest.fixture(scope="module")
+def root(workdir, tmp_path_factory):
+    """The root of a sweep: two rates with two seeds, one more that failed, one that never began."""
+    root = tmp_path_factory.mktemp("sweep") / "rates"
+    config = json.loads((workdir / "config.json").read_text())
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    for number, (rate, seed, accuracy) in enumerate(
+        [(2e-3, 0, 0.9), (2e-3, 1, 0.7), (8e-3, 0, 0.5), (8e-3, 1, 0.3), (8e-3, 2, None)]
+    ):
+        run = root / f"digits-{number:03d}-{number:08x}"
+        if number == 0:
+            shutil.copytree(workdir, run)
+        else:
+            run.mkdir(parents=True)
+            (run / "checkpoints").mkdir()
+        config["optim"]["learning_rate"], config["seed"] = rate, seed
+        (run / "config.json").write_text(json.dumps(config))
+        events = [{"event": "start", "time": 0}]
+        if accuracy is not None:
+            changed = [{**x, **({"accuracy": accuracy} if "accuracy" in x else {})} for x in lines]
+            (run / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in changed))
+        else:
+            events.append({"event": "end", "code": 3, "reason": "NaN at step 4", "time": 9})
+        (run / "attempts.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+        shutil.copytree(workdir / "checkpoints", run / "checkpoints", dirs_exist_ok=True)
+    shutil.rmtree(root / f"digits-004-{4:08x}" / "checkpoints")
+    wrong = root / f"digits-005-{5:08x}"
+    wrong.mkdir()
+    (wrong / "attempts.jsonl").write_text('{"event": "start", "time": 0}\n'
+                                          '{"event": "end", "code": 2, "time": 1}\n')  # fmt: skip
+    (wrong / "log.txt").write_text("localglobal train: there is no such data set\n")
+    (root / "digits.sbatch").touch()
+    (root / "notes").mkdir()
+    return root
+
+
+def test_a_sweep(root, tmp_path, capsys):
+    out = tmp_path / "page.html"
+    assert main(["report", str(root), f"--out={out}", "--json"]) == 0
+    names = [run["name"] for run in json.loads(capsys.readouterr().out)["runs"]]
+    assert names[0] == "000 learning_rate=0.002 seed=0" and len(names) == 5
+    read = check(out.read_text())
+    said = " ".join("".join(read.text).split())
+    assert "6 runs, 4 done" in said
+    # accuracies 0.9 and 0.7: 0.8 ± 12.706 * 0.1 (n = 2, sd 0.1414)
+    assert re.search(r"learning_rate=0.002 ?2 ?2 ?0.8 ?0.1414 ?-0.4706 to 2.071", said), said
+    assert "there is no such data set" in said and "NaN at step 4" in said
+    labels = [v for t, n, v in read.attributes if n == "aria-label"]
+    assert any("test/accuracy by optim.learning_rate" in label for label in labels)
+    assert any("learning_rate=0.002, test" in label for label in labels)  # a group's curve
+    best = [v for t, n, v in read.attributes if (t, n) == ("tr", "class") and v == "best"]
+    assert len(best) == 1 and "000 best" in said
+    # the matrix of the best is open; whatever the others have is behind a fold
+    text = out.read_text()
+    first = text.index('class="matrix')
+    assert text.rfind("<details", 0, first) <= text.rfind("</details>", 0, first)
+
+
+def test_a_sweep_of_which_nothing_is_there_yet(tmp_path, capsys):
+    (tmp_path / "r" / "digits-000-00000000").mkdir(parents=True)
+    (tmp_path / "r" / "digits-000-00000000" / "log.txt").touch()
+    assert main(["report", str(tmp_path / "r")]) == 2
+    assert "digits-000-00000000" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main(["report", str(tmp_path / "empty")]) == 2
+    assert str(tmp_path / "empty") in capsys.readouterr().err
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.lists(
+        st.tuples(
+            st.one_of(st.floats(1e-9, 1e9), st.integers(), st.text(), st.booleans(), st.none()),
+            st.sampled_from("ab"),
+            st.floats(-1e9, 1e9),
+        ),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_any_settings_make_a_chart(points):
+    chart = curves.scatter("x", [(*point, "label") for point in points])
+    for curve in chart.curves:
+        for x, y, _ in curve.dots:
+            assert 0 <= x <= curves.BOX["width"] and 0 <= y <= curves.BOX["height"]
+
+
 def test_a_step_can_be_chosen(workdir, tmp_path, capsys):
     out = tmp_path / "page.html"
     for step, wanted in (("4", 4), ("best", None)):

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Searches: Optuna draws the overrides of each run from a space. Needs the extra ``search``.
+
+A trial is an ordinary named run in the root of the sweep; the study's file is beside them. So the
+same command goes on after a kill: trials that had started run to their end first.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import inspect
+import pathlib
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from localglobal_jax.checkpoints.workdir import absolute, is_remote
+from localglobal_jax.config import loading, schema, sweeps, validation
+from localglobal_jax.launch import expand, local, pool
+from localglobal_jax.launch.expand import Description, Sweep
+from localglobal_jax.training import metrics
+from localglobal_jax.training.reporting import metrics_log
+
+SAMPLERS = ("random", "tpe", "qmc")
+FACTOR = 3  # of successive halving: a third of the runs goes on from rung to rung
+WRONG = "wrong"  # attribute of a trial whose config is invalid: the reason
+
+
+@dataclasses.dataclass(frozen=True)
+class Space:
+    """The space of a config file, and the parts that all trials share."""
+
+    spec: str
+    prefix: str
+    root: str
+    given: Mapping[str, str]
+    base: schema.Run
+    fields: sweeps.Space
+
+
+def read_space(spec: str, root: str, sweep: str, given: Mapping[str, str]) -> Space:
+    """Returns the space of ``search()`` or ``search_NAME()`` of a file. Raises ValueError."""
+    if is_remote(root):
+        raise ValueError(
+            f"--workdir {root}: a search needs a local directory, for the study's file"
+        )
+    module, arg = loading.load_module(spec)
+    function = "search" if sweep in ("sweep", "search") else f"search_{sweep}"
+    known = {name for name in vars(module) if name == "search" or name.startswith("search_")}
+    if function not in known:
+        raise validation.unknown(f"search of {spec}:", function, known)
+    made = getattr(module, function)
+    fields = made(arg) if inspect.signature(made).parameters else made()
+    parts = (sweeps.Range, sweeps.Choice)
+    if not isinstance(fields, Mapping) or not fields:
+        raise ValueError(
+            f"{function} of {spec} returns {fields!r}: return {{'a.field': uniform(...)}}"
+        )
+    for field, part in fields.items():
+        if not isinstance(part, parts):
+            raise ValueError(f"{function} of {spec}: {field}: give uniform, integers or choice")
+        if field in given:
+            raise ValueError(f"--config.{field} is a field that the search draws")
+    base = validation.check(loading.load(spec, given))
+    root = str(absolute(root.rstrip("/") or "/"))
+    return Space(spec, expand.prefix_of(spec, f"_{function}"), root, given, base, fields)
+
+
+class Study:
+    """The trials of a search, in a file of the root; `pool.Source` of their jobs.
+
+    Args:
+      sampler: one of `SAMPLERS`.
+      trials: the number of trials, earlier ones included.
+      halving: whether runs are stopped by successive halving, a rung at every evaluation.
+      stored: False for a study that is forgotten, as of a dry run.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        sampler: str = "random",
+        trials: int = 0,
+        *,
+        halving: bool = False,
+        stored: bool = True,
+    ):
+        if importlib.util.find_spec("optuna") is None:
+            raise ValueError(
+                "--sampler needs Optuna, which is not installed: "
+                "pip install 'localglobal_jax[search]'"
+            )
+        import optuna  # noqa: PLC0415 # an extra, and a second
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+        self._optuna, self._space, self._limit, self._halving = optuna, space, trials, halving
+        best = space.base.checkpoint.best
+        if not best:
+            raise ValueError("a search needs config.checkpoint.best, the metric that it improves")
+        self._metric = best.removeprefix("-")
+        self._smaller = best.startswith("-") or self._metric.rpartition("/")[2] in metrics.SMALLER
+        self._study = self._opened(sampler, stored)
+        self._names: dict[str, int] = {}
+        waiting = [
+            t.number for t in self._study.trials if t.state == optuna.trial.TrialState.RUNNING
+        ]
+        self._waiting = waiting
+
+    def _opened(self, sampler: str, stored: bool) -> Any:
+        optuna, root = self._optuna, pathlib.Path(self._space.root)
+        storage: Any = None
+        file = root / f"{self._space.prefix}.optuna"
+        if stored and (file.exists() or self._limit):
+            root.mkdir(parents=True, exist_ok=True)
+            backend = optuna.storages.journal.JournalFileBackend(str(file))
+            storage = optuna.storages.JournalStorage(backend)
+        every = self._space.base.eval.every or self._space.base.steps
+        pruner: Any = optuna.pruners.NopPruner()
+        if self._halving:
+            pruner = optuna.pruners.SuccessiveHalvingPruner(every, FACTOR)
+        study = optuna.create_study(
+            storage=storage,
+            study_name=self._space.prefix,
+            load_if_exists=True,
+            direction="minimize" if self._smaller else "maximize",
+            pruner=pruner,
+        )
+        seed = self._space.base.seed + len(study.trials)  # not the same numbers after a restart
+        study.sampler = {
+            "random": optuna.samplers.RandomSampler,
+            "tpe": optuna.samplers.TPESampler,
+            "qmc": optuna.samplers.QMCSampler,
+        }[sampler](seed=seed)
+        return study
+
+    # ------------------------------------------------------------------ trials as runs
+
+    def sweep(self) -> Sweep:
+        """Returns the runs of all trials so far, without those whose config is invalid."""
+        runs = [
+            self._described(trial.number, trial.params)
+            for trial in self._study.trials
+            if WRONG not in trial.user_attrs and len(trial.params) == len(self._space.fields)
+        ]
+        return Sweep(self._space.prefix, self._space.base, tuple(runs))
+
+    def finished(self) -> list[int]:
+        """Returns the numbers of the trials that are complete."""
+        complete = self._optuna.trial.TrialState.COMPLETE
+        return [trial.number for trial in self._study.trials if trial.state == complete]
+
+    def draw(self) -> Description | None:
+        """Returns the run of a new trial; None once there are as many as asked for.
+
+        A trial with an invalid config counts, and the next one is drawn.
+        """
+        while len(self._study.trials) < self._limit:
+            trial = self._study.ask(self._distributions())
+            try:
+                return self._described(trial.number, trial.params)
+            except ValueError as error:
+                trial.set_user_attr(WRONG, str(error))
+                self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
+        return None
+
+    def _distributions(self) -> dict[str, Any]:
+        kinds = self._optuna.distributions
+        found: dict[str, Any] = {}
+        for field, part in self._space.fields.items():
+            if isinstance(part, sweeps.Choice):
+                found[field] = kinds.CategoricalDistribution([repr(v) for v in part.values])
+            elif part.whole:
+                low, high = int(part.low), int(part.high)
+                found[field] = kinds.IntDistribution(low, high, log=part.log)
+            else:
+                found[field] = kinds.FloatDistribution(part.low, part.high, log=part.log)
+        return found
+
+    def _described(self, number: int, params: Mapping[str, Any]) -> Description:
+        space, overrides = self._space, {}
+        for field, part in space.fields.items():
+            value = params[field]
+            if isinstance(part, sweeps.Choice):
+                value = {repr(v): v for v in part.values}.get(value, value)
+            overrides[field] = float(f"{value:.6g}") if isinstance(value, float) else value
+        run, applied, texts = expand.apply(space.spec, space.given, overrides)
+        workdir = f"{space.root}/{sweeps.name(space.prefix, number, applied)}"
+        texts = {**space.given, **texts}
+        return expand.describe(space.spec, workdir, number, texts, applied, run)
+
+    # ------------------------------------------------------------------ `pool.Source`
+
+    def next_job(self) -> pool.Job | None:
+        """Returns the job of a trial that had started earlier, else that of a new one."""
+        run = None
+        while self._waiting and run is None:
+            trial = self._study.trials[self._waiting.pop(0)]
+            if len(trial.params) < len(self._space.fields):  # killed while it was drawn
+                self._tell(trial.number, self._optuna.trial.TrialState.FAIL)
+                continue
+            with contextlib.suppress(ValueError):  # the file has changed: see `--status`
+                run = self._described(trial.number, trial.params)
+        run = run or self.draw()
+        if run is None:
+            return None
+        self._names[run.name] = run.index
+        return local.job(run)
+
+    def gives_up(self, job: pool.Job) -> bool:
+        """Reports the evaluations of a running trial; returns whether its pruner stops it."""
+        known = self._study.trials[self._names[job.name]]
+        trial = self._optuna.trial.Trial(self._study, known._trial_id)
+        for step, value in self._values(job):
+            if step not in known.intermediate_values:
+                with contextlib.suppress(RuntimeError):  # told by another launcher
+                    trial.report(value, step)
+        return self._halving and trial.should_prune()
+
+    def ended(self, job: pool.Job, outcome: pool.JobResult) -> None:
+        """Takes the outcome: the best value of the metric, or that there is none."""
+        states = self._optuna.trial.TrialState
+        if outcome.state not in ("done", "pruned", "failed"):
+            return  # stopped: it goes on with the next start
+        found = [value for _, value in self._values(job)]
+        number = self._names[job.name]
+        if outcome.state == "failed" or not found:
+            self._tell(number, states.FAIL)
+        elif outcome.state == "pruned":
+            self._tell(number, states.PRUNED)
+        else:
+            self._tell(number, states.COMPLETE, min(found) if self._smaller else max(found))
+
+    def _tell(self, number: int, state: Any, value: float | None = None) -> None:
+        if state.name != "COMPLETE":
+            self._study.tell(number, state=state, skip_if_finished=True)
+        else:
+            self._study.tell(number, value, skip_if_finished=True)
+
+    def _values(self, job: pool.Job) -> list[tuple[int, float]]:
+        split, _, name = self._metric.rpartition("/")
+        return [
+            (line["step"], float(line[name]))
+            for line in metrics_log.read_metrics(job.directory)
+            if line["split"] == split and isinstance(line.get(name), int | float)
+        ]

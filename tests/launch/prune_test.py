@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a sweep no longer needs: listed, deleted with --yes, and never that of a live run."""
+
+import fcntl
+import json
+import pathlib
+import shutil
+
+import gcs_server
+import pytest
+from etils import epath
+
+from localglobal_jax.checkpoints import reader
+from localglobal_jax.cli.main import main
+from localglobal_jax.launch import expand
+
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIG = f"""
+from localglobal_jax.config import loading
+
+def get_config(arg=None):
+    config = loading.load({str(ROOT / "configs/coatnet_digits.py")!r} + ":size=tiny,data=mock")
+    config.model.update(layout="T", depths=(1,), widths=(16,), strides=(1,))
+    config.batch_size, config.optim.warmup_steps, config.steps = 4, 1, 4
+    config.checkpoint = dict(every=1, keep=9, best="-test[:8]/loss")
+    config.eval = dict(every=1)
+    config.data.eval_splits = ("test[:8]",)
+    config.log = dict(tensorboard=False, every=9, tags=("a b", "c"), note="why")
+    return config
+
+def sweep():
+    for seed in range(4):
+        yield {{"seed": seed}}
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a config, and a finished run of it with four checkpoints."""
+    folder = tmp_path_factory.mktemp("prune")
+    (folder / "c.py").write_text(CONFIG)
+    first = expand.expand(str(folder / "c.py"), str(folder / "runs")).runs[0]
+    assert main(list(first.arguments)) == 0
+    return folder, pathlib.Path(first.workdir)
+
+
+@pytest.fixture
+def sweep(trained, tmp_path):
+    """The command, and the workdirs: one run done, one failed, one stopped, one not started."""
+    folder, finished = trained
+    root = tmp_path / "runs"
+    runs = expand.expand(str(folder / "c.py"), str(root)).runs
+    shutil.copytree(finished, runs[0].workdir)
+    for run, code in zip(runs[1:3], (3, 42), strict=True):
+        shutil.copytree(finished, run.workdir)
+        shutil.rmtree(pathlib.Path(run.workdir) / "checkpoints" / "4")
+        config = json.loads((finished / "config.json").read_text()) | {"seed": run.run.seed}
+        (pathlib.Path(run.workdir) / "config.json").write_text(json.dumps(config))
+        events = [{"event": "start", "time": 0}, {"event": "end", "code": code, "time": 1}]
+        text = "".join(json.dumps(event) + "\n" for event in events)
+        (pathlib.Path(run.workdir) / "attempts.jsonl").write_text(text)
+    command = ["sweep", f"--config={folder / 'c.py'}", f"--workdir={root}", "--prune"]
+    return command, [pathlib.Path(run.workdir) for run in runs]
+
+
+def names(folder):
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+def steps(run):
+    return sorted(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit())
+
+
+def test_it_lists_first_and_deletes_with_yes(sweep, capsys):
+    command, (done, failed, stopped, absent) = sweep
+    before = names(done.parent)
+    assert main([*command, "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert names(done.parent) == before
+    best = min(
+        (line["loss"], -line["step"])
+        for line in map(json.loads, (done / "metrics.jsonl").read_text().splitlines())
+        if line["split"] == "test[:8]"
+    )
+    kept = sorted({4, -best[1]})
+    gone = [str(done / "checkpoints" / str(s)) for s in range(1, 5) if s not in kept]
+    assert [folder["folder"] for folder in listed["folders"]] == [*gone, str(failed)]
+    assert listed["bytes"] > 10_000 and listed["freed"] == 0
+    assert main([*command, "--yes", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["freed"] == listed["bytes"]
+    assert steps(done) == kept and not failed.exists() and not absent.exists()
+    assert steps(stopped) == [1, 2, 3]
+    for step in kept:
+        assert reader.read(done, step)[0] == step  # whole
+    assert main([*command, "--yes"]) == 0
+    assert "0 B" in capsys.readouterr().out
+
+
+def test_a_run_that_is_being_written_stays(sweep, capsys):
+    command, (done, failed, *_) = sweep
+    (failed / "log.txt").touch()
+    (done / ".lock").touch()
+    with open(failed / "log.txt") as one, open(done / ".lock") as other:
+        fcntl.flock(one, fcntl.LOCK_SH)
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert main([*command, "--yes", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["freed"] == 0
+    assert failed.exists() and steps(done) == [1, 2, 3, 4]
+
+
+def test_in_a_bucket(sweep, gcs, monkeypatch, capsys):
+    command, (done, *_) = sweep
+    for key, value in gcs_server.environment(gcs).items():
+        monkeypatch.setenv(key, value)
+    root = epath.Path(f"gs://{gcs_server.new_bucket(gcs)}/runs")
+    for name in names(done):
+        (root / done.name / name).write_bytes((done / name).read_bytes())
+    assert main([*command[:2], f"--workdir={root}", "--prune", "--yes", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["freed"] > 10_000
+    assert 4 in reader.steps(root / done.name) and len(reader.steps(root / done.name)) <= 2
+    assert reader.read(root / done.name, 4)[0] == 4
+
+
+def test_yes_alone_starts_nothing(sweep, capsys):
+    command, _ = sweep
+    assert main([*command[:3], "--yes"]) == 2
+    assert "--prune" in capsys.readouterr().err
+
+
+def test_notes_and_tags_are_in_the_table(sweep, tmp_path):
+    command, _ = sweep
+    assert main([*command[:3], f"--collect={tmp_path / 'x.json'}"]) == 0
+    assert json.loads((tmp_path / "x.json").read_text())[0]["note"] == "why"
+    assert json.loads((tmp_path / "x.json").read_text())[0]["tags"] == "a b c"

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Searches: Optuna's draws as named runs, killed and resumed, stopped by successive halving.
+
+The children are stand-ins that write what a run writes, in a second; `-m slow` has real ones.
+"""
+
+import csv
+import importlib.util
+import io
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from localglobal_jax.cli.main import main
+from localglobal_jax.config import sweeps
+from localglobal_jax.launch import pool, search, status
+
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIG = f"""
+from localglobal_jax.config import loading
+from localglobal_jax.config.sweeps import choice, integers, uniform
+
+def get_config(arg=None):
+    config = loading.load({str(ROOT / "configs/coatnet_digits.py")!r} + ":size=tiny,data=mock")
+    config.model.update(layout="T", depths=(1,), widths=(16,), strides=(1,))
+    config.data.eval_splits = ("test[:8]",)
+    config.checkpoint.best = "-test[:8]/loss"
+    config.steps, config.batch_size, config.optim.warmup_steps = 40, 4, 1
+    config.eval.every = 10
+    return config
+
+def search():
+    return {{
+        "optim.learning_rate": uniform(1e-4, 1e-1, log=True),
+        "optim.accumulate": integers(1, 2),
+        "optim.schedule": choice("cosine", "constant"),
+    }}
+
+def search_wrong():
+    return {{"batch_size": integers(0, 1)}}
+
+def search_none():
+    return {{"seed": [1, 2]}}
+"""
+# The loss is the distance of the rate from 0.01, in decades; every evaluation takes 0.2 s.
+RUN = """
+import json, math, os, pathlib, signal, sys, time
+rate, folder, steps = float(sys.argv[1]), pathlib.Path(sys.argv[2]), 40
+signal.signal(signal.SIGTERM, lambda *_: os._exit(42))
+(folder / "config.json").write_text(sys.argv[3])
+for step in range(10, steps + 1, 10):
+    time.sleep(0.2)
+    line = {"step": step, "split": "test[:8]", "loss": abs(math.log10(rate) + 2)}
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\\n")
+    if step == 10 and line["loss"] > 0.3:
+        time.sleep(float(os.environ.get("SLOW", 0)))
+done = folder / "checkpoints" / str(steps)
+done.mkdir(parents=True)
+(done / "files.json").touch()
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    (tmp_path / "c.py").write_text(CONFIG)
+    return str(tmp_path / "c.py")
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    def job(run):
+        from localglobal_jax.config import loading
+
+        words = (str(run.run.optim.learning_rate), run.workdir, loading.to_json(run.run))
+        command = (sys.executable, "-c", RUN, *words)
+        return pool.Job(run.name, command, pathlib.Path(run.workdir), *pool.progress(run))
+
+    monkeypatch.setattr(search.local, "job", job)
+
+
+def command(file, root, *words):
+    return ["sweep", f"--config={file}", f"--workdir={root}", "--sampler=tpe", *words]
+
+
+def rows(capsys, words):
+    assert main([*words, "--summary", "--format=csv"]) == 0
+    return list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+
+
+def test_trials_are_named_runs_and_more_can_follow(file, tmp_path, stand_ins, capsys):
+    words = command(file, tmp_path / "r")
+    assert main([*words, "--trials=3", "--slots=2"]) == 0
+    assert "3 of 3 done" in capsys.readouterr().err
+    found = rows(capsys, words)
+    assert [row["run"] for row in found] == ["0", "1", "2"] and {r["state"] for r in found} == {
+        "done"
+    }
+    rates = [float(row["optim.learning_rate"]) for row in found]
+    assert len(set(rates)) == 3 and all(1e-4 <= rate <= 1e-1 for rate in rates)
+    folders = sorted(p.name for p in (tmp_path / "r").iterdir() if p.is_dir())
+    assert [name.rsplit("-", 1)[0] for name in folders] == [f"c-search-00{i}" for i in range(3)]
+    assert main([*words, "--trials=5"]) == 0
+    assert "5 of 5 done" in capsys.readouterr().err
+    more = rows(capsys, words)
+    assert more[:3] == found and len({row["optim.learning_rate"] for row in more}) == 5
+    assert main([*words, "--trials=5"]) == 0
+    assert "5 of 5 done" in capsys.readouterr().err
+    best = rows(capsys, [*words, "--sort=best", "--top=1"])[0]
+    study = search.Study(search.read_space(file, str(tmp_path / "r"), "sweep", {}))._study
+    assert study.best_trial.number == int(best["run"])
+
+
+def test_a_killed_search_goes_on_with_the_same_runs(file, tmp_path, stand_ins, capsys):
+    space = search.read_space(file, str(tmp_path / "r"), "sweep", {})
+    study = search.Study(space, "random", 3)
+    first = study.next_job()  # and the launcher is killed here
+    words = command(file, tmp_path / "r", "--trials=3")
+    assert main(words) == 0
+    names = sorted(p.name for p in (tmp_path / "r").iterdir() if p.is_dir())
+    assert first.name in names and len(names) == 3
+    assert {row["state"] for row in rows(capsys, words[:-1])} == {"done"}
+
+
+def test_successive_halving_prunes_and_ends_with_0(file, tmp_path, stand_ins, capsys, monkeypatch):
+    monkeypatch.setenv("SLOW", "60")
+    monkeypatch.setattr(pool, "LOOK", 0.1)
+    words = command(file, tmp_path / "r")
+    began = time.monotonic()
+    monkeypatch.setattr(search, "FACTOR", 2)
+    assert main([*words, "--trials=8", "--halving", "--slots=2", "--sampler=random"]) in (0,)
+    assert time.monotonic() - began < 300
+    said = capsys.readouterr().err
+    states = [row["state"] for row in rows(capsys, words)]
+    assert states.count("pruned") >= 1 and set(states) == {"done", "pruned"}
+    assert f"{states.count('pruned')} pruned" in said.splitlines()[-1]
+    assert main([*words, "--trials=8", "--halving"]) == 0  # pruned ones are not started again
+    assert [row["state"] for row in rows(capsys, words)] == states
+
+
+def test_invalid_draws_are_left_out_and_said(file, tmp_path, stand_ins, capsys):
+    words = [*command(file, tmp_path / "r"), "--sweep=wrong"]
+    study = search.Study(search.read_space(file, str(tmp_path / "r"), "wrong", {}), "random", 9)
+    drawn = [study.draw() for _ in range(9)]
+    kept = [run for run in drawn if run]
+    assert {run.run.batch_size for run in kept} == {1}
+    reasons = [
+        t.user_attrs[search.WRONG] for t in study._study.trials if search.WRONG in t.user_attrs
+    ]
+    assert len(reasons) + len(kept) == 9 and all("batch_size" in reason for reason in reasons)
+    assert main([*words, "--trials=0"]) == 2
+    assert "--trials" in capsys.readouterr().err
+
+
+def test_a_dry_run_writes_nothing(file, tmp_path, capsys):
+    assert main(command(file, tmp_path / "r", "--trials=2", "--dry_run")) == 0
+    assert "2 runs (0 done)" in capsys.readouterr().out and not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("--sweep=other", "--trials=1"), "search_wrong"),
+        (("--sweep=none", "--trials=1"), "seed"),
+        ((), "--trials"),
+        (("--trials=1", "--config.optim.schedule=cosine"), "optim.schedule"),
+        (("--trials=1", "--config.checkpoint.best=None"), "checkpoint.best"),
+        (("--trials=1", "--backend=slurm"), "--backend slurm"),
+        (("--trials=1", "--only", "0"), "--only"),
+        (("--summary",), "no trial"),
+        (("--trials=1", "--workdir=gs://b/x"), "gs://b/x"),
+    ],
+)
+def test_mistakes(words, named, file, tmp_path, capsys):
+    assert main(command(file, tmp_path / "r", *words)) == 2
+    assert named in capsys.readouterr().err and not (tmp_path / "r").exists()
+
+
+def test_without_optuna_the_extra_is_named(file, tmp_path, capsys, monkeypatch):
+    original = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *a: None if name == "optuna" else original(name, *a),
+    )
+    assert main(command(file, tmp_path / "r", "--trials=1")) == 2
+    assert "[search]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: sweeps.uniform(1, 1),
+        lambda: sweeps.uniform(0, 1, log=True),
+        lambda: sweeps.integers(2, 1),
+        sweeps.choice,
+        lambda: sweeps.choice((1, 2), [1, 2]),
+    ],
+)
+def test_wrong_spaces(make):
+    with pytest.raises(ValueError, match="want"):
+        make()
+
+
+@pytest.mark.slow
+def test_real_runs_are_killed_and_go_on(file, tmp_path, capsys):
+    words = command(file, tmp_path / "r", "--trials=2", "--config.steps=400")
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "localglobal_jax", *words], stderr=subprocess.PIPE, text=True
+    )
+    while not list((tmp_path / "r").glob("c-search-000-*/metrics.jsonl")):
+        assert launcher.poll() is None, launcher.communicate()
+        time.sleep(0.1)
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(300) == 42 and "same command" in launcher.stderr.read()
+    assert main(words) == 0
+    found = rows(capsys, words)
+    assert [row["state"] for row in found] == ["done", "done"]
+    events = json.loads(
+        (next((tmp_path / "r").glob("c-search-000-*")) / "attempts.jsonl")
+        .read_text()
+        .split("\n")[1]
+    )
+    assert events["code"] == 42 and status.STATES[1] == "pruned"
