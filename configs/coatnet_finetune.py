@@ -56,8 +56,7 @@ def finetune(arg, steps, dataset):
     config = recipes.imagenet(arg, steps=steps, batch_size=512, dataset=dataset)
     config.model = {"name": "coatnet_0"}
     if arg.init:
-        config.init = arg.init
-        metadata = metadata_of(arg.init)
+        config.init, metadata = arg.init, metadata_of(arg.init)
         config.model = model_of(metadata)
         found = preprocessing.of_checkpoint(metadata)  # at another size all but the size
         config.data.update({name: value for name, value in found.items() if name != "image_size"})
