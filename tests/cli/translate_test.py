@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -280,8 +281,8 @@ def test_an_ensemble_of_workdirs(run, converted, tmp_path_factory):
         scores = np.zeros(len(shown["token_scores"]))
         tokens = np.array(wanted.hypotheses[0].tokens)
         for member in members:
-            source = np.array(member._encode([line]))
-            before = np.array([[member.module.start, *tokens[:-1]]])
+            source = jnp.array(member._encode([line]))
+            before = jnp.array([[member.module.start, *tokens[:-1]]])
             logits, _ = member.module.apply(member.variables, source, before, train=False)
             log_p = jax.nn.log_softmax(np.asarray(logits[0], np.float64))
             scores += np.asarray(log_p)[np.arange(len(tokens)), tokens] / 2
