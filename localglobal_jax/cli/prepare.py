@@ -26,17 +26,18 @@ def run(args: argparse.Namespace) -> None:
     """Prepares the data set, and prints the number of examples in each split."""
     from localglobal_jax.config import loading, schema, validation
 
-    name, directory, data = args.name, args.dir, None
+    name, directory, data, layout = args.name, args.dir, None, "auto"
     if args.config:
         data = validation.check(loading.load(args.config, args.overrides)).data
         name, directory = data.name, directory or data.dir
+        layout = getattr(data, "layout", layout)
     from localglobal_jax.data.images import folder
     from localglobal_jax.data.text import pairs
     from localglobal_jax.data.tfds import tfrecord_index
     from localglobal_jax.data.tfds.prepare import from_tfrecord, prepare
 
     if name == folder.NAME:
-        counts = folder.count(directory)
+        counts = folder.count(directory, layout)
     elif isinstance(data, schema.Text) and (data.files or data.mock):
         counts = pairs.count(data)
     elif args.from_tfrecord:

@@ -64,6 +64,12 @@ class Images(Section):
     name: str = "digits"
     # TFDS data directory, local or gs://BUCKET/PATH; None: $TFDS_DATA_DIR or ~/tensorflow_datasets
     dir: Path | None = None
+    # Of "folder": `dir` holds a folder per class (classes), or train, validation and test that hold
+    # them (splits); auto: by the names of the folders, an error where these leave it open
+    layout: Literal["auto", "classes", "splits"] = "auto"
+    # Resume although the training records are not those of the checkpoint (renamed, replaced, more,
+    # fewer): later batches are of the new ones
+    accept_changes: bool = False
     mock: bool = False  # synthetic images of the right shape and number of classes, no data needed
     train_split: str = "train"  # TFDS split: "train", "train[:90%]", "train+validation", ...
     eval_splits: tuple[str, ...] = ("test",)  # evaluated one after the other
@@ -141,6 +147,7 @@ class Text(Section):
     # names each split has its own files, otherwise a hash of the source chooses the split (see
     # `data/text/files.py`).
     files: Annotated[tuple[Path, ...], Field(max_length=2)] = ()
+    accept_changes: bool = False  # resume although the training pairs are not the checkpoint's
     mock: bool = False  # synthetic language, no data needed
     source: str | None = None  # language (TFDS feature) to translate from; None: the data set's
     target: str | None = None  # language to translate into; None: the data set's, or the file's
@@ -401,5 +408,6 @@ MAY_CHANGE = (
     ),
     "optim.skip_nonfinite",
     *("data.dir", "data.in_memory", "data.max_bad_records", "data.threads", "data.workers"),
-    *("data.files", "data.dicts"),  # data may move: a checksum guards the pairs
+    # data may move: checksums guard the records
+    *("data.files", "data.dicts", "data.layout", "data.accept_changes"),
 )

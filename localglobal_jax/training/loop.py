@@ -72,6 +72,7 @@ def _train(
     reserve(run, task, mirror, lock)
     checkpoints = setup.checkpoints(run)
     start, state, before = setup.restore(checkpoints) or setup.begin()
+    setup.note_records()
     params = setup.template.variables["params"]
     log_run_header(run, task, params, start)
 

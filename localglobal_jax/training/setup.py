@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds and validates everything a run needs, before anything is written."""
 
+import logging
 import math
 import pathlib
 from collections.abc import Callable
@@ -12,6 +13,8 @@ import optax
 from localglobal_jax.checkpoints import gcs, store, workdir
 from localglobal_jax.checkpoints.manager import Checkpoints, Restored
 from localglobal_jax.config import schema
+from localglobal_jax.data import identity
+from localglobal_jax.data.images import folder
 from localglobal_jax.inference import load
 from localglobal_jax.models import flops
 from localglobal_jax.parallel import host_memory, multihost
@@ -20,6 +23,8 @@ from localglobal_jax.training import optim
 from localglobal_jax.training.reporting import wandb
 from localglobal_jax.training.step import State, check_batches, init_state, start_from
 from localglobal_jax.training.tasks import HostBatch, Task, Variables, create_task
+
+log = logging.getLogger(__name__)
 
 
 class TrainSetup(NamedTuple):
@@ -32,6 +37,7 @@ class TrainSetup(NamedTuple):
     init: Callable[[], State]  # compiled
     template: State  # shapes and shardings
     pretrained: Variables | None  # initial variables of a fine-tuning run
+    accept_changes: bool = False  # of the training records
 
     def checkpoints(self, run: schema.Run) -> Checkpoints:
         """Returns the checkpoints of the workdir."""
@@ -40,19 +46,32 @@ class TrainSetup(NamedTuple):
     def restore(self, checkpoints: Checkpoints, step: int | None = None) -> Restored | None:
         """Restores the newest valid checkpoint, or the given one; None if there is none.
 
-        Raises ValueError if the training data has changed, since batch n would be another one.
+        Raises ValueError if the training records have changed, as batch n would be another one,
+        unless `accept_changes`.
         """
         restored = checkpoints.restore(self.template, step)
-        was = restored.metadata.get("order", self.task.order) if restored else self.task.order
-        if restored:
-            self.task.check_labels(restored.metadata)
-        if restored and was != self.task.order:
+        if restored is None:
+            return None
+        self.task.check_labels(restored.metadata)
+        was, now = restored.metadata.get("order", self.task.order), self.task.order
+        if identity.same(was, now):
+            return restored
+        found = identity.changes(self.mirror.local, was, self.task.records())
+        changed = f"the training data has changed since step {restored.step}: {was} then, {now} now"
+        changed += f" ({found})" * bool(found)
+        if not self.accept_changes:
             raise ValueError(
-                f"the training data has changed since step {restored.step}: {was} then, "
-                f"{self.task.order} now, so the batches would differ. Restore the data, or give "
-                "another --workdir"
+                f"{changed}, so the batches would differ. Restore the data, give another --workdir "
+                "(with --config.init of this one it starts from its weights), or go on with the "
+                "data as it is: --config.data.accept_changes=True"
             )
+        log.warning("%s; going on, as data.accept_changes says", changed)
         return restored
+
+    def note_records(self) -> None:
+        """Writes the names of the training records to the workdir, so that a change is named."""
+        if multihost.rank() == 0 and (found := self.task.records()):
+            identity.write(self.mirror.local, self.task.order, found)
 
     def begin(self) -> Restored:
         """Returns the initial state, with the pretrained variables if there are any."""
@@ -86,9 +105,12 @@ def prepare_setup(run: schema.Run, directory: str | pathlib.Path) -> TrainSetup:
         f"batch_size={run.batch_size}", batch_bytes(run) // parts, "Take a smaller one."
     )
     workdir.refuse_other(run, mirror.local)
-    task = create_task(
-        run, shard=partitioner.shard, parts=partitioner.batch_parts, workdir=mirror.local
-    )
+    with folder.listed_once():
+        if isinstance(run.data, schema.Images):
+            folder.check_workdir(run.data, directory)
+        task = create_task(
+            run, shard=partitioner.shard, parts=partitioner.batch_parts, workdir=mirror.local
+        )
     optimizer = optim.make_optimizer(run.optim, run.steps)
     init = partitioner.compile_init(lambda: init_state(task, optimizer, run))
     template = partitioner.template(jax.eval_shape(init))
@@ -101,7 +123,8 @@ def prepare_setup(run: schema.Run, directory: str | pathlib.Path) -> TrainSetup:
     pretrained = None
     if run.init:
         pretrained = load.pretrained(run.init, task.model, task.inputs, task.labels, run.data)
-    return TrainSetup(mirror, partitioner, task, optimizer, init, template, pretrained)
+    accept = run.data.accept_changes
+    return TrainSetup(mirror, partitioner, task, optimizer, init, template, pretrained, accept)
 
 
 def batch_bytes(run: schema.Run) -> int:

@@ -2,6 +2,7 @@
 """Images given as files, folders (all images below them) and URLs."""
 
 import os
+import pathlib
 import re
 import urllib.parse
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from localglobal_jax.data.images import readers
-from localglobal_jax.data.images.folder import ENDINGS
+from localglobal_jax.data.images import readers, scan
+from localglobal_jax.data.images.scan import ENDINGS
 
 
 class Found(NamedTuple):
@@ -25,7 +26,7 @@ class Found(NamedTuple):
 def find(given: Iterable[str | os.PathLike[str]]) -> list[Found]:
     """Returns the files given, and of folders the images below them, sorted by path.
 
-    As in `folder`, hidden files are left out, and links to folders are not followed.
+    As in `folder`, hidden files and workdirs are left out, and links to folders followed once.
     """
     found: list[Found] = []
     for name in [os.fspath(one) for one in given]:
@@ -79,12 +80,16 @@ def _absolute(path: epath.Path) -> str:
 
 
 def _inside(directory: epath.Path) -> Iterator[epath.Path]:
+    if "://" not in os.fspath(directory):
+        for name in scan.scan(pathlib.Path(directory)).pictures:
+            yield directory / name
+        return
     for path in sorted(directory.iterdir()):
-        if path.name.startswith("."):
+        if scan.is_hidden(path.name):
             continue
-        if path.suffix.lower() in ENDINGS:  # asked first: in a store every other question costs
+        if scan.ending_of(path.name) in ENDINGS:  # first: in a store every other question costs
             yield path
-        elif path.is_dir() and not os.path.islink(path):
+        elif path.is_dir():
             yield from _inside(path)
 
 

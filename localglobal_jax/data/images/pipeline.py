@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 
 from localglobal_jax.config import schema
+from localglobal_jax.data import identity
 from localglobal_jax.data.images import augment, folder, label_maps, randaugment
 from localglobal_jax.data.images.readers import (
     Box,
@@ -44,7 +45,7 @@ CROP, CHANGE = 0, 1  # streams of random numbers
 def describe(options: schema.Images) -> tuple[int, int]:
     """Returns classes and channels of a data set, prepared or not."""
     if options.name == folder.NAME:
-        return len(folder.classes(options.dir)), folder.FolderReader.channels
+        return len(folder.classes(options.dir, options.layout)), folder.FolderReader.channels
     info = records.find_builder(options.name, records.data_root(options.dir)).info
     classes, channels, _ = facts(info)
     return classes, channels
@@ -56,7 +57,7 @@ def class_names(options: schema.Images) -> tuple[str, ...]:
     The names of some TFDS data sets are only in their prepared files: () until these exist.
     """
     if options.name == folder.NAME:
-        return tuple(folder.classes(options.dir))
+        return tuple(folder.classes(options.dir, options.layout))
     info = records.find_builder(options.name, records.data_root(options.dir)).info
     names = tuple(info.features[label_and_image(info)[0]].names)
     return () if names == tuple(map(str, range(len(names)))) else names
@@ -128,7 +129,7 @@ def _reader(options: schema.Images, split: str, train: bool) -> Reader:
     if options.mock:
         return MockReader(*describe(options), options.image_size, train)
     if options.name == folder.NAME:
-        return folder.FolderReader(options.dir, split).announce()
+        return folder.FolderReader(options.dir, split, options.layout).announce()
     root = records.data_root(options.dir)
     builder = records.find_builder(options.name, root)
     if options.name in EMBEDDED and not records.is_prepared(builder):
@@ -188,6 +189,21 @@ class ImageSource:
                 if 0 <= label < self.classes:  # a wrong one is met, and counted, in training
                     counts[label] += 1
         return counts.tolist()
+
+    @property
+    def order(self) -> str:
+        """Identifies the records and their order, see `identity`."""
+        parts: dict[str, str] = {}
+        if isinstance(self._reader, folder.FolderReader):
+            parts = self._reader.identity()
+        elif isinstance(self._reader, RecordReader):
+            parts = identity.of_sample(len(self), self._reader.block)
+        return identity.line(f"{len(self)} images", parts)
+
+    @property
+    def records(self) -> Sequence[identity.Record]:
+        """The names of the records; empty for a data set without names."""
+        return getattr(self._reader, "identities", ())
 
     def batch(self, index: np.ndarray, draws: PositionRng | None) -> Batch:
         """Returns a batch; see `loader.Source`. A training split has no evaluation batches."""

@@ -98,15 +98,19 @@ def listing(folder: str | epath.Path) -> dict[str, Stored]:
     except FileNotFoundError:
         return {}
     return {
-        entry["name"].rpartition("/")[2]: Stored(
-            size=int(entry["size"]),
-            generation=str(entry["generation"]),
-            crc32c=entry.get("crc32c", ""),
-            metadata=entry.get("metadata") or {},
-        )
+        entry["name"].rpartition("/")[2]: _stored(entry)
         for entry in found
         if entry["type"] == "file"
     }
+
+
+def _stored(entry: Mapping[str, Any]) -> Stored:
+    return Stored(
+        size=int(entry["size"]),
+        generation=str(entry["generation"]),
+        crc32c=entry.get("crc32c", ""),
+        metadata=entry.get("metadata") or {},
+    )
 
 
 def find(folder: str | epath.Path, name: str, depth: int) -> list[epath.Path]:
@@ -116,12 +120,12 @@ def find(folder: str | epath.Path, name: str, depth: int) -> list[epath.Path]:
     return [epath.Path(f"gs://{path}") for path in found if path.rpartition("/")[2] == name]
 
 
-def files_below(folder: Place) -> list[Any]:
-    """Returns the paths of all files below a folder, local or in a bucket, sorted."""
-    if not is_bucket(folder):
-        return sorted(path for path in folder.rglob("*") if not path.is_dir())
+def objects_below(folder: str | epath.Path) -> dict[str, Stored]:
+    """Returns name below `folder` -> `Stored` of all objects below it, by one listing."""
+    prefix = str(folder).removeprefix("gs://").rstrip("/") + "/"
     with named_in_errors(folder):
-        return sorted(epath.Path(f"gs://{name}") for name in filesystem(folder).find(str(folder)))
+        found = filesystem(folder).find(str(folder), detail=True)
+    return {name.removeprefix(prefix): _stored(entry) for name, entry in found.items()}
 
 
 def crc32c(file: pathlib.Path) -> str:

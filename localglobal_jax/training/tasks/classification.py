@@ -94,7 +94,8 @@ def create(
             for split in run.data.eval_splits
         },
         items="images",
-        order=size,
+        order=source.order if source else size,
+        records=lambda: source.records if source else (),
         use=USE,
         summary=f"{run.data.name}/{run.data.train_split}: {size} {'x'.join(map(str, shape))}, "
         f"{classes} classes{_shown(weights)}",

@@ -3,7 +3,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from localglobal_jax.checkpoints.workdir import check_labels
+from localglobal_jax.data.identity import Record
 from localglobal_jax.models.registry import Variables
 
 HostBatch = Mapping[str, np.ndarray]
@@ -60,11 +61,13 @@ class Task:
     evaluators: Mapping[str, Evaluator]
     items: str  # unit of the throughput: "images", "tokens"
     summary: str  # one line: the data and its sizes
-    order: str  # identifies the training records, which with the config determine the batches
+    order: str  # identifies the training records (`data.identity`); with the config, the batches
     use: str  # Python for the model card: loads the model and uses it
     labels: tuple[str, ...] = ()  # names of the classes, stored in every checkpoint
     # Writes files that define the model's inputs and outputs, e.g. a vocabulary, into the workdir.
     save: Callable[[pathlib.Path], None] = lambda directory: None
+    # The names of the training records, where they have names.
+    records: Callable[[], Sequence[Record]] = lambda: ()
 
     def check_labels(self, metadata: Mapping[str, Any]) -> None:
         """Raises ValueError if the checkpoint of `metadata` was trained on other classes."""

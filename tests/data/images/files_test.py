@@ -36,10 +36,18 @@ def test_folders_are_walked_and_files_taken_as_they_are(root):
         files.read(found[4].path, 3)
 
 
-def test_links_to_folders_are_not_followed(tmp_path):
+def test_links_to_folders_are_followed_once(tmp_path):
     (tmp_path / "a.png").write_bytes(PNG)
-    (tmp_path / "loop").symlink_to(tmp_path)
-    assert [picture.path for picture in files.find([tmp_path])] == [f"{tmp_path}/a.png"]
+    (tmp_path / "p" / "b").mkdir(parents=True)
+    (tmp_path / "p" / "b" / "c.png").write_bytes(PNG)
+    (tmp_path / "p" / "loop").symlink_to(tmp_path)
+    (tmp_path / "p" / "d").symlink_to(tmp_path / "p" / "b")
+    (tmp_path / "a.png").unlink()
+    (tmp_path / "q").mkdir()
+    (tmp_path / "q" / "e.png").write_bytes(PNG)
+    (tmp_path / "p" / "f").symlink_to(tmp_path / "q")
+    found = [picture.path for picture in files.find([tmp_path / "p"])]
+    assert found == [f"{tmp_path}/p/{name}" for name in ("b/c.png", "d/c.png", "f/e.png")]
 
 
 def test_urls_of_local_paths(tmp_path):

@@ -16,8 +16,11 @@ CONFIG = "configs/finetune_folder.py:size=tiny"
 
 
 def write(path, shade=0, shape=(20, 30)):
+    """Writes a picture; no two names have the same bytes, as copies are counted."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    cv2.imwrite(str(path), np.full((*shape, 3), shade, np.uint8))
+    image = np.full((*shape, 3), shade, np.uint8)
+    image[:2] = np.random.default_rng([*str(path).encode()]).integers(0, 255, (2, shape[1], 3))
+    path.write_bytes(cv2.imencode(path.suffix, image)[1].tobytes())
 
 
 @pytest.fixture
@@ -39,20 +42,52 @@ def test_every_picture_is_in_one_split_and_stays_there(root):
         assert set(found) <= set(folder.pictures(str(root), split))
 
 
-def test_what_is_no_picture_is_left_out_and_named(root, caplog):
+def test_what_is_no_picture_is_left_out_and_counted(root, caplog):
     before = folder.count(str(root))
+    assert not any("left out" in key for key in before)
     (root / "cat" / "list.txt").write_text("0.jpg")
+    (root / "cat" / "0.HEIC").write_text("0.jpg")
     (root / "cat" / ".DS_Store").write_text("")
     write(root / "stray.png")
-    assert folder.count(str(root)) == before
-    (line,) = caplog.messages  # not for each split
-    assert "2, such as" in line and "list.txt" in line and "stray.png" in line
+    after = folder.count(str(root))
+    assert {key: n for key, n in after.items() if key not in before} == {
+        **{"left out, not pictures": 1, "left out, not pictures/cat": 1},
+        **{"left out, pictures of another kind": 1, "left out, pictures of another kind/cat": 1},
+        **{"left out, hidden or of the system": 1, "left out, hidden or of the system/cat": 1},
+        "left out, pictures in no folder of a class": 1,
+    }
+    said = "\n".join(caplog.messages)
+    assert all(name in said for name in ("list.txt", ".txt 1", ".heic 1", ".DS_Store", "stray.png"))
 
 
-def test_a_class_without_pictures_is_named(root, caplog):
-    (root / "eel").mkdir()
-    assert folder.count(str(root))["train/eel"] == 0
-    assert "no picture to train on of eel" in caplog.text
+def test_exact_copies_are_counted(root, caplog):
+    assert "copies" not in folder.count(str(root))
+    found = {split: folder.pictures(str(root), split) for split in folder.SPLITS}
+    data = found["train"][0].path.read_bytes()
+    for split in ("train", "validation"):
+        for picture in (p for p in found[split][1:] if p.label == 0):
+            picture.path.write_bytes(data)
+            break
+    (root / "dog" / "more" / "0.png").write_bytes(data)
+    counts = folder.count(str(root))
+    assert counts["copies"] == 3
+    assert counts["copies in two splits"] == counts["copies in two classes"] == 3
+    assert "dog/more/0.png" in caplog.text
+
+
+def test_imbalance_is_said(root, caplog):
+    for i in range(2, 40):
+        (root / "cat" / f"{i}.jpg").unlink()
+    folder.count(str(root))
+    assert "unbalanced" in caplog.text
+
+
+def test_the_order_of_numbered_classes_is_said(tmp_path, caplog):
+    for i in range(11):
+        write(tmp_path / str(i) / "a.png")
+    assert folder.classes(str(tmp_path))[:3] == ["0", "1", "10"]
+    folder.FolderReader(str(tmp_path), "train").announce()
+    assert "0, 1, 10, 2" in caplog.text
 
 
 def test_labels_are_the_places_of_the_sorted_names(root):
@@ -73,12 +108,32 @@ def test_splits_that_are_folders(tmp_path, second):
     assert folder.count(str(tmp_path)) == {
         **{"train": 2, "train/a": 1, "train/b": 1},
         **{"validation": 1, "validation/a": 1, "validation/b": 0},
+        **{"left out, hidden or of the system": 1, "left out, hidden or of the system/a": 1},
     }
-    with pytest.raises(ValueError, match="split test"):
+    with pytest.raises(
+        ValueError, match=rf"split test.*eval_splits.*validation.*data\.dir='{tmp_path}/train'"
+    ):
         folder.pictures(str(tmp_path), "test")
     write(tmp_path / second / "c" / "4.png")
-    with pytest.raises(ValueError, match="a, b"):
+    with pytest.raises(ValueError, match=r"c 1 .*a, b"):
         folder.pictures(str(tmp_path), "validation")
+
+
+def test_a_flat_folder_of_a_split(tmp_path):
+    for name in ("train/a/1.png", "train/b/2.png", "test/3.png", "test/4.png"):
+        write(tmp_path / name)
+    counts = folder.count(str(tmp_path))
+    assert counts["train"] == 2 and "test" not in counts
+    assert counts["left out, pictures in no folder of a class"] == 2
+    with pytest.raises(ValueError, match=r"test has 2.*data\.dir="):
+        folder.pictures(str(tmp_path), "test")
+
+
+def test_classes_of_splits_in_two_unicode_forms(tmp_path):
+    for name in ("train/caf\u00e9/1.png", "train/b/2.png", "val/cafe\u0301/3.png"):
+        write(tmp_path / name)
+    (picture,) = folder.pictures(str(tmp_path), "validation")
+    assert folder.classes(str(tmp_path))[picture.label] == "caf\u00e9"
 
 
 def test_prepare_counts_and_names_what_is_damaged(root, capsys):
