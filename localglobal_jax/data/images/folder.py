@@ -292,7 +292,7 @@ def _balance_notes(balance: dict[str, int]) -> list[str]:
     if some[most] >= UNBALANCED * some[least]:
         lines.append(
             f"warning: unbalanced, {some[most]} pictures to train on of {most}, {some[least]} of "
-            f"{least}"
+            f"{least}; data.class_weights=balanced weights the loss"
         )
     return lines
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from localglobal_jax.config import schema, validation
 from localglobal_jax.data import loader
-from localglobal_jax.data.images import device_ops, pipeline
+from localglobal_jax.data.images import device_ops, folder, pipeline
 from localglobal_jax.data.images.device_ops import normalize
 from localglobal_jax.models import mix_token
 from localglobal_jax.models.registry import create_model
@@ -24,6 +24,7 @@ module, variables = lg.load("path/to/this/directory")
 logits, _ = module.apply(variables, images, train=False)  # [b, h, w, c], normalised as below"""
 
 
+@folder.listed_once()
 def create(
     run: schema.ClassificationRun,
     *,
