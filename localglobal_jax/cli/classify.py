@@ -2,10 +2,13 @@
 """The command `localglobal classify`: names the classes of images."""
 
 import argparse
+import hashlib
 import json
 import os
 import pathlib
+import struct
 import sys
+import zlib
 from typing import Any
 
 from localglobal_jax.cli import options
@@ -30,6 +33,7 @@ colour where the model saw its likeliest class (Grad-CAM, arXiv 1610.02391, of t
 output: behind global blocks, evidence may lie elsewhere than where it was found; --overlay_stage
 takes an earlier one). What is dark is cut off in evaluation. In DIR the files lie as they do below
 the folder that all IMAGEs share, with .png behind their names."""
+NAME_BYTES = 255
 # control characters, which a terminal would obey
 ESCAPED = {i: f"\\x{i:02x}" for i in (*range(32), 127)}
 ESCAPED |= str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
@@ -109,12 +113,25 @@ def _places(given: str, found: list[Any]) -> dict[str, pathlib.Path]:
     directory = pathlib.Path(given)
     paths = [picture.path for picture in found]
     names = files.below(found)
-    places = {path: directory / f"{name}.png" for path, name in zip(paths, names, strict=True)}
+    places = {
+        path: directory / _overlay_name(name) for path, name in zip(paths, names, strict=True)
+    }
     inputs = {os.path.realpath(path) for path in paths}
     for place in places.values():
         if os.path.realpath(place) in inputs:
             raise ValueError(f"--overlay would overwrite the picture {place}: give another DIR")
     return places
+
+
+def _overlay_name(name: str) -> str:
+    """Returns the name of a picture's overlay, which a file system may hold (255 bytes)."""
+    folder, last = os.path.split(name)
+    whole = os.fsencode(last)
+    if len(whole) + len(".png") > NAME_BYTES:
+        digest = hashlib.sha256(whole).hexdigest()[:8]
+        kept = whole[: NAME_BYTES - len(f"-{digest}.png")].decode("utf-8", "ignore")
+        last = f"{kept}-{digest}"
+    return os.path.join(folder, f"{last}.png")
 
 
 def _make(directory: pathlib.Path) -> None:
@@ -127,8 +144,14 @@ def _make(directory: pathlib.Path) -> None:
 def _write(place: pathlib.Path, picture: Any) -> None:
     import cv2
 
+    from localglobal_jax.data.images import scan
+
     place.parent.mkdir(parents=True, exist_ok=True)
-    place.write_bytes(cv2.imencode(".png", picture[..., ::-1])[1].tobytes())
+    data = cv2.imencode(".png", picture[..., ::-1])[1].tobytes()
+    # A chunk behind the header (33 bytes), by which a data set leaves overlays out.
+    text = b"tEXt" + scan.MADE_BY
+    chunk = struct.pack(">I", len(scan.MADE_BY)) + text + struct.pack(">I", zlib.crc32(text))
+    place.write_bytes(data[:33] + chunk + data[33:])
 
 
 def _line(answer: Any) -> str:

@@ -46,7 +46,7 @@ class Node:
     pictures: int = 0
     foreign: int = 0  # pictures that are not read
     others: int = 0  # other files, unreadable folders
-    runs: int = 0  # workdirs
+    runs: int = 0  # workdirs, overlays
     tables: list[str] = dataclasses.field(default_factory=list)  # names of CSV files
 
     def chain(self, folder: str) -> "list[Node]":
@@ -93,8 +93,8 @@ def tree(scan: scans.Scan) -> Node:
             chain[-1].tables.append(name)
         for node in chain:
             node.foreign += reason == scans.KIND
-            node.runs += reason == scans.RUN
-            node.others += reason not in (scans.KIND, scans.RUN)
+            node.runs += reason in (scans.RUN, scans.OVERLAY)
+            node.others += reason not in (scans.KIND, scans.RUN, scans.OVERLAY)
     return root
 
 
@@ -172,12 +172,10 @@ def find_splits(root: Node, shown: str) -> dict[str, str]:
 def is_class(node: Node, kind: str) -> bool:
     """Returns whether a folder beside other classes is one: it holds pictures, or nothing.
 
-    A folder of other files (annotations, logs) is not, nor one of workdirs, even with pictures
-    beside these (overlays of `classify`), unless pictures lie in the folder itself.
+    A folder of other files (annotations, logs), of workdirs or of overlays is not.
     """
-    if node.runs and not node.direct:
-        return kind == "classes" and node.pictures > 0
-    return bool(node.pictures or node.foreign or not node.others or kind == "classes")
+    empty = not node.runs and (kind == "classes" or not node.others)
+    return bool(node.pictures or node.foreign or empty)
 
 
 def natural(name: str) -> list[tuple[int, str]]:

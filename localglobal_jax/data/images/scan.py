@@ -34,12 +34,15 @@ SYSTEM = frozenset(
 
 HIDDEN = "hidden or of the system"
 RUN = "workdirs of runs"
+OVERLAY = "overlays of localglobal classify"
 KIND = "pictures of another kind"
 OTHER = "not pictures"
 BROKEN = "broken links"
 LINKED = "links to a folder that is here already"
 UNREADABLE = "folders that cannot be read"
 
+MADE_BY = b"Software\0localglobal classify --overlay"  # text in the header of such a PNG
+HEADER = 128  # bytes that hold it
 CONFIG_BYTES = 2**20  # no config.json of a run is larger
 
 
@@ -64,7 +67,7 @@ def scan(root: gcs.Place) -> Scan:
     store = _Store(root) if gcs.is_bucket(root) else _Disk(root)
     for entry in _kept(store.entries(""), "", found):
         if entry.kind == "file":
-            _add_file(found, entry.name, entry)
+            _add_file(store, found, entry.name, entry)
         else:
             _walk(store, entry.name, found)
     found.pictures.sort(key=lambda name: name.split("/"))
@@ -127,7 +130,7 @@ def _walk(store: "_Disk | _Store", top: str, found: Scan) -> None:
         for entry in _kept(entries, folder, found):
             name = f"{folder}/{entry.name}"
             if entry.kind == "file":
-                _add_file(found, name, entry)
+                _add_file(store, found, name, entry)
             elif entry.kind == "link":
                 links.append(name)
             elif (identity := store.identity(name)) in seen:  # below a link
@@ -150,9 +153,11 @@ def _kept(entries: Iterable[_Entry], folder: str, found: Scan) -> Iterator[_Entr
             found.left_out.append((entry.kind, name))
 
 
-def _add_file(found: Scan, name: str, entry: _Entry) -> None:
+def _add_file(store: "_Disk | _Store", found: Scan, name: str, entry: _Entry) -> None:
     ending = ending_of(entry.name)
-    if ending in ENDINGS:
+    if ending == ".png" and ending_of(entry.name[:-4]) in ENDINGS and store.is_overlay(name):
+        found.left_out.append((OVERLAY, name))
+    elif ending in ENDINGS:
         found.pictures.append(name)
         if entry.mark:
             found.marks[name] = entry.mark
@@ -201,6 +206,11 @@ class _Disk:
 
     def identity(self, name: str) -> Any:
         return _identity(self._path(name))
+
+    def is_overlay(self, name: str) -> bool:
+        with contextlib.suppress(OSError), open(self._path(name), "rb") as file:
+            return MADE_BY in file.read(HEADER)
+        return False
 
     def text(self, name: str) -> str:
         with open(self._path(name), "rb") as file:
@@ -253,6 +263,9 @@ class _Store:
 
     def identity(self, name: str) -> Any:
         return name
+
+    def is_overlay(self, name: str) -> bool:
+        return False  # they are written to disks, and asking costs a request each
 
     def text(self, name: str) -> str:
         return (self._root / name).read_text()

@@ -127,10 +127,10 @@ def test_folders_without_pictures(kind):
     assert set(found.names) == classes | (others if kind == "classes" else set())
 
 
-def test_a_folder_of_workdirs_is_no_class_even_with_overlays_beside_them():
-    runs = [(scan.RUN, "mine/first")]
-    assert choose(*PAIR, "mine/seen/*3", left_out=runs).names == ("cat", "dog")
-    assert choose(*PAIR, "mine/*3", left_out=runs).names == ("cat", "dog", "mine")
+def test_folders_of_workdirs_and_overlays_are_no_classes():
+    runs = [(scan.RUN, "mine/first"), (scan.OVERLAY, "mine/seen/1.jpg.png")]
+    assert choose(*PAIR, left_out=runs).names == ("cat", "dog")
+    assert choose(*PAIR, "mine/a/", left_out=runs).names == ("cat", "dog", "mine")
     assert choose(*PAIR, left_out=[(scan.RUN, "cat/first")]).names == ("cat", "dog")
 
 

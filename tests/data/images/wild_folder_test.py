@@ -77,9 +77,11 @@ def test_a_run_inside_its_data(root, capfd):
     assert "resumed at step 2" in capfd.readouterr().err
     assert main(["evaluate", "--workdir", "runs/mine", "--json"]) == 0
     capfd.readouterr()
-    assert main(["classify", "--workdir", "runs/mine", ".", "--overlay", "../seen", "--json"]) == 0
+    assert main(["classify", "--workdir", "runs/mine", ".", "--overlay", "seen", "--json"]) == 0
     answers = json.loads(capfd.readouterr().out)["images"]
     assert len(answers) == 60  # nothing of the workdir
+    assert len([path for path in (root / "seen").rglob("*.png") if path.is_file()]) == 60
+    assert folder.classes(".") == labels  # overlays are no pictures of a class
     assert {guess["name"] for guess in answers[0]["classes"]} == set(labels)
     assert main(["report", "runs/mine", "--out", "../report.html"]) == 0
     assert r"e\nel" in (root.parent / "report.html").read_text(encoding="utf-8")
