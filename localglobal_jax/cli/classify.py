@@ -129,8 +129,8 @@ def _overlay_name(name: str) -> str:
     whole = os.fsencode(last)
     if len(whole) + len(".png") > NAME_BYTES:
         digest = hashlib.sha256(whole).hexdigest()[:8]
-        kept = whole[: NAME_BYTES - len(f"-{digest}.png")].decode("utf-8", "ignore")
-        last = f"{kept}-{digest}"
+        end = f"-{digest}{os.path.splitext(last)[1]}"
+        last = whole[: NAME_BYTES - len(f"{end}.png")].decode("utf-8", "ignore") + end
     return os.path.join(folder, f"{last}.png")
 
 

@@ -94,6 +94,7 @@ def test_records_of_a_prepared_set():
     assert mock.order == f"{len(mock)} images"
 
 
+@pytest.mark.slow
 def test_resuming_names_the_change_and_goes_on_when_told_to(root, tmp_path, capsys):
     workdir = tmp_path / "run"
 

@@ -33,3 +33,14 @@ def test_other_data_is_refused(config, tmp_path):
     with pytest.raises(ValueError, match=f"step 5: 3 images .*{re.escape(order)}"):
         setup.restore(Saved(order="3 images"), 5)
     assert not (tmp_path / "run").exists()
+
+
+def test_changed_data_is_accepted_when_told_to(tmp_path, caplog):
+    config = loading.load("configs/coatnet_digits.py:size=tiny,data=mock")
+    config.data.accept_changes = True
+    setup = prepare_setup(validation.check(config), tmp_path / "run")
+    assert setup.restore(Saved(order="3 images")).step == 7
+    assert "3 images" in caplog.text
+    caplog.clear()
+    setup.restore(Saved(order=setup.task.order))
+    assert not caplog.text

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which folders of a data set are classes and which are splits: a function of the listing.
+"""Layouts of image folders: classes and splits, as a function of the listing.
 
 Two layouts: "classes" (``DIR/cat/1.jpg``) and "splits" (``DIR/train/cat/1.jpg``). Splits have many
 names (`WORDS`), in any case, alone or with a common rest (``seg_train``, ``seg_test``), and may lie
