@@ -102,10 +102,12 @@ def evaluate(
     if config is None and not (files / "config.json").is_file():
         _, _, metadata = read_variables(workdir, step, average)
         if "converted" in metadata:
+            example = "configs/finetune_folder.py --config.data.dir=PICTURES"
+            if _is_text(metadata):
+                example = "configs/muse_iwslt14.py --config.data.files=\"('{split}.tsv',)\""
             raise ValueError(
-                f"{workdir} is a converted checkpoint, without data: give a config with "
-                "--config FILE, for pictures in folders --config configs/finetune_folder.py "
-                "--config.data.dir=PICTURES"
+                f"{workdir} is a converted checkpoint, without data: give a config, for example "
+                f"--config {example}"
             )
     if config is None:
         changed = ConfigDict(values.tuples(read_run(files).model_dump()))
@@ -164,9 +166,13 @@ def _model_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in values.tuples(metadata["model"]).items() if k not in of_task}
 
 
+def _is_text(metadata: Mapping[str, Any]) -> bool:
+    return issubclass(MODELS[metadata["model"]["name"]][0], EncoderDecoder)
+
+
 def _check_kind(kind: type[schema.Run], metadata: Mapping[str, Any], config: str | None) -> None:
     """Raises ValueError for a run on text and a checkpoint of images, or the other way round."""
-    text = issubclass(MODELS[metadata["model"]["name"]][0], EncoderDecoder)
+    text = _is_text(metadata)
     if text != issubclass(kind, schema.TranslationRun):
         kinds = ("images", "text") if text else ("text", "images")
         raise ValueError(

@@ -20,9 +20,12 @@ import localglobal_jax as lg
 from localglobal_jax.checkpoints import manager
 from localglobal_jax.cli.main import main
 from localglobal_jax.config import schema
+from localglobal_jax.data.text import tokenizers
 from localglobal_jax.inference import classifier, load
 from localglobal_jax.models import registry
 
+EOS = tokenizers.EOS
+ROOT = pathlib.Path(__file__).parents[2]
 SPLITS = ("train", "validation")
 SIZE, LARGER = (64, 64), (96, 96)
 COLOURS = {"blue": (40, 40, 255), "green": (40, 255, 40), "red": (255, 40, 40)}
@@ -242,6 +245,36 @@ def test_a_run_is_evaluated_at_another_size_and_on_a_config(evaluate, given, pic
     assert evaluate(run, *given)[1] == small[1]
 
 
+def test_a_converted_checkpoint_of_text_is_evaluated_too(evaluate, given, tmp_path):
+    """On files of one's own, with the dictionaries it was converted with."""
+    golden = ROOT / "tests" / "golden" / "muse_post"
+    (tmp_path / "dict.txt").write_text("".join(f"w{i} 1\n" for i in range(36)))
+    about = json.loads(golden.with_suffix(".json").read_text())
+    (tmp_path / "args.json").write_text(json.dumps(about["args"]))
+    out, words = tmp_path / "out", str(tmp_path / "dict.txt")
+    command = ["convert", "fairseq", f"{golden}.safetensors", f"--args={tmp_path}/args.json"]
+    assert main([*command, "--dict", words, words, f"--out={out}"]) == 0
+    pairs = [(f"w{i} w{2 * i} w{i + 3}", f"w{i + 1} w{3 * i}") for i in range(6)]
+    (tmp_path / "validation.tsv").write_text("".join(f"{s}\t{t}\n" for s, t in pairs))
+    text = f"--config={ROOT}/configs/muse_iwslt14.py", "--config.task.beam=0"
+    text += (f"--config.data.files=('{tmp_path}/{{split}}.tsv',)", "--config.data.tokenizer=dict")
+    text += (f"--config.data.dicts=('{words}',)", "--config.data.eval_splits=('validation',)")
+    code, found, said = evaluate(out, *text)
+    assert code == 0, said
+    module, variables = lg.load(out)
+    vocabularies, total = tokenizers.load(out / "tokenizer"), 0.0
+    for source, target in pairs:
+        ids = vocabularies.target.encode([target])[0]
+        inputs = vocabularies.source.encode([source])[0] + [EOS], [EOS, *ids]
+        logits, _ = module.apply(variables, *(jnp.asarray([x]) for x in inputs))
+        chosen = jax.nn.log_softmax(logits[0])[jnp.arange(len(ids) + 1), jnp.asarray([*ids, EOS])]
+        total -= float(chosen.sum())
+    assert found["count"] == 18
+    np.testing.assert_allclose(found["nll"], total / 18, rtol=1e-3)
+    code, _, said = evaluate(out, *given)
+    assert code == 2 and "text" in said and "images" in said
+
+
 # ------------------------------------------------------------ a start for fine-tuning
 
 
@@ -315,7 +348,7 @@ def test_without_names_the_same_number_is_kept_and_another_is_not(tmp_path, capl
 
 def test_fine_tuning_a_run_on_other_classes(pictures, tmp_path, capsys):
     """The command line: (blue, green, red) weights on (blue, green, violet), and on a backbone."""
-    folder = pathlib.Path(__file__).parents[2] / "configs" / "finetune_folder.py"
+    folder = ROOT / "configs" / "finetune_folder.py"
     out = save(tmp_path / "out", *model("coatnet", 3), labels=list(COLOURS))
     bare = save(tmp_path / "bare", *model("coatnet", 0))
     other = tmp_path / "other"
