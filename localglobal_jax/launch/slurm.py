@@ -247,7 +247,8 @@ BODY = """\
 record() { echo "{$1, \\"time\\": $(date +%s)}" >> "$directory/ATTEMPTS"; }
 saved() { ls "$directory"/checkpoints/*/files.json 2>/dev/null; }
 mkdir -p "$directory"
-log=$(wc -c < "$directory/log.txt" 2>/dev/null || echo 0)
+touch "$directory/log.txt"
+log=$(wc -c < "$directory/log.txt")
 record "\\"event\\": \\"start\\", \\"log\\": $log"
 before=$(saved)
 # srun takes all from sbatch but this.

@@ -128,12 +128,12 @@ def test_a_killed_search_goes_on_with_the_same_runs(file, tmp_path, stand_ins, c
 
 
 def test_successive_halving_prunes_and_ends_with_0(file, tmp_path, stand_ins, capsys, monkeypatch):
-    monkeypatch.setenv("SLOW", "60")
+    monkeypatch.setenv("SLOW", "5")
     monkeypatch.setattr(pool, "LOOK", 0.1)
     words = command(file, tmp_path / "r")
     began = time.monotonic()
     monkeypatch.setattr(search, "FACTOR", 2)
-    assert main([*words, "--trials=8", "--halving", "--slots=2", "--sampler=random"]) in (0,)
+    assert main([*words, "--trials=8", "--halving", "--slots=2", "--sampler=random"]) == 0
     assert time.monotonic() - began < 300
     said = capsys.readouterr().err
     states = [row["state"] for row in rows(capsys, words)]
