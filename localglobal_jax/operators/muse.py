@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from localglobal_jax.config import renamed
@@ -49,6 +50,7 @@ from localglobal_jax.operators.dense import (
     project_to_one,
 )
 from localglobal_jax.operators.reach import GLOBAL, Reach
+from localglobal_jax.parallel import context
 
 
 class Muse(nn.Module):
@@ -100,6 +102,17 @@ class Muse(nn.Module):
             pointwise = ACTIVATIONS["gelu"](dense(self.hidden, name="hidden")(x))
             y = y + dense(features, name="pointwise")(pointwise)
         return y
+
+
+def apart(x: Array) -> Array:
+    """Returns x, from which XLA on GPU makes a product of its own.
+
+    It merges products of one input. In training that costs more than it saves: the merged output is
+    split, the gradients are joined in memory, and cuBLAS cannot apply the ReLU of one of them.
+    """
+    if not context.is_fused():
+        return x
+    return lax.platform_dependent(x, cuda=lax.optimization_barrier, default=lambda x: x)
 
 
 Source = Literal["shared", "separate"]
@@ -273,7 +286,9 @@ class MuseSequence(nn.Module):
         else:
             dropped = self.drop_input(x, deterministic=not train)
             qkv, *rest = project(dropped, noised, dtype=self.dtype)
-            rest += project(x, clean, dtype=self.dtype)
+            for i, weights in enumerate(clean):
+                own = apart(x) if train and i else x
+                rest += project(own, [weights], dtype=self.dtype)
         query, key, value = split_heads(qkv, 3, self.heads)
         source = rest.pop(0) if separate else value.reshape(x.shape)
         return query, key, value, source, rest

@@ -17,6 +17,7 @@ from localglobal_jax.models.stems import ConvPatchStem, ConvStem
 from localglobal_jax.operators.activations import ACTIVATIONS
 from localglobal_jax.operators.attention import attend
 from localglobal_jax.operators.kernels import attention as kernels
+from localglobal_jax.operators.muse import MuseSequence
 from localglobal_jax.parallel import context
 
 MODULES = {
@@ -124,6 +125,31 @@ def test_attention(bias, mask, dropout, platform):
         return jax.grad(loss, argnums=(0,) if bias is None else (0, 1), has_aux=True)(args, bias)
 
     same(step, normal(3, bias), *args)
+
+
+def test_muse_in_training(platform):
+    """With every dropout, masks and cross-attention; the masks of dropout are the same."""
+    module = MuseSequence(
+        8, 2, 16, windows=(3, 9), causal=True, memory_features=8, dropout=0.3,
+        attention_dropout=0.2, input_dropout=0.1, activation_dropout=0.1,
+    )  # fmt: skip
+    x, other = (jax.random.normal(jax.random.key(i), (2, 12, 8)) for i in range(2))
+    mask = jnp.arange(12)[None] < jnp.array([[12], [7]])
+
+    def call(module, x, other):
+        memory = module.precompute_kv(other, mask)
+        return module(x, mask=mask, memory=memory, train=True)
+
+    keys = {"params": jax.random.key(2), "dropout": jax.random.key(3)}
+    variables = module.init(keys, x, other, method=call)
+
+    def step(variables, x, other):
+        def loss(*args):
+            return jnp.sum(jnp.sin(module.apply(*args, method=call, rngs=keys)))
+
+        return jax.value_and_grad(loss, (0, 1, 2))(variables, x, other)
+
+    same(step, variables, x, other)
 
 
 def test_attention_survives_large_logits_and_rows_without_keys():
