@@ -268,7 +268,8 @@ def _set(config: ConfigDict, field: str, read: Callable[[Any], Any]) -> Any:
     try:
         with section.ignore_type():
             section[leaf] = value
-    except (ValueError, OverflowError) as error:  # a dot in a key, an int beyond any float
+    except (ValueError, OverflowError, TypeError) as error:
+        # a dot in a key, an int beyond any float, a key that is no text
         raise ValueError(f"config.{field}={shown(value)}: {error}") from error
     return value
 

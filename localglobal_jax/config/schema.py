@@ -101,7 +101,7 @@ class Images(Section):
     randaugment_noise: Annotated[float, Field(ge=0, le=30)] = 0.0  # deviation of the magnitude
     erase: Fraction = 0.0  # probability of erasing a random rectangle (arXiv 1708.04896)
     # Factors of the classes' images in the training loss: "none"; "balanced" (n / (classes * images
-    # of the class)); your own, one per class in their order, or by name ({"cat": 2.0}, others 1).
+    # of the class)); your own, one per class in their order, or by name or number (others: 1).
     # Evaluations stay unweighted, and also report the mean recall of the classes
     class_weights: Literal["none", "balanced"] | dict[str, Weight] | tuple[Weight, ...] = "none"
     # Folder of label maps for token labelling: CLASS/STEM.npy or .pt of each image, cropped and

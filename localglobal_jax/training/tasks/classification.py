@@ -119,11 +119,12 @@ def class_weights(
     """
     given = options.class_weights
     if isinstance(given, Mapping):
-        known = names or tuple(map(str, range(classes)))
+        numbers = tuple(map(str, range(classes)))
+        known = names or numbers
         for name in given:
-            if name not in known:
+            if name not in known and name not in numbers:
                 raise validation.unknown("class in data.class_weights:", name, known)
-        return [given.get(name, 1.0) for name in known]
+        return [given.get(n, given.get(i, 1.0)) for n, i in zip(known, numbers, strict=True)]
     if isinstance(given, tuple):
         if len(given) != classes:
             raise ValueError(

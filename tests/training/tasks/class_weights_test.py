@@ -154,6 +154,8 @@ def test_balanced_weights_of_a_folder(in_memory, tmp_path):
     np.testing.assert_allclose(weights_of(options), [10 / 18, 10 / 9, 10 / 3], rtol=1e-12)
     named = schema.Images(**given, class_weights={"eel": 4.0, "cat": 0.5})
     assert weights_of(named) == [0.5, 1.0, 4.0]
+    numbered = schema.Images(**given, class_weights={"2": 4.0, "cat": 0.5})  # of "St. Bernard"
+    assert weights_of(numbered) == [0.5, 1.0, 4.0]
     listed = schema.Images(**given, class_weights=(1.0, 2.0, 3.0))
     assert weights_of(listed) == [1.0, 2.0, 3.0]
     assert weights_of(schema.Images(**given)) is None
@@ -226,6 +228,12 @@ def test_a_run_reports_the_mean_recall(data_dir, tmp_path):
     _, without = evaluation.evaluate(tmp_path, overrides={"data.class_weights": "none"})
     assert "mean_recall" not in without["test"]
     assert without["test"]["loss"] == pytest.approx(found["test"]["loss"])
+
+
+@pytest.mark.parametrize("text", ["{None: 1}", "{'a.b': 2}", "{3: 4.0}", "{", "1e999"])
+def test_text_that_is_no_weights(text):
+    with pytest.raises(ValueError, match=r"config\.data\.class_weights"):
+        validation.check(loading.load(f"{CONFIG}:size=tiny", {"data.class_weights": text}))
 
 
 @pytest.mark.parametrize(
