@@ -70,8 +70,8 @@ class Layout(NamedTuple):
 
     @property
     def labels(self) -> list[str]:
-        """Returns the names of the classes as text."""
-        return [readable(name) for name in self.names]
+        """Returns the names of the classes as text, in one Unicode form on all systems."""
+        return [readable(same_name(name)) for name in self.names]
 
 
 def tree(scan: scans.Scan) -> Node:

@@ -141,6 +141,7 @@ def test_layout_splits_without_train_is_counted():
 
 
 def test_names_that_differ_in_form_only():
+    assert choose("cafe\u0301/", "dog/").labels == ["caf\u00e9", "dog"]
     with pytest.raises(ValueError, match=r"caf\\xe9"):
         choose("caf\u00e9/", "cafe\u0301/")
 
