@@ -3,6 +3,9 @@
 
 Every client that a run uses (gcsfs for small files, tensorstore for checkpoints, array_record for
 data) finds it by the environment variables of `environment`, in this process and its children.
+
+As a program (``python tests/gcs_server.py bash``) it runs a command beside a server with the empty
+bucket ``gs://bucket``, which ends with the command.
 """
 
 import contextlib
@@ -10,6 +13,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.parse
@@ -110,8 +114,16 @@ def request(url: str, method: str = "GET", body: bytes | None = None) -> bytes:
         return answer.read()
 
 
-def new_bucket(url: str) -> str:
-    """Creates an empty bucket with a new name, which it returns. Clients cache listings by name."""
-    name = f"bucket-{uuid.uuid4().hex[:12]}"
+def new_bucket(url: str, name: str = "") -> str:
+    """Creates an empty bucket and returns its name, a new one: clients cache listings by name."""
+    name = name or f"bucket-{uuid.uuid4().hex[:12]}"
     request(f"{url}/storage/v1/b?project=test", "POST", json.dumps({"name": name}).encode())
     return name
+
+
+if __name__ == "__main__":
+    with serve() as _url:
+        new_bucket(_url, "bucket")
+        print(f"gs://bucket is at {_url} until this command ends", file=sys.stderr)
+        _code = subprocess.run(sys.argv[1:] or ["bash"], check=False).returncode
+    sys.exit(_code)

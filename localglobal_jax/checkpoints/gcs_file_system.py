@@ -30,11 +30,9 @@ except ImportError as error:
         f"paths on gs:// need the extra gcs ({error}): pip install 'localglobal_jax[gcs]'"
     ) from None
 
-log = logging.getLogger(__name__)
 _once = inspect.unwrap(gcsfs.GCSFileSystem._request)  # without the retries of gcsfs
 _get_once = inspect.unwrap(gcsfs.GCSFileSystem._get_file_request)
 LOGIN = 10.0  # seconds of retries while credentials are rejected
-TOLD = 30.0  # seconds between two warnings
 
 
 class FileSystem(gcsfs.GCSFileSystem):
@@ -56,9 +54,8 @@ class FileSystem(gcsfs.GCSFileSystem):
         return f"{self._location}/upload/storage/v1/b/{urllib.parse.quote(bucket, safe='')}/o"
 
     def _deadline(self) -> float:
-        return time.monotonic() + (
-            store.LIMITS.patience if self._patience is None else self._patience
-        )
+        patience = store.LIMITS.patience if self._patience is None else self._patience
+        return time.monotonic() + patience
 
     async def _request(self, method: str, path: str, *args: Any, **options: Any) -> Any:
         name, has_key = _object(path, args, options)
@@ -111,10 +108,8 @@ async def _pause(error: Exception, name: str, attempt: int, deadline: float) -> 
         deadline = min(deadline, now - wait + LOGIN) if attempt < 3 else now
     if not _may_pass(error, failed) or now + wait > deadline:
         raise failed from error
-    if attempt >= 2 and now - store.LIMITS.told > TOLD:
-        store.LIMITS.told = now
-        reason = str(failed).removeprefix(f"{name}: ").split(". ")[0]
-        log.warning("waiting for %s (%s), %.0f s at most", name, reason, deadline - now)
+    if attempt >= 2:
+        store.tell(name, str(failed).removeprefix(f"{name}: ").split(". ")[0], deadline - now)
     await asyncio.sleep(wait)
 
 

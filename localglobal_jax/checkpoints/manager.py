@@ -240,7 +240,7 @@ class Checkpoints:
     def wait(self) -> None:
         """Blocks until the current save is complete; raises SaveFailed if it fails."""
         if self._manager:
-            with self._or_abandon():
+            with self._or_abandon(), store.told(self.directory, "writing to"):
                 self._manager.wait_until_finished()
             host_memory.trim_heap()
             trash = self.directory / TRASH

@@ -199,9 +199,10 @@ def read_arrays(
 
     full = {path: leaf for path, leaf in wanted.items() if math.prod(leaf.shape)}
     # The handler, not a Checkpointer: its barrier would hang where one host fails to read.
+    path = directory / str(step)
     if workdir.is_remote(directory):
         orbax_patches.limit_retries()
-    with store.named(directory / str(step)):
+    with store.named(path), store.told(path, "reading"):
         nested = ocp.PyTreeCheckpointHandler().restore(
             directory / str(step) / "state",
             args=ocp.args.PyTreeRestore(

@@ -1,30 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
 """Faults of Google Cloud Storage: how long its clients retry, and the line that reports the rest.
 
-Two clients are used: gcsfs (small files; `gcs_file_system`) and tensorstore (the arrays of
-checkpoints). Both retry what may pass (429, 5xx, lost connections, no answer) for about four
-minutes, with growing pauses. What is left is a `StoreFailed` that names the object and the remedy.
+Three clients are used: gcsfs (small files; `gcs_file_system`), tensorstore (the arrays of
+checkpoints; indexed TFRecord files) and array_record. All retry what may pass (429, 5xx, lost
+connections, no answer) for about four minutes, with growing pauses. What is left is a `StoreFailed`
+that names the object and the remedy.
 """
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import re
+import tempfile
+import threading
+import time
 from collections.abc import Iterator
+from typing import Any
 
 from etils import epath
 
 STALL = 60  # seconds without a byte, after which a request is repeated
 LONGEST = 32.0  # seconds between two attempts
 # tensorstore counts attempts: pauses of 1, 2, 4, 8, 16 and seven times 32 s are 255 s
-TENSORSTORE = {"max_retries": 12, "initial_delay": "1s", "max_delay": f"{LONGEST:.0f}s"}
+TENSORSTORE: dict[str, Any] = {
+    "max_retries": 12,
+    "initial_delay": "1s",
+    "max_delay": f"{LONGEST:.0f}s",
+}
 # read by tensorstore at its first request, and left alone where the user has set them
 TENSORSTORE_ENVIRONMENT = {
     "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": str(STALL),  # it waits forever without these
     "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
     "TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS": str(STALL),
 }
+GOOGLE = "storage.googleapis.com"
+SERVERS = {  # client: environment variables that send it to another server, the first set one wins
+    "gcsfs": ("STORAGE_EMULATOR_HOST",),
+    "array_record": ("CLOUD_STORAGE_EMULATOR_ENDPOINT", "CLOUD_STORAGE_TESTBENCH_ENDPOINT"),
+    "tensorstore": ("TENSORSTORE_GCS_HTTP_URL",),
+}
+TOKEN = "GOOGLE_AUTH_TOKEN_FOR_TESTING"
+TELL_EVERY = 30.0  # seconds between two warnings
 FILE_SYSTEM = "localglobal_jax.checkpoints.gcs_file_system.FileSystem"
 
 
@@ -42,6 +60,7 @@ class Limits:
 
 
 LIMITS = Limits()
+log = logging.getLogger(__name__)
 
 
 class StoreFailed(OSError):
@@ -67,10 +86,72 @@ def prepare() -> None:
 
     for name, value in TENSORSTORE_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    logging.getLogger("fsspec").setLevel(logging.WARNING)  # it tells of every file at INFO
+    if not os.environ.get("LOCALGLOBAL_DEBUG"):  # every file, and tracebacks of what is raised too
+        logging.getLogger("fsspec").setLevel(logging.CRITICAL)
     for protocol in ("gs", "gcs"):
         # by name: gcsfs, an optional dependency, is imported at its first use
         fsspec.register_implementation(protocol, FILE_SYSTEM, clobber=True)
+    _check_servers(tuple(map(server_of, SERVERS)))
+    _fetch_token()
+
+
+@functools.cache
+def _check_servers(servers: tuple[str, ...]) -> None:
+    """Logs, once, that the clients are sent to different servers."""
+    if len({server.partition(" ")[0] for server in servers}) > 1:
+        each = ", ".join(f"{client}: {at}" for client, at in zip(SERVERS, servers, strict=True))
+        log.warning(
+            "the clients of gs:// use different servers: %s. If one is meant, set all of %s to it",
+            each,
+            ", ".join(names[0] for names in SERVERS.values()),
+        )
+
+
+@functools.cache
+def _fetch_token() -> None:
+    """Keeps a line of tensorstore off stderr, which it writes for the token of another server.
+
+    It does so when it first needs the token. That is done here, by a read whose answer does not
+    matter, while stderr goes to a file. All other lines in it are written to stderr afterwards.
+    """
+    if not os.environ.get(TOKEN) or os.environ.get("LOCALGLOBAL_DEBUG"):
+        return
+    import tensorstore  # noqa: PLC0415 # only for buckets
+
+    spec = {"driver": "gcs", "bucket": "localglobal", "path": "token/"}
+    once = {"gcs_request_retries": {"max_retries": 1, "initial_delay": "1ms"}}
+    with tempfile.TemporaryFile() as file:
+        stderr = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            reading = tensorstore.KvStore.open({**spec, "context": once}).result().read("x")
+            with contextlib.suppress(Exception):
+                reading.result(timeout=1.0)
+            reading.cancel()
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+        file.seek(0)
+        for line in file:
+            if TOKEN.encode() not in line:
+                os.write(2, line)
+
+
+def server_of(client: str) -> str:
+    """Returns the server that a client of `SERVERS` uses, and the variable that names it."""
+    for variable in SERVERS[client]:
+        if found := os.environ.get(variable, "").removesuffix("/"):
+            if client == "gcsfs" and found == "default":  # gcsfs's word
+                break
+            return f"{found if '://' in found else f'http://{found}'} ({variable})"
+    return GOOGLE
+
+
+def tell(name: str, reason: str, left: float) -> None:
+    """Logs that `name` is waited for, at most `left` seconds; at most every `TELL_EVERY` s."""
+    if (now := time.monotonic()) - LIMITS.told > TELL_EVERY:
+        LIMITS.told = now
+        log.warning("waiting for %s (%s), %.0f s at most", name, reason, left)
 
 
 def check_path(path: str | os.PathLike[str]) -> None:
@@ -134,6 +215,31 @@ def named(path: epath.Path | str) -> Iterator[None]:
         if failed := of_tensorstore(error, path):
             raise failed from error
         raise
+
+
+@contextlib.contextmanager
+def told(path: epath.Path | str, doing: str) -> Iterator[None]:
+    """Context manager that logs, every `TELL_EVERY` s, that tensorstore still reads or writes.
+
+    tensorstore retries without a message. Does nothing for a path on disk.
+    """
+    ended = threading.Event()
+
+    def tell_until_it_ends() -> None:
+        waited = 0.0
+        while not ended.wait(TELL_EVERY):
+            waited += TELL_EVERY
+            at = server_of("tensorstore")
+            log.warning("%s %s: %.0f s so far, at %s", doing, path, waited, at)
+
+    if not os.fspath(path).startswith("gs:"):
+        yield
+        return
+    threading.Thread(target=tell_until_it_ends, name="long transfers", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 @contextlib.contextmanager

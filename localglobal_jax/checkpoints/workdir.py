@@ -259,6 +259,10 @@ def is_remote(directory: str | os.PathLike[str]) -> bool:
     """
     if not re.match(r"\w+:/", os.fspath(directory)):
         return False
+    if bucket := re.fullmatch(r"gs://([^/]+)/*", os.fspath(directory)):
+        raise ValueError(
+            f"{directory} is a whole bucket: give a path in it, such as gs://{bucket[1]}/runs/one"
+        )
     if not re.match(r"gs://[^/]+/.", os.fspath(directory)):
         raise ValueError(f"{directory}: give a local directory, or gs://BUCKET/PATH")
     store.prepare()

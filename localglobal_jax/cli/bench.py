@@ -51,8 +51,10 @@ def run(args: argparse.Namespace) -> None:
             print("\n\n".join(input_text(report) for report in inputs))
         return
 
-    from localglobal_jax.profiling import bench
+    from localglobal_jax.profiling import bench, bench_input
 
+    for run in given.values():
+        bench_input.refuse_upload(run)
     measured = bench.measure(list(given.values()), step=args.step, steps=args.steps)
     found = [{"config": name, **report} for name, report in zip(given, measured, strict=True)]
     if args.json:
@@ -89,6 +91,8 @@ def input_text(report: Mapping[str, Any]) -> str:
     """Returns a report of the input as text."""
     stages = ", ".join(f"{name} {us:,.1f}" for name, us in report["us_per_item"].items())
     each = " each" if report["workers"] else ""
+    images = report["items"] == "images"
+    hint = ": data.in_memory=false reads every record again" if images else ""
     return "\n".join(
         [
             f"{report['config']}  input alone",
@@ -97,6 +101,11 @@ def input_text(report: Mapping[str, Any]) -> str:
             f"first    {report['first_batch_seconds']:.1f} s",
             f"rate     {report['items_per_second']:,.0f} {report['items']}/s; MB/s "
             f"{report['read_mb_per_second']:,.1f} read, {report['mb_per_second']:,.1f} made",
+            *(
+                [f"data     in memory, read before the first batch and not in the rate{hint}"]
+                if report["in_memory"]
+                else []
+            ),
             f"one item: {stages} microseconds of one thread",
             f"bound by {report['bottleneck']}: all cores reach {report['share_of_cores']:.0%} of "
             "one thread's speed times their number",

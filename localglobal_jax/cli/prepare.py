@@ -33,9 +33,12 @@ def run(args: argparse.Namespace) -> None:
         layout = getattr(data, "layout", layout)
     from localglobal_jax.data.images import folder
     from localglobal_jax.data.text import pairs
-    from localglobal_jax.data.tfds import tfrecord_index
+    from localglobal_jax.data.tfds import records, tfrecord_index
     from localglobal_jax.data.tfds.prepare import from_tfrecord, prepare
 
+    for option in ("dir", "from_tfrecord", "index"):
+        if given := getattr(args, option):
+            records.data_root(given, f"--{option}")
     if name == folder.NAME:
         counts = folder.count(directory, layout)
     elif isinstance(data, schema.Text) and (data.files or data.mock):

@@ -31,6 +31,7 @@ from typing import Any
 
 DEPTH = 2  # requests that a worker has at a time: it finds the next when it has done one
 ALIGNMENT = 64  # bytes
+WAITS = "localglobal_jax.checkpoints.store"  # logs that an object is waited for
 IGNORED = (signal.SIGINT, signal.SIGTERM)  # sent to all processes; this one decides when to end
 # sys.path is the parent's: a script's folder, or the tests'
 PROGRAM = """
@@ -147,7 +148,9 @@ def serve(descriptor: int) -> None:
     """Answers requests from a socket until it is closed: the whole life of a worker."""
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
-    logging.disable()  # the parent looks at bad records again, and reports them once
+    # The parent looks at bad records again, and reports them once. It does not see waits.
+    logging.getLogger().setLevel(logging.CRITICAL)
+    logging.getLogger(WAITS).setLevel(logging.WARNING)
     parent = socket.socket(fileno=descriptor)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     with contextlib.suppress(ConnectionError):  # the parent was killed

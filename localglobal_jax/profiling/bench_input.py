@@ -14,12 +14,29 @@ from typing import Any
 
 from localglobal_jax.config import schema
 from localglobal_jax.data import loader
+from localglobal_jax.data.images import folder
 from localglobal_jax.data.images import pipeline as images
 from localglobal_jax.data.text import pipeline as text
+from localglobal_jax.data.tfds import gcs, records
 
 WAITING = "lock, handover or other programs"
 GOOD = 0.7  # share of the rate that the cores allow, below which waiting is the bottleneck
 SAMPLE = 64  # images that are made step by step
+
+
+def refuse_upload(run: schema.Run) -> None:
+    """Raises ValueError for a TFDS set in a bucket that is not prepared: a measurement writes none.
+
+    On disk, opening an embedded set prepares it, and logs that.
+    """
+    data = run.data
+    if data.mock or data.name == folder.NAME or getattr(data, "files", None):
+        return
+    root = records.data_root(data.dir)
+    if gcs.is_bucket(root) and not records.is_prepared(
+        builder := records.find_builder(data.name, root)
+    ):
+        raise ValueError(records.missing(builder))
 
 
 def measure(run: schema.Run, steps: int) -> dict[str, Any]:
@@ -29,6 +46,7 @@ def measure(run: schema.Run, steps: int) -> dict[str, Any]:
     """
     if steps < 2:
         raise ValueError(f"--steps {steps}: a rate needs at least 2")
+    refuse_upload(run)
     source, batches, stages = _opened(run, steps + 1)
     began = time.perf_counter()
     with_first = next(batches)
@@ -53,6 +71,8 @@ def measure(run: schema.Run, steps: int) -> dict[str, Any]:
         "mb_per_second": size / seconds / 1e6,
         "read_mb_per_second": read * items / seconds / 1e6,
         "us_per_item": {name: 1e6 * value for name, value in found.items()},
+        # nothing is read for a batch: the rate is not that of the disk or of the bucket
+        "in_memory": not read,
         "share_of_cores": share,
         "bottleneck": max(found, key=lambda name: found[name]) if share > GOOD else WAITING,
     }

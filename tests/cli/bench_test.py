@@ -85,8 +85,21 @@ def test_the_input_alone(capsys, config, stages):
         assert found["items_per_second"] > 0 and found["mb_per_second"] > 0
         assert (found["read_mb_per_second"] > 0) == ("reading" in stages)
         assert found["bottleneck"] in {*stages, "lock, handover or other programs"}
+        assert found["in_memory"] == ("reading" not in stages)
 
 
-def test_the_input_alone_as_text(capsys):
-    assert main(["bench", "--input", "--steps", "2", *DIGITS]) == 0
-    assert "images/s" in capsys.readouterr().out
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_the_input_alone_as_text(capsys, in_memory):
+    field = f"--config.data.in_memory={in_memory}"
+    assert main(["bench", "--input", "--steps", "2", *DIGITS, field]) == 0
+    said = capsys.readouterr().out
+    assert "images/s" in said
+    assert ("data.in_memory=false" in said) == in_memory
+
+
+@pytest.mark.parametrize("how", [["--input"], []])
+def test_measuring_writes_nothing_into_a_bucket(bucket, faults, capsys, how):
+    command = ["bench", *how, "--steps", "2", *DIGITS, f"--config.data.dir={bucket}"]
+    assert main(command) == 2
+    assert f"localglobal prepare digits --dir {bucket}" in capsys.readouterr().err
+    assert {method for method, _, _ in faults.requests} == {"GET"}

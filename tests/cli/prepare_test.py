@@ -3,6 +3,8 @@
 
 import json
 
+import pytest
+
 from localglobal_jax.cli.main import main
 
 
@@ -29,3 +31,27 @@ def test_prepare_counts_the_pairs_of_own_files(tmp_path, capsys):
     (tmp_path / "pairs.tsv").write_text("a\tb\nc\n")
     assert main(command) == 2
     assert "line 2" in capsys.readouterr().err
+
+
+def test_a_set_that_is_there_is_said_to_be_there(data_dir, capsys):
+    assert main(["prepare", "digits", f"--dir={data_dir}"]) == 0
+    assert f"{data_dir}/digits/1.0.0 is there already" in capsys.readouterr().err
+
+
+def test_a_set_that_is_there_in_a_bucket_is_not_sent_again(bucket, faults, capsys):
+    command = ["prepare", "digits", f"--dir={bucket}"]
+    assert main(command) == 0
+    assert "is there already" not in capsys.readouterr().err
+    faults.clear()
+    assert main(command) == 0
+    assert f"{bucket}/digits/1.0.0 is there already" in capsys.readouterr().err
+    assert {method for method, _, _ in faults.requests} == {"GET"}
+
+
+@pytest.mark.parametrize("option", ["dir", "from_tfrecord", "index"])
+@pytest.mark.parametrize("path", ["gs:/bucket/x", "gs://bucket", "gs://bucket/", "s3://b/x"])
+def test_the_option_of_a_wrong_path_is_named(option, path, capsys):
+    assert main(["prepare", "digits", f"--{option}={path}"]) == 2
+    said = capsys.readouterr().err
+    assert f"--{option}" in said and path in said and "data.dir" not in said
+    assert ("gs://bucket/runs" in said) == (path in ("gs://bucket", "gs://bucket/"))

@@ -13,6 +13,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+import fsspec
 import google_crc32c
 from etils import epath
 from etils.epath import backend
@@ -47,7 +48,7 @@ def filesystem(path: str | epath.Path) -> Any:
     try:
         found = backend.fsspec_backend.fs(path)
     except ImportError as error:
-        raise ValueError(f"{path}: {error} (the extra gcs)") from None
+        raise ValueError(f"{path}: {error}: pip install 'localglobal_jax[gcs]'") from None
     found.invalidate_cache()
     return found
 
@@ -78,9 +79,28 @@ def named_in_errors(path: str | epath.Path) -> Iterator[None]:
         ) from error
 
 
+def failure_behind(error: BaseException | None) -> store.StoreFailed | None:
+    """Returns the error of the store that caused `error`; None where none did."""
+    while error:
+        if isinstance(error, store.StoreFailed):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def raise_failure_behind(error: Exception) -> None:
+    """Raises the error of the store that caused `error`, if any: a ValueError if it would stay."""
+    failed = failure_behind(error)
+    if failed and failed.is_final:
+        raise ValueError(str(failed)) from error
+    if failed:
+        raise failed from None
+
+
 def may_pass(error: Exception) -> bool:
     """Returns whether the same request may succeed later: not for what is missing or denied."""
-    return isinstance(error, store.StoreFailed) and not error.is_final
+    failed = failure_behind(error)
+    return failed is not None and not failed.is_final
 
 
 def check_bucket(path: str | epath.Path) -> None:
@@ -88,6 +108,20 @@ def check_bucket(path: str | epath.Path) -> None:
     bucket, _, prefix = str(path).removeprefix("gs://").partition("/")
     with named_in_errors(path):
         filesystem(path).call("GET", "b/{}/o", bucket, prefix=prefix, maxResults=1)
+
+
+def check_readable(path: str | epath.Path, patience: float | None = None) -> None:
+    """Raises the error of the store, ValueError where it would stay, if `path` cannot be read.
+
+    ``patience``: seconds of retries, if other than `store.LIMITS`.
+    """
+    files = filesystem(path) if patience is None else fsspec.filesystem("gs", patience=patience)
+    with named_in_errors(path):
+        try:
+            files.cat_file(str(path), 0, 1)
+        except Exception as error:
+            if str(getattr(error, "code", "")) != "416":  # an empty object has no such range
+                raise
 
 
 def listing(folder: str | epath.Path) -> dict[str, Stored]:

@@ -56,15 +56,20 @@ def prepare(name: str, data_dir: str | None = None, source: str | None = None) -
         raise ValueError(f"the source directory {source} does not exist")
     if builder.name in RAW_FILES and source is not None:
         RAW_FILES[builder.name].locate(source, _config(builder))
-    if gcs.is_bucket(root):
-        if not records.is_prepared(builder):
-            _make_in_bucket(name, builder.data_dir, source)
+    if records.is_prepared(builder):
+        _say_that_it_is_there(builder.data_dir)
+    elif gcs.is_bucket(root):
+        _make_in_bucket(name, builder.data_dir, source)
     else:
         with _alone(pathlib.Path(root, builder.name)) as staging:
             if not records.is_prepared(builder):
                 _make(builder, root, source, staging)
     builder = records.find_builder(name, root)
     return {**verify(builder), **(builder.info.metadata or {}).get("counts", {})}
+
+
+def _say_that_it_is_there(target: Any) -> None:
+    log.info("%s is there already: its files are checked, nothing is written", target)
 
 
 def _config(builder: tfds.core.DatasetBuilder) -> str:
@@ -228,13 +233,17 @@ def from_tfrecord(directory: str, data_dir: str | None = None) -> dict[str, int]
         raise ValueError(f"the twin of {origin} needs another data directory: give another --dir")
     if gcs.is_bucket(root):
         gcs.check_bucket(root)
-        if INFO not in gcs.listing(target):
+        if INFO in gcs.listing(target):
+            _say_that_it_is_there(target)
+        else:
             with tempfile.TemporaryDirectory(prefix="localglobal-") as scratch:
                 _convert(builder, origin, _InBucket(target, pathlib.Path(scratch)))
     else:
         staging = target.with_name(f"{INCOMPLETE}{target.name}.{FORMAT}")
         with _alone(root / builder.name, keep=staging):
-            if not (target / INFO).exists():
+            if (target / INFO).exists():
+                _say_that_it_is_there(target)
+            else:
                 _refuse_remains(target)
                 try:
                     _convert(builder, origin, _OnDisk(target, staging))

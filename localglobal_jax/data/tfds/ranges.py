@@ -7,6 +7,7 @@ bucket turns down for the moment.
 
 import base64
 import dataclasses
+import functools
 import io
 import os
 import threading
@@ -20,15 +21,13 @@ import google_crc32c
 import tensorstore as ts
 
 from localglobal_jax.checkpoints import store
-from localglobal_jax.data.tfds import gcs
+from localglobal_jax.data.tfds import answers, gcs
 
 # Requests in flight per directory. A request takes 30 to 60 ms, whatever it reads: with
 # tensorstore's default of 32 a process would get at most about 1,000 records/s.
 REQUESTS = 128
 READS = 32  # at a time from a disk, which may be one of a network; tensorstore's default is 4
 REQUESTS_VARIABLE = "TENSORSTORE_GCS_REQUEST_CONCURRENCY"  # tensorstore's own
-PATIENCE = 120  # seconds without an answer after which a read is sent again
-ATTEMPTS = 3
 CHUNK = 4 * 2**20  # bytes that `RangeFile` asks for at a time
 AHEAD = 2  # chunks that it has asked for in advance
 
@@ -87,30 +86,27 @@ class Directory:
         return [self.result(future, *one) for future, one in zip(futures, ranges, strict=True)]
 
     def result(self, future: ts.Future, name: str, begin: int, end: int) -> bytes:
-        """Waits for a read that `start` began, and sends it again where no answer comes.
+        """Waits for a read that `start` began; in a bucket, sends it again where no answer comes.
 
         Raises ValueError without permission, `store.StoreFailed` where the bucket goes on failing,
         and `ReadFailed` for a range that cannot be read.
         """
         path = f"{self.path}/{name}"
-        for attempt in range(ATTEMPTS):
-            try:
-                found = future.result(timeout=PATIENCE)
-                break
-            except TimeoutError:
-                future.cancel()
-                future = self.start(name, begin, end)
-                if attempt == ATTEMPTS - 1:
-                    raise ReadFailed(
-                        f"cannot read {path}: no answer in {ATTEMPTS * PATIENCE} s"
-                    ) from None
-            except Exception as error:  # tensorstore maps its status codes to many classes
-                failed = store.of_tensorstore(error, path)
-                if failed and failed.is_final:
-                    raise ValueError(str(failed)) from error
-                if failed:
-                    raise failed from error
-                raise ReadFailed(f"cannot read {path}: {error}") from error
+        try:
+            if self._in_bucket:
+                again = functools.partial(self.start, name, begin, end)
+                found = answers.first(future, again, path, "tensorstore")
+            else:
+                found = future.result(timeout=store.LIMITS.patience)
+        except store.StoreFailed:
+            raise
+        except Exception as error:  # tensorstore maps its status codes to many classes
+            failed = store.of_tensorstore(error, path)
+            if failed and failed.is_final:
+                raise ValueError(str(failed)) from error
+            if failed:
+                raise failed from error
+            raise ReadFailed(f"cannot read {path}: {error}") from error
         if found.state != "value":
             raise ReadFailed(f"cannot read {path}: it is missing")
         return found.value
@@ -144,6 +140,9 @@ def _spec(path: str) -> dict[str, Any]:
         context["file_io_concurrency"] = {"limit": READS}
         return {"driver": "file", "path": f"{path}/", "context": context}
     bucket, _, inside = path.removeprefix("gs://").partition("/")
+    # Ends, and gives its reason, before `answers.first` does.
+    retries = {**store.TENSORSTORE, "max_retries": store.TENSORSTORE["max_retries"] - 1}
+    context["gcs_request_retries"] = retries
     if not os.environ.get(REQUESTS_VARIABLE):
         context["gcs_request_concurrency"] = {"limit": REQUESTS}
     # The project that pays, where gcsfs has been given one: FSSPEC_GCS_REQUESTER_PAYS.

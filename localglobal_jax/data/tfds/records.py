@@ -41,10 +41,11 @@ class BadRecord(ValueError):
     """A record that cannot be read or decoded; the message names the file and the index."""
 
 
-def data_root(directory: str | None) -> str:
+def data_root(directory: str | None, name: str = "data.dir, or $TFDS_DATA_DIR") -> str:
     """Returns the TFDS directory: as given, else $TFDS_DATA_DIR, else ~/tensorflow_datasets.
 
-    Raises ValueError unless it is a local path or ``gs://BUCKET/PATH``.
+    Raises ValueError, which says that ``name`` gave it, unless it is a local path or
+    ``gs://BUCKET/PATH``.
     """
     default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     root = os.path.expanduser(directory or default)
@@ -53,11 +54,10 @@ def data_root(directory: str | None) -> str:
             store.check_path(root)
             return root.rstrip("/")
     except ValueError as error:  # another store, no path in a bucket, or an ambiguous one
-        raise ValueError(f"the data directory (data.dir, or $TFDS_DATA_DIR): {error}") from None
+        raise ValueError(f"the data directory ({name}): {error}") from None
     if "://" in root or "\0" in root or root.startswith("~"):
         raise ValueError(
-            f"the data directory {root!r} (data.dir, or $TFDS_DATA_DIR): give a local path or "
-            "gs://BUCKET/PATH"
+            f"the data directory {root!r} ({name}): give a local path or gs://BUCKET/PATH"
         )
     return os.path.abspath(root)
 

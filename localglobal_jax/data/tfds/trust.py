@@ -30,13 +30,15 @@ def trusted(folder: gcs.Place) -> Iterator[None]:
     for path in _described(folder):
         if not any(part.startswith("incomplete.") for part in path.parts):  # a preparation's
             _refuse_foreign_code(path)
+            if gcs.is_bucket(path):  # TFDS would ask three times, each time with all retries
+                with contextlib.suppress(FileNotFoundError):
+                    gcs.check_readable(path.parent / INFO)
     try:
         yield
     except (AssertionError, tfds.core.DatasetNotFoundError):
         raise
     except Exception as error:  # TFDS's own, protobuf's, json's: no list would be complete
-        if gcs.is_bucket(folder) and gcs.may_pass(error):
-            raise OSError(f"{folder} cannot be read now: {error}") from error
+        gcs.raise_failure_behind(error)
         raise ValueError(
             f"{folder} is damaged, or there is no such data set ({error}): correct the name, or "
             "prepare the data set again"
@@ -81,6 +83,7 @@ def _refuse_foreign_code(path: gcs.Place) -> None:
     try:
         foreign = sorted(_foreign(json.loads(path.read_bytes())))
     except (OSError, ValueError, RecursionError) as error:
+        gcs.raise_failure_behind(error)
         raise ValueError(
             f"{path} is damaged ({error}): delete {path.parent} and prepare the data set again"
         ) from None

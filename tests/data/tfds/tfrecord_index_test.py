@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboardX.record_writer import RecordWriter
 
+from localglobal_jax.checkpoints import store
 from localglobal_jax.data.tfds import gcs, ranges, tfrecord, tfrecord_index
 from localglobal_jax.data.tfds.tfrecord_files import DamagedRecord, TFRecordFiles
 
@@ -320,7 +321,7 @@ def test_a_bucket_that_fails_for_the_moment_is_asked_again(bucket, faults, tmp_p
     files = opened(bucket)
     faults.clear()
     monkeypatch.setitem(fsspec.config.conf, "gcs", {"requester_pays": "payer"})
-    monkeypatch.setattr(ranges, "PATIENCE", 4)
+    monkeypatch.setattr(store, "STALL", 2)
     shards = {"path": r"/set-train\.tfrecord-.*alt=media", "times": 1}
     rules = [
         faults.add("status", status=503, **shards),

@@ -170,4 +170,7 @@ def _state(
     except (OSError, ValueError, KeyError, TypeError):
         if stopped:
             return f"done: stopped early at step {saved:,} of {config.steps:,}"
-        return "done" if saved >= config.steps else f"step {step:,} of {config.steps:,}"
+        if saved >= config.steps:
+            return "done"
+        unsaved = f", saved at step {saved:,}" if step > saved > 0 else ""
+        return f"step {step:,} of {config.steps:,}{unsaved}"

@@ -384,6 +384,8 @@ def test_damage_is_named(copied, tmp_path):
     said = "".join(report(tmp_path / "page.html", copied).text)
     assert f"damaged or half-written: line 3, 4, {len(lines) + 3}" in said
     assert "diverged at step 7 of 8" in said and "step 4" in said
+    (copied / "diverged.json").unlink()
+    assert "step 8 of 8, saved at step 4" in "".join(report(tmp_path / "page.html", copied).text)
 
 
 def test_data_that_is_not_here(copied, tmp_path):
