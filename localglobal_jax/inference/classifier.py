@@ -248,7 +248,10 @@ def load(
     assert isinstance(options, schema.Images), (
         "the data of a classification run is of the class Images"
     )
+    classifier = Classifier(
+        module, jax.device_put(variables), options, metadata.get("labels") or ()
+    )
     if "mean" in found:
         source = f"{path} was trained with"
         inference_load.note_preprocessing(options, found, source, ("mean", "std"))
-    return Classifier(module, jax.device_put(variables), options, metadata.get("labels") or ())
+    return classifier
