@@ -75,8 +75,6 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--workdir is empty: give the directory where everything is written")
     run = validation.check(loading.load(args.config, args.overrides))  # importing jax takes seconds
 
-    if args.distributed or args.coordinator:  # a SIGTERM is reported by us, not by its notifier
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from localglobal_jax.parallel import multihost
     from localglobal_jax.training import divergence, loop, replay
 
