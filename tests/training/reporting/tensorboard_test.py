@@ -63,3 +63,13 @@ def test_tensorboard_gets_texts_and_pictures(tmp_path):
     assert (image.image.height, image.image.width) == (3, 5)
     assert text.metadata.plugin_data.plugin_name == "text"
     assert text.tensor.string_val == [b"*Hallo* & <b>"]
+
+
+def test_tensorboard_gets_the_note_and_the_tags_of_a_run(tmp_path):
+    about = {"tags": ("first", "wide"), "note": "why this run"}
+    for config in ({"log": about}, {"log": {}}, None):
+        metrics_log.Writer(tmp_path, resume_step=None, config=config).close()
+    said = [file.read_bytes() for file in sorted((tmp_path / "tensorboard").iterdir())]
+    assert [b"why this run" in text and b"first, wide" in text for text in said] == [
+        *(True, False, False)
+    ]

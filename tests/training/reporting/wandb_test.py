@@ -17,7 +17,11 @@ def test_wandb_is_one_run_however_often_it_is_resumed(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     for _ in range(2):
         writer = metrics_log.Writer(
-            tmp_path, resume_step=None, tensorboard=False, wandb="p", config={"seed": 3}
+            tmp_path,
+            resume_step=None,
+            tensorboard=False,
+            wandb="p",
+            config={"seed": 3, "log": {"tags": ["a", "b"], "note": "why"}},
         )
         writer.write(1, "train", {"loss": 0.5, "bad": math.nan})
         writer.show(1, {"picture": np.zeros((4, 4, 3), np.uint8), "text": "<b>&"})
