@@ -13,6 +13,17 @@ HERE = pathlib.Path(__file__).parent
 GIB = 2**30
 PLANS = HERE.parent / "pod_plans/results.csv"
 H100 = 989e12  # FLOP/s in bfloat16, dense (NVIDIA's data sheet)
+GOALS = {  # on one H100, over plain: of summed rooflines, of temporary memory
+    "coatnet_0": (0.75, 0.65),
+    "coatnet_2": (0.75, 0.65),
+    "muse_wmt_en_de": (0.8, 0.8),
+    **dict.fromkeys(("volo_d1", "focal_tiny", "CATT", "CETT"), (0.9, 0.9)),
+}
+FORM_MEASURES = (
+    ("roofline_ms", 1, ".2f", "rooflines, ms"),
+    ("estimated_ms", 1, ".2f", "XLA's estimates, ms"),
+    ("temporary", GIB, ".2f", "temporary, GiB"),
+)
 FIRST = ("plain", "unrolled")  # what the other forms of a step are measured against
 
 
@@ -57,6 +68,48 @@ def tpu():
         for other in others:
             ratios = [ratio(other[k], first[k]) for k in measures]
             body.append(("", f"{other['formulation']} / {first['formulation']}", *ratios))
+    return study.table(head, body)
+
+
+def gpu_plans():
+    """Tabulates the steps compiled for one H100: plain's numbers, tuned's ratios and the goals."""
+    head = ["step", "form", "rooflines", "XLA's estimates", "temporary", "kernels", "goals"]
+    body = []
+    for rows in study.grouped(read("gpu_plans.csv"), "row").values():
+        sides = {row["formulation"]: row for row in rows}
+        plain, tuned = sides["plain"], sides["tuned"]
+        name = plain["row"]
+        body.append(
+            (
+                name,
+                "plain",
+                scaled(plain["roofline_ms"], 1, ".1f", "ms"),
+                scaled(plain["estimated_ms"], 1, ".1f", "ms"),
+                scaled(plain["temporary"], GIB, ".2f", "GiB"),
+                f"{int(plain['kernels']):,}",
+                "",
+            )
+        )
+        measures = ("roofline_ms", "estimated_ms", "temporary", "kernels")
+        goals = GOALS.get(name)
+        goals = f"{goals[0]} of rooflines, {goals[1]} of temporary" if goals else ""
+        body.append(
+            ("", "tuned / plain", *(ratio(tuned[k], plain[k]) for k in measures), goals),
+        )
+    return study.table(head, body)
+
+
+def gpu_forms():
+    """Tabulates each formulation for GPUs over the reference implementation."""
+    head = ["formulation", "module, with its gradient", "measure", "plain", "without", "with"]
+    body = []
+    for rows in study.grouped(read("gpu_forms.csv"), "formulation").values():
+        sides = {row["side"]: row for row in rows}
+        plain = sides["plain"]
+        for i, (key, unit, form, measure) in enumerate(FORM_MEASURES):
+            ratios = [ratio(sides[side][key], plain[key]) for side in ("without", "with")]
+            first = (plain["formulation"], plain["module"]) if i == 0 else ("", "")
+            body.append((*first, measure, scaled(plain[key], unit, form, ""), *ratios))
     return study.table(head, body)
 
 
@@ -189,7 +242,9 @@ def startup():
 
 
 def tables():
-    made = (cpu, gpu, tpu, largest, inputs, workers, hosts, random_reads, startup)
+    made = (
+        cpu, gpu, gpu_plans, gpu_forms, tpu, largest, inputs, workers, hosts, random_reads, startup,
+    )  # fmt: skip
     return {table.__name__: table() for table in made}
 
 

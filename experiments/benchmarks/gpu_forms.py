@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compares each formulation that is chosen for GPUs with and without it: gpu_forms.csv.
+
+    python experiments/benchmarks/gpu_forms.py       # compiles what is not there yet
+
+A module with its gradient, at the size that it has in a model, compiled for one H100: by the
+reference implementation, by the fused one without the formulation, and with it. Needs the extra
+[cuda], no GPU and no driver; a quarter of a minute of a core each. The numbers are of the compiled
+program, without autotuning; no GPU was measured.
+"""
+
+import csv
+import dataclasses
+import functools
+import os
+import pathlib
+from typing import Any
+
+from localglobal_jax.profiling import compiler_process, gpu_kernels, hlo, topologies
+
+os.environ["XLA_FLAGS"] = compiler_process.GPU_FLAGS
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from localglobal_jax.blocks.convolution import MBConvBlock
+from localglobal_jax.blocks.transformer import FocalAttentionBlock, RelativeAttentionBlock
+from localglobal_jax.operators.dense import wide_product
+from localglobal_jax.operators.muse import MuseSequence
+from localglobal_jax.parallel import context
+from localglobal_jax.profiling import compile as compilation
+
+TABLE = pathlib.Path(__file__).parent / "gpu_forms.csv"
+H100 = topologies.parse("h100-1")
+HALF = "bfloat16"
+SIDES = ("plain", "without", "with")
+COLUMNS = ("formulation", "module", "side", "roofline_ms", "estimated_ms", "temporary", "kernels")
+
+
+class Logits(nn.Module):
+    """The logits of a vocabulary, and a loss."""
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        table = self.param("table", nn.initializers.normal(), (32_768, x.shape[-1]))
+        return jax.nn.logsumexp(wide_product(x, table.astype(x.dtype)), -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A formulation by the names of its functions, and a module that contains it."""
+
+    name: str
+    functions: tuple[str, ...]
+    module: nn.Module
+    shape: tuple[int, ...]
+    mask: bool = False
+
+    @property
+    def described(self):
+        return f"{type(self.module).__name__} {list(self.shape)}"
+
+
+MUSE = MuseSequence(
+    768, 16, 3072, attention_dropout=0.1, dropout=0.3, input_dropout=0.1, dtype=HALF
+)
+HALVING = MBConvBlock(features=96, stride=2, dtype=HALF)
+ROWS = (
+    Row(
+        "attention with a bias by cuDNN",
+        ("attend_cudnn",),
+        RelativeAttentionBlock(384, dtype=HALF),
+        (64, 14, 14, 384),
+    ),
+    Row(
+        "attention in windows by cuDNN",
+        ("attend_cudnn",),
+        FocalAttentionBlock(96, dtype=HALF),
+        (64, 56, 56, 96),
+    ),
+    Row(
+        "weights signed by dropout",
+        ("_weights_forward", "_weights_backward"),
+        MUSE,
+        (32, 256, 768),
+        mask=True,
+    ),
+    Row("ReLU's gradient by its output", ("_relu",), MUSE, (32, 256, 768), mask=True),
+    Row("gradient of logits in bfloat16", ("wide_product",), Logits(), (8192, 768)),
+    Row("expanded product in bfloat16", ("activate_product",), HALVING, (64, 112, 112, 64)),
+    Row(
+        "norm and activation: gradient stored once",
+        ("activate",),
+        MBConvBlock(features=96, dtype=HALF),
+        (64, 56, 56, 96),
+    ),
+    Row(
+        "strided depthwise: gradient by slices",
+        ("depthwise",),
+        HALVING,
+        (64, 112, 112, 64),
+    ),
+)
+
+
+def without(names, select):
+    """Returns `lax.platform_dependent` without the forms for CUDA that these functions make."""
+
+    def dependent(*args, default, **forms):
+        form = forms.get("cuda")
+        while isinstance(form, functools.partial):
+            form = form.func
+        if form is not None and form.__qualname__.split(".")[0] in names:
+            del forms["cuda"]
+        return select(*args, default=default, **forms)
+
+    return dependent
+
+
+def measure(row, side):
+    """Returns the numbers of one line."""
+    x = jax.ShapeDtypeStruct(row.shape, jnp.bfloat16)
+    options: dict[str, Any] = {"mask": jnp.ones(row.shape[:2], bool)} if row.mask else {}
+    rngs = {"dropout": jax.random.key(1)}
+
+    def apply(variables, x):
+        return row.module.apply(
+            variables, x, train=True, mutable=["batch_stats"], rngs=rngs, **options
+        )
+
+    def step(params, others, x, g):
+        y, back, new = jax.vjp(
+            lambda params, x: apply({"params": params, **others}, x), params, x, has_aux=True
+        )
+        return new, back((jnp.cos(y) * g).astype(y.dtype))
+
+    def init(x):
+        return row.module.init({"params": jax.random.key(0), **rngs}, x, train=False, **options)
+
+    select = jax.lax.platform_dependent
+    if side == "without":
+        jax.lax.platform_dependent = without(row.functions, select)
+    try:
+        with context.implementation("reference" if side == "plain" else "fused"):
+            variables = jax.eval_shape(init, x)
+            y, _ = jax.eval_shape(apply, variables, x)
+            others = {k: v for k, v in variables.items() if k != "params"}
+            args = on_gpu((variables["params"], others, x, y))
+            compiled = jax.jit(step).lower(*args).compile()
+    finally:
+        jax.lax.platform_dependent = select
+    kernels = gpu_kernels.kernels(hlo.Program(compiled.as_text()), H100.chip)
+    rows = gpu_kernels.rows(kernels)
+    return {
+        "roofline_ms": round(sum(kind["roofline_ms"] for kind in rows), 4),
+        "estimated_ms": round(sum(kind["estimated_ms"] for kind in rows), 4),
+        "temporary": compiled.memory_analysis().temp_size_in_bytes,
+        "kernels": sum(kind["count"] for kind in rows),
+    }
+
+
+def on_gpu(tree):
+    """Gives shapes the device that they are compiled for."""
+    (device,) = compilation.devices_of(H100)
+    where = SingleDeviceSharding(device)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
+
+
+def read():
+    """Reads the lines, by formulation and side."""
+    if not TABLE.is_file():
+        return {}
+    with TABLE.open(newline="") as file:
+        return {(line["formulation"], line["side"]): line for line in csv.DictReader(file)}
+
+
+def main():
+    """Makes every missing line."""
+    for row in ROWS:
+        for side in SIDES:
+            if (row.name, side) in read():
+                continue
+            print(row.name, side, flush=True)
+            jax.clear_caches()  # of what another side has traced
+            line = {"formulation": row.name, "module": row.described, "side": side}
+            line |= measure(row, side)
+            new = not TABLE.is_file()
+            with TABLE.open("a", newline="") as file:
+                writer = csv.DictWriter(file, COLUMNS)
+                if new:
+                    writer.writeheader()
+                writer.writerow(line)
+
+
+if __name__ == "__main__":
+    main()
