@@ -22,6 +22,7 @@ from localglobal_jax.models import layout as layouts
 from localglobal_jax.models.coatnet_variants import VARIANTS
 from localglobal_jax.models.heads import PoolingHead
 from localglobal_jax.models.stems import ConvStem, PatchStem
+from localglobal_jax.operators.grids import check_input
 
 __all__ = ["VARIANTS", "CoAtNet"]
 
@@ -79,6 +80,7 @@ class CoAtNet(nn.Module):
     def __call__(
         self, x: Float[Array, "b h w channels"], *, train: bool = False
     ) -> tuple[Float[Array, "b classes"], dict[str, Array]]:
+        check_input(self, x, "b h w channels")
         stages = self.stages()
         patches = len(self.stem) == 1
         if len(self.stem) > 2 or not self.stem:

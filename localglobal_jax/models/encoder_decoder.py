@@ -26,6 +26,7 @@ from localglobal_jax.models import layout as layouts
 from localglobal_jax.operators.activations import Activation
 from localglobal_jax.operators.cache import Cache, CrossKV
 from localglobal_jax.operators.dense import wide_product
+from localglobal_jax.operators.grids import check_input
 
 _IWSLT = {"source_vocab": 8848, "target_vocab": 6632, "embeddings": "separate"}
 _EN_DE = {"source_vocab": 32768, "target_vocab": 32768}
@@ -177,6 +178,9 @@ class EncoderDecoder(nn.Module):
         *,
         train: bool = False,
     ) -> tuple[Float[Array, "b l v"], dict[str, Float[Array, "b _ _"]]]:
+        for tokens in (source, target):
+            if tokens is not None:
+                check_input(self, tokens, "b l")
         encoded, mask, layers = self._encode(source, train)
         intermediates = {f"encoder_{name}": y for name, y in layers.items()}
         intermediates["encoder"] = encoded

@@ -23,6 +23,7 @@ from localglobal_jax.models import layout as layouts
 from localglobal_jax.models.heads import PoolingHead
 from localglobal_jax.models.stems import PatchEmbed
 from localglobal_jax.operators.focal import PoolMethod
+from localglobal_jax.operators.grids import check_input
 
 _SIZES: dict[str, dict[str, Any]] = {  # table 1 of the paper
     "tiny": {"depths": (2, 2, 6, 2), "widths": (96, 192, 384, 768), "heads": (3, 6, 12, 24)},
@@ -145,6 +146,7 @@ class FocalTransformer(nn.Module):
     def __call__(
         self, x: Float[Array, "b h w channels"], *, train: bool = False
     ) -> tuple[Float[Array, "b classes"], dict[str, Array]]:
+        check_input(self, x, "b h w channels")
         stages = self.stages()
         self._check((x.shape[1], x.shape[2]))
         x = PatchEmbed(

@@ -24,6 +24,7 @@ from localglobal_jax.models import layout as layouts
 from localglobal_jax.models.heads import ClassAttentionHead
 from localglobal_jax.models.mix_token import NO_BOX, sample_box, swap
 from localglobal_jax.models.stems import ConvPatchStem, patch_grid
+from localglobal_jax.operators.grids import check_input
 
 _D4: dict[str, Any] = {"widths": (384, 768, 768, 768), "heads": (12, 16, 16, 16)}
 _D2: dict[str, Any] = {"widths": (256, 512, 512, 512), "heads": (8, 16, 16, 16)}
@@ -115,6 +116,7 @@ class VOLO(nn.Module):
     def __call__(
         self, x: Float[Array, "b h w channels"], *, train: bool = False
     ) -> tuple[Float[Array, "b classes"], dict[str, Array]]:
+        check_input(self, x, "b h w channels")
         stages, per_stage = self.stages(), self._per_stage()
         grids = self.grids((x.shape[1], x.shape[2]))
         layouts.check_options(self.blocks)

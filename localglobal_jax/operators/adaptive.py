@@ -197,6 +197,7 @@ class AdaptiveConv(nn.Module):
     @nn.compact
     def _between_projections(self, x: Array, convolve: Callable[..., Array]) -> Array:
         """Applies ``convolve(query, key, value, bias)`` between the two projections."""
+        grids.check_input(self, x, "b l d", "b h w d", parameter="bias")
         features = self.features or x.shape[-1]
         width = self.width or features
         if x.ndim == 3:
@@ -239,6 +240,7 @@ class EquivariantAttention(nn.Module):
     def __call__(
         self, x: Float[Array, "b *space d"], *, train: bool = False
     ) -> Float[Array, "b *space e"]:
+        grids.check_input(self, x, "b l d", "b h w d", parameter="bias")
         features = self.features or x.shape[-1]
         width = self.width or features
         space = x.shape[1:-1]

@@ -194,6 +194,7 @@ class RelativeAttention(nn.Module):
     def __call__(
         self, x: Float[Array, "b h w d"], *, train: bool = False
     ) -> Float[Array, "b h w e"]:
+        grids.check_input(self, x, "b h w d")
         _, h, w, d = x.shape
         features = self.features or d
         width, sequence = self.width or features, grids.grid_to_sequence(x)
@@ -308,6 +309,7 @@ class SelfAttention(nn.Module):
         mask: Bool[Array, "b l"] | None = None,
         train: bool = False,
     ) -> Float[Array, "b l d"]:
+        grids.check_input(self, x, "b l d")
         query, key, value = self._project(x)
         bias = None
         if self.furthest is not None:

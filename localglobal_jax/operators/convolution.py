@@ -127,6 +127,7 @@ class DepthwiseConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b *space d"]) -> Float[Array, "b *out d"]:
+        grids.check_input(self, x, "b l d", "b h w d", parameter="kernel")
         shape = (self.window,) * (x.ndim - 2) + (x.shape[-1],)
         # fan-in of one channel is the window, not window x channels
         init = nn.initializers.variance_scaling(
@@ -194,6 +195,7 @@ class SharedValueConv(nn.Module):
 
         Then `value` may be as short as the widest window, with zeros before the beginning.
         """
+        grids.check_input(self, value, "b l d", "b h w d")
         if not self.causal and any(side % 2 == 0 for side in self.windows):
             raise ValueError(f"muse: windows {self.windows}: centred windows have an odd size")
         if len(set(self.windows)) < len(self.windows):
@@ -284,6 +286,7 @@ class DynamicConv(nn.Module):
         mask: Bool[Array, "b l"] | None = None,
         train: bool = False,
     ) -> Float[Array, "b l d"]:
+        grids.check_input(self, x, "b l d")
         y = zero_padding(self._gate(x), mask if self.zero_padding else None)
         y = self.convolution(y, train=train)
         return project(y, [self.output()], dtype=self.dtype)[0]

@@ -112,6 +112,7 @@ class FocalAttention(nn.Module):
     def __call__(
         self, x: Float[Array, "b h w d"], *, train: bool = False
     ) -> Float[Array, "b h w e"]:
+        grids.check_input(self, x, "b h w d")
         check(self.window, self.expand, self.levels, self.focal_window, self.shift)
         features = self.features or x.shape[-1]
         width = self.width or features

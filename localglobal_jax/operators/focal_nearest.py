@@ -74,6 +74,7 @@ class NearestFocalAttention(nn.Module):
     def __call__(
         self, x: Float[Array, "b h w d"], *, train: bool = False
     ) -> Float[Array, "b h w e"]:
+        grids.check_input(self, x, "b h w d")
         focal.check(self.window, 0, self.levels, 1, 0)
         if self.levels > 2:
             raise ValueError(

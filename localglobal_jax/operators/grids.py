@@ -7,8 +7,26 @@ Legend: b batch, h w grid, l length, i j windows, y x positions in a window, d w
 from collections.abc import Iterator, Sequence
 from itertools import product
 
+import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
+
+
+def check_input(module: nn.Module, x: Array, *forms: str, parameter: str | None = None) -> None:
+    """Raises ValueError unless `x` has the axes of one of `forms`, such as ``"b h w d"``.
+
+    Grids without a batch look like sequences to a module that takes both. `parameter` names one
+    of the module's arrays that has the axes of the space and one more; it tells them apart.
+    """
+    ranks = {len(form.split()) for form in forms}
+    if parameter and module.has_variable("params", parameter):
+        ranks &= {module.get_variable("params", parameter).ndim + 1}
+    if x.ndim not in ranks:
+        wanted = " or ".join(f"[{', '.join(f.split())}]" for f in forms if len(f.split()) in ranks)
+        hint = ": put the axis of the batch first, x[None]" if x.ndim + 1 in ranks else ""
+        raise ValueError(
+            f"{type(module).__name__}: the input has the shape {x.shape}, not {wanted}{hint}"
+        )
 
 
 def grid_to_sequence(x: Shaped[Array, "b *space d"]) -> Shaped[Array, "b l d"]:

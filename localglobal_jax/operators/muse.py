@@ -81,6 +81,7 @@ class Muse(nn.Module):
     def __call__(
         self, x: Float[Array, "b h w d"], *, train: bool = False
     ) -> Float[Array, "b h w e"]:
+        grids.check_input(self, x, "b h w d")
         b, h, w, d = x.shape
         features = self.features or d
         width = self.width or features
@@ -216,6 +217,7 @@ class MuseSequence(nn.Module):
         memory: CrossKV | None = None,
         train: bool = False,
     ) -> Float[Array, "b l d"]:
+        grids.check_input(self, x, "b l d")
         query, key, value, source, rest = self._project(x, train)
         if self.zero_padding:
             value, source = zero_padding(value, mask), zero_padding(source, mask)

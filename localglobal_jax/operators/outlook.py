@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from localglobal_jax.operators import grids
 from localglobal_jax.operators.dense import DenseGeneral, head_width
 from localglobal_jax.operators.reach import Reach, local
 
@@ -148,6 +149,7 @@ class Outlook(nn.Module):
     def __call__(
         self, x: Float[Array, "b h w d"], *, train: bool = False
     ) -> Float[Array, "b h w e"]:
+        grids.check_input(self, x, "b h w d")
         features = self.features or x.shape[-1]
         if self.window < 3 or self.window % 2 == 0 or self.stride < 1:
             raise ValueError(

@@ -5,17 +5,19 @@
 """
 
 import dataclasses
+import operator
 import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
 from localglobal_jax import blocks, operators
 from localglobal_jax.models import VOLO, CoAtNet, EncoderDecoder, FocalTransformer
-from localglobal_jax.parallel import context
+from localglobal_jax.parallel import context, placement
 
 GRID, SEQUENCE, IMAGE = (1, 4, 4, 8), (1, 6, 8), (1, 32, 32, 3)
 OPERATORS = {
@@ -71,9 +73,9 @@ MODELS = {
 CASES = OPERATORS | BLOCKS | LAYERS | MODELS
 
 
-def prepared(name):
+def prepared(name, module=None):
     """``(apply, argument)``: a function of one pytree of float32 arrays, and its argument."""
-    module, shape = CASES[name]
+    module, shape = module or CASES[name][0], CASES[name][1]
     rng = np.random.default_rng(0)
     if shape is None:  # tokens have no derivative: the embedding tables do
         inputs = (jnp.array([[4, 5, 6, 2]]), jnp.array([[2, 7, 8]]))
@@ -154,6 +156,66 @@ def test_reference_has_every_transformation(name):
     close(found["linearize"], found["jvp"], 1e-4)
     close(found["hessian"], found["reverse of reverse"], 1e-2)
     close(found["vmap"], found["loop"], 1e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_reference_works_under_checkpoint_scan_and_shard_map(name):
+    apply, argument = prepared(name)
+    _, shape = CASES[name]
+    axis = placement.make_mesh({"data": 2})
+
+    def total(argument):
+        return jnp.sin(apply(argument)).sum()
+
+    @jax.jit
+    def transformed(argument):
+        two = jax.tree.map(lambda x: jnp.stack([x, 1.01 * x]), argument)
+        if shape is None:
+            two = jax.tree.map(lambda x: jnp.stack([x, x]), argument)
+        spec = jax.sharding.PartitionSpec("data")
+        one_each = jax.shard_map(
+            lambda part: apply(jax.tree.map(lambda x: x[0], part))[None],
+            mesh=axis, in_specs=spec, out_specs=spec,
+        )  # fmt: skip
+        return {
+            "gradient": jax.grad(total)(argument),
+            "checkpoint": jax.grad(jax.checkpoint(total))(argument),
+            "loop": jnp.stack([apply(jax.tree.map(operator.itemgetter(i), two)) for i in (0, 1)]),
+            "scan": jax.lax.scan(lambda carry, x: (carry, apply(x)), 0, two)[1],
+            "vmap over parameters": jax.vmap(apply)(two),
+            "shard_map": one_each(two),
+        }
+
+    found = transformed(argument)
+    for a, b in zip(*(jax.tree.leaves(found[k]) for k in ("checkpoint", "gradient")), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(1, float(jnp.abs(b).max())))
+    for transformation in ("scan", "vmap over parameters", "shard_map"):
+        close(found[transformation], found["loop"], 1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+@pytest.mark.parametrize("name", CASES)
+def test_reference_computes_in_other_dtypes(name, dtype):
+    module, _ = CASES[name]
+    whole, argument = prepared(name)
+    with jax.enable_x64(dtype == "float64"):
+        apply, _ = prepared(name, module.clone(dtype=dtype))
+        cast = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), dtype), argument)
+        found = jax.jit(apply)(cast)
+        assert found.dtype == dtype or (name in MODELS and found.dtype == "float32")
+    close(found, whole(argument), 0.1 if dtype == "bfloat16" else 1e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_input_without_a_batch_is_one_line(name, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # users have no type checker
+    module, shape = CASES[name]
+    options = {"train": False} if name in MODELS or name in BLOCKS else {}
+    whole = (jnp.ones(shape),) if shape else (jnp.ones((1, 4), int), jnp.ones((1, 3), int))
+    variables = jax.eval_shape(lambda: module.init(jax.random.key(0), *whole, **options))
+    with pytest.raises(ValueError, match=r"shape \(.*\[b, .*x\[None\]") as error:
+        jax.eval_shape(lambda v: module.apply(v, *(x[0] for x in whole), **options), variables)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", CASES)
