@@ -4,10 +4,14 @@
     python experiments/benchmarks/machine.py --theirs PYTHON [--gpu] [NAME ...]
 
 `PYTHON`: an environment with torch and timm (the project itself needs neither). On CPU both
-sides compute in float32, on a GPU in bfloat16, theirs by autocast and compiled.
+sides compute in float32, on a GPU in bfloat16, theirs by autocast and compiled. A row that fails,
+e.g. because memory is short, says so in the table, and the others go on (exit code 1). The same
+command goes on with the rows that this machine has not measured.
 """
 
 import argparse
+import contextlib
+import csv
 import os
 import pathlib
 import sys
@@ -53,27 +57,56 @@ GPU = {
 }  # fmt: skip
 
 
-def measure(row, python):
-    """Returns ratios and seconds of one row."""
+# For --check: the same rows on any CPU, in a minute.
+SMALL = {
+    "coatnet_0": "depths=(1,1,1,1) widths=(8,8,16,16) stem=(8,8) image=32",
+    "volo_d1": "depths=(1,1,1,1) widths=(8,16,16,16) heads=(2,2,2,2) stem=8 image=32",
+    "muse_iwslt": "depths=(1,1) widths=(16,16) heads=(2,2) hidden=(16,16)",
+}
+
+
+def small(work):
+    """Returns the work of `ours.py` at batch 2 with a small model."""
+    kind, name, _, *options = work.split()
+    return " ".join([kind, name, "2", *options, SMALL[name]])
+
+
+def measure(row, python, rounds):
+    """Returns ratios and seconds of one row. Raises `pairs.Failed`."""
     work, script, other, goal = row
     python = sys.executable if script == "ours.py" else python
-    sides = [
-        pairs.Worker([sys.executable, str(HERE / "ours.py"), *work.split()]),
-        pairs.Worker([python, str(HERE / script), *other.split()]),
-    ]
-    seconds = pairs.in_turns(sides, ROUNDS)
-    for side in sides:
-        side.close()
+    with contextlib.ExitStack() as stack:
+
+        def start(*command):
+            worker = pairs.Worker(command)
+            stack.callback(worker.close)
+            return worker
+
+        theirs = start(python, str(HERE / script), *other.split())  # first: it fails at once
+        ours = start(sys.executable, str(HERE / "ours.py"), *work.split())
+        seconds = pairs.in_turns([ours, theirs], rounds)
     return {
         "goal": goal,
-        "rounds": ROUNDS,
+        "rounds": rounds,
         **{f"ratio_{k}": v for k, v in pairs.spread(seconds[:, 1] / seconds[:, 0]).items()},
         "our_seconds": pairs.spread(seconds[:, 0])["median"],
         "their_seconds": pairs.spread(seconds[:, 1])["median"],
-        "ours": sides[0].about,
-        "theirs": sides[1].about,
-        "load": round(os.getloadavg()[0], 1),
-        **pairs.environment(),
+        "ours": ours.about,
+        "theirs": theirs.about,
+    }
+
+
+def measured(path, about):
+    """Returns the names of the rows of a table that this machine has measured."""
+    if not path.exists():
+        return set()
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    same = [k for k in about if k not in ("date", "load")]
+    return {
+        row["name"]
+        for row in rows
+        if not row.get("failed") and all(row.get(k, "") == str(about[k]) for k in same)
     }
 
 
@@ -82,24 +115,51 @@ def main():
     parser.add_argument("names", nargs="*", metavar="NAME", help="beginnings; default: all rows")
     parser.add_argument("--theirs", required=True, metavar="PYTHON", help="has torch and timm")
     parser.add_argument("--gpu", action="store_true", help="the rows for a GPU, into gpu.csv")
+    parser.add_argument("--again", action="store_true", help="also rows that this machine has")
+    parser.add_argument("--check", metavar="FILE",
+        help="with --gpu: try all rows on the CPU with small models, into FILE")  # fmt: skip
     args = parser.parse_args()
-    if args.gpu:  # both sides have to be in its memory at once
+    rows = GPU if args.gpu else CPU
+    path = HERE / ("gpu.csv" if args.gpu else "cpu.csv")
+    rounds = ROUNDS
+    if args.check:
+        if not args.gpu:
+            parser.error("--check is for --gpu: the rows without it run on any CPU")
+        rows = {name: (small(row[0]), *row[1:]) for name, row in GPU.items()}
+        path, rounds = pathlib.Path(args.check), 1
+    if args.gpu and not args.check:
         os.environ.update(
-            DEVICE="cuda", JAX_PLATFORMS="cuda", XLA_PYTHON_CLIENT_PREALLOCATE="false"
+            DEVICE="cuda",
+            JAX_PLATFORMS="cuda",
+            XLA_PYTHON_CLIENT_PREALLOCATE="false",  # both sides are in its memory at once
+            # both sides on one GPU: the first of those that are allowed
+            CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
         )
     else:
         os.environ.update(DEVICE="cpu", JAX_PLATFORMS="cpu")
     os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"  # what `localglobal` sets for itself
-    for name, row in (GPU if args.gpu else CPU).items():
+    about = {**pairs.environment(), **({"gpu": pairs.gpu()} if args.gpu else {})}
+    done = set() if args.again else measured(path, about)
+    failed = False
+    for name, row in rows.items():
         if args.names and not name.startswith(tuple(args.names)):
             continue
-        found = {"name": name, **measure(row, args.theirs)}
-        pairs.write(HERE / ("gpu.csv" if args.gpu else "cpu.csv"), [found])
-        print(
-            f"{name}: {found['ratio_median']:.2f} times as fast "
-            f"({found['ratio_low']:.2f} to {found['ratio_high']:.2f}; goal {found['goal']})",
-            flush=True,
-        )
+        if name in done:
+            print(f"{name}: measured before; --again measures it anew", flush=True)
+            continue
+        load = round(os.getloadavg()[0], 1)
+        try:
+            found = measure(row, args.theirs, rounds)
+            said = (
+                f"{found['ratio_median']:.2f} times as fast "
+                f"({found['ratio_low']:.2f} to {found['ratio_high']:.2f}; goal {found['goal']})"
+            )
+        except (pairs.Failed, OSError) as error:  # e.g. out of memory: the other rows go on
+            failed, said = True, f"failed: {error}"
+            found = {"goal": row[3], "failed": str(error)}
+        pairs.write(path, [{"name": name, **found, "load": load, **about}])
+        print(f"{name}: {said}", flush=True)
+    sys.exit(int(failed))
 
 
 if __name__ == "__main__":

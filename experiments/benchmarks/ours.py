@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A worker (see pairs.py): our models.
 
-python ours.py infer|train|decode NAME BATCH [plain] [FIELD=VALUE ...]
+python ours.py infer|train|decode NAME BATCH [plain] [FIELD=VALUE ...] [image=PIXELS]
 
 "plain": the equations, differentiated by JAX, `parallel.implementation=reference`.
 """
@@ -27,13 +27,13 @@ CLASSES, TOKENS = 1000, 6000
 REPEATS = 3  # a turn
 
 
-def example(name, batch):
-    """Inputs and labels: 224 x 224 images, or sentences of 32 tokens."""
+def example(name, batch, pixels):
+    """Inputs and labels: square images, or sentences of 32 tokens."""
     key = jax.random.key(0)
     if name.startswith(("muse", "transformer")):
         source, target = jax.random.randint(key, (2, batch, 32), 4, TOKENS)
         return (source, target), target
-    image = jax.random.normal(key, (batch, 224, 224, 3))
+    image = jax.random.normal(key, (batch, pixels, pixels, 3))
     return (image,), jax.random.randint(key, (batch,), 0, CLASSES)
 
 
@@ -94,9 +94,10 @@ def make(work, name, batch, *options):
     """The work as a function, warm."""
     implementation = "reference" if "plain" in options else "fused"
     fields = {k: ast.literal_eval(v) for k, _, v in (o.partition("=") for o in options) if v}
+    pixels = fields.pop("image", 224)
     module = lg.create_model(name, **fields)
     works = {"infer": infer, "train": train, "decode": decode}
-    go = works[work](module, *example(name, int(batch)))
+    go = works[work](module, *example(name, int(batch), pixels))
     with context.implementation(implementation):
         for _ in range(2):
             jax.block_until_ready(go())

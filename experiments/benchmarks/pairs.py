@@ -7,16 +7,26 @@ what a process freed before it slept may have gone back to the host of a virtual
 to get it anew slowed our training steps to 1.9 s instead of 1.4.
 """
 
+import contextlib
 import csv
 import os
+import pathlib
 import platform
+import re
 import subprocess
+import sys
+import tempfile
 import time
 from importlib import metadata
 
 import numpy as np
 
 PAUSE = 0.5  # seconds
+TELLING = r"^[\w.]*(Error|Exception|Interrupt)\b|[Oo]ut of memory|RESOURCE_EXHAUSTED|bad_alloc"
+
+
+class Failed(RuntimeError):
+    """Raised when a worker ends without a result; one line with its reason."""
 
 
 class Worker:
@@ -27,26 +37,44 @@ class Worker:
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=(log := tempfile.TemporaryFile("w+")),  # noqa: SIM115 # closed by `close`
             text=True,
             env={**os.environ, **(environment or {})},
         )
+        self._log = log
         self.about = self._next()
 
     def _next(self):
         for line in self.process.stdout:
             if line.startswith(("ready ", "seconds ")):
                 return line.partition(" ")[2].strip()
-        raise RuntimeError(f"{self.process.args}: ended with {self.process.wait()}")
+        code = self.process.wait()
+        self._log.seek(0)
+        said = self._log.read()
+        sys.stderr.write(said)
+        self.close()
+        raise Failed(f"{pathlib.Path(self.process.args[1]).name}: {reason(code, said)}")
 
     def __call__(self):
         """Returns the seconds of one piece of work."""
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended: `_next` says why
+            self.process.stdin.write("go\n")
+            self.process.stdin.flush()
         return float(self._next())
 
     def close(self):
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
+        self.process.stdout.close()
+        self._log.close()
+
+
+def reason(code, said):
+    """Returns the line of a worker's output that says why it ended, or else its last line."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    telling = [line for line in lines if re.search(TELLING, line)] or lines or ["no output"]
+    return f"exit code {code}: {telling[-1][:200]}"
 
 
 def in_turns(sides, rounds):
@@ -76,6 +104,17 @@ def environment():
         "cores": len(os.sched_getaffinity(0)),
         "jax": metadata.version("jax"),
     }
+
+
+def gpu():
+    """Returns the name and the driver of the GPU that is used; empty without nvidia-smi."""
+    device = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader", "-i"]
+    try:
+        done = subprocess.run([*command, device], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return (done.stdout.strip().splitlines() or [""])[0]
 
 
 def write(path, rows):

@@ -66,16 +66,8 @@ def _count(jaxpr: Jaxpr, loops: int | None = None) -> int:
 
 def _count_equation(equation: Any, loops: int | None) -> int:
     name, params = equation.primitive.name, equation.params
-    if name == "dot_general":
-        (contracting, _), _ = params["dimension_numbers"]
-        left = equation.invars[0].aval.shape
-        return int(
-            equation.outvars[0].aval.size * np.prod([left[i] for i in contracting], initial=1)
-        )
-    if name == "conv_general_dilated":
-        kernel = equation.invars[1].aval
-        features = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
-        return int(equation.outvars[0].aval.size * (kernel.size // features))
+    if name in ("dot_general", "conv_general_dilated"):
+        return of_product(equation)
     counts = [_count(inner, loops) for inner in _inner(params)]
     if name == "scan":
         return params["length"] * sum(counts)
@@ -90,6 +82,18 @@ def _count_equation(equation: Any, loops: int | None) -> int:
             "a while loop has no trip count in the program: give `computed` loops=COUNT"
         )
     return sum(counts)
+
+
+def of_product(equation: Any) -> int:
+    """Counts the multiply-adds of an equation that is a ``dot_general`` or a convolution."""
+    params, result = equation.params, equation.outvars[0].aval.size
+    if equation.primitive.name == "dot_general":
+        (contracting, _), _ = params["dimension_numbers"]
+        left = equation.invars[0].aval.shape
+        return int(result * np.prod([left[i] for i in contracting], initial=1))
+    kernel = equation.invars[1].aval
+    features = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
+    return int(result * (kernel.size // features))
 
 
 def _inner(params: dict[str, Any]) -> Iterator[Jaxpr]:

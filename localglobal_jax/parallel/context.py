@@ -29,6 +29,7 @@ class StackOptions(NamedTuple):
 
 _edge: ContextVar[Callable[[Array], Array]] = ContextVar("edge", default=lambda x: x)
 _whole: ContextVar[Callable[..., Array]] = ContextVar("whole", default=lambda x, *_: x)
+_state: ContextVar[Callable[[PyTree], PyTree]] = ContextVar("state", default=lambda x: x)
 _axis: ContextVar[str | None] = ContextVar("axis", default=None)
 _norm_axis: ContextVar[str | None] = ContextVar("norm_axis", default=None)
 _stack_options: ContextVar[StackOptions | None] = ContextVar("stack_options", default=None)
@@ -95,6 +96,16 @@ def replicate(x: Array, free: int) -> Array:
     return _whole.get()(x, free)
 
 
+def constrain_like_state(tree: PyTree) -> PyTree:
+    """Constrains a gradient, or new running statistics, to the shardings that their state has.
+
+    The identity, unless parameters are split over "model". Without it XLA computed the optimizer of
+    whole parameters (norms, the classifier) in parts, and gathered the parameters, both moments and
+    the average instead of one gradient.
+    """
+    return _state.get()(tree)
+
+
 def norm_axis() -> str | None:
     """Returns the pmap axis of batch statistics; None under jit, where they are global."""
     return _norm_axis.get()
@@ -120,6 +131,7 @@ def tracing(
     *,
     edge: Callable[[Array], Array] = lambda x: x,
     whole: Callable[[Array, int], Array] = lambda x, _: x,
+    state: Callable[[PyTree], PyTree] = lambda x: x,
     axis: str | None = None,
     norm_axis: str | None = None,
     options: StackOptions | None = None,
@@ -127,7 +139,7 @@ def tracing(
     """Context manager that sets what the functions above return while a step is traced."""
     chosen: list[tuple[ContextVar[Any], Any]]
     chosen = [
-        (_edge, edge), (_whole, whole), (_axis, axis), (_norm_axis, norm_axis),
+        (_edge, edge), (_whole, whole), (_state, state), (_axis, axis), (_norm_axis, norm_axis),
         (_stack_options, options),
     ]  # fmt: skip
     tokens = [(variable, variable.set(value)) for variable, value in chosen]

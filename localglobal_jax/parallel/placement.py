@@ -221,6 +221,15 @@ class Partitioner:
 
         return jax.tree_util.tree_map_with_path(whole, params)
 
+    def _like_state(self, tree: PyTree) -> PyTree:
+        """Constrains a tree whose paths end like those of the state to the state's shardings."""
+
+        def constrained(path: Any, leaf: jax.Array) -> jax.Array:
+            where = NamedSharding(self.mesh, self.spec("/" + _name(path), leaf.shape))
+            return jax.lax.with_sharding_constraint(leaf, where)
+
+        return jax.tree_util.tree_map_with_path(constrained, tree)
+
     @contextmanager
     def _tracing(self, axis: str | None = None) -> Iterator[None]:
         """Context manager for tracing a step: settings of this run for the code inside it."""
@@ -238,6 +247,7 @@ class Partitioner:
         settings = context.tracing(
             edge=lambda x: jax.lax.with_sharding_constraint(x, self._batched()) if split else x,
             whole=whole,
+            state=self._like_state if "tensor" in self.strategy else lambda x: x,
             axis=axis,
             norm_axis=axis if self._global_norm else None,
             options=self._stack_options,

@@ -7,6 +7,7 @@ separate process, because libtpu aborts instead of raising, and because XLA read
 once.
 """
 
+import dataclasses
 import gzip
 import json
 import math
@@ -26,8 +27,8 @@ from localglobal_jax.config import schema, validation
 from localglobal_jax.inference import decoding
 from localglobal_jax.models import flops
 from localglobal_jax.parallel import placement
-from localglobal_jax.profiling import abstract_task, topologies
-from localglobal_jax.training import optim
+from localglobal_jax.profiling import abstract_task, perfect_fusion, topologies
+from localglobal_jax.training import freezing, optim
 from localglobal_jax.training.step import State, check_batches, init_state, make_update
 from localglobal_jax.training.tasks import Task
 
@@ -91,8 +92,13 @@ def compile_step(
         "mesh": dict(partitioner.mesh.shape),
         "parameters": sum(x.size for x in jax.tree.leaves(state.variables["params"])),
         "parameter_bytes": nbytes(state.variables["params"]),
+        "split_parameter_bytes": split_bytes(state.variables["params"]),
+        "trained_parameter_bytes": nbytes(
+            freezing.trained(state.variables["params"], run.optim.freeze)
+        ),
         "multiply_adds": flops.computed(traced.jaxpr, loops=loops),
         "arguments": arguments(state, batch, partitioner, train=step == "train"),
+        "least": least(run, task, step, state, batch),
         "parts": sorted(state.variables["params"]),
         "parameter_sizes": parameter_sizes(state.variables["params"]),
         "trace_seconds": time.monotonic() - began,
@@ -101,8 +107,8 @@ def compile_step(
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+        if "RESOURCE_EXHAUSTED" not in str(error) or topology.platform != "tpu":
+            raise  # on other platforms it is the compiler itself that has no memory left
         for file in (folder / "dump").glob("*oom_intermediate_module.txt"):
             keep(folder, file.read_text(encoding="utf-8"))
         return facts | {"out_of_memory": out_of_memory(str(error))}
@@ -145,6 +151,20 @@ def evaluated(run: schema.Run, task: Task, step: str) -> Callable[..., Any]:
     return evaluator.predict
 
 
+def least(
+    run: schema.Run, task: Task, step: str, state: State, batch: abstract_task.Shapes
+) -> dict[str, int] | None:
+    """Returns the work that no fusion saves; None for decoding, whose length the data decides."""
+    if step == "decode":
+        return None
+    if step == "train":
+        freeze = run.optim.freeze
+        found = perfect_fusion.of_training(task, state.variables, batch, freeze)
+    else:
+        found = perfect_fusion.of_evaluation(evaluated(run, task, step), state.variables, batch)
+    return dataclasses.asdict(found)
+
+
 def arguments(
     state: State, batch: abstract_task.Shapes, partitioner: placement.Partitioner, *, train: bool
 ) -> dict[str, int]:
@@ -167,6 +187,11 @@ def own_bytes(tree: PyTree) -> int:
 def nbytes(tree: PyTree) -> int:
     """Returns the bytes of whole arrays."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def split_bytes(tree: PyTree) -> int:
+    """Returns the bytes of the whole arrays that a sharding splits over devices."""
+    return nbytes([x for x in jax.tree.leaves(tree) if not x.sharding.is_fully_replicated])
 
 
 def parameter_sizes(params: PyTree) -> list[int]:

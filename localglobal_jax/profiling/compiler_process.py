@@ -12,6 +12,8 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -26,6 +28,13 @@ from localglobal_jax.config import schema
 from localglobal_jax.profiling.topologies import Topology
 
 CACHE = pathlib.Path("~/.cache/localglobal/plan")
+FAILED = "failed.log"  # in the cache: the output of the last compiler that failed
+# Lines of the compiler's output that say why it ended. JAX's own last line never does.
+TELLING = r"^[\w.]*(Error|Exception|Interrupt)\b|bad_alloc|Check failed|LLVM ERROR|FATAL"
+NO_MEMORY = (
+    r"MemoryError|bad_alloc|[Oo]ut of memory|Cannot allocate memory|can't start new thread"
+    r"|failed to map segment|pthread_create|Resource temporarily unavailable"
+)
 TELL = 15.0  # seconds between two lines of progress
 CUDA_PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", *CUDA_PLUGINS)
@@ -201,14 +210,36 @@ def _compile(
                 child.wait()
             shutil.rmtree(folder / "dump", ignore_errors=True)
     if child.returncode != 0 or not (folder / "facts.json").is_file():
-        said = (folder / "log").read_text(encoding="utf-8", errors="replace").strip()
-        how = f"exit code {child.returncode}"
-        if child.returncode < 0:
-            how = signal.Signals(-child.returncode).name
+        said = (folder / "log").read_text(encoding="utf-8", errors="replace")
+        kept = folder.parent / FAILED
+        kept.write_text(said, encoding="utf-8")
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 2**10
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
         raise CompilerFailed(
-            f"the compiler ended with {how} on {topology.name}; its last lines:\n"
-            + "\n".join(line[:400] for line in said.splitlines()[-12:])
+            f"the compiler ended with {reason(child.returncode, said, peak, limit)}; topology "
+            f"{topology.name}; its output: {kept}"
         )
+
+
+def reason(code: int, said: str, peak: int, limit: int) -> str:
+    """Returns one line on why the compiler's process ended.
+
+    Args:
+      code: its exit code; negative: the signal.
+      said: its output.
+      peak: the bytes of memory that it used.
+      limit: the bytes of address space that it may use; -1 without a limit.
+    """
+    how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    telling = [line for line in lines if re.search(TELLING, line)] or lines
+    if telling:
+        how += f": {telling[-1][:300]}"
+    limited = limit >= 0 and -code in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS)
+    if re.search(NO_MEMORY, said) or -code == signal.SIGKILL or limited:
+        how += f" (out of memory? It used {peak / 2**30:.2f} GiB"
+        how += f"; ulimit -v: {limit / 2**30:.2f} GiB)" if limit >= 0 else ")"
+    return how
 
 
 def _watch(child: "subprocess.Popen[bytes]", what: str, timeout: float) -> None:

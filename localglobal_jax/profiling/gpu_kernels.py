@@ -23,6 +23,7 @@ KINDS = {  # of a library call, by the start of its target
 EFFICIENCY = {"product": 0.7, "convolution": 0.5, "attention": 0.5}
 LAUNCH = 2e-6  # seconds
 SPEED_OF_LIGHT = "sol"  # a lower bound, not an estimate
+VIEWS = ("bitcast", "get-tuple-element")
 COPIES = ("copy", "transpose", "copy-start")
 COPY_NAMES = re.compile(r"(wrapped_|loop_|input_)?(transpose|copy)(_fusion)?[.\d]*")
 COLLECTIVE = re.compile(
@@ -43,6 +44,8 @@ class Kernel:
     estimate: float  # seconds
     runs: int
     op_name: str
+    layout: str = ""  # NHWC or NCHW, of a convolution
+    feeds_convolution: bool = False  # a copy of an operand or result of a convolution
 
 
 def kernels(program: Program, gpu: Gpu) -> list[Kernel]:
@@ -51,22 +54,49 @@ def kernels(program: Program, gpu: Gpu) -> list[Kernel]:
     found = []
     for name, runs in program.scheduled.items():
         there = {i.name: i.result[0] for i in program.instructions[name] if i.result}
+        around = _around_convolutions(program.instructions[name])
         for i in program.instructions[name]:
             if id(i) in sizes and not COLLECTIVE.fullmatch(i.opcode):
                 inputs = [there[operand] for operand in i.operands if operand in there]
-                found.append(_kernel(i, inputs, sizes[id(i)], runs, gpu))
+                kernel = _kernel(i, inputs, sizes[id(i)], runs, gpu)
+                copied = kernel.kind == "copy" and i.name in around
+                found.append(dataclasses.replace(kernel, feeds_convolution=copied))
     return found
 
 
-def _kernel(i: Instruction, inputs: list[Array], size: int, runs: int, gpu: Gpu) -> Kernel:
+def _around_convolutions(instructions: list[Instruction]) -> set[str]:
+    """Returns the names of instructions that make an operand, or read a result, of a convolution.
+
+    Views (bitcasts, elements of tuples) between them are passed through.
+    """
+    views = {i.name: i.operands[0] for i in instructions if i.opcode in VIEWS}
+
+    def origin(name: str) -> str:
+        while name in views:
+            name = views[name]
+        return name
+
+    convolutions = {i.name: i for i in instructions if _library_kind(i) == "convolution"}
+    makers = {origin(name) for i in convolutions.values() for name in i.operands}
+    readers = {i.name for i in instructions if any(origin(n) in convolutions for n in i.operands)}
+    return makers | readers
+
+
+def _library_kind(i: Instruction) -> str | None:
     target = i.attribute(r'custom_call_target="([^"]*)"') or ""
-    kind = next((kind for start, kind in KINDS.items() if target.startswith(start)), None)
+    return next((kind for start, kind in KINDS.items() if target.startswith(start)), None)
+
+
+def _kernel(i: Instruction, inputs: list[Array], size: int, runs: int, gpu: Gpu) -> Kernel:
+    kind, layout = _library_kind(i), ""
     flops, dtype, peak = 0, i.result[0].dtype if i.result else "", gpu.flops
     if kind == "product":
         flops, dtype = _product_flops(i, inputs), inputs[0].dtype
     elif kind == "convolution":
-        flops, dtype = _convolution_flops(i, inputs, target), inputs[0].dtype
+        flops, dtype = _convolution_flops(i, inputs), inputs[0].dtype
+        layout = "NHWC" if _labels(i).endswith("f") else "NCHW"
     elif kind == "attention":
+        target = i.attribute(r'custom_call_target="([^"]*)"') or ""
         flops, dtype = _attention_flops(inputs, target), inputs[0].dtype
     elif i.opcode in COPIES or (i.opcode == "fusion" and COPY_NAMES.fullmatch(i.name)):
         kind = "copy"
@@ -77,7 +107,7 @@ def _kernel(i: Instruction, inputs: list[Array], size: int, runs: int, gpu: Gpu)
     roofline = max(flops / peak, size / gpu.hbm)
     share = EFFICIENCY.get(kind, 1.0)
     estimate = max(roofline / share, _estimate(i)) + LAUNCH
-    return Kernel(kind, i.name, dtype, size, flops, roofline, estimate, runs, i.op_name)
+    return Kernel(kind, i.name, dtype, size, flops, roofline, estimate, runs, i.op_name, layout)
 
 
 def _product_flops(i: Instruction, inputs: list[Array]) -> int:
@@ -87,10 +117,15 @@ def _product_flops(i: Instruction, inputs: list[Array]) -> int:
     return 2 * math.prod(i.result[0].shape) * math.prod(inputs[0].shape[n] for n in dims)
 
 
-def _convolution_flops(i: Instruction, inputs: list[Array], target: str) -> int:
+def _labels(i: Instruction) -> str:
+    """Returns the axes of a convolution, as ``b01f_o01i->b01f``."""
+    return i.attribute(r"dim_labels=(\S+?)[,\s]") or "b01f_01io->b01f"
+
+
+def _convolution_flops(i: Instruction, inputs: list[Array]) -> int:
     """Returns 2 x the elements of the kernel x the positions of the output, for any direction."""
-    labels = i.attribute(r"dim_labels=(\S+?)[,\s]") or "b01f_01io->b01f"
-    channel = labels.rpartition("->")[2].index("f")
+    channel = _labels(i).rpartition("->")[2].index("f")
+    target = i.attribute(r'custom_call_target="([^"]*)"') or ""
     if "Filter" in target:  # (input, gradient of the output) -> gradient of the kernel
         kernel, output = i.result[0], inputs[1]
     elif "BackwardInput" in target:  # (gradient of the output, kernel) -> gradient of the input

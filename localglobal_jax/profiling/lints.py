@@ -30,6 +30,7 @@ def find(
         *_wide_products(kernels),
         *_short_kernels(kernels),
         *_copies(kernels),
+        *_layouts(kernels),
     ]
     return sorted(found, key=lambda lint: LEVELS.index(lint["level"]))
 
@@ -151,7 +152,24 @@ def _copies(kernels: Sequence[Kernel]) -> Any:
         yield _lint(
             "warning",
             "copies and transposes",
-            f"{moved / 1e9:,.2f} of {whole / 1e9:,.2f} GB are copied or transposed, as between "
-            "the layouts NHWC and NCHW of a convolution; the largest is from "
+            f"{moved / 1e9:,.3g} of {whole / 1e9:,.3g} GB are copied or transposed; the largest is "
+            f"from {largest.op_name or largest.name}",
+        )
+
+
+def _layouts(kernels: Sequence[Kernel]) -> Any:
+    """Finds arrays that are copied into, or out of, the layout of a convolution."""
+    convolutions = [k for k in kernels if k.kind == "convolution"]
+    copies = [k for k in kernels if k.feeds_convolution]
+    read = sum(k.nbytes * k.runs for k in convolutions)
+    moved = sum(k.nbytes * k.runs for k in copies)
+    if moved > COPIED * read:
+        largest = max(copies, key=lambda k: k.nbytes * k.runs)
+        layouts = " and ".join(sorted({k.layout for k in convolutions}))
+        yield _lint(
+            "warning" if moved > COPIED * sum(k.nbytes * k.runs for k in kernels) else "notice",
+            "layouts of convolutions",
+            f"{moved / 1e9:,.3g} GB are copied or transposed before and after convolutions, which "
+            f"read and write {read / 1e9:,.3g} GB in {layouts}; the largest is from "
             f"{largest.op_name or largest.name}",
         )

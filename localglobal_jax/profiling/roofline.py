@@ -33,6 +33,7 @@ def build(facts: Mapping[str, Any], text: str, topology: Topology) -> dict[str, 
         "items": facts["items"],
         "items_name": facts["items_name"],
         "parameters": facts["parameters"],
+        "parameters_split": facts["split_parameter_bytes"] / facts["parameter_bytes"],
         "memory": memory(facts, topology),
         "flops": 2 * facts["multiply_adds"] / topology.devices,
         "compile": {
@@ -42,6 +43,8 @@ def build(facts: Mapping[str, Any], text: str, topology: Topology) -> dict[str, 
         },
     }
     report["fits"] = report["memory"]["fits"]
+    if facts["least"] is not None:
+        report["perfect_fusion"] = perfect_fusion(facts, topology)
     if not text:
         return report
     program = hlo.Program(text)
@@ -131,6 +134,30 @@ def bounds(report: Mapping[str, Any], topology: Topology) -> dict[str, Any]:
         zip(("high", "low"), (ms["compute"] / n if n else None for n in step), strict=True)
     )
     return found
+
+
+def perfect_fusion(facts: Mapping[str, Any], topology: Topology) -> dict[str, Any]:
+    """Returns FLOP, bytes and the lower bound of the step's time if everything were fused.
+
+    Bytes of one device: parameters, optimizer and average are read and, in training, written; the
+    batch is read; the arrays that the backward pass needs are written and read. See the module
+    `perfect_fusion`. `bound_ms` is missing for CPU devices.
+    """
+    least = facts["least"]
+    split: dict[str, int] = facts["arguments"]
+    written = dict.fromkeys(split, 0)
+    if "optimizer" in split:  # in training
+        trained = facts["trained_parameter_bytes"] / facts["parameter_bytes"]
+        written = {**split, "batch": 0, "parameters": int(trained * split["parameters"])}
+    parts = {name: size + written[name] for name, size in split.items()}
+    parts["activations"] = 2 * least["kept"] // topology.devices
+    flops, nbytes = 2 * least["multiply_adds"] / topology.devices, sum(parts.values())
+    found = {"flops": flops, "bytes": nbytes, "split": parts}
+    compute, memory = topology.peak("flops"), topology.peak("hbm")
+    if compute is None or memory is None:
+        return found
+    ms = {"compute": 1e3 * flops / compute, "memory": 1e3 * nbytes / memory}
+    return found | {"bounds_ms": ms, "bound_ms": max(ms.values())}
 
 
 def layer_of(op_name: str, parts: Sequence[str]) -> tuple[str, str]:

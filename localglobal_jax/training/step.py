@@ -91,11 +91,12 @@ def train_step(
     gradient, loss = accumulated_gradient(
         task.loss, state.variables, batch, key, options.accumulate, freeze=options.freeze
     )
+    gradient, collections = context.constrain_like_state((gradient, loss.collections))
     params = state.variables["params"]
     trained = freezing.trained(params, options.freeze)
     updates, opt_state = optimizer.update(gradient, state.optimizer, trained)
     trained = optax.apply_updates(trained, updates)
-    variables = {**loss.collections, "params": freezing.merged(trained, params)}
+    variables = {**collections, "params": freezing.merged(trained, params)}
     average = state.average
     if options.ema:
         average = optim.ema(average, variables, options.ema, state.step)

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
 import time
@@ -27,9 +28,9 @@ def home(tmp_path_factory):
     return tmp_path_factory.mktemp("home")
 
 
-def plan(home, *args, code=0):
+def plan(home, *args, code=0, **environment):
     command = [sys.executable, "-m", "localglobal_jax", "plan", *args]
-    env = {**os.environ, "HOME": str(home)}
+    env = {**os.environ, "HOME": str(home), **environment}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr
     return done.stdout, done.stderr
@@ -49,9 +50,29 @@ def test_a_plan_and_what_is_kept_of_it(home):
     assert {row["group"] for row in first["collectives"]} >= {4, 8}
     assert first["flops"] > 0 and first["bytes_accessed"] > first["memory"]["needed"] / 4
     assert any(x["name"] == "type of the gradient's sum" for x in first["lints"])
+    assert 0.5 < first["parameters_split"] < 1
+    fused = first["perfect_fusion"]
+    assert fused["flops"] <= first["flops"] and fused["bytes"] < first["bytes_accessed"]
 
     again, err = plan(home, *args)
     assert "compiled before" in err and json.loads(again) == first
+
+
+def test_the_optimizer_gathers_no_moments(home):
+    """Under "model", whole parameters get whole gradients: one gather, not one for each moment.
+
+    These gradients (of norms, tables, biases) and the running statistics have 4.6 kB. Gathering the
+    parameters, both moments and the average were 16 kB.
+    """
+    tensor = ("--config.parallel.strategy=tensor", '--config.parallel.mesh={"data": 2, "model": 4}')
+    out, _ = plan(home, "--config", DIGITS, "--topology", "cpu:8", "--json", WIDE, *tensor)
+    found = json.loads(out)
+    gathered = sum(
+        row["payload"]
+        for row in found["collectives"]
+        if row["op"] == "all-gather" and row["layer"] == "(outside the model)"
+    )
+    assert 0 < gathered < 6000
 
 
 def test_two_configs_side_by_side(home):
@@ -68,16 +89,78 @@ def test_two_configs_side_by_side(home):
     ("args", "code", "said"),
     [
         (["--topology", "cpu:7"], 2, "7 devices"),
-        (["--topology", "v5e:64x64"], 2, "2x2 to 16x16"),
+        (["--topology", "cpu:6", '--config.parallel.mesh={"data": -1, "fsdp": 4}'], 2, "6 device"),
+        (["--topology", "v5e:64x64"], 2, "16x16"),
+        (["--topology", "h10-8"], 2, '"h100"'),
+        (["--topology", "h100:2x9"], 2, "h100:HOSTSxGPUS"),
         (["--topology", "cpu:2", "--batch_search"], 2, "--batch_search"),
         (["--topology", "cpu:2", "--step", "decode"], 2, "--step decode"),
         (["--topology", "cpu:2", "--timeout", "0.2"], 1, "--timeout"),
         (["--topology", "cpu:2", "--config.parallel.compile=pmap"], 2, "compile=jit"),
+        pytest.param(
+            ["--topology", "h100-8"], 2, "[cuda]", marks=pytest.mark.skipif(CUDA, reason="has it")
+        ),
     ],
 )
 def test_errors_say_what_to_do(home, args, code, said):
     out, err = plan(home, "--config", DIGITS, *args, code=code)
-    assert said in err and "Traceback" not in err and not out
+    assert said in err and not out
+    one_line(err)
+    cache = home / ".cache/localglobal/plan"
+    assert not list(cache.glob("new-*"))  # nothing half cached
+
+
+def one_line(err):
+    """Asserts that an error has one line, apart from lines of progress."""
+    lines = [line for line in err.splitlines() if not line.startswith("compiling ")]
+    assert len(lines) == 1, err
+
+
+def test_a_plugin_of_another_jax(home, tmp_path):
+    """The real search of installed packages, which finds a plugin of version 0.5.0 first."""
+    folder = tmp_path / "jax_cuda12_plugin-0.5.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: jax-cuda12-plugin\nVersion: 0.5.0\n"
+    )
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    args = ("--config", DIGITS, "--topology", "h100-8")
+    _, err = plan(home, *args, code=2, PYTHONPATH=path)
+    assert "0.5.0" in err and compiler_process.version("jaxlib") in err
+    one_line(err)
+
+
+def test_a_compiler_without_memory(home):
+    """The real compiler in 1.5 GB of address space; the same command with more goes on."""
+    args = ("plan", "--config", DIGITS, "--topology", "cpu:3", "--config.batch_size=33")
+    command = shlex.join([sys.executable, "-m", "localglobal_jax", *args])
+    env = {**os.environ, "HOME": str(home)}
+    limited = ["bash", "-c", f"ulimit -v 1500000; exec {command}"]
+    done = subprocess.run(limited, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and not done.stdout
+    assert "ulimit -v: 1.43 GiB" in done.stderr and compiler_process.FAILED in done.stderr
+    one_line(done.stderr)
+    cache = home / ".cache/localglobal/plan"
+    assert (cache / compiler_process.FAILED).is_file() and not list(cache.glob("new-*"))
+    for facts in cache.glob("*/facts.json"):
+        assert "out_of_memory" not in facts.read_text()  # not a verdict on the device
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "found"),
+    [
+        (-9, "", ["SIGKILL", "It used 2.00 GiB"]),
+        (-6, "x\nterminate called\n  what():  std::bad_alloc\n", ["SIGABRT: what():", "2.00 GiB"]),
+        (-6, "F0 x.cc:1] Check failed: chip_bounds().x <= 16\n*** stack\n", ["chip_bounds"]),
+        (1, "Traceback\n  File\nValueError: wrong\n----\nFor simplicity, JAX has removed\n",
+         ["exit code 1: ValueError: wrong"]),
+        (-11, "", ["SIGSEGV"]),
+    ],
+)  # fmt: skip
+def test_reasons_are_one_line(code, said, found):
+    reason = compiler_process.reason(code, said, 2**31, -1)
+    assert all(text in reason for text in found) and "\n" not in reason
+    assert ("2.00 GiB" in reason) == ("2.00 GiB" in " ".join(found))
 
 
 def test_ended_from_outside_it_leaves_no_compiler_behind(tmp_path):
@@ -124,9 +207,10 @@ def test_a_compiler_that_aborts(monkeypatch, tmp_path):
     from localglobal_jax.config import loading, validation
 
     run = validation.check(loading.load(DIGITS))
-    with pytest.raises(compiler_process.CompilerFailed, match=r"SIGABRT(.|\n)*chip_bounds"):
+    with pytest.raises(compiler_process.CompilerFailed, match=r"SIGABRT.*chip_bounds"):
         compiler_process.measure(run, topologies.parse("cpu:2"), "train", timeout=60)
-    assert not list(tmp_path.glob("*-*"))  # nothing is kept of it
+    assert not list(tmp_path.glob("*-*"))  # nothing is kept but its output
+    assert "chip_bounds" in (tmp_path / compiler_process.FAILED).read_text()
 
 
 @pytest.mark.slow
@@ -175,6 +259,35 @@ def test_a_batch_that_no_gpu_has_memory_for(home):
     args = ("--config", DIGITS, "--topology", "h100-1", "--config.batch_size=8000000")
     out, _ = plan(home, *args)
     assert "DOES NOT FIT: needs" in out and "of 59.33 GiB" in out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CUDA, reason="needs the extra [cuda]")
+def test_three_gpus_a_host(home):
+    args = ("--config", DIGITS, "--topology", "h100:2x3", "--config.batch_size=36")
+    out, _ = plan(home, *args, "--json")
+    found = json.loads(out)
+    assert found["devices"] == 6 and found["network_bytes"] > 0
+    mesh = '--config.parallel.mesh={"data": -1, "model": 4}'
+    _, err = plan(home, *args, mesh, "--config.parallel.strategy=tensor", code=2)
+    assert "parallel.mesh" in err
+    one_line(err)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CUDA, reason="needs the extra [cuda]")
+def test_two_configs_and_the_largest_batch_on_gpus(home):
+    args = ("--config", DIGITS, "--topology", "h100-1")
+    out, _ = plan(home, *args, "--compare.parallel.implementation=reference")
+    bounds = [line.split() for line in out.splitlines() if line.startswith(("compute ", "nvlink "))]
+    assert len(bounds) == 2 and all(row.count("ms") == 2 for row in bounds)
+    assert "?" not in out
+    out, _ = plan(home, *args, "--batch_search", "--config.batch_size=2000000", "--json")
+    found = json.loads(out)
+    assert found["fits"] and found["batch_size"] > 1000
+    assert {trial["fits"] for trial in found["trials"]} == {True, False}
+    too_large = min(trial["batch_size"] for trial in found["trials"] if not trial["fits"])
+    assert found["batch_size"] < too_large <= found["batch_size"] * 17 / 16 + 1
 
 
 @pytest.mark.slow

@@ -83,12 +83,39 @@ def test_lints(kernels):
     assert found["float32 products"]["level"] == "warning"
     assert "head" in found["float32 products"]["text"]
     assert "many short kernels" not in found  # there are fewer than a hundred
+    assert found["layouts of convolutions"]["level"] == "notice"  # only the kernel is transposed
+    assert "copies and transposes" not in found
+
+
+def test_lints_of_a_model_in_nchw():
+    """Convolution 3x3 of bf16[8,64,32,32] in NCHW, 64 -> 128; 150 times a tanh of eight numbers."""
+    text = gzip.decompress(GOLDEN.with_name("plan_h100_nchw.txt.gz").read_bytes()).decode()
+    kernels = gpu_kernels.kernels(hlo.Program(text), GPUS["h100"])
+    (convolution,) = [k for k in kernels if k.kind == "convolution"]
+    assert convolution.layout == "NHWC"
+    before, weights, after = 8 * 32 * 32 * 64, 64 * 128 * 9, 8 * 32 * 32 * 128
+    around = sorted((k.nbytes for k in kernels if k.feeds_convolution), reverse=True)
+    assert around == [2 * 2 * n for n in (after, before, weights)]  # read and written, bfloat16
+    facts = {"mesh": {"data": 1}, "rows": 8, "items": 8, "micro_batches": 1}
+    facts |= {"parameter_sizes": [], "parameter_bytes": 10**9}
+    found = {lint["name"]: lint for lint in lints.find(facts, [], kernels)}
+    assert found.keys() == {
+        "layouts of convolutions",
+        "copies and transposes",
+        "many short kernels",
+    }
+    assert found["layouts of convolutions"]["level"] == "warning"
+    assert "NHWC" in found["layouts of convolutions"]["text"]
+    short = [k for k in kernels if k.roofline < lints.SHORT]
+    assert str(sum(k.runs for k in short)) in found["many short kernels"]["text"]
+    assert sum(k.runs for k in short) > 3 * 150
 
 
 def test_report_of_a_gpu_has_links_and_kernels():
     facts = {
         "mesh": {"data": 8}, "batch": "64 images", "items": 64, "items_name": "images", "rows": 64,
         "micro_batches": 1, "parameters": 1, "parameter_bytes": 4, "parameter_sizes": [],
+        "split_parameter_bytes": 0, "least": {"multiply_adds": 1, "kept": 8},
         "multiply_adds": 1, "arguments": {}, "parts": ["conv", "head"],
         "compile_cpu_seconds": 1.0, "compile_peak_bytes": 1,
         "memory": dict(arguments=0, output=0, alias=0, temporary=10**10, code=0, peak=0),

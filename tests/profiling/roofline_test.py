@@ -19,6 +19,9 @@ FACTS = {
     "mesh": {"data": 4},
     "parameters": 98_304,
     "parameter_bytes": 393_216,
+    "split_parameter_bytes": 196_608,
+    "trained_parameter_bytes": 98_304,
+    "least": {"multiply_adds": 5 * 10**8, "kept": 400_000},
     "parameter_sizes": [65_536, 32_768],
     "multiply_adds": 10**9,
     "arguments": {"parameters": 300_000, "batch": 10_000},
@@ -61,6 +64,44 @@ def test_bounds_are_consistent(built):
     assert built["wire_bytes"] == sum(row["wire"] for row in built["collectives"])
     for share in ("cycles_share", "bytes_share"):
         assert sum(row[share] for row in built["layers"]) == pytest.approx(1)
+
+
+def test_perfect_fusion_beside_the_program(built):
+    found = built["perfect_fusion"]
+    held, kept = FACTS["arguments"], FACTS["least"]["kept"]
+    # no optimizer: nothing is written but what the backward pass needs
+    assert found["bytes"] == sum(held.values()) + 2 * kept // 4
+    assert found["flops"] == 2 * FACTS["least"]["multiply_adds"] / 4
+    assert found["bound_ms"] == max(found["flops"] / 197e9, found["bytes"] / 819e6)
+    assert built["parameters_split"] == 0.5
+    text = table.text(built)
+    assert "fsdp, which splits 50.0 %" in text and "perfect fusion: 0.25 GFLOP" in text
+
+    training = FACTS | {"arguments": held | {"optimizer": 600_000}}
+    found = roofline.build(training, "", V5E)["perfect_fusion"]
+    # a quarter of the parameters is trained
+    assert found["bytes"] == 300_000 * 5 / 4 + 2 * 600_000 + 10_000 + 2 * kept // 4
+    assert "bound_ms" not in roofline.build(FACTS, "", topologies.parse("cpu:4"))["perfect_fusion"]
+    assert "perfect_fusion" not in roofline.build(FACTS | {"least": None}, "", V5E)  # decoding
+
+
+@pytest.mark.parametrize(
+    ("flop", "said"),
+    [(476.41e9, "476.4 GFLOP"), (2.5e12, "2,500.0 GFLOP"), (0.15e9, "0.15 GFLOP"),
+     (0.05e9, "50.0 MFLOP"), (1.234e6, "1.2 MFLOP"), (480.0, "0.48 kFLOP"), (0, "0.0 GFLOP")],
+)  # fmt: skip
+def test_amounts_keep_two_digits(flop, said):
+    assert table.amount(flop, "FLOP", ",.1f") == said
+
+
+def test_heads_of_columns_are_whole(built):
+    """A long name takes several lines of its column."""
+    long = "configs/coatnet_digits.py:size=tiny parallel.mesh={'data': -1, 'fsdp': 4} model.x=a/b"
+    text = table.beside([{**built, "config": "configs/x.py"}, {**built, "config": long}])
+    head = text.partition("\nparameters")[0].splitlines()
+    found = "".join(line[52:] for line in head)
+    assert found.replace(" ", "") == long.replace(" ", "")
+    assert {len(line.rstrip()) for line in head} <= set(range(83))
 
 
 def test_memory_adds_up(built):
