@@ -61,8 +61,8 @@ def test_a_plan_and_what_is_kept_of_it(home):
 def test_the_optimizer_gathers_no_moments(home):
     """Under "model", whole parameters get whole gradients: one gather, not one for each moment.
 
-    These gradients (of norms, tables, biases) and the running statistics have 4.6 kB. Gathering the
-    parameters, both moments and the average were 16 kB.
+    These gradients (of norms, tables, biases) have 3.6 kB: gathering parameters, both moments and
+    the average as well would be more than 14 kB.
     """
     tensor = ("--config.parallel.strategy=tensor", '--config.parallel.mesh={"data": 2, "model": 4}')
     out, _ = plan(home, "--config", DIGITS, "--topology", "cpu:8", "--json", WIDE, *tensor)
