@@ -134,7 +134,7 @@ def test_jax_keeps_more(spec):
         state.variables,
         batch,
     )
-    assert 2 < found.multiply_adds / forward.multiply_adds < 3 and not forward.kept
+    assert 2 < found.multiply_adds / forward.multiply_adds <= 3 and not forward.kept
     freeze = tuple(name for name in state.variables["params"] if name.startswith(("stem", "enc")))
     frozen = perfect_fusion.of_training(task, state.variables, batch, freeze)
     assert forward.multiply_adds < frozen.multiply_adds < found.multiply_adds
