@@ -9,7 +9,8 @@ from typing import Any
 
 # Pre-training: one value, or one for each variant. Label smoothing is spread over all classes, also
 # under the sigmoid loss, for which the paper does not say how. JFT is not public: its column is for
-# other sets of that size.
+# other sets of that size. Not compared with the paper's page, for lack of a copy: the column "jft",
+# and epochs and RandAugment of "21k".
 PRETRAINING: dict[str, dict[str, Any]] = {
     "1k": {
         "drop_path": {0: 0.2, 1: 0.3, 2: 0.5, 3: 0.7},
