@@ -22,7 +22,7 @@ from etils import epath
 
 from localglobal_jax.checkpoints import store
 from localglobal_jax.checkpoints.bucket_lock import BucketLock, Locked
-from localglobal_jax.config import loading, schema, values
+from localglobal_jax.config import loading, migrations, schema, values
 
 log = logging.getLogger(__name__)
 _SHOWN: dict[str, str] = {}  # directories of local mirrors, and the paths in buckets
@@ -73,7 +73,32 @@ def other_config(run: schema.Run, file: Any) -> str:
     """Returns one line for every field that differs between `file`, a ``config.json``, and `run`,
     without the fields of `schema.MAY_CHANGE`."""
     there = loading.read_json(file, name=shown(file))
-    return _changed(there.model_dump(), run.model_dump(), "there", "now")
+    return _changed(there.model_dump(), _as_begun(run, there).model_dump(), "there", "now")
+
+
+def as_begun(run: schema.Run, workdir: pathlib.Path) -> schema.Run:
+    """Returns `run` with the former values of fields that are newer than the run in `workdir`.
+
+    A run thereby goes on as it began. Raises ValueError if its ``config.json`` is damaged.
+    """
+    file = workdir / "config.json"
+    if not file.is_file():
+        return run
+    kept = _as_begun(run, loading.read_json(file, name=shown(file)))
+    if kept != run and run.data.name == "folder":
+        log.warning(
+            "pictures are not turned by their EXIF orientation: the run in %s began before "
+            "data.exif_orientation existed. A new --workdir turns them",
+            shown(workdir),
+        )
+    return kept
+
+
+def _as_begun(run: schema.Run, there: schema.Run) -> schema.Run:
+    if not (isinstance(run.data, schema.Images) and isinstance(there.data, schema.Images)):
+        return run
+    former = {k: v for k, v in migrations.FORMER.items() if getattr(there.data, k) == v}
+    return run.model_copy(update={"data": run.data.model_copy(update=former)})
 
 
 def check_config(workdir: pathlib.Path, step: int, metadata: Mapping[str, Any]) -> None:

@@ -40,7 +40,8 @@ def run(args: argparse.Namespace) -> None:
         if given := getattr(args, option):
             records.data_root(given, f"--{option}")
     if name == folder.NAME:
-        counts = folder.count(directory, layout)
+        upright = not isinstance(data, schema.Images) or bool(data.exif_orientation)
+        counts = folder.count(directory, layout, upright=upright)
     elif isinstance(data, schema.Text) and (data.files or data.mock):
         counts = pairs.count(data)
     elif args.from_tfrecord:

@@ -2,7 +2,7 @@
 """Configs that earlier versions saved: `config.json`, and the config beside a checkpoint.
 
 `SCHEMA` counts the changes that a saved config needs. A field that is new, with a default that
-means the former behaviour, needs none.
+means the former behaviour, needs none. One with another default has its former value in `FORMER`.
 """
 
 import functools
@@ -34,6 +34,10 @@ RENAMED: tuple[tuple[Renamed, ...], ...] = (
 )
 SCHEMA = len(RENAMED)
 
+# Values of fields of `schema.Images` in runs that began before these fields existed, where they are
+# not today's defaults.
+FORMER: dict[str, Any] = {"exif_orientation": None}
+
 
 def migrate(saved: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a saved config, nested dicts, with the names of today; logs those that it replaces.
@@ -54,6 +58,9 @@ def migrate(saved: Mapping[str, Any]) -> dict[str, Any]:
             value = former.pop(name)
             former[renamed.now.partition(".")[2]] = renamed.values.get(value, value)
             _say(renamed.before, renamed.now)
+    task = tree.get("task")
+    if not isinstance(task, Mapping) or task.get("name", "classification") == "classification":
+        tree["data"] = {**FORMER, **tree.get("data", {})}
     return tree
 
 

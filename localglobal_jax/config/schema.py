@@ -76,6 +76,11 @@ class Images(Section):
     image_size: tuple[Side, Side] = (8, 8)  # input of the model: (height, width), pixels
     mean: tuple[float, ...] = (0.5,)  # subtracted, per channel; pixels are in [0, 1]
     std: tuple[Annotated[float, Field(ge=1e-6)], ...] = (0.5,)  # divisor, per channel
+    # 1: pictures become grey; 3: grey ones get three equal channels; None: as the data set has them
+    channels: Literal[1, 3] | None = None
+    # Pictures of folders, and those to classify, are turned upright by their EXIF orientation. TFDS
+    # sets are used as stored. None: as False, in a run that began before this option existed
+    exif_orientation: bool | None = True
     in_memory: bool | None = None  # decode once, keep as uint8; None: if that takes less than 2 GiB
     # Training crop. "resized": Inception's (random area and aspect ratio). "pad": random shift of
     # the image that evaluation sees. "none": that image.

@@ -15,6 +15,8 @@ from flax import traverse_util
 
 from localglobal_jax.convert.weights import Path, Variables
 
+STEM: Path = ("params", "stem")  # of every image model; begins with its first convolution
+
 # End of the path of a parameter with the axes of the grid -> its two space axes.
 PICTURES: dict[Path, tuple[int, int]] = {
     ("relative_bias", "table"): (0, 1),
@@ -40,6 +42,25 @@ def resize(
       ValueError: another parameter depends on the resolution.
     """
     return fit(module, variables, jax.ShapeDtypeStruct((1, *image_size, channels), jnp.float32))
+
+
+def recolour(variables: Mapping[str, Any], channels: int) -> tuple[Variables, str]:
+    """Returns the variables for images of `channels`, 1 or 3, and the change in words, if any.
+
+    As timm does with ``in_chans=1``, the first convolution [height, width, channels, features] is
+    summed over three channels, which is exact for grey images that are normalised alike in each.
+    From one channel to three, a third of it is repeated, so that a grey image gives the same sums.
+    """
+    flat = _flat(variables)
+    path = min(path for path, leaf in flat.items() if path[:2] == STEM and leaf.ndim == 4)
+    change, has = "", flat[path].shape[2]
+    if (has, channels) == (3, 1):
+        flat[path] = flat[path].sum(2, keepdims=True)
+        change = "its first convolution is summed over three colours"
+    elif (has, channels) == (1, 3):
+        flat[path] = flat[path].repeat(3, 2) / 3
+        change = "its first convolution is repeated for three colours, a third each"
+    return traverse_util.unflatten_dict(flat), change
 
 
 def fit(

@@ -22,7 +22,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from localglobal_jax import convert
-from localglobal_jax.config import loading, preprocessing, schema, validation, values
+from localglobal_jax.config import loading, migrations, preprocessing, schema, validation, values
 from localglobal_jax.data.images import device_ops, files, pipeline
 from localglobal_jax.inference import grad_cam
 from localglobal_jax.inference import load as inference_load
@@ -31,7 +31,10 @@ from localglobal_jax.models.registry import Variables, create_model, image_chann
 from localglobal_jax.parallel import context
 
 NEEDED = ("data.image_size", "data.mean", "data.std")  # of weights whose preprocessing is unknown
-PREPARING = (*(f"data.{field}" for field in preprocessing.FIELDS), "data.crop", "data.threads")
+PREPARING = (
+    *(f"data.{field}" for field in preprocessing.FIELDS),
+    *("data.crop", "data.exif_orientation", "data.threads"),
+)
 
 
 class Guess(NamedTuple):
@@ -176,7 +179,7 @@ class Classifier:
     def _prepare(self, path: str, overlay: bool) -> _Prepared | str:
         """Reads and preprocesses one file, in a thread. Returns a message if it cannot be read."""
         try:
-            picture = files.read(path, self.channels)
+            picture = files.read(path, self.channels, upright=bool(self.options.exif_orientation))
         except ValueError as error:
             return str(error)
         h, w = picture.shape[:2]
@@ -239,7 +242,10 @@ def load(
             f"{preprocessing.shown(preprocessing.of_timm('coatnet_0_rw_224'))}; of timm's VOLOs "
             f"{preprocessing.shown(preprocessing.of_timm('volo_d1_224'))}"
         )
-    config = ConfigDict(values.tuples(metadata.get("config") or {"model": metadata["model"]}))
+    saved = metadata.get("config")
+    config = ConfigDict(
+        values.tuples(migrations.migrate(saved) if saved else {"model": metadata["model"]})
+    )
     if "config" not in metadata:
         config.data = ConfigDict(found)
     for field, text in overrides.items():

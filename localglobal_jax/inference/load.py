@@ -191,6 +191,9 @@ def pretrained(
         else:
             old, variables = convert.adapt.add_classifier(old, variables, classes, *inputs)
             done = f"; it has no classifier: a new one for {classes} classes"
+    if inputs[0].ndim == 4:
+        variables, change = convert.adapt.recolour(variables, inputs[0].shape[3])
+        done += change and f"; {change}"
     if isinstance(data, schema.Images):
         note_preprocessing(
             data, preprocessing.of_checkpoint(metadata), f"init={path} was trained with"

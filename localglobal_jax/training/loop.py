@@ -59,7 +59,7 @@ def _train(
 ) -> dict[str, dict[str, float]]:
     # ---- set up: everything is validated before anything is written
     setup = prepare_setup(run, directory)
-    mirror, partitioner, task = setup.mirror, setup.partitioner, setup.task
+    run, mirror, partitioner, task = setup.run, setup.mirror, setup.partitioner, setup.task
     name, directory = pathlib.PurePath(directory).name, mirror.local
     trace = Trace(run, directory)
     evaluation = Evaluation(task, partitioner)

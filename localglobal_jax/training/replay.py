@@ -45,7 +45,7 @@ def replay(run: schema.Run, directory: str | pathlib.Path, step: int) -> dict[st
     setup = prepare_setup(run, directory)
     if not (setup.mirror.local / "config.json").exists():
         raise ValueError(f"--replay {step}: {directory} holds no run (it has no config.json)")
-    partitioner, task = setup.partitioner, setup.task
+    run, partitioner, task = setup.run, setup.partitioner, setup.task
     checkpoints = setup.checkpoints(run)
     before = [saved for saved in checkpoints.steps() if saved <= step]
     restored = setup.restore(checkpoints, max(before)) if before else None

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 class TrainSetup(NamedTuple):
     """The parts of a run: workdir, devices, task, optimizer, and how its state is made."""
 
+    run: schema.Run  # as it began, see `checkpoints.workdir.as_begun`
     mirror: gcs.LocalMirror  # the workdir
     partitioner: Partitioner
     task: Task
@@ -98,6 +99,7 @@ def prepare_setup(run: schema.Run, directory: str | pathlib.Path) -> TrainSetup:
     """Builds the parts of `run`; writes nothing. Raises ValueError if the run is not valid."""
     wandb.check(run.log.wandb)
     mirror = gcs.LocalMirror(directory)
+    run = workdir.as_begun(run, mirror.local)
     partitioner = Partitioner(run.parallel)
     check_batches(run, partitioner)
     parts = partitioner.shard[1]
@@ -124,7 +126,7 @@ def prepare_setup(run: schema.Run, directory: str | pathlib.Path) -> TrainSetup:
     if run.init:
         pretrained = load.pretrained(run.init, task.model, task.inputs, task.labels, run.data)
     accept = run.data.accept_changes
-    return TrainSetup(mirror, partitioner, task, optimizer, init, template, pretrained, accept)
+    return TrainSetup(run, mirror, partitioner, task, optimizer, init, template, pretrained, accept)
 
 
 def batch_bytes(run: schema.Run) -> int:

@@ -114,3 +114,44 @@ def test_no_classifier_gives_the_features():
     np.testing.assert_allclose(out, intermediates["features"], atol=1e-6)
     with pytest.raises(ValueError, match="classifier"):
         adapt.reclassify(module, headless, 5)
+
+
+@pytest.mark.parametrize("name", ["coatnet", "volo", "focal"])
+def test_weights_of_one_channel_and_of_three_give_the_same_logits_of_grey_images(name):
+    given = {
+        "coatnet": TINY,
+        "volo": dict(
+            layout="OS",
+            depths=(1, 1),
+            widths=(16, 16),
+            strides=(1, 1),
+            heads=(2, 2),
+            stem=4,
+            classes=3,
+        ),
+        "focal": dict(
+            layout="F",
+            depths=(1,),
+            widths=(16,),
+            heads=(2,),
+            window=4,
+            expand=(1,),
+            levels=(1,),
+            focal_windows=(3,),
+            image_size=32,
+            classes=3,
+        ),
+    }[name]
+    module = create_model(name, **given)
+    variables = initialised(module)
+    grey = jax.random.normal(jax.random.key(1), (2, 32, 32, 1))
+    expected, _ = apply(module, variables, grey.repeat(3, 3))
+    one, change = adapt.recolour(variables, 1)
+    assert "summed" in change
+    found, _ = apply(module, one, grey)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    back, change = adapt.recolour(one, 3)
+    assert "repeated" in change
+    np.testing.assert_allclose(apply(module, back, grey.repeat(3, 3))[0], expected, atol=1e-5)
+    same, change = adapt.recolour(variables, 3)
+    assert not change and jax.tree.all(jax.tree.map(lambda a, b: a is b, dict(variables), same))

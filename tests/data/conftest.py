@@ -139,3 +139,23 @@ def make_translations():
 @pytest.fixture
 def make_tfrecord():
     return as_tfrecord
+
+
+FOLDER_CONFIG = """
+from ml_collections import ConfigDict
+
+def get_config():
+    return ConfigDict(dict(
+        steps=4, batch_size=8, eval=dict(every=0),
+        model=dict(name="coatnet", layout="C", depths=(1,), widths=(8,), stem=(4, 4)),
+        data=dict(name="folder", image_size=(16, 16), eval_splits=("validation",)),
+    ))
+"""
+
+
+@pytest.fixture(scope="session")
+def folder_config(tmp_path_factory):
+    """The file of a config that trains a very small model on a folder of pictures."""
+    file = tmp_path_factory.mktemp("configs") / "pictures.py"
+    file.write_text(FOLDER_CONFIG)
+    return str(file)

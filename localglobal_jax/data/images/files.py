@@ -57,10 +57,13 @@ def locate(name: str) -> epath.Path:
     return epath.Path(urllib.parse.unquote(url.path, errors="surrogateescape"))
 
 
-def read(name: str, channels: int) -> np.ndarray:
-    """Returns ``uint8 [h, w, channels]``. Raises ValueError with the reason."""
+def read(name: str, channels: int, *, upright: bool = True) -> np.ndarray:
+    """Returns ``uint8 [h, w, channels]``, `upright` by its EXIF orientation.
+
+    Raises ValueError with the reason.
+    """
     try:
-        return readers.decode(locate(name).read_bytes(), channels)
+        return readers.decode(locate(name).read_bytes(), channels, upright=upright)
     except ValueError:
         raise
     except Exception as error:  # a store's own errors are of many kinds

@@ -24,8 +24,8 @@ import numpy as np
 from localglobal_jax.config import schema
 from localglobal_jax.config.validation import unknown
 from localglobal_jax.data import identity
+from localglobal_jax.data.images import headers, readers, scan
 from localglobal_jax.data.images import layout as layouts
-from localglobal_jax.data.images import readers, scan
 from localglobal_jax.data.images.layout import SPLITS, shorten
 from localglobal_jax.data.images.scan import readable, same_name
 from localglobal_jax.data.tfds import gcs, records
@@ -38,6 +38,7 @@ NO_CLASS = "pictures in no folder of a class"
 NO_SPLIT = "pictures in no folder of a split"
 SHOWN = 20  # files in an error
 EXAMPLES = 3  # files in a line of the log
+CHANNELS = 3  # unless data.channels has another number
 THREADS = 8
 REQUESTS = 32  # pictures of a bucket that are fetched at a time
 MARKED = 100_000  # pictures; of more, resuming compares names and sizes only
@@ -248,14 +249,16 @@ def notes(opened: Folder) -> list[str]:
     return lines
 
 
-def count(directory: str | None, layout: str = "auto") -> dict[str, int]:
+def count(directory: str | None, layout: str = "auto", *, upright: bool = True) -> dict[str, int]:
     """Returns ``{"train": 90, "train/cat": 45, ...}``, after decoding every picture.
 
-    Also counts what is left out, by reason and class, and exact copies. Raises ValueError that
-    lists the files that are not whole pictures.
+    Logs how many have an EXIF orientation; `upright`: whether a run turns them. Also counts what is
+    left out, by reason and class, and exact copies. Raises ValueError that lists the files that are
+    not whole pictures.
     """
     counts: dict[str, int] = {}
     bad: list[str] = []
+    turned = 0
     same = collections.defaultdict[bytes, list[tuple[str, int, str]]](list)
     opened = open_folder(directory, layout)
     labels = opened.layout.labels
@@ -274,12 +277,18 @@ def count(directory: str | None, layout: str = "auto") -> dict[str, int]:
         for (why, mark), picture in zip(reader.checked(), reader.pictures, strict=True):
             bad += [why] if why else []
             same[mark].append((split, picture.label, f"{split}: {picture.name}"))
+        turned += reader.turned
         if split == "train":
             for text in _balance_notes(balance):
                 log.warning("%s", text)
     if bad:
         shown = "\n  ".join(bad[:SHOWN]) + (f"\n  and {len(bad) - SHOWN} more" * (len(bad) > SHOWN))
         raise ValueError(f"{len(bad)} files are not whole pictures:\n  {shown}")
+    if turned:
+        how = "turned upright" if upright else "left as stored"
+        log.info(
+            "EXIF orientation: %d pictures are %s (data.exif_orientation=%s)", turned, how, upright
+        )
     return counts | _left_out_counts(opened) | _copies(list(same.values()))
 
 
@@ -324,9 +333,8 @@ def _copies(groups: Sequence[Sequence[tuple[str, int, str]]]) -> dict[str, int]:
 
 
 class FolderReader:
-    """A `readers.Reader` of the pictures of a split, in colour."""
+    """A `readers.Reader` of the pictures of a split; see `readers.decode` for the options."""
 
-    channels = 3
     shape: tuple[int, int] | None = None  # they differ
 
     def __init__(
@@ -336,7 +344,10 @@ class FolderReader:
         layout: str = "auto",
         *,
         opened: Folder | None = None,
+        channels: int = CHANNELS,
+        upright: bool = False,
     ):
+        self.channels, self.upright, self.turned = channels, upright, 0
         opened = opened or open_folder(directory, layout)
         self.names, self.split = opened.layout.labels, split
         self.pictures, self.classes = _pictures(opened, split), len(self.names)
@@ -388,7 +399,7 @@ class FolderReader:
         data, label = record
         if not data:
             raise ValueError("the file is empty")
-        return readers.decode(data, self.channels, part), label
+        return readers.decode(data, self.channels, part, upright=self.upright), label
 
     def label(self, record: tuple[bytes, int]) -> int:
         return record[1]
@@ -408,7 +419,10 @@ class FolderReader:
         return readable(str(self.pictures[index].path))
 
     def checked(self) -> list[tuple[str, bytes]]:
-        """Returns ``("FILE: why", digest)`` of every picture; "" for one that can be decoded."""
+        """Returns ``("FILE: why", digest)`` of every picture; "" for one that can be decoded.
+
+        Counts in `turned` those that can be decoded and have an EXIF orientation.
+        """
 
         def check(index: int) -> tuple[str, bytes]:
             record = self._read(index)
@@ -417,6 +431,7 @@ class FolderReader:
             mark = hashlib.blake2b(record[0], digest_size=16).digest()
             try:
                 self.decode(record)
+                self.turned += headers.checked(record[0]).orientation > 1
             except (ValueError, cv2.error) as error:
                 return f"{self._shown(index)}: {error}", mark
             return "", mark

@@ -45,10 +45,11 @@ CROP, CHANGE = 0, 1  # streams of random numbers
 def describe(options: schema.Images) -> tuple[int, int]:
     """Returns classes and channels of a data set, prepared or not."""
     if options.name == folder.NAME:
-        return len(folder.classes(options.dir, options.layout)), folder.FolderReader.channels
+        count = len(folder.classes(options.dir, options.layout))
+        return count, options.channels or folder.CHANNELS
     info = records.find_builder(options.name, records.data_root(options.dir)).info
     classes, channels, _ = facts(info)
-    return classes, channels
+    return classes, options.channels or channels
 
 
 def class_names(options: schema.Images) -> tuple[str, ...]:
@@ -119,9 +120,10 @@ def check_channels(options: schema.Images, channels: int) -> None:
     """Raises ValueError unless images of so many channels can be normalised."""
     for name in ("mean", "std"):
         if len(given := getattr(options, name)) not in (1, channels):
+            mean = sum(given) / max(1, len(given))
             raise ValueError(
                 f"data.{name}={given} has {len(given)} values, but the images of {options.name} "
-                f"have {channels} channels: give one value, or one per channel"
+                f"have {channels} channels: give one value, such as ({mean:.3f},), or one for each"
             )
 
 
@@ -129,13 +131,19 @@ def _reader(options: schema.Images, split: str, train: bool) -> Reader:
     if options.mock:
         return MockReader(*describe(options), options.image_size, train)
     if options.name == folder.NAME:
-        return folder.FolderReader(options.dir, split, options.layout).announce()
+        return folder.FolderReader(
+            options.dir,
+            split,
+            options.layout,
+            channels=options.channels or folder.CHANNELS,
+            upright=bool(options.exif_orientation),
+        ).announce()
     root = records.data_root(options.dir)
     builder = records.find_builder(options.name, root)
     if options.name in EMBEDDED and not records.is_prepared(builder):
         prepare.prepare(options.name, root)
         builder = records.find_builder(options.name, root)
-    return RecordReader(records.Records(builder, split))
+    return RecordReader(records.Records(builder, split), options.channels)
 
 
 class ImageSource:

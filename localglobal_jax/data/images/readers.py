@@ -5,13 +5,12 @@ A reader returns undecoded records in blocks and decodes each by itself, so that
 spread over threads.
 """
 
-import contextlib
 import functools
 import logging
 import math
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -31,9 +30,10 @@ if MAX_PIXELS not in os.environ:
         MAX_PIXELS,
     )
 
-# The same bound; where it is not a plain number OpenCV decodes the whole image.
+# The same bound. OpenCV's own is 2**30.
 _bound = os.environ.get(MAX_PIXELS, "")
-PARTIAL_PIXELS = int(_bound) if _bound.isdecimal() else 0
+ALLOWED_PIXELS = int(_bound) if _bound.isdecimal() else 2**30
+ALLOWED_COEFFICIENTS = 6 * ALLOWED_PIXELS  # bytes: of so many pixels without subsampling
 
 MOCK_TRAIN, MOCK_EVAL = 1024, 256  # examples
 
@@ -68,28 +68,32 @@ class Reader(Protocol):
     def bad(self, index: int, why: Any) -> records.BadRecord: ...
 
 
-def decode(data: bytes, channels: int, part: Part | None = None) -> np.ndarray:
+def decode(
+    data: bytes, channels: int, part: Part | None = None, *, upright: bool = False
+) -> np.ndarray:
     """Returns an encoded image as ``uint8 [h, w, channels]``, red first; ``channels``: 1 or 3.
 
-    With ``part``, only that part of it; most JPEGs are then decoded no further than its last row.
-
     Accepts the kinds that ImageNet holds: grey, palette, CMYK, 16 bits, an alpha channel (dropped);
-    of an animation the first picture. Like TFDS it ignores EXIF orientation.
+    of an animation the first picture. A JPEG of more pixels than the environment variable
+    `MAX_PIXELS` allows is decoded at a half, a quarter or an eighth of its sides.
+
+    Args:
+      data: the file. Bytes after the end of its picture are not looked at.
+      part: returns the part to decode; most JPEGs are decoded no further than its last row, so that
+        damage below it is not found.
+      upright: turn the image as its EXIF orientation says. TFDS, for one, leaves images as stored.
 
     Raises:
-      ValueError: the file fails `headers.checked`, cannot be decoded, or has more pixels than the
-        environment variable `MAX_PIXELS` allows.
+      ValueError: the file fails `headers.checked`, is cut short, cannot be decoded, or has more
+        pixels than `MAX_PIXELS` allows.
     """
-    data = headers.checked(data)
-    if part and channels == 3 and (frame := jpeg.find_frame(data)):
-        size = frame.height, frame.width
-        if math.prod(size) <= PARTIAL_PIXELS:
-            box = part(size)
-            with contextlib.suppress(ValueError):  # OpenCV decides about odd files
-                return cut(jpeg.decode_rows(data, frame, box[0] + box[2]), box)
-            return cut(_decode_all(data, channels), box)
-    image = _decode_all(data, channels)
-    return cut(image, part((image.shape[0], image.shape[1]))) if part else image
+    found = headers.checked(data)
+    turn = TURNS[found.orientation if upright else 1]
+    box = part and functools.partial(_stored_box, part, turn)
+    if found.structure:
+        return _turned(_decode_jpeg(found.structure, channels, box), turn)
+    image = _decode_all(found.data, channels)
+    return _turned(cut(image, box((image.shape[0], image.shape[1]))) if box else image, turn)
 
 
 def cut(image: np.ndarray, box: Box) -> np.ndarray:
@@ -98,16 +102,109 @@ def cut(image: np.ndarray, box: Box) -> np.ndarray:
     return image[top : top + height, left : left + width]
 
 
+class Turn(NamedTuple):
+    """Changes that make a stored image upright, in this order."""
+
+    transpose: bool
+    upside_down: bool
+    mirror: bool
+
+
+# By EXIF orientation: the side of the stored image where the first row and column are to be.
+TURNS = {
+    1: Turn(False, False, False),
+    2: Turn(False, False, True),
+    3: Turn(False, True, True),
+    4: Turn(False, True, False),
+    5: Turn(True, False, False),
+    6: Turn(True, False, True),
+    7: Turn(True, True, True),
+    8: Turn(True, True, False),
+}
+
+
+def _turned(image: np.ndarray, turn: Turn) -> np.ndarray:
+    if not any(turn):
+        return image
+    if turn.transpose:
+        image = image.swapaxes(0, 1)
+    steps = [-1 if change else 1 for change in turn[1:]]
+    return np.ascontiguousarray(image[:: steps[0], :: steps[1]])
+
+
+def _stored_box(part: Part, turn: Turn, shape: tuple[int, int]) -> Box:
+    """Returns the part of a stored image of `shape` that is `part` of the upright one."""
+    rows, columns = shape[::-1] if turn.transpose else shape
+    top, left, height, width = part((rows, columns))
+    if turn.upside_down:
+        top = rows - top - height
+    if turn.mirror:
+        left = columns - left - width
+    return (left, top, width, height) if turn.transpose else (top, left, height, width)
+
+
+def with_channels(image: np.ndarray, channels: int) -> np.ndarray:
+    """Returns ``[h, w, 1 or 3]`` with another number of channels: luma, or three equal ones."""
+    if image.shape[2] == channels:
+        return image
+    if channels == 1:
+        return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[:, :, None]
+    return image.repeat(channels, axis=2)
+
+
+def _decode_jpeg(found: jpeg.Jpeg, channels: int, box: Part | None) -> np.ndarray:
+    frame = found.frame
+    divisor = _divisor(found)
+    size = math.ceil(frame.height / divisor), math.ceil(frame.width / divisor)
+    place = box(size) if box else None
+    image = jpeg.decode(found, channels, place and place[0] + place[2], divisor)
+    if image is None and divisor > 1:
+        raise ValueError(_too_large(frame.height, frame.width))
+    if image is None or (frame.marker not in jpeg.HUFFMAN and divisor == 1):
+        image = _decode_all(found.data, channels)
+        jpeg.check_end(found, image, _decode_all(jpeg.lengthened(found), channels))
+    return cut(image, place) if place else image
+
+
+def _divisor(found: jpeg.Jpeg) -> int:
+    """Returns the smallest divisor of a JPEG's sides that leaves no more than `ALLOWED_PIXELS`.
+
+    Raises ValueError if there is none, or if libjpeg would hold more than `ALLOWED_COEFFICIENTS`
+    bytes: it holds a JPEG of several scans as a whole.
+    """
+    frame = found.frame
+    if frame.height * frame.width <= ALLOWED_PIXELS:
+        return 1
+    for divisor in jpeg.DIVISORS:
+        pixels = math.ceil(frame.height / divisor) * math.ceil(frame.width / divisor)
+        if pixels <= ALLOWED_PIXELS and (
+            found.is_one_scan or jpeg.COEFFICIENTS * frame.blocks() <= ALLOWED_COEFFICIENTS
+        ):
+            return divisor
+    raise ValueError(_too_large(frame.height, frame.width))
+
+
+def _too_large(*size: int) -> str:
+    given = "x".join(map(str, reversed(size))) or "too many"
+    return (
+        f"the image has {given} pixels, and {MAX_PIXELS}={os.environ.get(MAX_PIXELS)} allows "
+        f"{ALLOWED_PIXELS}: make it smaller, or set that variable. A JPEG may have "
+        f"{jpeg.DIVISORS[-1] ** 2} times as many, if it is grey or in colour, and "
+        f"{ALLOWED_COEFFICIENTS // 10**6} MB of coefficients if it is progressive"
+    )
+
+
 def _decode_all(data: bytes, channels: int) -> np.ndarray:
     kind = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR
     raw = np.frombuffer(data, np.uint8)
     try:
         image = cv2.imdecode(raw, kind | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error as error:
-        bound = f" ({MAX_PIXELS}={os.environ.get(MAX_PIXELS)})" if "MAX_IMAGE" in error.err else ""
-        raise ValueError(f"the image cannot be decoded: {error.err}{bound}") from error
+        if "MAX_IMAGE" in error.err:
+            raise ValueError(_too_large()) from error
+        raise ValueError(f"the image cannot be decoded: {error.err}") from error
     if image is None:
-        raise ValueError("the image cannot be decoded")
+        raise ValueError("the image cannot be decoded: it is damaged or cut short")
     if channels == 1:
         return image[:, :, None]
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
@@ -143,12 +240,13 @@ def facts(info: tfds.core.DatasetInfo) -> tuple[int, int, tuple[int, int] | None
 
 
 class RecordReader:
-    """Records of a prepared TFDS split."""
+    """Records of a prepared TFDS split. `channels`: 1, 3, or None for those of the data set."""
 
-    def __init__(self, source: records.Records):
+    def __init__(self, source: records.Records, channels: int | None = None):
         self._source = source
         self._label, self._image = label_and_image(source.info)
-        self.classes, self.channels, self.shape = facts(source.info)
+        self.classes, stored, self.shape = facts(source.info)
+        self.channels = channels or stored
         self.bad = source.bad
         self.block = source.block
 
@@ -163,8 +261,9 @@ class RecordReader:
             image = decode(image, self.channels, part)
         elif not isinstance(image, np.ndarray):  # TFDS's mock data comes decoded
             raise TypeError(f"its image is of type {type(image).__name__}, want bytes")
-        elif part:
-            image = cut(image, part((image.shape[0], image.shape[1])))
+        else:
+            image = with_channels(image, self.channels)
+            image = cut(image, part((image.shape[0], image.shape[1]))) if part else image
         if not part:
             self._check((image.shape[0], image.shape[1]))
         return image, self.label(record)

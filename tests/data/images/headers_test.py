@@ -51,7 +51,7 @@ def test_of_an_animation_the_picture_that_stands_still(kind):
     data = encode(one, kind, save_all=True, append_images=[two, one], **apart)
     image = decode(data, 3)
     assert image.shape == (7, 9, 3) and (image == [255, 0, 0]).all()
-    assert headers.checked(data) == data or kind == "PNG"
+    assert headers.checked(data).data == data or kind == "PNG"
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_of_an_animation_the_picture_that_stands_still(kind):
      b"RIFF\xff\0\0\0WEBPVP8X" + bytes(8) + b"\xff" * 6 + bytes(50)],
 )  # fmt: skip
 def test_too_many_pixels_or_none_are_refused_before_decoding(data):
-    with pytest.raises(ValueError, match="image"):
+    with pytest.raises(ValueError, match=r"image|JPEG"):
         decode(data, 3)
 
 
@@ -106,7 +106,7 @@ def test_thousands_of_scans_are_refused():
     data = jpeg(2000, 2000, progressive=True)
     last = data[data.rindex(b"\xff\xda") : data.rindex(b"\xff\xd9")]
     # decoding them would take minutes
-    with pytest.raises(ValueError, match=r"50\d\d\d .*500"):
+    with pytest.raises(ValueError, match="500"):
         decode(data[:-2] + last * 50_000 + data[-2:], 3)
 
 

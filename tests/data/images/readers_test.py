@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
+from localglobal_jax.data.images import headers
 from localglobal_jax.data.images.readers import MockReader, decode, facts
 from localglobal_jax.data.tfds.records import find_builder
 
@@ -64,14 +65,56 @@ def test_sixteen_bits_keep_their_upper_eight():
     np.testing.assert_array_equal(decode(data, 3), GREY.repeat(3, axis=2))
 
 
-def test_orientation_tags_are_ignored():
+def with_orientation(value, kind, **options):
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees
-    data = encode(PILLOW, "JPEG", quality=95, exif=exif)
-    assert decode(data, 3).shape == IMAGE.shape
-    np.testing.assert_array_equal(
-        decode(data, 3, lambda _: (9, 3, 20, 40)), decode(data, 3)[9:29, 3:43]
-    )
+    exif[0x0112] = value
+    return encode(PILLOW, kind, exif=exif, **options)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("value", range(1, 9))
+def test_images_are_turned_by_their_exif_orientation(kind, value):
+    data = with_orientation(value, kind, **({} if kind == "PNG" else {"quality": 95}))
+    expected = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    stored = decode(data, 3)
+    assert stored.shape == IMAGE.shape  # as TFDS does
+    image = decode(data, 3, upright=True)
+    assert image.flags["C_CONTIGUOUS"] and image.shape == expected.shape
+    assert np.abs(image.astype(int) - expected).max() <= (3 if kind == "WEBP" else 0)
+    asked = []
+
+    def part(shape):
+        asked.append(shape)
+        return 9, 3, 20, 30
+
+    np.testing.assert_array_equal(decode(data, 3, part, upright=True), image[9:29, 3:33])
+    assert asked == [image.shape[:2]]
+    np.testing.assert_array_equal(decode(data, 3, part), stored[9:29, 3:33])
+
+
+@pytest.mark.parametrize("value", [0, 9, 65535])
+def test_an_orientation_that_does_not_exist_changes_nothing(value):
+    data = with_orientation(value, "JPEG")
+    np.testing.assert_array_equal(decode(data, 3, upright=True), decode(data, 3))
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.sampled_from([b"II*\0\x08\0\0\0\1\0\x12\1", b"MM\0*\0\0\0\x08\0\1\1\x12", b""]),
+       st.binary(max_size=40))  # fmt: skip
+def test_any_exif_has_an_orientation(start, rest):
+    assert 1 <= headers.read_orientation(start + rest) <= 8
+
+
+@pytest.mark.parametrize("order", ["little", "big"])
+@pytest.mark.parametrize(("kind", "size"), [(1, 1), (3, 2), (4, 4)])
+def test_an_orientation_of_every_whole_type_and_order_of_bytes(order, kind, size):
+    def number(value, length):
+        return value.to_bytes(length, order)
+
+    exif = (b"II" if order == "little" else b"MM") + number(42, 2) + number(8, 4) + number(2, 2)
+    exif += number(0x010F, 2) + number(2, 2) + number(4, 4) + b"abc\0"
+    exif += number(0x0112, 2) + number(kind, 2) + number(1, 4) + number(6, size) + bytes(4 - size)
+    assert headers.read_orientation(exif) == 6
 
 
 @settings(deadline=None, max_examples=40)
