@@ -84,14 +84,34 @@ def test_batches_of_images_are_those_of_the_twin(digits, root, data_dir):
             same(*evaluated)
 
 
-def test_batches_of_texts_are_those_of_the_twin(root, tmp_path, make_translations, make_tfrecord):
+def test_batches_made_by_workers_are_those_of_this_process(digits, root, sentences):
+    """Each worker opens the index and the files for itself."""
+    tfrecord_index.prepare(digits)
+    options = {"crop": "resized", "image_size": (8, 8), "in_memory": False}
+    source = images.open_split(schema.Images(dir=root, **options), "train", train=True)
+    given = {"batch_size": 64, "seed": 1, "start": 2, "stop": 7}
+    wanted = list(loader.train_batches(source, **given))
+    same(loader.train_batches(source, **given, workers=2), wanted)
+    text = texts.open_train(schema.Text(dir=root, **sentences))
+    given = {"tokens": 256, "multiple": 4, "seed": 1, "start": 0, "stop": 5}
+    wanted = list(texts.train_batches(text, **given))
+    same(texts.train_batches(text, **given, workers=2), wanted)
+
+
+@pytest.fixture
+def sentences(root, tmp_path, make_translations, make_tfrecord):
+    """A set of sentences as indexed TFRecord in `root`, and its twin in ``tmp_path / "new"``."""
     examples = [{"de": f"Satz {i} ist gut " * (i % 4), "en": f"it is {i}"} for i in range(90)]
     make_translations(tmp_path / "new", "wmt14_translate", examples)
     inside = "wmt14_translate/de-en/1.0.0"
-    put(make_tfrecord(tmp_path / "new" / inside, tmp_path / "made"), f"{root}/{inside}")
+    put(make_tfrecord(tmp_path / "new" / inside, tmp_path / "made_text"), f"{root}/{inside}")
     tfrecord_index.prepare(f"{root}/{inside}")
+    return {"name": "wmt14_translate/de-en", "vocab": 300}
+
+
+def test_batches_of_texts_are_those_of_the_twin(root, tmp_path, sentences):
     opened = [
-        texts.open_train(schema.Text(name="wmt14_translate/de-en", dir=str(place), vocab=300))
+        texts.open_train(schema.Text(dir=str(place), **sentences))
         for place in (root, tmp_path / "new")
     ]
     assert opened[0].text == opened[1].text
@@ -107,10 +127,13 @@ def trained(workdir, root):
     command = ["train", "--config=configs/coatnet_digits.py:size=tiny", f"--workdir={workdir}"]
     changes = ("steps=6", "log.every=1", f"data.dir={root}", "data.in_memory=False")
     assert main([*command, *(f"--config.{change}" for change in changes)]) == 0
+    return metrics_of(workdir), reader.read(workdir)[1]
+
+
+def metrics_of(workdir):
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     named = ("step", "split", "loss", "accuracy", "grad_norm")
-    metrics = [{key: line[key] for key in named if key in line} for line in lines]
-    return metrics, reader.read(workdir)[1]
+    return [{key: line[key] for key in named if key in line} for line in lines]
 
 
 @pytest.mark.parametrize("root", ["bucket"], indirect=True)
