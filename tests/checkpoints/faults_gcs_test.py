@@ -154,6 +154,19 @@ def test_a_checkpoint_passes_a_fault(faults, bucket, name):
     assert writes.hits and reads.hits
 
 
+def test_arrays_that_take_long_are_told(faults, bucket, monkeypatch, caplog):
+    """tensorstore retries without a word."""
+    monkeypatch.setattr(store, "TELL_EVERY", 0.5)
+    faults.add("stall", "checkpoints/1/state/.*", method="POST", times=1, seconds=2.0)
+    saved = checkpoints(bucket)
+    saved.save(1, state(1), metadata={})
+    saved.close()
+    assert f"writing to {bucket}/checkpoints: 0 s so far, at http://127.0.0.1:" in caplog.text
+    faults.add("stall", "checkpoints/1/state/.*tensorstore", times=1, seconds=2.0)
+    same(checkpoints(bucket).restore(state(0)), 1)
+    assert f"reading {bucket}/checkpoints/1: 0 s so far, at http://127.0.0.1:" in caplog.text
+
+
 def test_orbax_writes_nothing_after_the_list_of_files(faults, bucket):
     """Its thread writes the names of the handlers: were it slow, the step would be damaged."""
     rule = faults.add("stall", "1/_CHECKPOINT_METADATA", method="POST", seconds=2.0)

@@ -4,8 +4,11 @@
 import csv
 import json
 import pathlib
+import subprocess
+import sys
 import tarfile
 import tempfile
+import textwrap
 import urllib.parse
 
 import gcs_server
@@ -232,7 +235,7 @@ def test_plain_orbax_reads_the_state(bucket):
 @pytest.fixture
 def translator(bucket, tmp_path):
     """The run of a family that was saved on disk by an older version, in a bucket."""
-    with tarfile.open(GOLDEN / "muse.tar.gz") as archive:
+    with tarfile.open(GOLDEN / "4f09b88" / "muse.tar.gz") as archive:
         archive.extractall(tmp_path, filter="data")
     files = objects.sizes(epath.Path(tmp_path / "muse"))
     objects.upload(epath.Path(bucket), tmp_path / "muse", files)
@@ -304,3 +307,32 @@ def test_status_and_collect_look_there(bucket, tmp_path, capsys):
     _, asked = counted(lambda: main([*sweep, "--status"]))
     assert "accuracy 0.75" in capsys.readouterr().out
     assert len(asked) <= 6 * 8, asked  # of six runs
+
+
+def test_a_token_for_another_server_is_not_written_to_stderr(gcs):
+    """tensorstore writes a line at its first use of one; other lines are kept."""
+    code = """
+        import logging, os
+        from localglobal_jax.checkpoints import store
+        store.prepare()
+        os.write(2, b"other")
+        import tensorstore
+        spec = {"driver": "gcs", "bucket": "no-such-bucket", "path": "x/"}
+        print(tensorstore.KvStore.open(spec).result().read("x").result().state)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], check=True, capture_output=True, text=True
+    )
+    assert (done.stdout.strip(), done.stderr) == ("missing", "other")
+
+
+def test_the_server_of_the_page_has_a_bucket_for_a_command(gcs, tmp_path):
+    code = (
+        "from etils import epath; from localglobal_jax.checkpoints import store; store.prepare();"
+        "file = epath.Path('gs://bucket/x/y'); file.write_text('z'); print(file.read_text())"
+    )
+    server = pathlib.Path(__file__).parents[1] / "gcs_server.py"
+    command = [sys.executable, server, sys.executable, "-c", f"{code}; raise SystemExit(3)"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (3, "z\n"), done.stderr
+    assert gcs not in done.stderr  # one of its own
