@@ -59,7 +59,7 @@ GPU = {
 
 # For --check: the same rows on any CPU, in a minute.
 SMALL = {
-    "coatnet_0": "depths=(1,1,1,1) widths=(8,8,16,16) stem=(8,8) image=32",
+    "coatnet_0": "depths=(1,1,1,1) widths=(8,8,32,32) stem=(8,8) image=32",
     "volo_d1": "depths=(1,1,1,1) widths=(8,16,16,16) heads=(2,2,2,2) stem=8 image=32",
     "muse_iwslt": "depths=(1,1) widths=(16,16) heads=(2,2) hidden=(16,16)",
 }
