@@ -1,18 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images given as files, folders (all images below them) and URLs."""
 
+import logging
 import os
 import pathlib
 import re
 import urllib.parse
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from etils import epath
 
 from localglobal_jax.data.images import readers, scan
+from localglobal_jax.data.images.layout import shorten
 from localglobal_jax.data.images.scan import ENDINGS
+
+log = logging.getLogger(__name__)
+
+EXAMPLES = 3  # files in a line of the log
 
 
 class Found(NamedTuple):
@@ -27,17 +33,23 @@ def find(given: Iterable[str | os.PathLike[str]]) -> list[Found]:
     """Returns the files given, and of folders the images below them, sorted by path.
 
     As in `folder`, hidden files and workdirs are left out, and links to folders followed once.
+    Pictures in a folder of a kind that is not read, such as HEIC, are logged.
     """
     found: list[Found] = []
     for name in [os.fspath(one) for one in given]:
         try:
             path = locate(name)
             folder = path if path.is_dir() else path.parent
-            inside = [str(file) for file in _inside(path)] if folder == path else [name]
+            inside, foreign = _inside(path) if folder == path else ([name], [])
         except (ValueError, OSError, ImportError) as error:
             found.append(Found(name, problem=_why(error)))
             continue
         found += [Found(file, _absolute(folder)) for file in inside]
+        if foreign:
+            kind, shown = scan.KIND, shorten(map(scan.readable, foreign), EXAMPLES)
+            log.warning(
+                "left out  %d %s: convert them to JPEG or PNG: %s", len(foreign), kind, shown
+            )
         if not inside:
             endings = ", ".join(sorted(ENDINGS))
             found.append(Found(name, problem=f"this folder holds no picture ({endings})"))
@@ -82,18 +94,29 @@ def _absolute(path: epath.Path) -> str:
     return f"/{scheme}/{rest}" if found else os.path.abspath(text)
 
 
-def _inside(directory: epath.Path) -> Iterator[epath.Path]:
+def _inside(directory: epath.Path) -> tuple[list[str], list[str]]:
+    """Returns the images below a folder, and the pictures of kinds that are not read."""
     if "://" not in os.fspath(directory):
-        for name in scan.scan(pathlib.Path(directory)).pictures:
-            yield directory / name
-        return
+        listed = scan.scan(pathlib.Path(directory))
+        others = [name for reason, name in listed.left_out if reason == scan.KIND]
+        images, foreign = (
+            [str(directory / name) for name in names] for names in (listed.pictures, others)
+        )
+        return images, foreign
+    images, foreign = list[str](), list[str]()
     for path in sorted(directory.iterdir()):
         if scan.is_hidden(path.name):
             continue
-        if scan.ending_of(path.name) in ENDINGS:  # first: in a store every other question costs
-            yield path
+        ending = scan.ending_of(path.name)
+        if ending in ENDINGS:  # first: in a store every other question costs
+            images.append(str(path))
+        elif ending in scan.FOREIGN:
+            foreign.append(str(path))
         elif path.is_dir():
-            yield from _inside(path)
+            below = _inside(path)
+            images += below[0]
+            foreign += below[1]
+    return images, foreign
 
 
 def _why(error: Exception) -> str:

@@ -283,7 +283,11 @@ def count(directory: str | None, layout: str = "auto", *, upright: bool = True) 
                 log.warning("%s", text)
     if bad:
         shown = "\n  ".join(bad[:SHOWN]) + (f"\n  and {len(bad) - SHOWN} more" * (len(bad) > SHOWN))
-        raise ValueError(f"{len(bad)} files are not whole pictures:\n  {shown}")
+        raise ValueError(
+            f"{len(bad)} files are not whole pictures:\n  {shown}\n"
+            "Mend or remove them, or let train and evaluate skip a few such files with "
+            "data.max_bad_records"
+        )
     if turned:
         how = "turned upright" if upright else "left as stored"
         log.info(

@@ -14,6 +14,8 @@ from localglobal_jax.data.images import jpeg
 FORMATS = "JPEG, PNG, GIF, BMP or WebP"
 
 JPEG, PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
+# Major brands of HEIC and AVIF files (ISO/IEC 23008-12, annex B)
+HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"avif", b"avis")
 ANIMATION = (b"acTL", b"fcTL", b"fdAT")  # chunks of an animated PNG
 ORIENTATION = 0x0112  # the tag of EXIF
 BYTES = {1: 1, 3: 2, 4: 4}  # of EXIF's types of whole numbers
@@ -48,7 +50,9 @@ def checked(data: bytes) -> Checked:
         return Checked(data)
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return Checked(data, _exif_of_webp(data))
-    raise ValueError(f"the image cannot be decoded: it is not a {FORMATS} file")
+    heif = data[4:8] == b"ftyp" and data[8:12] in HEIF
+    known = " but HEIC or AVIF, whatever its name: convert it to JPEG" if heif else ""
+    raise ValueError(f"the image cannot be decoded: it is not a {FORMATS} file{known}")
 
 
 def read_orientation(exif: bytes) -> int:

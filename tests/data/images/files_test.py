@@ -36,6 +36,18 @@ def test_folders_are_walked_and_files_taken_as_they_are(root):
         files.read(found[4].path, 3)
 
 
+def test_pictures_of_a_kind_that_is_not_read_are_logged(root, caplog):
+    for name in ("b/5.HEIC", "6.tiff", ".hidden.heic"):
+        (epath.Path(root) / name).write_bytes(PNG)
+    with caplog.at_level("WARNING"):
+        found = files.find([root])
+    assert [picture.path for picture in found] == [
+        f"{root}/{name}" for name in ("a.webp", "b/10.JPG", "b/2.png")
+    ]
+    (text,) = caplog.messages
+    assert "left out  2" in text and "b/5.HEIC" in text and "6.tiff" in text
+
+
 def test_links_to_folders_are_followed_once(tmp_path):
     (tmp_path / "a.png").write_bytes(PNG)
     (tmp_path / "p" / "b").mkdir(parents=True)

@@ -147,6 +147,7 @@ def test_prepare_counts_and_names_what_is_damaged(root, capsys):
     said = capsys.readouterr().err
     assert "2 files are not whole pictures" in said
     assert "3.jpg: the JPEG is cut short" in said and "text.png" in said
+    assert "data.max_bad_records" in said
 
 
 def test_a_bad_picture_is_named_or_tolerated(root):

@@ -110,6 +110,12 @@ def test_thousands_of_scans_are_refused():
         decode(data[:-2] + last * 50_000 + data[-2:], 3)
 
 
+@pytest.mark.parametrize("brand", [b"heic", b"mif1", b"avif"])
+def test_heic_under_the_name_of_a_jpeg_is_named(brand):
+    with pytest.raises(ValueError, match="HEIC"):
+        headers.checked(b"\0\0\0\x18ftyp" + brand + bytes(40))
+
+
 @settings(deadline=None, max_examples=300)
 @given(start=st.sampled_from([b"\xff\xd8", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"BM", b"",
                               b"RIFF0000WEBPVP8X", b"RIFF0000WEBPVP8L", b"RIFF0000WEBPVP8 "]),
