@@ -45,7 +45,7 @@ TRAIN = [
     "shtab>=1.7",  # completion for shells, made from the parser
     "simplejpeg>=1.8,<2",  # libjpeg-turbo that decodes the upper part of a file without complaint
     "tensorboardX>=2.6.2",
-    "tensorstore>=0.1.81",  # reads byte ranges; orbax's storage, see checkpoints/orbax_patches.py
+    "tensorstore>=0.1.84",  # reads byte ranges; orbax's storage, see checkpoints/orbax_patches.py
     "tensorflow-datasets>=4.9.10",
 ]
 TEST = [
