@@ -118,7 +118,7 @@ def check_config(workdir: pathlib.Path, step: int, metadata: Mapping[str, Any]) 
 def check_labels(labels: Sequence[str], metadata: Mapping[str, Any]) -> None:
     """Raises ValueError if a checkpoint was trained on other classes, or on another order."""
     then = metadata.get("labels")  # absent in older checkpoints
-    if then and labels and _in_one_form(then) != _in_one_form(labels):
+    if then and labels and in_one_form(then) != in_one_form(labels):
         raise ValueError(
             f"the data has the classes {_shown(labels)}; the checkpoint was trained on "
             f"{_shown(then)}, in this order. Provide the same classes (one folder each, which may "
@@ -126,7 +126,7 @@ def check_labels(labels: Sequence[str], metadata: Mapping[str, Any]) -> None:
         )
 
 
-def _in_one_form(labels: Iterable[str]) -> list[str]:
+def in_one_form(labels: Iterable[str]) -> list[str]:
     """Returns labels in the Unicode form NFC; file systems of other machines keep another one."""
     return [unicodedata.normalize("NFC", label) for label in labels]
 

@@ -235,8 +235,7 @@ def _look(args: argparse.Namespace, sweep: expand.Sweep, runs: Sequence[expand.D
         from localglobal_jax.checkpoints import workdir
 
         form = summary.FILES[file.suffix]
-        table = status.to_csv(rows) if form == "csv" else _line(status.records(rows), form)
-        workdir.write_atomically(file, table)
+        workdir.write_atomically(file, summary.shown(status.records(rows), form) + "\n")
         _say(f"wrote {args.collect}: {len(rows)} runs")
     records = _summary(args, sweep, rows) if args.summary else None
     if args.json:
@@ -246,12 +245,6 @@ def _look(args: argparse.Namespace, sweep: expand.Sweep, runs: Sequence[expand.D
     elif args.status:
         print(status.table(rows))
     return ExitCode.DONE
-
-
-def _line(records: Sequence[dict[str, Any]], form: str) -> str:
-    from localglobal_jax.launch import summary
-
-    return summary.shown(records, form) + "\n"
 
 
 def _summary(

@@ -60,7 +60,7 @@ def keep_native_code_off_stdout() -> None:
     if stdout is None or sys.stdout is not stdout:  # as in a test
         return
     stdout.flush()
-    ours = os.fdopen(os.dup(1), "w", buffering=1, encoding=stdout.encoding)
+    ours = os.fdopen(os.dup(1), "w", buffering=1, encoding=stdout.encoding, errors=stdout.errors)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.close(nowhere)

@@ -4,6 +4,7 @@
 import json
 import os
 import pathlib
+import re
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -41,7 +42,8 @@ def images_of(dataset: str, size: str = "full") -> int:
     root = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     if "://" not in root:
         folder = pathlib.Path(root).expanduser() / name
-        for file in sorted(folder.glob(f"{version or '*'}/dataset_info.json"), reverse=True):
+        files = folder.glob(f"{version or '*'}/dataset_info.json")
+        for file in sorted(files, key=_version, reverse=True):
             splits = json.loads(file.read_text(encoding="utf-8")).get("splits", [])
             lengths = {s.get("name"): s.get("shardLengths", []) for s in splits}
             if found := sum(map(int, lengths.get("train", []))):
@@ -53,6 +55,10 @@ def images_of(dataset: str, size: str = "full") -> int:
         "Give images=N, those of its training split (or steps=N to fine-tune); known are "
         f"{', '.join(SIZES)}"
     )
+
+
+def _version(file: pathlib.Path) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", file.parent.name)]
 
 
 def timm_randaugment(config: ConfigDict, probability: float = 0.5) -> None:

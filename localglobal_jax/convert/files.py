@@ -172,9 +172,9 @@ def _labels(file: str | None, hub: Mapping[str, Any] | None, classes: int) -> li
         pretrained = (hub or {}).get("pretrained_cfg")
         places = (hub, pretrained if isinstance(pretrained, Mapping) else None)
         found: Any = next((x["label_names"] for x in places if x and "label_names" in x), None)
-        if not isinstance(found, list) or len(found) != classes:
+        if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
             return []
-        return found if all(isinstance(name, str) for name in found) else []
+        return found if len(found) == len(set(found)) == classes else []
     try:
         names = pathlib.Path(file).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -196,7 +196,8 @@ def _preprocessing_given(overrides: Mapping[str, str]) -> dict[str, Any]:
             raise validation.unknown("field of the preprocessing:", field, allowed)
         loading.override(config, field, text)
     data = validation.check(config).data
-    return {field.removeprefix("data."): getattr(data, field[5:]) for field in overrides}
+    names = [field.removeprefix("data.") for field in overrides]
+    return {name: getattr(data, name) for name in names}
 
 
 def _advice(source: str, file: pathlib.Path, name: str, arguments: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 
 from localglobal_jax import convert
 from localglobal_jax.checkpoints import gcs, manager, reader
-from localglobal_jax.checkpoints.workdir import shown
+from localglobal_jax.checkpoints.workdir import in_one_form, shown
 from localglobal_jax.config import loading, preprocessing, schema, values
 from localglobal_jax.models.registry import Variables, create_model
 
@@ -75,8 +75,9 @@ def load(
     _, variables, metadata = read_variables(path, step, average, only)
     spec: dict[str, Any] = values.tuples(metadata["model"])
     if dtype is not None:
-        floating = lambda x: jnp.issubdtype(x.dtype, jnp.floating)  # noqa: E731
-        variables = jax.tree.map(lambda x: x.astype(dtype) if floating(x) else x, variables)
+        variables = jax.tree.map(
+            lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, variables
+        )
     if callable(sharding):
         at = sharding
         sharding = jax.tree_util.tree_map_with_path(
@@ -185,7 +186,7 @@ def pretrained(
         )
     done = ""
     if (classes := getattr(module, "classes", None)) is not None:
-        names = labels, metadata.get("labels") or ()
+        names = map(in_one_form, (labels, metadata.get("labels") or ()))
         if old.classes:
             old, variables, done = fit_classifier(old, variables, classes, *names)
         else:

@@ -329,7 +329,7 @@ def _over(job: Job, outcome: JobResult, began: float) -> bool:
     if job.finished():
         outcome.state, outcome.code = "done", int(ExitCode.DONE)
         return True
-    last = next(iter(events(job.directory / ATTEMPTS)[-1:]), {})
+    last = (events(job.directory / ATTEMPTS) or [{}])[-1]
     meanwhile = outcome.attempts == 0 and last.get("time", 0.0) >= began
     if outcome.state != "busy" and not meanwhile:
         return False

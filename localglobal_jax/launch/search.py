@@ -98,14 +98,12 @@ class Study:
         best = space.base.checkpoint.best
         if not best:
             raise ValueError("a search needs config.checkpoint.best, the metric that it improves")
-        self._metric = best.removeprefix("-")
-        self._smaller = best.startswith("-") or self._metric.rpartition("/")[2] in metrics.SMALLER
+        self._metric, self._smaller = metrics.direction(best)
         self._study = self._opened(sampler, stored)
         self._names: dict[str, int] = {}
-        waiting = [
+        self._waiting = [
             t.number for t in self._study.trials if t.state == optuna.trial.TrialState.RUNNING
         ]
-        self._waiting = waiting
 
     def _opened(self, sampler: str, stored: bool) -> Any:
         optuna, root = self._optuna, pathlib.Path(self._space.root)
@@ -232,10 +230,7 @@ class Study:
             self._tell(number, states.COMPLETE, min(found) if self._smaller else max(found))
 
     def _tell(self, number: int, state: Any, value: float | None = None) -> None:
-        if state.name != "COMPLETE":
-            self._study.tell(number, state=state, skip_if_finished=True)
-        else:
-            self._study.tell(number, value, skip_if_finished=True)
+        self._study.tell(number, value, state, skip_if_finished=True)
 
     def _values(self, job: pool.Job) -> list[tuple[int, float]]:
         split, _, name = self._metric.rpartition("/")

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads the state of a sweep from its workdirs, at any time, also while it runs."""
 
-import csv
-import io
 import json
 import os
 import pathlib
@@ -279,18 +277,6 @@ def _last(metrics: Mapping[str, Mapping[str, Any]]) -> str:
     shown = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in named.items()]
     shown = shown[:SHOWN]
     return f"{split}: " + "  ".join(shown) if shown else ""
-
-
-def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Returns the `records` of the runs as CSV."""
-    found = records(rows)
-    text = io.StringIO()
-    writer = csv.DictWriter(
-        text, dict.fromkeys(k for r in found for k in r), restval="", lineterminator="\n"
-    )
-    writer.writeheader()
-    writer.writerows(found)
-    return text.getvalue()
 
 
 def records(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

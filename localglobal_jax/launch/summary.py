@@ -14,7 +14,6 @@ from localglobal_jax.training import metrics
 from localglobal_jax.training.reporting import verdicts
 
 FILES = {"": "csv", ".csv": "csv", ".md": "markdown", ".tex": "latex", ".json": "json"}
-USUAL = ("bleu", "accuracy", "loss")  # metrics of an evaluation, the first that a run has
 Row = Mapping[str, Any]  # of `status.read`
 Record = dict[str, Any]  # a line of a table, by column
 
@@ -26,8 +25,7 @@ class Metric:
     """
 
     def __init__(self, given: str):
-        self.name = given.removeprefix("-")
-        self.smaller = given.startswith("-") or self.name.rpartition("/")[2] in metrics.SMALLER
+        self.name, self.smaller = metrics.direction(given)
 
     def last(self, row: Row) -> Any:
         """Returns the last value of a run; None if it has none."""
@@ -47,7 +45,7 @@ def metric(rows: Sequence[Row], asked: str | None, best: str | None, split: str 
     known = list(dict.fromkeys(name for row in rows for name in row["extremes"]))
     given = asked or best or ""
     if not given:
-        usual = [f"{split}/{name}" for name in USUAL]
+        usual = [f"{split}/{name}" for name in metrics.USUAL]
         given = next((name for name in usual if name in known), usual[-1])
     found = Metric(given)
     if asked and known and found.name not in known:

@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from localglobal_jax.checkpoints import gcs
-from localglobal_jax.checkpoints.workdir import check_config
+from localglobal_jax.checkpoints.workdir import check_config, in_one_form
 from localglobal_jax.config import loading, preprocessing, schema, validation, values
 from localglobal_jax.convert import adapt
 from localglobal_jax.data.images import pipeline
@@ -186,7 +186,7 @@ def _match_classes(data: schema.Images, metadata: Mapping[str, Any]) -> np.ndarr
 
     Raises ValueError for a class that the checkpoint does not have.
     """
-    known, labels = metadata.get("labels") or (), pipeline.class_names(data)
+    known, labels = map(in_one_form, (metadata.get("labels") or (), pipeline.class_names(data)))
     classes = create_model(**values.tuples(metadata["model"])).classes
     count, _ = pipeline.describe(data)
     where = f"data.dir={data.dir}" if data.name == "folder" else f"data.name={data.name}"
@@ -207,19 +207,19 @@ def _match_classes(data: schema.Images, metadata: Mapping[str, Any]) -> np.ndarr
             )
         log.info("classes  %d, taken to be in the order of the checkpoint: no names", count)
         return None
-    if list(labels) == list(known):
+    if labels == known:
         return None
     if unknown := [label for label in labels if label not in set(known)]:
         raise ValueError(
             f"{where} has classes that the checkpoint was not trained on: {named(unknown)}. It "
-            f"was trained on {named(list(known), 20)}. Give data of these classes, all or "
+            f"was trained on {named(known, 20)}. Give data of these classes, all or "
             "some, or fine-tune (`init`) on the new ones"
         )
     log.info(
         "classes  %d of the checkpoint's %d, matched by name; each answer is one of all %d",
         *(len(labels), len(known), len(known)),
     )
-    return np.array([list(known).index(label) for label in labels], np.int32)
+    return np.array([known.index(label) for label in labels], np.int32)
 
 
 def _renumbered(evaluators: Mapping[str, Evaluator], classes: np.ndarray) -> dict[str, Evaluator]:

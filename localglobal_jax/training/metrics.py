@@ -20,6 +20,18 @@ Sums = dict[str, tuple[jax.Array, jax.Array]]
 SMALLER = ("loss", "nll", "perplexity")  # metrics of which smaller values are better
 
 
+USUAL = ("bleu", "accuracy", "loss")  # of an evaluation: the first that it has stands for a run
+
+
+def direction(given: str) -> tuple[str, bool]:
+    """Returns the name of a metric, "test/accuracy" or "-test/loss", and whether less is better.
+
+    Less is better after a "-", and for the metrics in `SMALLER` without it.
+    """
+    name = given.removeprefix("-")
+    return name, given.startswith("-") or name.rpartition("/")[2] in SMALLER
+
+
 def check_best(best: str | None, known: Collection[str]) -> None:
     """Raises ValueError unless ``checkpoint.best`` ("test/accuracy", "-test/loss") is in `known`.
 

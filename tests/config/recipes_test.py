@@ -315,6 +315,8 @@ def test_a_prepared_set_tells_its_own_size(tmp_path):
     check("coatnet_imagenet.py:dataset=photos,epochs=3", {"steps": 3, "optim.warmup_steps": 3})
     check("coatnet_finetune.py:dataset=photos", {"steps": 30 * 8})
     assert recipes.images_of("photos:2.0.0") == 4_096
+    prepared(tmp_path, "photos", "10.0.0", [8_192])
+    assert recipes.images_of("photos") == 8_192
 
 
 @pytest.mark.parametrize("config", ["coatnet_imagenet.py", "coatnet_finetune.py"])

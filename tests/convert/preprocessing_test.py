@@ -131,6 +131,8 @@ def test_names_of_the_classes_of_a_file_or_of_the_hub(convert, tmp_path, capsys)
     assert classifier.load(convert("coatnet_1_rw_224")).labels == ("a", "b")
     (tmp_path / "weights" / "config.json").write_text('{"label_names": ["a"]}')
     assert classifier.load(convert("coatnet_2_rw_224")).labels == ()
+    (tmp_path / "weights" / "config.json").write_text('{"label_names": ["crane", "crane"]}')
+    assert classifier.load(convert("coatnet_3_rw_224")).labels == ()
     file = str(tmp_path / "weights" / "coatnet_2_rw_224.safetensors")
     for text in ("a\n", "a\na\n", "a\nb\nc\n"):
         (tmp_path / "names").write_text(text)

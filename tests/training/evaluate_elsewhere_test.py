@@ -189,6 +189,20 @@ def test_classes_in_another_order_and_some_of_them(evaluate, given, pictures, tm
             place.rename(folder)
 
 
+def test_names_in_another_unicode_form_are_the_same(evaluate, given, pictures, tmp_path):
+    known, labels = ["cafe\u0301", "owl"], ["owl", "caf\u00e9"]
+    before, after = start(tmp_path / "start", "coatnet", known, labels)
+    for path in before:
+        np.testing.assert_array_equal(after[path], before[path][..., ::-1])
+    for split in SPLITS:
+        (tmp_path / "data" / split).mkdir(parents=True)
+        for label, colour in zip(labels, COLOURS, strict=False):
+            (tmp_path / "data" / split / label).symlink_to(pictures / split / colour)
+    out = save(tmp_path / "out", *model("coatnet", 2), labels=known)
+    code, found, _ = evaluate(out, *given, f"--config.data.dir={tmp_path / 'data'}")
+    assert code == 0 and found["count"] == 8
+
+
 @pytest.mark.parametrize(
     ("classes", "labels", "says"),
     [

@@ -38,12 +38,16 @@ class LabelMaps:
         self.shape = self.read(first).shape
 
     def read(self, name: str) -> np.ndarray:
-        """Returns the map of the image ``CLASS/STEM`` as ``float16 [2, k, h, w]``."""
+        """Returns the map of the image ``CLASS/STEM`` as ``float16 [2, k, h, w]``.
+
+        Raises ValueError for a map that is missing or damaged, and OSError for one that cannot be
+        read.
+        """
         for ending, parse in ((".npy", _numpy), (".pt", read_tensor)):
             file = self._folder / f"{name}{ending}"
             try:
                 data = file.read_bytes()
-            except OSError:  # missing: a bucket's client has its own kinds
+            except (FileNotFoundError, NotADirectoryError):
                 continue
             try:
                 return self._checked(parse(data))

@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Faults of a bucket in the reads of array_record and of indexed TFRecord files."""
 
+import io
 import pathlib
 import subprocess
 import sys
 import time
 
 import gcs_server
+import numpy as np
 import pytest
 from etils import epath
 
 from localglobal_jax.checkpoints import store
 from localglobal_jax.cli.main import main
+from localglobal_jax.data.images import label_maps
 from localglobal_jax.data.tfds import answers, records, tfrecord_index
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -126,6 +129,19 @@ def test_a_missing_object_and_a_missing_bucket_in_the_middle_of_a_run(digits, fa
     assert not isinstance(error.value, records.BadRecord)
 
 
+def test_a_store_that_fails_is_no_missing_label_map(bucket, faults):
+    folder = epath.Path(bucket) / "maps"
+    content = io.BytesIO()
+    np.save(content, np.zeros((2, 1, 3, 3), np.float16))
+    (folder / "cat" / "1.npy").write_bytes(content.getvalue())
+    maps = label_maps.LabelMaps(str(folder), 4, "cat/1")
+    with pytest.raises(ValueError, match="cat/2"):
+        maps.read("cat/2")
+    faults.add("status", status=503)
+    with pytest.raises(store.StoreFailed, match=f"{folder}/cat/1.npy"):
+        maps.read("cat/1")
+
+
 # ------------------------------------------------------------------------------ another server
 
 
@@ -193,7 +209,8 @@ from localglobal_jax.config.schema import Images
 from localglobal_jax.data import loader, workers
 from localglobal_jax.data.images import pipeline
 SHORT = "from localglobal_jax.checkpoints import store;"
-SHORT += "from localglobal_jax.data.tfds import answers;"
+SHORT += "from localglobal_jax.data.images import label_maps
+from localglobal_jax.data.tfds import answers;"
 SHORT += "store.LIMITS.patience, store.STALL, answers.TELL = 2.0, 1, 0.5"
 exec(SHORT)
 workers.PROGRAM = workers.PROGRAM.replace("workers.serve(", f"{SHORT}\\nworkers.serve(")

@@ -15,7 +15,6 @@ from localglobal_jax.training.reporting.html import attempts, curves
 from localglobal_jax.training.reporting.html.facts import Run, number, shown
 
 SEED = "seed"  # the field whose values make a group
-USUAL = ("bleu", "accuracy", "loss")  # metrics of an evaluation, the first that a run has
 FILES = ("config.json", "attempts.jsonl", "log.txt")  # one of them makes a folder a run
 
 
@@ -144,10 +143,9 @@ def _metric(runs: Sequence[Run]) -> tuple[str, bool]:
     known = {name for run in runs for name in run.last()}
     if not best:
         splits = next((s for r in runs if (s := r.config.get("data", {}).get("eval_splits"))), ())
-        usual = [f"{split}/{name}" for name in USUAL for split in splits[:1]]
+        usual = [f"{split}/{name}" for name in metrics.USUAL for split in splits[:1]]
         best = next((name for name in usual if name in known), "train/loss")
-    name = best.removeprefix("-")
-    return name, best.startswith("-") or name.rpartition("/")[2] in metrics.SMALLER
+    return metrics.direction(best)
 
 
 def _values(run: Run, metric: str, smaller: bool) -> tuple[float | None, float | None]:
