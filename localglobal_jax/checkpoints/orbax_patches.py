@@ -70,7 +70,7 @@ def _rmtree(path: epath.Path, *, missing_ok: bool = False) -> None:
 
 @functools.cache
 def limit_retries() -> None:
-    """Bounds the retries of orbax's requests to a bucket; without, it asks for a quarter hour."""
+    """Bounds the retries of orbax's requests to a bucket, which last a quarter of an hour else."""
     for name in ("_BASE_TS_CONTEXT", "_DEFAULT_OCDBT_TS_CONTEXT"):
         getattr(_utils(), name)["gcs_request_retries"] = store.TENSORSTORE
 

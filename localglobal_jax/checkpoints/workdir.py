@@ -252,12 +252,12 @@ def check_shared(workdir: pathlib.Path) -> None:
         )
 
 
-def write_atomically(file: pathlib.Path, text: str) -> None:
-    """Writes `text` to `file` such that a reader, or a crash, sees the old file or the new one."""
+def write_atomically(file: pathlib.Path, content: str | bytes) -> None:
+    """Writes `content` to `file`; a reader, or a crash, sees the old file or the new one."""
     partial = file.with_name(f".{file.name}.partial")
     try:
-        with open(partial, "w", encoding="utf-8") as out:
-            out.write(text)
+        with open(partial, "wb") as out:
+            out.write(content.encode() if isinstance(content, str) else content)
             out.flush()
             os.fsync(out.fileno())
     except OSError:

@@ -299,7 +299,7 @@ def _dry_run(
     about = {
         "backend": args.backend,
         "image": launch.image,
-        "git": provenance.git(folder),
+        "git": provenance.commit_of(folder),
         "env": dict(env),
         "scripts": sorted(launch.files),
         "notices": list(launch.notices),

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 IMAGES = 1_281_167  # in the training split of imagenet2012
 # Images of training splits. CoAtNet's paper gives 13 million for ImageNet-21k, whose editions have
-# 12.7 to 14.2 million; a prepared set tells its own number.
+# 12.7 to 14.2 million; the files of a prepared set have its own number.
 SIZES = {
     "imagenet2012": IMAGES,
     "imagenet21k": 13_000_000,

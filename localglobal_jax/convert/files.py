@@ -50,8 +50,8 @@ def convert_file(
 ) -> dict[str, Any]:
     """Converts the file `weights` into ``out/checkpoints/0``, for `lg.load`.
 
-    How the images of the weights are prepared is stored, too (`config.preprocessing`), and said in
-    ``out/model_card.md``: as the ``config.json`` beside the file says, or else by the name.
+    The preprocessing of the images (`config.preprocessing`) is stored, too, and written to
+    ``out/model_card.md``. It is that of the ``config.json`` beside the file, else that of the name.
 
     Args:
       source: one of `SOURCES`.
@@ -201,9 +201,7 @@ def _preprocessing_given(overrides: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _advice(source: str, file: pathlib.Path, name: str, arguments: Mapping[str, Any]) -> str:
-    """Returns the end of an error: how to name a model, to make a readable file, or to tell its
-    number of classes.
-    """
+    """Returns the end of an error: the option, or the command for a readable file, that helps."""
     if source == "fairseq":
         return ""
     if file.suffix != ".safetensors":

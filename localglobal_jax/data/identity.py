@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from localglobal_jax.checkpoints import workdir
 from localglobal_jax.data.tfds import records
 
 FILE = "training_records.json.gz"
@@ -38,7 +39,7 @@ def line(count: str, parts: Mapping[str, str]) -> str:
 
 
 def same(was: str, now: str) -> bool:
-    """Returns whether two lines describe the same records, as far as both say."""
+    """Returns whether two lines describe the same records, in the parts that both have."""
     (count, then), (number, found) = _parts(was), _parts(now)
     return count == number and all(found.get(k, digest) == digest for k, digest in then.items())
 
@@ -88,9 +89,8 @@ def write(directory: pathlib.Path, order: str, found: Sequence[Record]) -> None:
     if _read(directory).get("order") == order:
         return
     content = {"order": order, "records": [list(record) for record in found]}
-    partial = directory / f".{FILE}.partial"
-    partial.write_bytes(gzip.compress(json.dumps(content).encode(), mtime=0))
-    partial.replace(directory / FILE)
+    data = gzip.compress(json.dumps(content).encode(), mtime=0)
+    workdir.write_atomically(directory / FILE, data)
 
 
 def changes(directory: pathlib.Path, was: str, found: Sequence[Record]) -> str:

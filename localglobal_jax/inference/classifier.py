@@ -236,7 +236,7 @@ def load(
     missing = [f for f in NEEDED if f not in overrides and f.removeprefix("data.") not in found]
     if missing:
         raise ValueError(
-            f"{path} does not say how its images were prepared: give "
+            f"{path} has no preprocessing of images beside its weights: give "
             f"{', '.join(f'--config.{field}' for field in missing)}, the values of its authors. "
             "Examples: of timm's CoAtNets "
             f"{preprocessing.shown(preprocessing.of_timm('coatnet_0_rw_224'))}; of timm's VOLOs "

@@ -280,7 +280,7 @@ class Pool:
         return following in ("restart", "retry")
 
     def _record(self, job: Job, line: Mapping[str, Any]) -> None:
-        """Appends an event to ``attempts.jsonl``, which `status` reads; an OSError is only said."""
+        """Appends an event to ``attempts.jsonl``, which `status` reads; an OSError is a line."""
         try:
             with open(job.directory / ATTEMPTS, "a", encoding="utf-8") as file:
                 file.write(json.dumps({**line, "time": round(time.time(), 3)}) + "\n")
@@ -316,7 +316,7 @@ class _Child:
     begin: int  # of this attempt in the log, in bytes
     kills: int  # `log_reason.memory_kills` at the start
     saved: int | None  # the newest saved step at the start
-    looked: float = 0.0  # when its source was asked last
+    looked: float = 0.0  # when its source was called last
     pruned: bool = False  # whether its source has given it up
 
 

@@ -211,7 +211,7 @@ class Study:
         trial = self._optuna.trial.Trial(self._study, known._trial_id)
         for step, value in self._values(job):
             if step not in known.intermediate_values:
-                with contextlib.suppress(RuntimeError):  # told by another launcher
+                with contextlib.suppress(RuntimeError):  # another launcher has ended it
                     trial.report(value, step)
         return self._halving and trial.should_prune()
 

@@ -171,7 +171,7 @@ def _plain(value: Any) -> float:
 
 
 def _devices(mirror: gcs.LocalMirror, saved: int | None) -> str:
-    """Returns the devices as the newest checkpoint says, "1 x cpu (cpu), 1 host"; "" if unknown."""
+    """Returns the devices of the newest checkpoint, "1 x cpu (cpu), 1 host"; "" if unknown."""
     if saved is None:
         return ""
     try:

@@ -2,14 +2,15 @@
 """Options, device counts and checks that the TPU back ends `xpk` and `tpu_vm` share."""
 
 import argparse
+import functools
 import pathlib
 import re
-import subprocess
 
 from localglobal_jax.checkpoints.workdir import is_remote
 from localglobal_jax.launch.backend import Option, Target
 from localglobal_jax.launch.expand import Description
 from localglobal_jax.profiling import topologies
+from localglobal_jax.training.reporting import git
 
 OPTIONS = (
     Option("tpu_type", "v5litepod-256, v5p-128, ..."),
@@ -52,28 +53,17 @@ def notices(spec: str, how: str) -> tuple[str, ...]:
     found = []
     if file.is_absolute() or ".." in file.parts:
         found.append(f"{name}: the machines look at this very path; a relative one is safer")
-    inside = _git(file, "ls-files", "--error-unmatch", file.name)
-    if _git(file, "rev-parse", "HEAD") is None:
+    run_git = functools.partial(git.output, file.absolute().parent)
+    inside = run_git("ls-files", "--error-unmatch", file.name)
+    if run_git("rev-parse", "HEAD") is None:
         found.append(f"{name} is in no git commit: {how} has to bring it to the machines")
     elif inside is None:
         found.append(f"{name} is not in git: {how} has to bring it to the machines")
-    elif _git(file, "status", "--porcelain", "--", file.name):
+    elif run_git("status", "--porcelain", "--", file.name):
         found.append(f"{name} has changes that are not committed: the machines may not have them")
-    elif _git(file, "remote") and not _git(file, "branch", "-r", "--contains", "HEAD"):
+    elif run_git("remote") and not run_git("branch", "-r", "--contains", "HEAD"):
         found.append(f"the commit of {name} is on no remote branch: the machines may not have it")
     return tuple(found)
-
-
-def _git(file: pathlib.Path, *words: str) -> str | None:
-    """Returns the output of git in the folder of `file`; None if it fails or is not installed."""
-    command = ["git", "--no-optional-locks", "-C", str(file.absolute().parent), *words]
-    try:
-        done = subprocess.run(  # nosec B603 # an argument list, no shell
-            command, capture_output=True, text=True, check=False
-        )
-    except OSError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def command(run: Description) -> tuple[str, ...]:

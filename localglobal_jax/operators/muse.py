@@ -106,9 +106,9 @@ class Muse(nn.Module):
 
 
 def apart(x: Array) -> Array:
-    """Returns x, from which XLA on GPU makes a product of its own.
+    """Returns x behind a barrier, so that XLA on GPU does not merge its products with others of x.
 
-    It merges products of one input. In training that costs more than it saves: the merged output is
+    In training merging costs more than it saves: the merged output is
     split, the gradients are joined in memory, and cuBLAS cannot apply the ReLU of one of them.
     """
     if not context.is_fused():

@@ -56,7 +56,7 @@ class Least:
 
 @dataclasses.dataclass(frozen=True)
 class _Value:
-    """`node`: number of an array that depends on a product with a parameter, else None."""
+    """An array. `node`: its number if it depends on a product with a parameter, else None."""
 
     node: int | None
     differentiated: bool  # its gradient is needed for that of a parameter

@@ -238,7 +238,7 @@ def _renumbered(evaluators: Mapping[str, Evaluator], classes: np.ndarray) -> dic
 def _fit(
     task: Task, variables: Variables, data: schema.Images, trained: Mapping[str, Any]
 ) -> Variables:
-    """Returns the variables for the images of `task`, and says another size than the trained one.
+    """Returns the variables for the images of `task`; logs a size other than that of training.
 
     Raises ValueError, naming the field, where they cannot be resized.
     """

@@ -183,7 +183,7 @@ def split_of(name: str) -> str:
     return {0: "test", 1: "validation"}.get(number, "train")
 
 
-# ------------------------------------------------------------------------- what is said of a folder
+# ------------------------------------------------------------------------- notes on a folder
 
 
 def left_out(opened: Folder) -> dict[str, list[str]]:
@@ -268,7 +268,7 @@ def count(directory: str | None, layout: str = "auto", *, upright: bool = True) 
     for split in SPLITS:
         if folders := opened.layout.splits:
             node = opened.tree.at(folders[split]) if split in folders else layouts.Node()
-            if node.pictures == node.direct:  # left out, and said
+            if node.pictures == node.direct:  # left out, see `notes`
                 continue
         reader = FolderReader(directory, split, opened=opened)
         counts[split] = len(reader)

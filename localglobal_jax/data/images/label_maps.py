@@ -27,7 +27,7 @@ class LabelMaps:
     Args:
       directory: local, or gs://BUCKET/PATH.
       classes: number of classes of the data set.
-      first: name of an image, whose map tells the shape.
+      first: name of an image, whose map gives the shape.
 
     Raises ValueError if that map is missing or damaged.
     """

@@ -265,7 +265,7 @@ class _Store:
         return name
 
     def is_overlay(self, name: str) -> bool:
-        return False  # they are written to disks, and asking costs a request each
+        return False  # they are written to disks, and a look costs a request each
 
     def text(self, name: str) -> str:
         return (self._root / name).read_text()

@@ -30,7 +30,7 @@ def trusted(folder: gcs.Place) -> Iterator[None]:
     for path in _described(folder):
         if not any(part.startswith("incomplete.") for part in path.parts):  # a preparation's
             _refuse_foreign_code(path)
-            if gcs.is_bucket(path):  # TFDS would ask three times, each time with all retries
+            if gcs.is_bucket(path):  # TFDS sends three requests, each with all retries
                 with contextlib.suppress(FileNotFoundError):
                     gcs.check_readable(path.parent / INFO)
     try:

@@ -245,7 +245,7 @@ def _weights_backward(keep: float, *saved: Any) -> tuple[Array | None, ...]:
 
 
 def _subtracted(y: Array, g: Array) -> Array:
-    """``sum_m g_lm w_lm``, as ``g_l . y_l``: [..., n, l, 1]."""
+    """Computes ``sum_m g_lm w_lm`` as ``g_l . y_l``: [..., n, l, 1]."""
     wide = jnp.promote_types(y.dtype, jnp.float32)
     return jnp.sum(g.astype(wide) * y.astype(wide), -1)[..., None].swapaxes(-3, -2)
 

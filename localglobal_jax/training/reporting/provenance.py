@@ -3,30 +3,18 @@
 
 import pathlib
 import platform
-import subprocess
-from contextlib import suppress
 from importlib import metadata
 from typing import Any
 
 from localglobal_jax.parallel import placement
+from localglobal_jax.training.reporting import git
 
 
-def git(folder: pathlib.Path) -> dict[str, Any]:
+def commit_of(folder: pathlib.Path) -> dict[str, Any]:
     """Returns the commit of `folder` and whether files differ from it; {} outside of git."""
-
-    def run(*words: str) -> str | None:
-        # without locks: else `status` would write the index
-        command = ["git", "--no-optional-locks", "-C", str(folder), *words]
-        try:
-            done = subprocess.run(  # nosec B603 # an argument list, no shell
-                command, capture_output=True, text=True, check=False
-            )
-        except FileNotFoundError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = run("rev-parse", "HEAD")
-    return {"commit": commit, "dirty": bool(run("status", "--porcelain"))} if commit else {}
+    if commit := git.output(folder, "rev-parse", "HEAD"):
+        return {"commit": commit, "dirty": git.output(folder, "status", "--porcelain") != ""}
+    return {}
 
 
 def versions() -> dict[str, str]:
@@ -44,12 +32,7 @@ def environment() -> dict[str, str]:
     }
     root = pathlib.Path(__file__).parents[3]
     if (root / ".git").exists():  # not a checkout around an installed package
-        # without locks: else git would write the index
-        command = ["git", "--no-optional-locks", "-C", str(root), "describe", "--always"]
-        command += ["--dirty", "--abbrev=40", "--exclude=*"]
-        with suppress(OSError, subprocess.SubprocessError):
-            done = subprocess.run(  # nosec B603 # an argument list, no shell
-                command, capture_output=True, text=True, check=True, timeout=10
-            )
-            found["commit"] = done.stdout.strip()
+        words = ("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+        if (commit := git.output(root, *words)) is not None:
+            found["commit"] = commit
     return found
