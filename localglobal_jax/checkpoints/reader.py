@@ -35,6 +35,10 @@ class CorruptCheckpoint(RuntimeError):
     """Checkpoints exist, but the one asked for, or every one, is incomplete or damaged."""
 
 
+class Deleted(ValueError):
+    """A step was deleted, by the retention of the run that writes here, while it was read."""
+
+
 class Damaged(Exception):
     """One step is incomplete or damaged; the message names the file or leaf."""
 
@@ -244,10 +248,12 @@ def newest_valid(
 ) -> tuple[T | None, set[int]]:
     """Returns `load` of the given step, or of the newest valid one, and the damaged steps.
 
-    A step is damaged where `load` raises Damaged. The first value is None if there is no step.
-    Raises CorruptCheckpoint if every step, or the given one, is damaged.
+    A step is damaged where `load` raises Damaged and the step is still there. The first value is
+    None if there is no step. Raises CorruptCheckpoint if every step, or the given one, is damaged,
+    and Deleted if the given one was deleted meanwhile.
     """
-    steps = list(steps_of.scan(directory))
+    complete = steps_of.scan(directory)
+    steps = list(complete)
     if step is not None and step not in steps:
         raise ValueError(f"no checkpoint of step {step} in {directory}; there are {steps}")
     damaged: dict[int, str] = {}
@@ -255,6 +261,14 @@ def newest_valid(
         try:
             found = load(candidate)
         except Damaged as error:
+            now = steps_of.scan(directory)
+            if complete[candidate] and not now.get(candidate):  # retention deleted it
+                if step is None:
+                    return newest_valid(directory, None, load)
+                raise Deleted(
+                    f"{directory}: step {step} was deleted while it was read (checkpoint.keep of "
+                    f"the run that writes here). Now there are {list(now)}"
+                ) from error
             damaged[candidate] = f"step {candidate}: {error}"
             log.error("checkpoint %s is damaged: %s", directory / str(candidate), error)
             continue

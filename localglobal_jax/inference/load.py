@@ -20,6 +20,7 @@ from localglobal_jax.config import loading, preprocessing, schema, values
 from localglobal_jax.models.registry import Variables, create_model
 
 log = logging.getLogger(__name__)
+ATTEMPTS = 5  # of a read while the run that writes there deletes old steps
 
 
 def find_step(path: str | pathlib.Path, step: int | str | None) -> int | None:
@@ -98,21 +99,47 @@ def read_variables(
     Raises ValueError if fewer than `average` checkpoints are kept, or if steps between them were
     deleted (see `check_neighbours`).
     """
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return _read_variables(path, step, average, only)
+        except reader.Deleted as error:
+            if str(step).isdigit():
+                raise
+            log.info("%s; reading again", error)
+    return _read_variables(path, step, average, only)
+
+
+def _read_variables(
+    path: str | pathlib.Path, step: int | str | None, average: int, only: str | None
+) -> tuple[int, Variables, dict[str, Any]]:
+    """Reads the variables once; raises Deleted if the run that writes there deleted a step."""
     select = functools.partial(_inside, only) if only else None
+
+    def read(number: int) -> tuple[int, dict, dict]:
+        try:
+            return reader.read(path, number, select)
+        except ValueError as error:
+            if number in reader.steps(path):
+                raise
+            raise reader.Deleted(str(error)) from error
+
     last, state, metadata = reader.read(path, find_step(path, step), select)
-    kept = [n for n in reader.steps(path) if n <= last][-average:]
+    steps = reader.steps(path)
+    kept = [n for n in steps if n <= last][-average:]
     if average < 1 or len(kept) < average:
+        if step is None and steps[-1] > last:
+            raise reader.Deleted(f"{path}: steps before {last} were deleted while it was read")
         raise ValueError(
             f"average={average}: {path} has {len(kept)} checkpoints up to step {last}. "
             f"Give a number from 1 to {len(kept)}, or keep more (checkpoint.keep)"
         )
     variables = state.get("average") or state["variables"]
     if average > 1:
-        read = [reader.read(path, earlier, select) for earlier in kept[:-1]]
-        check_neighbours(kept, [*(saved for *_, saved in read), metadata], f"average={average}")
+        before = [read(earlier) for earlier in kept[:-1]]
+        check_neighbours(kept, [*(saved for *_, saved in before), metadata], f"average={average}")
         log.info("average  of the steps %s", ", ".join(map(str, kept)))
         total = jax.tree.map(np.float64, variables)
-        for _, state, _ in read:
+        for _, state, _ in before:
             total = jax.tree.map(np.add, total, state.get("average") or state["variables"])
         variables = jax.tree.map(lambda t, v: (t / average).astype(v.dtype), total, variables)
     return last, variables, metadata

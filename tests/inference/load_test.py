@@ -2,6 +2,7 @@
 """`lg.load` of a part, in another dtype, with a sharding: every family, from an earlier workdir."""
 
 import pathlib
+import shutil
 import tarfile
 
 import jax
@@ -11,6 +12,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import localglobal_jax as lg
+from localglobal_jax.checkpoints import manager, reader
+from localglobal_jax.config import schema
+from localglobal_jax.inference import load
 from localglobal_jax.parallel import placement
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "workdirs" / "4f09b88"
@@ -82,3 +86,44 @@ def test_sharding_of_all_or_by_path(workdir):
         assert leaves_of(mixed)[path].sharding == rule(path, leaf)
         np.testing.assert_array_equal(leaves_of(mixed)[path], leaf)
     assert split in {leaf.sharding for leaf in jax.tree.leaves(mixed)}
+
+
+@pytest.fixture
+def growing(tmp_path, monkeypatch):
+    """A run that saves a step, and deletes the oldest of two, as soon as some arrays were read."""
+    source, directory = tmp_path / "all", tmp_path / "run" / "checkpoints"
+    checkpoints = manager.Checkpoints(source, schema.Checkpoints(keep=10))
+    for step in range(1, 7):
+        state = {
+            "step": np.full((), step, np.int32),
+            "variables": {"params": {"x": np.full(3, step, np.float32)}},
+        }
+        checkpoints.save(step, state, metadata={})
+    checkpoints.close()
+    directory.mkdir(parents=True)
+    for step in ("1", "2"):
+        shutil.move(source / step, directory)
+    read, coming = reader.read_arrays, [3, 4]
+
+    def reading(place, step, wanted, **options):
+        if coming and len(list(directory.iterdir())) == 2:
+            new = coming.pop(0)
+            shutil.move(source / str(new), directory)
+            shutil.move(directory / str(new - 2), tmp_path / f"deleted{new - 2}")
+        return read(place, step, wanted, **options)
+
+    monkeypatch.setattr(reader, "read_arrays", reading)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("average", [1, 2])
+def test_a_step_that_retention_deletes_meanwhile_is_not_damaged(growing, average, caplog):
+    last, variables, _ = load.read_variables(growing, None, average)
+    assert last > 2 or average == 1
+    assert variables["params"]["x"][0] == last - (average - 1) / 2
+    assert "damaged" not in caplog.text
+
+
+def test_a_given_step_that_retention_deletes_is_said(growing):
+    with pytest.raises(reader.Deleted, match="step 1"):
+        load.read_variables(growing, 1)
