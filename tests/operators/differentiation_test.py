@@ -71,6 +71,10 @@ MODELS = {
     ),
 }  # fmt: skip
 CASES = OPERATORS | BLOCKS | LAYERS | MODELS
+# Tests whose programs are many or large: every operator in the suite, what is made of them if slow.
+OPERATORS_FIRST = [
+    name if name in OPERATORS else pytest.param(name, marks=pytest.mark.slow) for name in CASES
+]
 
 
 def prepared(name, module=None):
@@ -158,7 +162,7 @@ def test_reference_has_every_transformation(name):
     close(found["vmap"], found["loop"], 1e-4)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", OPERATORS_FIRST)
 def test_reference_works_under_checkpoint_scan_and_shard_map(name):
     apply, argument = prepared(name)
     _, shape = CASES[name]
@@ -194,7 +198,7 @@ def test_reference_works_under_checkpoint_scan_and_shard_map(name):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", OPERATORS_FIRST)
 def test_reference_computes_in_other_dtypes(name, dtype):
     module, _ = CASES[name]
     whole, argument = prepared(name)
