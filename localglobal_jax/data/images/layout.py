@@ -66,7 +66,6 @@ class Layout(NamedTuple):
 
     splits: dict[str, str]  # split -> folder that holds the classes; empty: split by names
     names: tuple[str, ...]  # folders of the classes, sorted, in the root or in each split
-    unused: tuple[str, ...] = ()  # folders with pictures that are neither
 
     @property
     def labels(self) -> list[str]:
@@ -190,10 +189,7 @@ def _of_splits(root: Node, splits: dict[str, str], kind: str, shown: str) -> Lay
     names = tuple(sorted(n for n, child in train.children.items() if is_class(child, kind)))
     where = f"{shown}/{deep['train']}"
     _check(train, names, where)
-    above = root.at(splits["train"].rpartition("/")[0])
-    taken = {folder.rpartition("/")[2] for folder in (*splits.values(), *deep.values())}
-    unused = tuple(sorted(n for n, c in above.children.items() if c.pictures and n not in taken))
-    return Layout(deep, names, unused)
+    return Layout(deep, names)
 
 
 def _deepest(root: Node, folder: str) -> str:
@@ -220,8 +216,7 @@ def _classes(root: Node, kind: str, shown: str) -> Layout:
     }
     names = tuple(sorted(name for name, child in named.items() if is_class(child, kind)))
     _check(root, names, shown)
-    unused = tuple(sorted(n for n, c in root.children.items() if c.pictures and n not in names))
-    return Layout({}, names, unused)
+    return Layout({}, names)
 
 
 def _check(node: Node, names: tuple[str, ...], shown: str) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from localglobal_jax.checkpoints import digests
+from localglobal_jax.checkpoints.store import StoreFailed
 from localglobal_jax.data.tfds import gcs
 
 ENDINGS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp"})
@@ -180,9 +181,13 @@ def _is_run(store: "_Disk | _Store", folder: str, names: set[str]) -> bool:
     if "config.json" in names:
         if names & {"checkpoints", "metrics.jsonl"}:
             return True
-        with contextlib.suppress(OSError, ValueError):
+        try:
             config = json.loads(store.text(f"{folder}/config.json"))
             return isinstance(config, dict) and {"task", "model", "data"} <= config.keys()
+        except StoreFailed:
+            raise
+        except (OSError, ValueError):  # unreadable, or not JSON
+            pass
     if "checkpoints" not in names:
         return False
     with contextlib.suppress(OSError):

@@ -71,14 +71,12 @@ def test_a_folder_train_that_could_be_either_needs_the_option():
     with pytest.raises(ValueError, match=r"bus 7, car 8, train 5.*data\.layout=classes"):
         choose(*names)
     assert choose(*names, kind="classes").names == ("bus", "car", "train")
-    chosen = choose(*names, kind="splits")
-    assert chosen.splits == {"train": "train"} and chosen.unused == ("bus", "car")
+    assert choose(*names, kind="splits").splits == {"train": "train"}
 
 
-def test_pictures_to_predict_beside_the_splits_are_unused():
+def test_pictures_to_predict_beside_the_splits_are_no_split():
     chosen = choose(*below("train", "val"), "to predict/*9", "test/*5")
     assert chosen.splits == {"train": "train", "validation": "val", "test": "test"}
-    assert chosen.unused == ("to predict",)
 
 
 @pytest.mark.parametrize(

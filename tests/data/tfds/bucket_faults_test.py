@@ -14,7 +14,7 @@ from etils import epath
 
 from localglobal_jax.checkpoints import store
 from localglobal_jax.cli.main import main
-from localglobal_jax.data.images import label_maps
+from localglobal_jax.data.images import label_maps, scan
 from localglobal_jax.data.tfds import answers, records, tfrecord_index
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -140,6 +140,15 @@ def test_a_store_that_fails_is_no_missing_label_map(bucket, faults):
     faults.add("status", status=503)
     with pytest.raises(store.StoreFailed, match=f"{folder}/cat/1.npy"):
         maps.read("cat/1")
+
+
+def test_a_store_that_fails_makes_no_folder_of_a_workdir(bucket, faults):
+    for name in ("run/config.json", "run/curve.png", "cat/1.png"):
+        (epath.Path(bucket) / name).write_bytes(b'{"task": 0, "model": 0, "data": 0}')
+    assert scan.scan(epath.Path(bucket)).pictures == ["cat/1.png"]
+    faults.add("status", status=503, path="config")
+    with pytest.raises(store.StoreFailed, match=f"{bucket}/run/config.json"):
+        scan.scan(epath.Path(bucket))
 
 
 # ------------------------------------------------------------------------------ another server
