@@ -34,6 +34,7 @@ output: behind global blocks, evidence may lie elsewhere than where it was found
 takes an earlier one). What is dark is cut off in evaluation. In DIR the files lie as they do below
 the folder that all IMAGEs share, with .png behind their names."""
 NAME_BYTES = 255
+ENDING = 8  # characters of the ending of a long name that stay
 # control characters, which a terminal would obey
 ESCAPED = {i: f"\\x{i:02x}" for i in (*range(32), 127)}
 ESCAPED |= str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
@@ -129,8 +130,9 @@ def _overlay_name(name: str) -> str:
     whole = os.fsencode(last)
     if len(whole) + len(".png") > NAME_BYTES:
         digest = hashlib.sha256(whole).hexdigest()[:8]
-        end = f"-{digest}{os.path.splitext(last)[1]}"
-        last = whole[: NAME_BYTES - len(f"{end}.png")].decode("utf-8", "ignore") + end
+        end = f"-{digest}{os.path.splitext(last)[1][:ENDING]}"
+        left = NAME_BYTES - len(os.fsencode(f"{end}.png"))
+        last = whole[:left].decode("utf-8", "ignore") + end
     return os.path.join(folder, f"{last}.png")
 
 

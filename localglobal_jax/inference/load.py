@@ -127,7 +127,7 @@ def _read_variables(
     steps = reader.steps(path)
     kept = [n for n in steps if n <= last][-average:]
     if average < 1 or len(kept) < average:
-        if step is None and steps[-1] > last:
+        if step is None and max(steps, default=last) > last:
             raise reader.Deleted(f"{path}: steps before {last} were deleted while it was read")
         raise ValueError(
             f"average={average}: {path} has {len(kept)} checkpoints up to step {last}. "
