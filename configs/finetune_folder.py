@@ -8,8 +8,9 @@
 
 `prepare` counts the pictures of every class and names the damaged files. PICTURES holds CLASS/FILE,
 or train/CLASS/FILE and validation/CLASS/FILE; without those, a tenth of the pictures is for
-validation, another for testing. Without ``init=`` the model starts from random parameters.
-``:data=mock,size=tiny`` needs no pictures.
+validation, another for testing. Without ``init=`` a CoAtNet-0 starts from random parameters, and
+with ``:size=tiny`` a model of 0.1 M parameters: ten steps at 64 pixels, unless ``steps=`` and
+``resolution=`` are given. ``:data=mock,size=tiny`` needs no pictures.
 """
 
 import pathlib
@@ -21,10 +22,14 @@ coatnet_finetune = import_file(pathlib.Path(__file__).with_name("coatnet_finetun
 
 def get_config(arg=None):
     arg = parse_arg(
-        arg, init="", resolution=224, steps=1000, data=("real", "mock"), size=("full", "tiny")
+        arg, init="", resolution=0, steps=0, data=("real", "mock"), size=("full", "tiny")
     )
+    resolution, steps = (64, 10) if arg.size == "tiny" else (224, 1000)  # pixels, steps
+    arg.update(resolution=arg.resolution or resolution, steps=arg.steps or steps)
     dataset = "folder" if arg.data == "real" else "cifar10"
     config = coatnet_finetune.finetune(arg, arg.steps, dataset)
+    config.update(steps=arg.steps)  # also those given with ``size=tiny``
+    config.data.image_size = (arg.resolution, arg.resolution)
     config.task.mixup = 0.0  # the paper's recipe is for a million pictures; this for hundreds
     config.data.update(randaugment_magnitude=9, area=(0.3, 1.0), threads=4)
     if arg.size == "full":

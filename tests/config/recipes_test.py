@@ -331,3 +331,11 @@ def test_a_set_that_is_not_prepared_has_the_size_of_its_paper():
     check("coatnet_imagenet.py:dataset=imagenet21k,epochs=90", {"steps": 285_644})
     check("coatnet_finetune.py:dataset=cifar10", {"steps": 30 * 50_000 // 512})
     check("coatnet_finetune.py:dataset=photos,steps=77", {"steps": 77})
+
+
+def test_steps_and_resolution_of_a_small_run_on_a_folder():
+    default = {"steps": 10, "batch_size": 8, "data.image_size": (64, 64)}
+    check("finetune_folder.py:size=tiny", default)
+    given = {"steps": 6, "batch_size": 8, "data.image_size": (32, 32)}
+    check("finetune_folder.py:size=tiny,steps=6,resolution=32", given)
+    check("finetune_folder.py", {"steps": 1000, "data.image_size": (224, 224)})

@@ -48,7 +48,8 @@ def lines(data: bytes, name: str, *, first: int = 1) -> list[str]:
     if bad >= 0:
         raise ValueError(
             f"{name} is not UTF-8 text: line {data[:bad].count(10) + first} holds {why}. "
-            "Convert it, for instance with `iconv -f latin1 -t utf-8` or -f utf-16"
+            "Convert it, for instance with `iconv -f latin1 -t utf-8` (or utf-16, gb18030, "
+            "shift_jis instead of latin1)"
         )
     found = text.split("\n" if "\n" in text else "\r")
     if found[-1] == "":
