@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Heat maps of matrices whose rows and columns are pieces of text."""
 
+import functools
+import logging
 import math
 import pathlib
 import warnings
@@ -8,6 +10,8 @@ from collections.abc import Sequence
 from typing import BinaryIO
 
 import numpy as np
+
+log = logging.getLogger(__name__)
 
 KINDS = (".png", ".pdf", ".svg")
 CELL, LARGEST = 0.28, 48.0  # inches: of a cell, and of a side of all cells
@@ -38,6 +42,7 @@ def draw(
     A file that is already open gets a PNG.
     """
     # Objects, not pyplot: no global state, no display. Imported here, as it takes a second.
+    from matplotlib import rcParams  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     cell = min(CELL, LARGEST / max(weights.shape))
@@ -73,8 +78,18 @@ def draw(
     bar = figure.add_axes((1 + 0.2 / width, 0, 0.12 / width, min(1, 2.5 / height)))
     figure.colorbar(image, cax=bar).outline.set_visible(False)
     bar.tick_params(labelsize=8, length=2)
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "Glyph", UserWarning
-        )  # characters without a glyph are drawn as boxes
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         figure.savefig(path, dpi=120, bbox_inches="tight", pad_inches=0.2)
+    if any(str(warning.message).startswith("Glyph") for warning in caught):
+        _warn_of_boxes(", ".join(rcParams["font.family"]))
+
+
+@functools.cache
+def _warn_of_boxes(font: str) -> None:
+    """Logs, once in a process, that characters are missing: training draws many heat maps."""
+    log.warning(
+        "heat map: matplotlib's font %s lacks some characters, which are drawn as boxes. Name an "
+        "installed font that has them as font.family in a matplotlibrc",
+        font,
+    )

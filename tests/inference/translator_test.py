@@ -248,6 +248,18 @@ def test_the_picture_is_drawn(tmp_path, shape):
     assert width > 15 * shape[1] and height > 15 * shape[0]
 
 
+def test_characters_that_no_font_has_are_logged_once(tmp_path, caplog):
+    heat_map._warn_of_boxes.cache_clear()
+    texts = {"title": "t", "row_name": "r", "column_name": "c", "columns": ["a"]}
+    with caplog.at_level("WARNING"):
+        heat_map.draw(str(tmp_path / "a.png"), np.ones((1, 1)), rows=["b"], **texts)
+        assert not caplog.messages
+        for _ in range(2):
+            heat_map.draw(str(tmp_path / "a.png"), np.ones((1, 1)), rows=["\U0010fffd"], **texts)
+    (text,) = caplog.messages
+    assert "font.family" in text
+
+
 def test_a_heat_map_that_cannot_be_written_raises_first(tmp_path):
     heat_map.check(str(tmp_path / "x.svg"))
     with pytest.raises(ValueError, match=r"x\.jpg"):
