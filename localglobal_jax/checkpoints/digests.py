@@ -20,7 +20,7 @@ from etils import epath
 
 from localglobal_jax.checkpoints import objects, workdir
 
-MANIFEST = "files.json"
+MANIFEST = workdir.MANIFEST
 WHOLE = 64 * 2**20  # bytes; larger files are checked by size here, by the digests of their arrays
 WORDS = {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint32"}  # 8 bytes are two words, low first
 SEEDS = (0x9E3779B9, 0x7F4A7C15)

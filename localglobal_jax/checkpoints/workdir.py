@@ -24,6 +24,7 @@ from localglobal_jax.checkpoints import store
 from localglobal_jax.checkpoints.bucket_lock import BucketLock, Locked
 from localglobal_jax.config import loading, migrations, schema, values
 
+MANIFEST = "files.json"  # of a step, written last: sizes and checksums of its files
 log = logging.getLogger(__name__)
 _SHOWN: dict[str, str] = {}  # directories of local mirrors, and the paths in buckets
 

@@ -42,10 +42,15 @@ SMALL_FOCAL = {
 RUNS = {  # config, overrides, patterns, parallel
     "coatnet": (DIGITS, {"model.depths": "(3, 1)"}, "stem,stage1,!stage1/block3", {"scan": True}),
     "coatnet probe": (DIGITS, {}, "*,!head", {"compile": "pmap"}),
-    "layout": (DIGITS, {"model.layout": "('CT', 'C')", "model.depths": "(2, 1)"}, "stage1/*", FSDP),
+    "layout": (DIGITS, {"model.layout": "CA", "model.depths": "(2, 1)"}, "stage1/*", FSDP),
     "volo": ("volo_imagenet.py:size=tiny,data=mock", SMALL_VOLO, "*,!head/*", FSDP),
     "focal": ("focal_imagenet.py:size=tiny,data=mock", SMALL_FOCAL, "stem,stage[1]", {}),
-    "muse": ("muse_lohelp.py:size=tiny,data=mock", {}, "encoder,!encoder/layer2,embedding", FSDP),
+    "muse": (
+        "muse_lohelp.py:size=tiny,data=mock",
+        {"model.depths": "(2, 1)"},
+        "encoder,!encoder/layer2,embedding",
+        FSDP,
+    ),
 }
 
 

@@ -16,7 +16,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from localglobal_jax.checkpoints import digests
+from localglobal_jax.checkpoints import workdir
 from localglobal_jax.checkpoints.store import StoreFailed
 from localglobal_jax.data.tfds import gcs
 
@@ -194,7 +194,7 @@ def _is_run(store: "_Disk | _Store", folder: str, names: set[str]) -> bool:
         for entry in store.entries(f"{folder}/checkpoints"):
             if re.fullmatch(r"\d+", entry.name):
                 inside = store.entries(f"{folder}/checkpoints/{entry.name}")
-                return any(below.name == digests.MANIFEST for below in inside)
+                return any(below.name == workdir.MANIFEST for below in inside)
     return False
 
 

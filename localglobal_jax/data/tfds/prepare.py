@@ -56,14 +56,16 @@ def prepare(name: str, data_dir: str | None = None, source: str | None = None) -
         raise ValueError(f"the source directory {source} does not exist")
     if builder.name in RAW_FILES and source is not None:
         RAW_FILES[builder.name].locate(source, _config(builder))
-    if records.is_prepared(builder):
-        _say_that_it_is_there(builder.data_dir)
-    elif gcs.is_bucket(root):
-        _make_in_bucket(name, builder.data_dir, source)
-    else:
+    if not gcs.is_bucket(root):
         with _alone(pathlib.Path(root, builder.name)) as staging:
-            if not records.is_prepared(builder):
+            if records.is_prepared(builder):
+                _say_that_it_is_there(builder.data_dir)
+            else:
                 _make(builder, root, source, staging)
+    elif records.is_prepared(builder):
+        _say_that_it_is_there(builder.data_dir)
+    else:
+        _make_in_bucket(name, builder.data_dir, source)
     builder = records.find_builder(name, root)
     return {**verify(builder), **(builder.info.metadata or {}).get("counts", {})}
 
