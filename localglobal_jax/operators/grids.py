@@ -6,13 +6,14 @@ Legend: b batch, h w grid, l length, i j windows, y x positions in a window, d w
 
 from collections.abc import Iterator, Sequence
 from itertools import product
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
 
-def check_input(module: nn.Module, x: Array, *forms: str, parameter: str | None = None) -> None:
+def check_input(module: nn.Module, x: Any, *forms: str, parameter: str | None = None) -> None:
     """Raises ValueError unless `x` has the axes of one of `forms`, such as ``"b h w d"``.
 
     Grids without a batch look like sequences to a module that takes both. `parameter` names one

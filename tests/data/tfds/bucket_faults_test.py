@@ -218,8 +218,7 @@ from localglobal_jax.config.schema import Images
 from localglobal_jax.data import loader, workers
 from localglobal_jax.data.images import pipeline
 SHORT = "from localglobal_jax.checkpoints import store;"
-SHORT += "from localglobal_jax.data.images import label_maps
-from localglobal_jax.data.tfds import answers;"
+SHORT += "from localglobal_jax.data.tfds import answers;"
 SHORT += "store.LIMITS.patience, store.STALL, answers.TELL = 2.0, 1, 0.5"
 exec(SHORT)
 workers.PROGRAM = workers.PROGRAM.replace("workers.serve(", f"{SHORT}\\nworkers.serve(")
@@ -241,7 +240,7 @@ def test_a_stall_in_the_middle_of_a_run_ends_the_process(digits, faults, workers
         text=True,
         timeout=150,  # less than the stall
     )
-    assert rule.hits
+    assert rule.hits, ended.stderr
     assert ended.returncode == 1, ended.stderr
     assert f"waiting for {digits}/digits/1.0.0/{SHARD} (no answer for " in ended.stderr
     assert f"StoreFailed: {digits}/digits/1.0.0/{SHARD}: no answer for " in ended.stderr
