@@ -406,7 +406,7 @@ def test_data_that_is_not_here(copied, tmp_path):
         (["RUN", "--out=/dev/null"], "give a file"),
         (["RUN", "--out=."], "give a file"),
         (["RUN", "--step=last"], 'give a number, or "best"'),
-        (["gs://bucket"], "gs://BUCKET/PATH"),
+        (["gs://bucket"], "gs://bucket/runs/one"),
         (["RUN", "--config.steps=3"], "report takes no --config.steps"),
     ],
 )
