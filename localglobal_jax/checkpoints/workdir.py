@@ -83,7 +83,7 @@ def as_begun(run: schema.Run, workdir: pathlib.Path) -> schema.Run:
     A run thereby goes on as it began. Raises ValueError if its ``config.json`` is damaged.
     """
     file = workdir / "config.json"
-    if not file.is_file():
+    if not os.path.isfile(file):  # False also for a path that is too long, which is refused later
         return run
     kept = _as_begun(run, loading.read_json(file, name=shown(file)))
     if kept != run and run.data.name == "folder":

@@ -23,6 +23,7 @@ def test_renamed_options_are_read():
     assert found == {
         "optim": {"init_learning_rate": 1e-7, "warmup_steps": 5},
         "parallel": {"implementation": "reference"},
+        "data": migrations.FORMER,
     }
     assert FIRST["optim"]["warmup_from"] == 1e-7  # the input is not changed
 
