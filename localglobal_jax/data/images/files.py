@@ -98,9 +98,16 @@ def _inside(directory: epath.Path) -> tuple[list[str], list[str]]:
     """Returns the images below a folder, and the pictures of kinds that are not read."""
     if "://" not in os.fspath(directory):
         listed = scan.scan(pathlib.Path(directory))
+        lost = [  # reading them says why they cannot be read
+            name
+            for reason, name in listed.left_out
+            if reason == scan.UNREADABLE
+            or (reason == scan.BROKEN and scan.ending_of(name) in ENDINGS)
+        ]
         others = [name for reason, name in listed.left_out if reason == scan.KIND]
         images, foreign = (
-            [str(directory / name) for name in names] for names in (listed.pictures, others)
+            [str(directory / name) for name in names]
+            for names in (sorted([*listed.pictures, *lost]), others)
         )
         return images, foreign
     images, foreign = list[str](), list[str]()
