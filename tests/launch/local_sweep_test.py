@@ -5,7 +5,6 @@ import csv
 import json
 import os
 import pathlib
-import resource
 import signal
 import subprocess
 import sys
@@ -38,12 +37,16 @@ def sweep_bad():
 """
 
 
-def start(folder, *words, **options):
-    """A sweep as a process of its own; its workdirs are the folders of ``folder/runs``."""
+def start(folder, *words, before=(), **options):
+    """A sweep as a process of its own, started by the command `before`.
+
+    Its workdirs are the folders of ``folder/runs``.
+    """
     (folder / "c.py").write_text(CONFIG)
     command = [sys.executable, "-m", "localglobal_jax", "sweep", f"--config={folder / 'c.py'}"]
     command += [f"--workdir={folder / 'runs'}", *words]
-    return command, subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)
+    words = [*before, *command]
+    return command, subprocess.Popen(words, stderr=subprocess.PIPE, text=True, **options)
 
 
 def events(folder):
@@ -111,13 +114,9 @@ def test_two_starters_after_a_killed_one_end_well(tmp_path):
 
 
 def test_what_is_said_of_a_crash_by_memory_and_of_a_diverged_run(tmp_path, capsys):
-    limit = 4 * 2**30  # bytes of address space, as by `ulimit -v`
-
-    def limited():
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-
+    limited = ("bash", "-c", 'ulimit -v 4194304; exec "$@"', "limited")  # KiB
     words = ("--sweep=bad", "--config.steps=9")
-    command, sweep = start(tmp_path, *words, "--slots=2", "--retries=0", preexec_fn=limited)
+    command, sweep = start(tmp_path, *words, "--slots=2", "--retries=0", before=limited)
     _, said = sweep.communicate(timeout=300)
     assert sweep.returncode == 1 and said.splitlines()[-1] == "0 of 2 done, 2 failed", said
     assert "out of memory: " in said and "no checkpoint had been saved" in said

@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import pathlib
-import resource
 import signal
 import subprocess
 import sys
@@ -135,11 +134,12 @@ print(pool.run_jobs(jobs, [pool.Slot()] * SLOTS, RETRIES, None, print).code)
 """
 
 
-def launcher(jobs, slots=1, retries=0, **options):
-    """A pool in a process of its own."""
+def launcher(jobs, slots=1, retries=0, before="", **options):
+    """A pool in a process of its own, which executes the line `before` first."""
     parts = [(found.name, found.command, str(found.directory)) for found in jobs]
     text = LAUNCHER.replace("JOBS", repr(parts)).replace("SLOTS", str(slots))
-    words = [sys.executable, "-c", text.replace("RETRIES", str(retries))]
+    text = f"{before}\n{text}".replace("RETRIES", str(retries))
+    words = [sys.executable, "-c", text]
     return subprocess.Popen(words, stdout=subprocess.PIPE, text=True, **options)
 
 
@@ -251,11 +251,8 @@ def test_a_full_disk_ends_no_other_job(tmp_path):
     full.directory.mkdir()
     (full.directory / "attempts.jsonl").write_text("\n" * 5000)
     (tmp_path / "blocked").touch()
-
-    def limited():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
-
-    process = launcher([full, job(tmp_path, "blocked", ""), other], slots=3, preexec_fn=limited)
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))"
+    process = launcher([full, job(tmp_path, "blocked", ""), other], slots=3, before=limit)
     text = process.communicate(timeout=60)[0]
     assert text.splitlines()[-2:] == ["2 of 3 done, 1 failed", "1"], text
     assert os.strerror(errno.EFBIG) in text and f"{tmp_path / 'blocked'}" in text

@@ -5,7 +5,6 @@ import contextlib
 import errno
 import os
 import pathlib
-import resource
 import subprocess
 import sys
 
@@ -72,10 +71,8 @@ def test_the_reason_of_an_error_inside_jax():
 
 
 def test_the_reason_under_a_limit_of_memory():
-    def limited():
-        resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))
-
-    said = run(JAX + "print(jnp.ones((2**20, 2**14)) + 1)", preexec_fn=limited)
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))\n"
+    said = run(limit + JAX + "print(jnp.ones((2**20, 2**14)) + 1)")
     assert log_reason.reason(said).startswith("out of memory: "), said
 
 
