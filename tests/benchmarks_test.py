@@ -59,7 +59,8 @@ def test_a_row_without_memory_says_so_and_the_rest_go_on(theirs, tmp_path, monke
     assert "theirs.py" in failed["failed"] and "CUDA out of memory" in failed["failed"]
     assert "a last line" not in failed["failed"]
     assert not done["failed"] and float(done["their_seconds"]) == 0.5
-    assert float(done["ratio_median"]) == pytest.approx(0.5 / float(done["our_seconds"]), rel=0.01)
+    ours = float(done["our_seconds"])  # written with four decimals, and there are but a few
+    assert 0.5 / (ours + 1e-4) < float(done["ratio_median"]) < 0.5 / (ours - 1e-4)
     assert done["gpu"] == "" and done["theirs"] == "torch 9.9, a stand-in"
 
     (again,) = machine(*args[:-2], "coatnet_0 inference", PATH="")
