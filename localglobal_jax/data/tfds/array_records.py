@@ -80,9 +80,16 @@ class ArrayRecordFiles:
 
     def _problem(self, number: int, call: Any) -> str | None:
         """Returns what is wrong with a file. ``call``: that of `_count`; None if it is missing."""
-        path, expected = self._paths[number], self._expected[number]
         if call is None:
-            return f"{path} is missing"
+            return f"{self._paths[number]} is missing"
+        problem = self._miscount(number, call)
+        if problem and self._stored is not None:  # an answer that was cut off looks like damage
+            problem = self._miscount(number, self._start(number, _count))
+        return problem
+
+    def _miscount(self, number: int, call: Any) -> str | None:
+        """Returns what is wrong with the number of records that ``call`` counted."""
+        path, expected = self._paths[number], self._expected[number]
         found, why = 0, ""
         try:
             if (found := self._result(call, number, _count)) == expected:
