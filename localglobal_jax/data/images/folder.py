@@ -428,20 +428,22 @@ class FolderReader:
         Counts in `turned` those that can be decoded and have an EXIF orientation.
         """
 
-        def check(index: int) -> tuple[str, bytes]:
+        def check(index: int) -> tuple[str, bytes, bool]:
             record = self._read(index)
             if isinstance(record, records.BadRecord):
-                return str(record), os.urandom(16)  # not a copy of another
+                return str(record), os.urandom(16), False  # not a copy of another
             mark = hashlib.blake2b(record[0], digest_size=16).digest()
             try:
                 self.decode(record)
-                self.turned += headers.checked(record[0]).orientation > 1
+                turned = headers.checked(record[0]).orientation > 1
             except (ValueError, cv2.error) as error:
-                return f"{self._shown(index)}: {error}", mark
-            return "", mark
+                return f"{self._shown(index)}: {error}", mark, False
+            return "", mark, turned
 
         with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-            return list(pool.map(check, range(len(self))))
+            found = list(pool.map(check, range(len(self))))
+        self.turned = sum(turned for _, _, turned in found)  # not by the threads: they lose some
+        return [(why, mark) for why, mark, _ in found]
 
     @functools.cached_property
     def identities(self) -> list[identity.Record]:

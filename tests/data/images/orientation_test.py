@@ -13,6 +13,7 @@ from localglobal_jax.cli.main import main
 from localglobal_jax.config.schema import Images
 from localglobal_jax.data import loader
 from localglobal_jax.data.images import pipeline
+from localglobal_jax.data.images.folder import FolderReader, open_folder
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,21 @@ def test_prepare_says_what_is_turned(folders, folder_config, capsys):
         assert "EXIF orientation: 12 " in said and f"data.exif_orientation={value}" in said
     assert main([*command[:-1], f"--config.data.dir={folders / 'upright'}"]) == 0
     assert "EXIF" not in capsys.readouterr().err
+
+
+def test_pictures_turned_in_many_threads_are_all_counted(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "0.jpg", quality=95, exif=exif)
+    for name in ("cat", "dog"):
+        folder = tmp_path / "p" / "train" / name
+        folder.mkdir(parents=True)
+        for i in range(150):
+            (folder / f"{i}.jpg").hardlink_to(tmp_path / "0.jpg")
+    directory = str(tmp_path / "p")
+    reader = FolderReader(directory, "train", opened=open_folder(directory))
+    assert len(reader.checked()) == reader.turned == 300
 
 
 @pytest.fixture
