@@ -6,6 +6,7 @@ bucket turns down for the moment.
 """
 
 import base64
+import contextlib
 import dataclasses
 import functools
 import io
@@ -71,9 +72,14 @@ class Directory:
             return {name: _stat(stored) for name, stored in listed.items()}
         try:
             with os.scandir(self.path) as entries:
-                found = {entry.name: entry.stat() for entry in entries if entry.is_file()}
+                names = [entry.name for entry in entries if entry.is_file()]
         except FileNotFoundError:
             raise ValueError(f"there is no directory {self.path}") from None
+        found = {}
+        for name in names:
+            # a temporary file of another process may be gone since it was listed
+            with contextlib.suppress(FileNotFoundError):
+                found[name] = os.stat(os.path.join(self.path, name))
         return {name: Stat(s.st_size, _time(s.st_mtime_ns)) for name, s in found.items()}
 
     def start(self, name: str, begin: int, end: int) -> ts.Future:
