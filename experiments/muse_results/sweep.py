@@ -3,9 +3,10 @@
 
     localglobal sweep --config experiments/muse_results/sweep.py --workdir runs/results --dry_run
 
-English to German, LibreOffice Help, three seeds. ``:size=paper`` is IWSLT14 German to English and
-``:size=wmt`` WMT14 English to German, as the paper has them but for equal parameters; the files
-in `configs` name the sources of the data.
+English to German, LibreOffice Help, three seeds. `sweep` is one setting; `sweep_grid`,
+`sweep_warmup` and `sweep_final` are the protocol's. ``:size=paper`` is IWSLT14 German to English
+and ``:size=wmt`` WMT14 English to German, as the paper has them but for equal parameters; the
+files in `configs` name the sources of the data.
 """
 
 import pathlib
@@ -15,7 +16,9 @@ from ml_collections import ConfigDict
 from localglobal_jax.config import loading
 from localglobal_jax.config.sweeps import product
 
-CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+HERE = pathlib.Path(__file__).parent
+CONFIGS = HERE.parents[1] / "configs"
+protocol = loading.import_file(HERE.parent / "protocol.py")
 FILES = {
     "laptop": "muse_lohelp",
     "tiny": "muse_lohelp",
@@ -67,12 +70,48 @@ def get_config(arg=None):
     return config
 
 
-def sweep(arg=None):
-    """Every model with every seed."""
-    size = parse(arg).size
+def models(size):
+    """Returns the overrides of each model, by its name."""
     layouts = (("SS", (3, 15)), ("MM", ()), ("MM", (3, 15)), ("DD", (3, 15)))
-    models = (
+    found = (
         {"model.layout": layout, "model.blocks.M.windows": windows, "model.hidden": (width, width)}
         for (layout, windows), width in zip(layouts, HIDDEN[size], strict=True)
     )
-    yield from product({"seed": (0,) if size == "tiny" else (0, 1, 2)}, models)
+    return dict(zip(("Transformer", "MUSE-simple", "MUSE", "DynamicConv"), found, strict=True))
+
+
+def sweep(arg=None):
+    """Yields every model with every seed."""
+    size = parse(arg).size
+    seeds = (0,) if size == "tiny" else (0, 1, 2)
+    yield from product({"seed": seeds}, list(models(size).values()))
+
+
+# ------------------------------------------------------------------------------------ the protocol
+
+METRIC = "validation/nll"  # of the choice: a BLEU of ten varies more between seeds
+CHOICE = {"data.eval_splits": ("validation",), "task.beam": 0}
+
+
+def sweep_grid(arg=None):
+    """Yields every model with both norm placements and every learning rate, one seed."""
+    arg = parse(arg)
+    optim = get_config(f"size={arg.size},data={arg.data}").optim
+    given = {"rate": optim.learning_rate, "warmup": optim.warmup_steps}
+    yield from protocol.grid(list(models(arg.size).values()), CHOICE, **given)
+
+
+def sweep_warmup(arg=None):
+    """Yields every model with the other warm-ups, at its best of grid.csv."""
+    yield from protocol.warmup(models(parse(arg).size), CHOICE, best("grid.csv"))
+
+
+def sweep_final(arg=None):
+    """Yields every model with every reported seed, at its best of grid.csv and warmup.csv."""
+    yield from protocol.final(models(parse(arg).size), best("grid.csv", "warmup.csv"))
+
+
+def best(*files):
+    """Returns the chosen cell of each model. Raises ValueError if runs are missing."""
+    rows = [row for file in files for row in protocol.read(HERE / file)]
+    return protocol.chosen(rows, models("laptop"), METRIC, smaller_is_better=True)

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The protocol of a comparison (PROTOCOL.md): grid, choice on validation, final runs.
+
+Pure functions of overrides and of rows of CSV files. A study's ``sweep.py`` yields `grid`, `warmup`
+and `final`; its ``make.py`` prints `table`. The three sweeps are collected into grid.csv,
+warmup.csv and final.csv beside the study.
+"""
+
+import ast
+import csv
+import itertools
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+Row = Mapping[str, str]
+Overrides = dict[str, Any]
+
+CHOICE = 10  # the seed of the grid; no reported run has it
+SEEDS = (0, 1, 2)  # of the reported runs
+FACTORS = (1.0, 2.0, 0.5)  # of the study's learning rate
+WARMUPS = (0.5, 2.0)  # of the study's warm-up, tried at the best norm and rate
+NORM, RATE, WARMUP = "model.pre_norm", "optim.learning_rate", "optim.warmup_steps"
+NORMS = ((True, True), (False, False))  # of encoder and decoder; images: the blocks' own norms
+
+
+class Cell(NamedTuple):
+    """A setting of the grid. `norm` is "pre", "post" or, if the study has no choice, ""."""
+
+    norm: str
+    rate: float
+    warmup: int
+
+
+# ------------------------------------------------------------------------------- runs of a sweep
+
+
+def grid(
+    models: Sequence[Overrides],
+    common: Overrides,
+    *,
+    rate: float,
+    warmup: int,
+    norms: Sequence[Any] = NORMS,
+    factors: Sequence[float] = FACTORS,
+) -> Iterator[Overrides]:
+    """Yields every model with every norm placement and rate, so that a part treats models alike.
+
+    Args:
+      models: overrides of each model, of equal parameters.
+      common: overrides of all runs of the grid, such as the split for the choice.
+      rate, warmup: learning rate and warm-up steps of the study.
+      norms: () if the study's models have no choice of norm placement.
+    """
+    placed = [{NORM: norm} for norm in norms] or [{}]
+    for factor, norm, model in itertools.product(factors, placed, models):
+        yield {
+            "seed": CHOICE,
+            **common,
+            **model,
+            **norm,
+            RATE: round(factor * rate, 10),
+            WARMUP: warmup,
+        }
+
+
+def warmup(
+    models: Mapping[str, Overrides], common: Overrides, best: Mapping[str, Cell]
+) -> Iterator[Overrides]:
+    """Yields every model at its best norm and rate of the grid with the other warm-ups."""
+    for factor, (name, model) in itertools.product(WARMUPS, models.items()):
+        cell = best[name]
+        steps = max(1, round(factor * cell.warmup))
+        yield {"seed": CHOICE, **common, **model, **_of(cell._replace(warmup=steps))}
+
+
+def final(models: Mapping[str, Overrides], best: Mapping[str, Cell]) -> Iterator[Overrides]:
+    """Yields every model at its chosen setting with every reported seed."""
+    for seed, (name, model) in itertools.product(SEEDS, models.items()):
+        yield {"seed": seed, **model, **_of(best[name])}
+
+
+def _of(cell: Cell) -> Overrides:
+    norm = {"pre": (True, True), "post": (False, False)}.get(cell.norm)
+    return {**({} if norm is None else {NORM: norm}), RATE: cell.rate, WARMUP: cell.warmup}
+
+
+# ---------------------------------------------------------------------------------- rows of a CSV
+
+
+def cell(row: Row) -> Cell:
+    """Returns the setting of a row of a collected sweep."""
+    norm = row.get(NORM, "")
+    placed = "" if not norm else "pre" if ast.literal_eval(norm)[0] else "post"
+    return Cell(placed, float(row[RATE]), int(row[WARMUP]))
+
+
+def read(file: pathlib.Path) -> list[Row]:
+    """Returns all rows of a CSV file, unfinished runs too; none if there is no such file."""
+    if not file.exists():
+        return []
+    with open(file, newline="") as opened:
+        return list(csv.DictReader(opened))
+
+
+def is_complete(rows: Sequence[Row]) -> bool:
+    """Whether there are rows and all runs of them are done (`sweep --collect` writes all runs)."""
+    return bool(rows) and all(row["state"] == "done" for row in rows)
+
+
+def model_of(row: Row, models: Mapping[str, Overrides]) -> str:
+    """Returns the name of the model whose overrides the row has. Raises ValueError without one."""
+    for name, overrides in models.items():
+        if all(row.get(field) == str(value) for field, value in overrides.items()):
+            return name
+    raise ValueError(f"run {row['name']} is of none of the models {', '.join(models)}")
+
+
+def scores(
+    rows: Iterable[Row], models: Mapping[str, Overrides], metric: str
+) -> dict[str, dict[Cell, float]]:
+    """Returns the metric of the finished runs: {model: {cell: number}}."""
+    found: dict[str, dict[Cell, float]] = {name: {} for name in models}
+    for row in rows:
+        if row["state"] == "done" and row.get(metric):
+            found[model_of(row, models)][cell(row)] = float(row[metric])
+    return found
+
+
+def chosen(
+    rows: Sequence[Row], models: Mapping[str, Overrides], metric: str, *, smaller_is_better: bool
+) -> dict[str, Cell]:
+    """Returns the best cell of each model; of equal ones, the first.
+
+    Raises ValueError for an unfinished grid, or if models do not have the same number of cells.
+    """
+    if not is_complete(rows):
+        done = sum(row["state"] == "done" for row in rows)
+        raise ValueError(
+            f"{done} of {len(rows)} runs of the grid are done: the choice needs all of them. "
+            "Start the sweep again (it goes on), and collect it into the CSV file"
+        )
+    found = scores(rows, models, metric)
+    sizes = {model: len(cells) for model, cells in found.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"the tuning budgets differ: {sizes} runs. Give all models the same grid")
+    sign = 1 if smaller_is_better else -1
+    return {
+        model: min(cells, key=lambda each, cells=cells: sign * cells[each])
+        for model, cells in found.items()
+    }
+
+
+def extension(best: Mapping[str, Cell], rates: Iterable[float]) -> list[float]:
+    """Returns the rates that the grid lacks: a factor 2 beyond each end that a model chose.
+
+    All models get them, so that the tuning budgets stay equal.
+    """
+    known, taken = sorted(set(rates)), {each.rate for each in best.values()}
+    low = [round(known[0] / 2, 10)] if known[0] in taken else []
+    high = [round(known[-1] * 2, 10)] if known[-1] in taken else []
+    return low + high
