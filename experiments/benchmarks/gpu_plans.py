@@ -9,30 +9,14 @@ five minutes of a core a line. It continues where it was stopped; delete a line 
 The numbers are of the compiled program, without autotuning; no GPU was measured.
 """
 
-import argparse
-import csv
 import dataclasses
-import importlib.metadata
-import json
 import pathlib
-import subprocess
-import sys
 
-HERE = pathlib.Path(__file__).parent
-TABLE = HERE / "gpu_plans.csv"
-CONFIGS = HERE.parent.parent / "configs"
+import plans
+
+TABLE = pathlib.Path(__file__).parent / "gpu_plans.csv"
 TOPOLOGY = "h100-1"
 PACKAGES = ("jax", "flax")
-MEASURES = (
-    "roofline_ms",
-    "estimated_ms",
-    "bytes",
-    "temporary",
-    "kernels",
-    "copied_bytes",
-    "compile_cpu_seconds",
-)
-COLUMNS = ("row", "formulation", "config", "plan_step", "overrides", *MEASURES, *PACKAGES)
 FORMULATIONS = {"plain": {"parallel.implementation": "reference"}, "tuned": {}}
 IMAGES = {"batch_size": "64"}
 # The smallest batch of the recipe: 8 micro-batches of 32 pairs of 256 tokens.
@@ -50,6 +34,7 @@ class Row:
     config: str
     overrides: dict[str, str]
     step: str = "train"
+    forms: dict[str, dict[str, str]] = dataclasses.field(default_factory=lambda: FORMULATIONS)
 
 
 ROWS = (
@@ -65,21 +50,13 @@ ROWS = (
 
 
 def measure(row, overrides):
-    """Returns the numbers of one line. Raises SystemExit with the compiler's error."""
-    command = ["-m", "localglobal_jax", "plan", "--config", f"{CONFIGS}/{row.config}"]
-    command += ["--topology", TOPOLOGY, "--step", row.step, "--json", "--timeout", "5400"]
-    command += [f"--config.{key}={value}" for key, value in (row.overrides | overrides).items()]
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{row.name}: {done.stderr.strip()[-2000:]}")
-    report = json.loads(done.stdout)
-    return numbers(report)
-
-
-def numbers(report):
-    """Returns the measures of a report of `localglobal plan --json`."""
+    """Returns the columns of one line."""
+    report = plans.plan(row.config, TOPOLOGY, row.overrides | overrides, row.step)
     kinds = report["kernels"]
     return {
+        "config": row.config,
+        "plan_step": row.step,
+        "overrides": " ".join(f"{k}={v}" for k, v in row.overrides.items()),
         "roofline_ms": round(sum(kind["roofline_ms"] for kind in kinds), 3),
         "estimated_ms": round(sum(kind["estimated_ms"] for kind in kinds), 3),
         "bytes": report["bytes_accessed"],
@@ -90,42 +67,5 @@ def numbers(report):
     }
 
 
-def read():
-    """Reads the lines, by row and formulation."""
-    if not TABLE.is_file():
-        return {}
-    with TABLE.open(newline="") as file:
-        return {(line["row"], line["formulation"]): line for line in csv.DictReader(file)}
-
-
-def append(line):
-    """Appends one line, on disk before the next begins."""
-    new = not TABLE.is_file()
-    with TABLE.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerow(line)
-
-
-def main():
-    """Makes every missing line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", metavar="ROW", help="of the rows")
-    parser.add_argument("--form", nargs="+", choices=FORMULATIONS, help="of the formulations")
-    args = parser.parse_args()
-    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
-    for row in ROWS:
-        for form, overrides in FORMULATIONS.items():
-            wanted = row.name in (args.only or [row.name]) and form in (args.form or [form])
-            if not wanted or (row.name, form) in read():
-                continue
-            print(row.name, form, flush=True)
-            about = {"row": row.name, "formulation": form, "config": row.config}
-            about["plan_step"] = row.step
-            about["overrides"] = " ".join(f"{k}={v}" for k, v in row.overrides.items())
-            append(about | measure(row, overrides) | versions)
-
-
 if __name__ == "__main__":
-    main()
+    plans.make(TABLE, ROWS, measure, PACKAGES, __doc__.splitlines()[0])

@@ -9,21 +9,13 @@ a core a line. It continues where it was stopped; delete a line to make it again
 are the compiler's own account of one device and one step: no noise, and no hardware to validate it.
 """
 
-import argparse
-import csv
 import dataclasses
-import importlib.metadata
-import json
 import pathlib
-import subprocess
-import sys
 
-HERE = pathlib.Path(__file__).parent
-TABLE = HERE / "tpu.csv"
-CONFIGS = HERE.parent.parent / "configs"
+import plans
+
+TABLE = pathlib.Path(__file__).parent / "tpu.csv"
 PACKAGES = ("jax", "libtpu", "flax")
-MEASURES = ("cycles", "bytes", "temporary", "code", "needed", "fits", "compile_cpu_seconds")
-COLUMNS = ("row", "formulation", "config", "topology", "batch_per_chip", *MEASURES, *PACKAGES)
 PLAIN = {"plain": {"parallel.implementation": "reference"}}
 TUNED = {"tuned": {}}
 FORMULATIONS = PLAIN | TUNED
@@ -71,17 +63,14 @@ ROWS = (  # in the order in which they are worth having
 
 
 def measure(row, overrides):
-    """Returns the numbers of one line, or the compiler's error."""
+    """Returns the columns of one line."""
     if row.batch_per_chip:
         overrides = {"batch_size": str(row.batch_per_chip * row.chips), **overrides}
-    command = ["-m", "localglobal_jax", "plan", "--config", f"{CONFIGS}/{row.config}"]
-    command += ["--topology", row.topology, "--json", "--timeout", "5400"]
-    command += [f"--config.{key}={value}" for key, value in overrides.items()]
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{row.name}: {done.stderr.strip()[-2000:]}")
-    report = json.loads(done.stdout)
+    report = plans.plan(row.config, row.topology, overrides)
     return {
+        "config": row.config,
+        "topology": row.topology,
+        "batch_per_chip": row.batch_per_chip,
         "cycles": report.get("estimated_cycles"),  # none of a step that does not fit
         "bytes": report.get("bytes_accessed"),
         "temporary": report["memory"].get("temporary"),
@@ -92,41 +81,5 @@ def measure(row, overrides):
     }
 
 
-def read():
-    """Reads the lines, by row and implementation."""
-    if not TABLE.is_file():
-        return {}
-    with TABLE.open(newline="") as file:
-        return {(line["row"], line["formulation"]): line for line in csv.DictReader(file)}
-
-
-def append(line):
-    """Appends one line, on disk before the next begins."""
-    new = not TABLE.is_file()
-    with TABLE.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerow(line)
-
-
-def main():
-    """Makes every missing line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", metavar="ROW", help="of the rows, e.g. in parallel")
-    parser.add_argument("--form", nargs="+", help="of the formulations, likewise")
-    args = parser.parse_args()
-    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
-    for row in ROWS:
-        for form, overrides in row.forms.items():
-            wanted = row.name in (args.only or [row.name]) and form in (args.form or [form])
-            if not wanted or (row.name, form) in read():
-                continue
-            print(row.name, form, flush=True)
-            about = {"row": row.name, "formulation": form, "config": row.config}
-            about |= {"topology": row.topology, "batch_per_chip": row.batch_per_chip}
-            append(about | measure(row, overrides) | versions)
-
-
 if __name__ == "__main__":
-    main()
+    plans.make(TABLE, ROWS, measure, PACKAGES, __doc__.splitlines()[0])
