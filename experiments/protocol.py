@@ -160,3 +160,37 @@ def extension(best: Mapping[str, Cell], rates: Iterable[float]) -> list[float]:
     low = [round(known[0] / 2, 10)] if known[0] in taken else []
     high = [round(known[-1] * 2, 10)] if known[-1] in taken else []
     return low + high
+
+
+# ---------------------------------------------------------------------------- state on the pages
+
+TUNED, ONE_SETTING, UNTRAINED = "tuned", "one setting", "nothing is trained"
+# Studies that read the runs of another one, and the one that trains nothing
+RUNS_OF = {"attention_dispersion": "muse_results", "bleu_by_length": "muse_results"}
+WITHOUT_TRAINING = ("operator_properties",)
+
+
+def state(folder: pathlib.Path) -> str:
+    """Returns the state of a study: "tuned" if all of its final runs are done."""
+    if folder.name in WITHOUT_TRAINING:
+        return UNTRAINED
+    return TUNED if is_complete(read(folder / "final.csv")) else ONE_SETTING
+
+
+def state_lines(folder: pathlib.Path) -> list[str]:
+    """Returns the sentences about the protocol on the page of a study."""
+    found = state(folder)
+    if found == UNTRAINED:
+        return ["Nothing is trained here, so no [protocol](../PROTOCOL.md) of tuning applies."]
+    if found == TUNED:
+        return ["**Tuned**: the comparison was run under the [protocol](../PROTOCOL.md)."]
+    lines = ["**One setting**, not run under the [protocol](../PROTOCOL.md) yet."]
+    if folder.name in RUNS_OF:
+        name = RUNS_OF[folder.name]
+        lines.append(f"The models are those of [{name}](../{name}/README.md).")
+    lines.append("The verdicts hold for this setting only: tuned models may be in another order.")
+    rows = read(folder / "grid.csv") + read(folder / "warmup.csv")
+    if rows:
+        done = sum(row["state"] == "done" for row in rows)
+        lines.append(f"{done} of the {len(rows)} runs of the grid are done; no verdict follows.")
+    return lines

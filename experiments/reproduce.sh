@@ -46,7 +46,8 @@ measure muse_kernels.measure "$runs/kernels" "$runs/results"
 localglobal sweep --config experiments/beyond/sweep_text.py --workdir "$runs/beyond_text" --slots "$slots"
 measure beyond.measure_text "$runs/beyond_text"
 
-for study in operator_properties attention_dispersion bleu_by_length muse_results muse_kernels \
+# lohelp trains by its own run.sh (six runs of 45 minutes); here only its page is drawn
+for study in lohelp operator_properties attention_dispersion bleu_by_length muse_results muse_kernels \
   coatnet_layouts coatnet_transfer vision_comparison beyond; do
   measure "$study.make"
 done

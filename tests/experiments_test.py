@@ -2,14 +2,14 @@
 """Committed tables equal those that make.py draws from results.csv; every sweep is valid."""
 
 import importlib
-import math
 import pathlib
+import re
 import subprocess
 
 import numpy as np
 import pytest
 
-from experiments import study
+from experiments import protocol, study
 from experiments.benchmarks import make as benchmarks
 from localglobal_jax.launch import expand
 
@@ -17,6 +17,7 @@ FOLDER = pathlib.Path(study.__file__).parent
 STUDIES = sorted(
     file.parent.name for file in FOLDER.glob("*/make.py") if "study.main" in file.read_text()
 )
+LIST = (FOLDER / "README.md").read_text()
 SWEEPS = sorted(str(file.relative_to(FOLDER)) for file in FOLDER.glob("*/sweep*.py"))
 
 
@@ -27,6 +28,19 @@ def test_committed_tables_equal_those_of_make(name, tmp_path):
     for file in ("table.md", "README.md"):
         assert (tmp_path / file).read_text() == (FOLDER / name / file).read_text(), file
     assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_page_has_no_verdict_but_the_one_from_its_csv(name):
+    if name in protocol.WITHOUT_TRAINING:
+        pytest.skip("compares no trained models")
+    text = (FOLDER / name / "README.md").read_text()
+    found = text.partition("## Verdict\n")[2].partition("\n## ")[0]
+    outside, blocks = re.subn(r"<!-- verdict.*?<!-- end -->", "", found, flags=re.DOTALL)
+    assert blocks > 0
+    # how to read the lines; no number, no list and no emphasis of its own
+    assert len(outside) < 400
+    assert not re.search(r"\d\.\d|\*\*|^- ", outside, re.MULTILINE), outside
 
 
 def test_benchmarks_show_what_was_measured():
@@ -53,14 +67,95 @@ def test_one_command_makes_every_study():
     subprocess.run(["bash", "-n", FOLDER / "reproduce.sh"], check=True)
 
 
-def test_interval_is_students():
-    mean, half = study.interval([1.0, 2.0, 3.0])
-    assert mean == 2.0
-    assert half == pytest.approx(4.303 / math.sqrt(3))
-    mean, half = study.interval([float(number) for number in range(11)])  # 10 degrees of freedom
-    assert (mean, half) == (5.0, pytest.approx(2.228))
+def test_every_page_and_the_list_show_the_state_under_the_protocol():
+    listed = dict(re.findall(r"\| \[(\w+)\]\(\1/README.md\) \| ([a-z ]+) \|", LIST))
+    assert set(listed) == set(STUDIES)
+    for name in STUDIES:
+        assert listed[name] == protocol.state(FOLDER / name), name
+        page = (FOLDER / name / "README.md").read_text()
+        assert "\n".join(protocol.state_lines(FOLDER / name)) in page, name
+        if protocol.state(FOLDER / name) == protocol.ONE_SETTING:
+            assert "one setting" in page.lower() and "**Counter-evidence.**" in page, name
+
+
+def test_cells_have_the_interval_if_there_is_one():
     assert study.shown([]) == "not run"
     assert study.shown([1.5]) == "1.50"
+    assert study.shown([1.0, 2.0, 3.0], 1) == "2.0 ± 2.5"  # 4.303 / sqrt(3)
+
+
+def test_verdict_lines_give_difference_interval_and_side():
+    low, high = {"0": 1.0, "1": 1.1, "2": 0.9}, {"0": 3.0, "1": 3.1, "2": 3.0}
+    scores = {"a": low, "b": high, "c": {"0": 1.0, "1": 1.2, "2": 0.7}, "d": {"0": 5.0}}
+    better, open_, none = study.verdict_lines(
+        scores, "BLEU", [("b", "a"), ("c", "a"), ("d", "a")], digits=1
+    )
+    assert better == "- b against a, BLEU: +2.0 (+1.9 to +2.2, 3 pairs): **better**"
+    assert open_.endswith("3 pairs): **undecided**")
+    assert none == "- d against a, BLEU: no verdict (1 pairs)"
+    (loss,) = study.verdict_lines(scores, "loss", [("b", "a")], smaller_is_better=True)
+    assert loss.endswith("**worse**")
+    assert len(study.verdict_lines(scores, "BLEU")) == 6
+
+
+# ------------------------------------------------------------------------------------ the protocol
+
+MODELS = {"x": {"model.layout": "SS"}, "y": {"model.layout": "MM"}}
+
+
+def collected(runs, scores, state="done"):
+    """Rows of a CSV file, as `sweep --collect` writes them."""
+    return [
+        {"name": f"run{i}", "state": state, "validation/nll": str(score)}
+        | {field: str(value) for field, value in run.items()}
+        for i, (run, score) in enumerate(zip(runs, scores, strict=True))
+    ]
+
+
+def test_the_grid_gives_every_model_the_same_budget():
+    runs = list(protocol.grid(list(MODELS.values()), {}, rate=2e-3, warmup=100))
+    settings = {
+        name: [{k: v for k, v in run.items() if k != "model.layout"} for run in runs
+               if run["model.layout"] == model["model.layout"]]
+        for name, model in MODELS.items()
+    }  # fmt: skip
+    assert settings["x"] == settings["y"]
+    assert len(settings["x"]) == 6
+    assert sorted({run["optim.learning_rate"] for run in runs}) == [1e-3, 2e-3, 4e-3]
+    assert {run["seed"] for run in runs} == {protocol.CHOICE}
+    assert len(list(protocol.grid(list(MODELS.values()), {}, rate=1, warmup=1, norms=()))) == 6
+
+
+def test_the_choice_is_the_best_of_validation_and_needs_the_whole_grid():
+    runs = list(protocol.grid(list(MODELS.values()), {}, rate=2e-3, warmup=100))
+    rows = collected(runs, [3, 3, 2, 3, 3, 1, 3, 3, 3, 3, 3, 3])  # pairs of x and y
+    best = protocol.chosen(rows, MODELS, "validation/nll", smaller_is_better=True)
+    assert best == {
+        "x": protocol.Cell("post", 2e-3, 100),
+        "y": protocol.Cell("pre", 4e-3, 100),
+    }
+    assert protocol.extension(best, [1e-3, 2e-3, 4e-3]) == [8e-3]
+    with pytest.raises(ValueError, match="0 of 12"):
+        protocol.chosen(collected(runs, [1] * 12, "running"), MODELS, "validation/nll",
+                        smaller_is_better=True)  # fmt: skip
+    with pytest.raises(ValueError, match="'x': 6, 'y': 5"):
+        protocol.chosen(rows[:-1], MODELS, "validation/nll", smaller_is_better=True)
+    more = list(protocol.warmup(MODELS, {}, best))
+    assert {run["optim.warmup_steps"] for run in more} == {50, 200}
+    assert [run["optim.learning_rate"] for run in more] == [2e-3, 4e-3] * 2
+    last = list(protocol.final(MODELS, best))
+    assert len(last) == 6
+    assert protocol.CHOICE not in {run["seed"] for run in last}
+
+
+def test_a_part_of_a_grid_gives_no_state_but_its_number_of_runs(tmp_path):
+    (tmp_path / "grid.csv").write_text("name,state\na,done\nb,running\n")
+    assert protocol.state(tmp_path) == protocol.ONE_SETTING
+    assert "1 of the 2 runs" in " ".join(protocol.state_lines(tmp_path))
+    (tmp_path / "final.csv").write_text("name,state\na,done\nb,failed\n")
+    assert protocol.state(tmp_path) == protocol.ONE_SETTING
+    (tmp_path / "final.csv").write_text("name,state\na,done\nb,done\n")
+    assert protocol.state(tmp_path) == protocol.TUNED
 
 
 def test_ranked_says_what_is_certain():

@@ -48,7 +48,30 @@ def table(rows, part):
 
 
 def tables(rows):
-    return {part: table(rows, part) for part in ("encoder", "decoder")}
+    return {**{part: table(rows, part) for part in ("encoder", "decoder")}, "verdict": lines(rows)}
+
+
+def lines(rows):
+    """Returns the verdicts: the encoders' last layer against the one before, and by model."""
+    longest = of(rows, part="encoder", tokens=SHOWN[-1])
+    scores = {
+        f"{model}, layer {layer}": entropies(of(longest, model=model, layer=layer))
+        for model in ATTENTIVE
+        for layer in layers(rows)
+    }
+    *_, before, last = layers(rows)
+    pairs = [(f"{m}, layer {last}", f"{m}, layer {before}") for m in ATTENTIVE]
+    pairs += [(f"MUSE, layer {last}", f"{m}, layer {last}") for m in ATTENTIVE[:2]]
+    measure = f"entropy at {SHOWN[-1]} tokens"
+    return study.verdict_lines(scores, measure, pairs, sides=("higher", "lower"))
+
+
+def entropies(rows):
+    """{seed: mean entropy of the heads, over its largest value}."""
+    return {
+        seed: statistics.mean(study.values(own, "normalised"))
+        for (seed,), own in study.grouped(rows, "seed").items()
+    }
 
 
 def draw(rows):
@@ -64,7 +87,7 @@ def draw(rows):
             for axes, name in zip(column, ("normalised", "maximum"), strict=False):
                 groups = study.grouped(own, "tokens")
                 points = sorted(
-                    (int(n), *study.interval(by_seed(r, name))) for (n,), r in groups.items()
+                    (int(n), *study.point(by_seed(r, name))) for (n,), r in groups.items()
                 )
                 if points:
                     x, y, error = zip(*points, strict=True)

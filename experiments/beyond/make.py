@@ -8,6 +8,7 @@ translations (`sweep_text.py`, `measure_text.py`). A missing file means that its
 import pathlib
 
 from experiments import study
+from localglobal_jax.training.reporting import verdicts
 
 HERE = pathlib.Path(__file__).parent
 VISION = ("CCTT", "CCAA", "CCEE", "CMMT")
@@ -40,14 +41,19 @@ def shifts(column):
     }
 
 
-def vision(rows):
-    """Accuracy by layout, and its difference from CCTT."""
-    found = {
+def accuracies(rows):
+    """{layout: {seed: per cent}} of the images as they are."""
+    return {
         n: percent(study.by_seed([r for r in rows if r["model.layout"] == n], TEST)) for n in VISION
     }
+
+
+def vision(rows):
+    """Accuracy by layout, and its difference from CCTT."""
+    found = accuracies(rows)
     base = found["CCTT"]
     lines = [
-        [n, study.shown(list(found[n].values())), study.shown(study.paired(found[n], base))]
+        [n, study.shown(list(found[n].values())), study.shown(verdicts.paired(found[n], base))]
         for n in VISION
     ]
     lines[0][-1] = ""
@@ -120,7 +126,37 @@ def tables(rows):
         "agreement": agreement,
         "text": text(),
         "lengths": lengths(),
+        "verdict": image_lines(rows),
+        "verdict of the text": text_lines(),
     }
+
+
+def image_lines(rows):
+    """Returns the verdicts of the images: every layout against CCTT, unmoved and moved."""
+    pairs = [(n, "CCTT") for n in VISION[1:]]
+    lines = study.verdict_lines(accuracies(rows), "test accuracy, points", pairs)
+    for step, each in shifts("accuracy").items():
+        if step in ("3", "4"):
+            lines += study.verdict_lines(each, f"accuracy after {step} pixels, points", pairs)
+    return lines
+
+
+def text_lines():
+    """Returns the verdicts of the translations: loss, BLEU, and loss on unseen lengths."""
+    rows = chosen(beside("lengths.csv"), tokens="all")
+    longest = max((row["max_length"] for row in rows), key=int, default="")
+    own = {n: chosen(rows, model=n, max_length=longest) for n in TEXT}
+    pairs = [(n, "MUSE") for n in TEXT if n != "MUSE"] + [("A", "relative"), ("E", "relative")]
+    lower = {"digits": 3, "smaller_is_better": True}
+    lines = []
+    for name, column, options in (("loss", "nll", lower), ("BLEU", "bleu", {})):
+        scores = {n: study.by_seed(found, column) for n, found in own.items()}
+        lines += study.verdict_lines(scores, name, pairs, **options)
+    for tokens, each in list(unseen().items())[-1:]:
+        name = f"loss added at {tokens} tokens by training on short pairs"
+        both = [(n, other) for n in TEXT[2:] for other in TEXT[:2]]
+        lines += study.verdict_lines(each, name, both, **lower)
+    return lines
 
 
 def draw(rows):
@@ -146,7 +182,7 @@ def lines(ax, names, found):
     """A line for each name, over the keys of {key: {name: {seed: number}}}."""
     for i, n in enumerate(names):
         measured = [
-            (j, study.interval(list(each[n].values())))
+            (j, study.point(list(each[n].values())))
             for j, each in enumerate(found.values())
             if each[n]
         ]

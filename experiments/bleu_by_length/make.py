@@ -9,11 +9,13 @@ from functools import partial
 
 from experiments import study
 from experiments.text_runs import MODELS, model_name
+from localglobal_jax.training.reporting import verdicts
 
 HERE = pathlib.Path(__file__).parent
 BUCKETS = ("1-15", "16-30", "31-45", "46-60", "61-75", "76-90", "91-105", "over_105")
 SHOWN = BUCKETS[:4]  # beyond, our test set has 19 sentences or fewer in each
 KS = ("1", "2", "4", "8")
+PAIRS = [(model, "Transformer") for model in MODELS[1:]] + [("MUSE", "DynamicConv")]
 
 
 def trained():
@@ -72,7 +74,7 @@ def joined(rows):
                 (kept, 1),
             ):
                 own = measure(rows, model, k)
-                more = study.paired(own, measure(rows, "Transformer", k))
+                more = verdicts.paired(own, measure(rows, "Transformer", k))
                 cells.append(study.shown(list(own.values()), digits))
                 cells.append("" if model == "Transformer" else study.shown(more, digits))
             body.append(cells)
@@ -80,14 +82,53 @@ def joined(rows):
 
 
 def tables(rows):
-    return {"official": official(), "ours": ours(), "joined": joined(rows)}
+    return {"official": official(), "ours": ours(), "joined": joined(rows), "verdict": lines(rows)}
+
+
+def lines(rows):
+    """Returns the verdicts: loss and BLEU of joined sentences, and loss of natural ones."""
+    natural = study.read(HERE / "bylength.csv")
+    added = {"digits": 3, "smaller_is_better": True}
+    found = []
+    for name, scores, options in (
+        (
+            "loss added by eight in one input",
+            {m: excess(rows, m, "8", "inner") for m in MODELS},
+            added,
+        ),
+        ("the same, first sentence", {m: excess(rows, m, "8", "first") for m in MODELS}, added),
+        (
+            "BLEU kept of two in one input, points",
+            {m: kept(rows, m, "2") for m in MODELS},
+            {"digits": 1},
+        ),
+        (
+            "BLEU kept of eight in one input, points",
+            {m: kept(rows, m, "8") for m in MODELS},
+            {"digits": 1},
+        ),
+        (
+            "loss of 65 to 96 tokens less that of 9 to 16",
+            {m: growth(natural, m) for m in MODELS},
+            added,
+        ),
+    ):
+        found += study.verdict_lines(scores, name, PAIRS, **options)
+    return found
+
+
+def growth(rows, model):
+    """{seed: loss of natural sentences of 65 to 96 tokens, over that of 9 to 16}."""
+    by_length = {
+        n: study.by_seed([r for r in rows if (r["model"], r["source_tokens"]) == (model, n)], "nll")
+        for n in ("16", "96")
+    }
+    return {seed: loss - by_length["16"][seed] for seed, loss in by_length["96"].items()}
 
 
 def line(axes, xs, groups, color, label):
     """Plots means with their intervals over the seeds; missing runs are left out."""
-    points = [
-        (x, *study.interval(numbers)) for x, numbers in zip(xs, groups, strict=True) if numbers
-    ]
+    points = [(x, *study.point(numbers)) for x, numbers in zip(xs, groups, strict=True) if numbers]
     if points:
         x, y, error = zip(*points, strict=True)
         axes.errorbar(x, y, error, color=color, label=label, marker="o", ms=3, capsize=2, lw=1)

@@ -4,6 +4,7 @@
 import itertools
 
 from experiments import study
+from localglobal_jax.training.reporting import verdicts
 
 NAMES = ("CCCC", "CCCT", "CCTT", "CTTT", "TTTT", "ViT-rel")
 PARTS = {"train[:1%]": "1 %", "train[:10%]": "10 %", "train": "100 %"}
@@ -38,7 +39,7 @@ def percent(rows, column):
 def gaps(rows):
     """Returns training accuracy minus test accuracy of every run, in points."""
     seen, test = study.by_seed(rows, SEEN), study.by_seed(rows, TEST)
-    return [100 * value for value in study.paired(seen, test)]
+    return [100 * value for value in verdicts.paired(seen, test)]
 
 
 def scores(rows):
@@ -52,10 +53,9 @@ def scores(rows):
 def verdict(ranking, found):
     """Counts the pairs that the paper orders: those that agree, contradict, are undecided."""
     count = {">": 0, "<": 0, "≈": 0}
-    for better, worse in itertools.combinations(PAPER[ranking], 2):
-        for a, b in itertools.product(better, worse):
-            if found[a] and found[b]:
-                count[study.sign(found[a], found[b])] += 1
+    for a, b in pairs(ranking):
+        if found[a] and found[b]:
+            count[study.sign(found[a], found[b])] += 1
     agree, against, open_ = count.values()
     return f"{agree} agree, {against} against, {open_} undecided"
 
@@ -76,8 +76,8 @@ def tables(rows):
     ]
     rankings = []
     for ranking, found in scores(rows).items():
-        pairs = verdict(ranking, found) if any(found.values()) else "not run"
-        rankings.append([ranking, WRITTEN[ranking], study.ranked(found), pairs])
+        counted = verdict(ranking, found) if any(found.values()) else "not run"
+        rankings.append([ranking, WRITTEN[ranking], study.ranked(found), counted])
     shares = list(PARTS.values())
     heads = [f"test accuracy, {share}" for share in shares]
     return {
@@ -86,7 +86,25 @@ def tables(rows):
             ["layout", "training accuracy, 1 %", *(f"gap, {PARTS[p]}" for p in REPEATED)], gap
         ),
         "rankings": study.table(["", "the paper", "ours", "the paper's pairs"], rankings),
+        "verdict": lines(rows),
     }
+
+
+def lines(rows):
+    """Returns the verdicts of the pairs that the paper orders, its better layout first."""
+    small, loss = scores(rows).values()
+    small = {n: {seed: 100 * value for seed, value in found.items()} for n, found in small.items()}
+    loss = {n: {seed: -value for seed, value in found.items()} for n, found in loss.items()}
+    found = study.verdict_lines(small, "accuracy at 1 %, points", pairs("generalisation"))
+    return found + study.verdict_lines(
+        loss, "training loss at 100 %", pairs("capacity"), digits=3, smaller_is_better=True
+    )
+
+
+def pairs(ranking):
+    """Returns the pairs of layouts that the paper orders, the better one first."""
+    groups = itertools.combinations(PAPER[ranking], 2)
+    return [pair for better, worse in groups for pair in itertools.product(better, worse)]
 
 
 def draw(rows):
@@ -97,16 +115,16 @@ def draw(rows):
         for part, images in IMAGES.items():
             if found := study.values(chosen(rows, n, part), TEST):
                 sizes.append(images * 1.05 ** (i - 2.5))  # side by side
-                accuracy.append(study.interval([100 * value for value in found]))
+                accuracy.append(study.point([100 * value for value in found]))
                 if part in REPEATED:
-                    gap.append(study.interval(gaps(chosen(rows, n, part))))
+                    gap.append(study.point(gaps(chosen(rows, n, part))))
         for ax, numbers in ((axes[0], accuracy), (axes[1], gap)):
             if numbers:
                 means, halves = zip(*numbers, strict=True)
                 ax.errorbar(sizes[: len(numbers)], means, halves, label=n, color=color, capsize=2)
         losses = study.values(chosen(rows, n, "train"), LOSS)
         if losses:
-            mean, half = study.interval(losses)
+            mean, half = study.point(losses)
             axes[2].bar(n, mean, yerr=half, color=color, capsize=2)
     titles = ("test accuracy, %", "training minus test accuracy, points", "training loss, 100 %")
     for ax, title in zip(axes, titles, strict=True):

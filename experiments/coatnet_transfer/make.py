@@ -4,6 +4,7 @@
 import pathlib
 
 from experiments import study
+from localglobal_jax.training.reporting import verdicts
 
 LAYOUTS = ("CCTT", "CTTT")
 PAPER = {"CCTT": "82.39", "CTTT": "81.78"}
@@ -48,10 +49,21 @@ def tables(rows):
         for n in LAYOUTS
     ]
     a, b = LAYOUTS
-    differences = [study.shown(study.paired(each[a], each[b])) for each in found.values()]
+    differences = [study.shown(verdicts.paired(each[a], each[b])) for each in found.values()]
     body.append([f"{a} - {b}", "0.61", *differences])
     head = ["", "the paper: JFT-300M, then ImageNet-1k", *found]
-    return {"transfer": study.table(head, body)}
+    lines = [
+        line
+        for title, each in found.items()
+        for line in study.verdict_lines(each, f"{title}, points")
+    ]
+    trained, alone = (
+        found[f"digits, {title}"] for title in ("fine-tuned at 2e-3", "from nothing at 2e-3")
+    )
+    for n in LAYOUTS:
+        scores = {f"{n} pre-trained": trained[n], f"{n} from nothing": alone[n]}
+        lines += study.verdict_lines(scores, "digits at 2e-3, points")
+    return {"transfer": study.table(head, body), "verdict": lines}
 
 
 def draw(rows):
@@ -62,7 +74,7 @@ def draw(rows):
         for j, each in enumerate(found.values()):
             if not each[n]:
                 continue
-            mean, half = study.interval(list(each[n].values()))
+            mean, half = study.point(list(each[n].values()))
             label = n if j == 0 else None
             ax.bar(
                 j + 0.4 * i - 0.2, mean, 0.38, yerr=half, capsize=3, color=study.COLORS[i],

@@ -8,6 +8,7 @@ import ast
 import pathlib
 
 from experiments import study
+from localglobal_jax.training.reporting import verdicts
 
 HERE = pathlib.Path(__file__).parent
 FIELDS = ("windows", "kind", "projection", "ffn")
@@ -54,7 +55,7 @@ def tables(rows):
     body = []
     for name, _, paper in VARIANTS:
         loss, bleu = (numbers(found[name], f"test/{metric}") for metric in ("nll", "bleu"))
-        more = study.paired(loss, reference)
+        more = verdicts.paired(loss, reference)
         body.append(
             (
                 name,
@@ -71,7 +72,13 @@ def tables(rows):
         "loss",
         "more than adaptive",
     )
-    return {"kernels": study.table(head, body), "gates": study.table(*gates())}
+    losses = {name: numbers(own, "test/nll") for name, own in found.items()}
+    first, *others = losses
+    lines = study.verdict_lines(
+        losses, "loss", [(n, first) for n in others], digits=3, smaller_is_better=True
+    )
+    tables = {"kernels": study.table(head, body), "gates": study.table(*gates())}
+    return {**tables, "verdict": lines}
 
 
 def gates():
@@ -93,9 +100,9 @@ def draw(rows):
     reference = numbers(found[VARIANTS[0][0]], "test/nll")
     names = [name for name, *_ in VARIANTS[1:]]
     for place, name in enumerate(names):
-        more = study.paired(numbers(found[name], "test/nll"), reference)
+        more = verdicts.paired(numbers(found[name], "test/nll"), reference)
         if more:
-            mean, half = study.interval(more)
+            mean, half = study.point(more)
             losses.errorbar(mean, place, xerr=half, marker="o", color=study.COLORS[0], capsize=2)
     losses.axvline(0, color="0.6", lw=0.8)
     losses.set(yticks=range(len(names)), xlabel="loss more than adaptive (3, 15), nats")
@@ -106,7 +113,7 @@ def draw(rows):
         study.COLORS, study.grouped(rows, "steps", "part").items(), strict=False
     ):
         points = [
-            (int(layer), *study.interval(study.values(those, "share")))
+            (int(layer), *study.point(study.values(those, "share")))
             for (layer,), those in study.grouped(own, "layer").items()
         ]
         x, y, error = zip(*sorted(points), strict=True)

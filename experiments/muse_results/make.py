@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""results.csv -> table.md, figure.png and the README's tables.
+"""results.csv, grid.csv and pilot.csv -> table.md, figure.png and the README's tables.
 
 python -m experiments.muse_results.make
 """
 
-from experiments import study
+import pathlib
+
+from experiments import protocol, study
 from experiments.text_runs import MODELS, model_name
+from localglobal_jax.config import loading
+
+HERE = pathlib.Path(__file__).parent
+SWEEP = loading.import_file(HERE / "sweep.py")
 
 # IWSLT14 De-En, WMT14 En-De, WMT14 En-Fr: arXiv 1911.09483, tables 1 and 2
 PAPER = {
@@ -30,22 +36,52 @@ def numbers(own, column):
 
 def tables(rows):
     found = runs(rows)
-    body, differences = [], []
+    body = []
     for model, own in found.items():
         ours = [study.shown(list(numbers(own, c).values()), digits) for c, digits in METRICS]
         body.append((model, *PAPER[model], *ours))
-        if model != "MUSE":
-            both = [
-                study.paired(numbers(found["MUSE"], column), numbers(own, column))
-                for column, _ in METRICS
-            ]
-            cells = [study.shown(d, digits) for d, (_, digits) in zip(both, METRICS, strict=True)]
-            differences.append((f"MUSE - {model}", *cells))
     head = ("model", "IWSLT14 De-En", "WMT14 En-De", "En-Fr", "ours: BLEU", "chrF", "loss")
+    lines = []
+    for name, column, options in (
+        ("BLEU", "test/bleu", {}),
+        ("loss", "test/nll", {"digits": 3, "smaller_is_better": True}),
+    ):
+        scores = {model: numbers(own, column) for model, own in found.items()}
+        lines += study.verdict_lines(scores, name, **options)
     return {
         "results": study.table(head, body),
-        "differences": study.table(("by seed", "BLEU", "chrF", "loss"), differences),
+        "verdict": lines,
+        "other settings": study.table(*other_settings()),
+        "grid": study.table(*grid()),
     }
+
+
+def other_settings():
+    """Returns head and body of the table of runs at other settings: test BLEU by seed."""
+    rows = study.grouped(protocol.read(HERE / "pilot.csv"), "norm", "learning_rate", "model")
+    body = [
+        (model, f"{norm}-norm", rate, ", ".join(row["bleu"] for row in own))
+        for (norm, rate, model), own in rows.items()
+    ]
+    return ("model", "norm", "learning rate", "BLEU, seeds 0, 1, 2 as far as run"), body
+
+
+def grid():
+    """Returns head and body of the table of the protocol's grid: the loss on validation."""
+    rows = protocol.read(HERE / "grid.csv") + protocol.read(HERE / "warmup.csv")
+    found = protocol.scores(rows, SWEEP.models("laptop"), SWEEP.METRIC)
+    cells = list(dict.fromkeys(protocol.cell(row) for row in rows))
+    body = [
+        (
+            f"{cell.norm}-norm",
+            f"{cell.rate:g}",
+            str(cell.warmup),
+            *(f"{found[m][cell]:.3f}" if cell in found[m] else "not run" for m in MODELS),
+        )
+        for cell in cells
+    ]
+    empty = [("not run", *[""] * (len(MODELS) + 2))]
+    return ("norm", "learning rate", "warm-up", *MODELS), body or empty
 
 
 def draw(rows):
@@ -62,7 +98,7 @@ def draw(rows):
         color = study.COLORS[place]
         values = list(numbers(own, "test/bleu").values())
         scores.scatter([place] * len(values), values, color=color)
-        groups = [study.interval(list(numbers(own, f"test/bleu_{b}").values())) for b in BUCKETS]
+        groups = [study.point(list(numbers(own, f"test/bleu_{b}").values())) for b in BUCKETS]
         means, halves = zip(*groups, strict=True)
         lengths.errorbar(
             range(len(BUCKETS)), means, halves, color=color, label=model, marker="o", capsize=2

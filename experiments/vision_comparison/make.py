@@ -4,6 +4,7 @@
 import pathlib
 
 from experiments import study
+from localglobal_jax.training.reporting import verdicts
 
 HERE = pathlib.Path(__file__).parent
 NAMES = {
@@ -13,6 +14,7 @@ NAMES = {
     ("volo", "OSSS"): "VOLO",
     ("focal", "FF"): "Focal",
 }
+PAIRS = [(n, "CoAtNet") for n in NAMES.values() if n != "CoAtNet"]
 TEST = "test/accuracy"
 
 
@@ -50,7 +52,7 @@ def tables(rows):
         cells = [study.shown(list(each[n].values())) for each in found.values()]
         cells.append(steps[n] if beside("time_results.csv") else "not run")
         few, many, _ = found.values()
-        accuracy.append([n, *cells, study.shown(study.paired(many[n], few[n]))])
+        accuracy.append([n, *cells, study.shown(verdicts.paired(many[n], few[n]))])
     measured = {row["model"]: row for row in beside("speed.csv")}
     speed = [[n, *figures(measured[n])] for n in NAMES.values() if n in measured]
     head = ["model", "parameters", "multiply-adds", "images/s", "times CoAtNet's", "state", "work"]
@@ -60,6 +62,11 @@ def tables(rows):
         ),
         "ranking": [f"- {title}: {study.ranked(each)}" for title, each in found.items()],
         "speed": study.table(head, speed or [["not run"] * len(head)]),
+        "verdict": [
+            line
+            for title, each in found.items()
+            for line in study.verdict_lines(each, f"{title}, points", PAIRS)
+        ],
     }
 
 
@@ -83,7 +90,7 @@ def draw(rows):
     for j, (title, each) in enumerate(found.items()):
         for i, n in enumerate(NAMES.values()):
             if each[n]:
-                mean, half = study.interval(list(each[n].values()))
+                mean, half = study.point(list(each[n].values()))
                 means.append(mean)
                 axes[0].bar(
                     i + 0.27 * (j - 1), mean, 0.25, yerr=half, capsize=2, color=study.COLORS[j],
@@ -97,7 +104,7 @@ def draw(rows):
     full = found["100 %, equal steps"]
     for i, row in enumerate(beside("speed.csv")):
         if scores := full[row["model"]]:
-            mean, half = study.interval(list(scores.values()))
+            mean, half = study.point(list(scores.values()))
             speed = float(row["images_per_second"])
             axes[1].errorbar(
                 speed, mean, half, fmt="o", capsize=2, color=study.COLORS[i], label=row["model"]
