@@ -74,6 +74,7 @@ EXTRAS = {
     "cuda": ["jax[cuda12]>=0.6.2,<0.13"],
     "cuda13": ["jax[cuda13]>=0.10.2,<0.13"],
     "gcs": ["gcsfs>=2024.6"],  # workdirs and data on gs://
+    "hub": ["huggingface_hub>=0.34,<3"],  # models by their names, hf://OWNER/NAME
     "wandb": ["wandb>=0.18"],
     "search": ["optuna>=4,<6"],  # draws the runs of `localglobal sweep --sampler`
     "ja": ["sacrebleu[ja]>=2.4"],  # BLEU of Japanese: MeCab and a dictionary

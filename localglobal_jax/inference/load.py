@@ -3,6 +3,7 @@
 
 import functools
 import logging
+import os
 import pathlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import pairwise
@@ -17,13 +18,14 @@ from localglobal_jax import convert
 from localglobal_jax.checkpoints import gcs, manager, reader
 from localglobal_jax.checkpoints.workdir import in_one_form, shown
 from localglobal_jax.config import loading, preprocessing, schema, values
+from localglobal_jax.inference import hub
 from localglobal_jax.models.registry import Variables, create_model
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 5  # of a read while the run that writes there deletes old steps
 
 
-def find_step(path: str | pathlib.Path, step: int | str | None) -> int | None:
+def find_step(path: str | os.PathLike[str], step: int | str | None) -> int | None:
     """Returns the step named by a number or "best" (of a workdir); None for None: the newest."""
     if step is None or str(step).isdigit():
         return None if step is None else int(step)
@@ -37,8 +39,12 @@ def find_step(path: str | pathlib.Path, step: int | str | None) -> int | None:
 
 
 def read_run(workdir: pathlib.Path) -> schema.Run:
-    """Reads the config that `workdir` was trained with."""
+    """Reads the config that `workdir`, or an exported folder, was trained with."""
     file = workdir / "config.json"
+    if described := hub.describe(workdir):
+        if "config" not in described:
+            raise ValueError(f"{shown(file)} has no config of a run: the weights were converted")
+        return loading.from_saved(described["config"])
     if not file.is_file():
         raise ValueError(
             f"{shown(workdir)} is not a workdir: it has no config.json. "
@@ -48,7 +54,7 @@ def read_run(workdir: pathlib.Path) -> schema.Run:
 
 
 def load(
-    path: str | pathlib.Path,
+    path: str | os.PathLike[str],
     step: int | str | None = None,
     average: int = 1,
     *,
@@ -61,7 +67,8 @@ def load(
     """Loads a trained model: ``(module, variables)``, ready for ``module.apply``.
 
     Args:
-      path: a workdir, its checkpoints folder, or one step's folder.
+      path: a workdir, its checkpoints folder, or one step's folder; a folder that `localglobal
+        export --format safetensors` wrote, or ``hf://owner/name[@revision]`` of the hub.
       step: a number, "best" (of a workdir), or None: the newest.
       average: number of checkpoints to average, this one and those before it.
       only: a module, such as "encoder" or "stage1/block1": only its variables are read; they are at
@@ -88,7 +95,7 @@ def load(
 
 
 def read_variables(
-    path: str | pathlib.Path,
+    path: str | os.PathLike[str],
     step: int | str | None = None,
     average: int = 1,
     only: str | None = None,
@@ -110,10 +117,16 @@ def read_variables(
 
 
 def _read_variables(
-    path: str | pathlib.Path, step: int | str | None, average: int, only: str | None
+    path: str | os.PathLike[str], step: int | str | None, average: int, only: str | None
 ) -> tuple[int, Variables, dict[str, Any]]:
     """Reads the variables once; raises Deleted if the run that writes there deleted a step."""
     select = functools.partial(_inside, only) if only else None
+    path = hub.local(path)
+    if described := hub.describe(path):
+        if average != 1:
+            raise ValueError(f"average={average}: {path} has one step: give average=1")
+        found, state, metadata = hub.read(path, described, step, select)
+        return found, state["variables"], metadata
 
     def read(number: int) -> tuple[int, dict, dict]:
         try:

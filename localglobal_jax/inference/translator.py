@@ -23,7 +23,7 @@ import numpy as np
 from localglobal_jax.checkpoints import gcs
 from localglobal_jax.data.text.tokenizers import DIRECTORY, UNK, Tokenizers
 from localglobal_jax.data.text.tokenizers import load as load_tokenizers
-from localglobal_jax.inference import decoding, heat_map
+from localglobal_jax.inference import decoding, heat_map, hub
 from localglobal_jax.inference import load as inference_load
 from localglobal_jax.models import EncoderDecoder
 from localglobal_jax.models.registry import Variables
@@ -329,7 +329,7 @@ def load(
     if not paths:
         raise ValueError("load_translator(()): give at least one path")
     models, tokenizers = [], None
-    for one in paths:
+    for one in map(hub.local, paths):
         models.append(inference_load.load(one, step, average))
         found = load_tokenizers(gcs.LocalMirror(one).local / DIRECTORY)
         if found is None:
@@ -349,7 +349,7 @@ def load(
 
 def defaults(path: str | pathlib.Path) -> Mapping[str, Any]:
     """Returns beam and length penalty of the run in `path`; 4 and 1 if it has no config."""
-    workdir = gcs.LocalMirror(path).local
+    workdir = gcs.LocalMirror(hub.local(path)).local
     task = inference_load.read_run(workdir).task if (workdir / "config.json").is_file() else None
     return {
         "beam": getattr(task, "beam", 0) or 4,  # 0 there: evaluation only measures the loss

@@ -3,7 +3,7 @@
 
 import dataclasses
 import logging
-import pathlib
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,6 +16,7 @@ from localglobal_jax.checkpoints.workdir import check_config, in_one_form
 from localglobal_jax.config import loading, preprocessing, schema, validation, values
 from localglobal_jax.convert import adapt
 from localglobal_jax.data.images import pipeline
+from localglobal_jax.inference import hub
 from localglobal_jax.inference.load import named, note_preprocessing, read_run, read_variables
 from localglobal_jax.models import EncoderDecoder
 from localglobal_jax.models.registry import MODELS, create_model, image_channels
@@ -73,13 +74,13 @@ class Evaluation:
 
 
 def evaluate(
-    workdir: str | pathlib.Path,
+    workdir: str | os.PathLike[str],
     step: int | str | None = None,
     overrides: Mapping[str, str] | None = None,
     average: int = 1,
     config: str | None = None,
 ) -> tuple[int, dict[str, Any]]:
-    """Evaluates a checkpoint of `workdir`.
+    """Evaluates a checkpoint of `workdir`, or of an exported folder or ``hf://owner/name``.
 
     Args:
       step: a number, "best", or None for the newest.
@@ -93,13 +94,15 @@ def evaluate(
     Returns:
       The step, and ``{split: {metric: value}}``.
     """
-    files, overrides = gcs.LocalMirror(workdir).local, overrides or {}
+    workdir, overrides = hub.local(workdir), overrides or {}
+    files, exported = gcs.LocalMirror(workdir).local, hub.describe(workdir)
     for field in overrides:
         if field.split(".")[0] == "model":
             raise ValueError(
                 f"config.{field}: the model of a checkpoint cannot change; leave it out"
             )
-    if config is None and not (files / "config.json").is_file():
+    has_run = "config" in exported if exported else (files / "config.json").is_file()
+    if config is None and not has_run:
         _, _, metadata = read_variables(workdir, step, average)
         if "converted" in metadata:
             example = "configs/finetune_folder.py --config.data.dir=PICTURES"
@@ -115,7 +118,7 @@ def evaluate(
         changed = loading.load(config)
         changed.init = None
     found, variables, metadata = read_variables(workdir, step, average)
-    if config is None:
+    if config is None and not exported:
         check_config(files, found, metadata)
     _check_kind(validation.run_class(changed), metadata, config)
     if config is not None:

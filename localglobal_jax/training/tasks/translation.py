@@ -16,7 +16,7 @@ from localglobal_jax.checkpoints import gcs
 from localglobal_jax.checkpoints.workdir import shown
 from localglobal_jax.config import schema
 from localglobal_jax.data.text import bucketing, pairs, pipeline, tokenizers
-from localglobal_jax.inference import bleu, decoding
+from localglobal_jax.inference import bleu, decoding, hub
 from localglobal_jax.models.registry import create_model
 from localglobal_jax.training import losses, metrics
 from localglobal_jax.training.tasks.task import Batch, Evaluator, HostBatch, Loss, Task, Variables
@@ -123,9 +123,10 @@ def stored_tokenizers(
         )
     if found is None and run.init:
         try:
-            found = tokenizers.load(gcs.LocalMirror(run.init).local / tokenizers.DIRECTORY)
+            source = gcs.LocalMirror(hub.local(run.init)).local
+            found = tokenizers.load(source / tokenizers.DIRECTORY)
         except OSError as error:  # not a valid path, such as one that is too long
-            raise ValueError(f"init={run.init}: {error.strerror}") from error
+            raise ValueError(f"init={run.init}: {error.strerror or error}") from error
         if found is None:
             raise ValueError(
                 f"init={run.init} has no {tokenizers.DIRECTORY}: give the workdir of a translation "

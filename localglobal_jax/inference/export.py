@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exports a trained model to formats that other programs read.
+
+    export("runs/digits", "exported", "safetensors")
+
+An export is a new folder, which the Hugging Face hub takes as it is. It is written beside its place
+and renamed, so that an export that is interrupted leaves no folder of that name.
+"""
+
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from localglobal_jax.checkpoints import gcs, reader
+from localglobal_jax.config import preprocessing, validation, values
+from localglobal_jax.data.text import tokenizers
+from localglobal_jax.inference import hub, load
+from localglobal_jax.models import EncoderDecoder
+from localglobal_jax.models.registry import Variables, create_model
+
+BESIDE = ("model_card.md", "learning_curve.png")  # of the run, copied where they exist
+
+
+class Source(NamedTuple):
+    """The model to export."""
+
+    path: str  # of a workdir or an exported folder
+    step: int
+    variables: Variables
+    metadata: Mapping[str, Any]
+    options: Mapping[str, Any]  # of `load.read_variables`: step and average
+
+    @property
+    def module(self) -> Any:
+        """Returns the module of the metadata."""
+        return create_model(**values.tuples(self.metadata["model"]))
+
+    @property
+    def is_text(self) -> bool:
+        """Returns whether the model translates."""
+        return isinstance(self.module, EncoderDecoder)
+
+
+def export(
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    format: str = "safetensors",
+    *,
+    step: int | str | None = None,
+    average: int = 1,
+) -> dict[str, Any]:
+    """Writes the model at `path` into the folder `out`, and returns a report of it.
+
+    Args:
+      path, step, average: see `load.load`. The moving average is exported if the run kept one.
+      out: a folder that does not exist, or is empty.
+      format: one of `FORMATS`.
+
+    Raises ValueError, and writes nothing, for another format, a folder that holds something, and a
+    model that the format does not have.
+    """
+    if format not in FORMATS:
+        raise validation.unknown("format", format, FORMATS)
+    folder = _free(out)
+    path = hub.local(path)
+    found, variables, metadata = load.read_variables(path, step, average)
+    if average == 1 and not hub.describe(path):
+        metadata = {**metadata, "metrics": _metrics(path, found)}
+    source = Source(str(path), found, variables, metadata, {"step": found, "average": average})
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    try:
+        FORMATS[format](source, partial)
+        partial.replace(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return {
+        "format": format,
+        "model": metadata["model"]["name"],
+        "step": found,
+        "parameters": _count(variables),
+        "written": {
+            file.relative_to(folder).as_posix(): file.stat().st_size for file in _files(folder)
+        },
+    }
+
+
+def _free(out: str | os.PathLike[str]) -> pathlib.Path:
+    """Returns the folder to write. Raises ValueError if it is in a bucket, a file, or not empty."""
+    if "://" in str(out):
+        raise ValueError(f"--out {out}: give a local folder, and upload it")
+    folder = pathlib.Path(out).expanduser().absolute()
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"--out {out} is a file: give a folder")
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ValueError(f"--out {out} is not empty: give a new folder")
+        parent = next(parent for parent in folder.parents if parent.exists())
+    except OSError as error:
+        raise ValueError(f"--out: {error.strerror}: {str(out)[:200]}") from None
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"--out {out}: no permission to write in {parent}")
+    return folder
+
+
+def _files(folder: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file())
+
+
+def _metrics(path: str | os.PathLike[str], step: int) -> dict[str, float]:
+    found = {entry["step"]: entry for entry in reader.inspect(path)["steps"]}
+    return found.get(step, {}).get("metrics") or {}
+
+
+def _count(variables: Variables) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+
+
+# ---------------------------------------------------------------------------- formats
+
+
+def _safetensors(source: Source, folder: pathlib.Path) -> None:
+    """Writes what `load.load` reads: weights, config, tokenizer."""
+    hub.write(folder, source.step, source.variables, source.metadata)
+    files = gcs.LocalMirror(source.path).local
+    if (files / tokenizers.DIRECTORY).is_dir():
+        shutil.copytree(files / tokenizers.DIRECTORY, folder / tokenizers.DIRECTORY)
+    beside = [name for name in BESIDE if (files / name).is_file()]
+    for name in beside:
+        shutil.copyfile(files / name, folder / name)
+    use = 'module, variables = lg.load("path/to/this/directory")  # or hf://OWNER/NAME'
+    more = f"The card of its run is [{BESIDE[0]}]({BESIDE[0]})." if BESIDE[0] in beside else ""
+    _card(source, folder, f"import localglobal_jax as lg\n\n{use}", more)
+
+
+def _card(source: Source, folder: pathlib.Path, use: str, more: str = "") -> None:
+    """Writes the model card, with the front matter that the hub reads."""
+    metadata = source.metadata
+    name, text = metadata["model"]["name"], source.is_text
+    data = (metadata.get("config") or {}).get("data", {}).get("name")
+    origin = metadata.get("converted") or {}
+    title = f"{name} on {data}" if data else f"{name}, converted from {origin.get('source')}"
+    tables = {"Results": metadata.get("metrics") or {}}
+    if not text:
+        tables["Preparation of images"] = preprocessing.of_checkpoint(metadata)
+    parts = [
+        f"---\nlibrary_name: {hub.LIBRARY}\n"
+        f"pipeline_tag: {'translation' if text else 'image-classification'}\n"
+        f"tags:\n- jax\n- flax\n- {name}\n---",
+        f"# {title}",
+        f"{_count(source.variables):,} parameters, of step {source.step}. Exported by "
+        f"`localglobal export`. {more}".strip(),
+        f"## How to use it\n\n```python\n{use}\n```",
+    ]
+    for head, rows in tables.items():
+        if rows:
+            lines = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+            parts.append(f"## {head}\n\n| | |\n|---|---|\n{lines}")
+    (folder / hub.CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+FORMATS: dict[str, Callable[[Source, pathlib.Path], None]] = {"safetensors": _safetensors}

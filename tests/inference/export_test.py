@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`localglobal export`: every family, read back with the same bits; wrong input; interruptions."""
+
+import json
+import pathlib
+import tarfile
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import localglobal_jax as lg
+from localglobal_jax.checkpoints import manager, reader
+from localglobal_jax.cli.main import main
+from localglobal_jax.config import schema
+from localglobal_jax.data.text import tokenizers
+from localglobal_jax.inference import export, hub, load
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+FAMILIES = ("coatnet", "volo", "focal", "muse")
+
+
+@pytest.fixture(scope="module")
+def workdirs(tmp_path_factory):
+    """A workdir of each family; its runs kept a moving average."""
+    folder = tmp_path_factory.mktemp("workdirs")
+    for family in FAMILIES:
+        with tarfile.open(GOLDEN / "workdirs" / "4f09b88" / f"{family}.tar.gz") as archive:
+            archive.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(workdirs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("exported")
+    for family in FAMILIES:
+        export.export(workdirs / family, out / family)
+    return out
+
+
+@pytest.fixture
+def inside(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def same(one, other):
+    flat, others = reader.flatten(one)[0], reader.flatten(other)[0]
+    assert flat.keys() == others.keys()
+    for path, leaf in flat.items():
+        assert leaf.dtype == others[path].dtype, path
+        assert np.asarray(leaf).tobytes() == np.asarray(others[path]).tobytes(), path
+
+
+# ---------------------------------------------------------------------------- safetensors
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_load_reads_the_same_module_and_bits(family, workdirs, exported):
+    module, variables = lg.load(workdirs / family)
+    found, others = lg.load(exported / family)
+    assert found == module
+    same(variables, others)
+    flat = reader.flatten(variables)[0]
+    assert safetensors.numpy.load_file(exported / family / hub.WEIGHTS).keys() == flat.keys()
+    part = next(iter(flat)).split("/")[1]
+    _, some = lg.load(exported / family, only=part, dtype=jnp.bfloat16)
+    assert {path.split("/")[1] for path in reader.flatten(some)[0]} == {part}
+    assert load.find_step(workdirs / family, None) is None
+    assert hub.describe(exported / family)["step"] == 4
+
+
+def test_it_is_the_average_that_evaluation_uses(workdirs, exported):
+    _, state, _ = reader.read(workdirs / "coatnet")
+    same(state["average"], lg.load(exported / "coatnet")[1])
+    with pytest.raises(AssertionError):
+        same(state["variables"], lg.load(exported / "coatnet")[1])
+
+
+@pytest.mark.parametrize("family", ["coatnet", pytest.param("muse", marks=pytest.mark.slow)])
+def test_evaluate_gives_the_metrics_of_the_run(family, exported, capsys):
+    assert main(["evaluate", f"--workdir={exported / family}", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    saved = hub.describe(exported / family)["metrics"]
+    assert saved and found["step"] == 4
+    for name, value in saved.items():
+        split, _, metric = name.partition("/")
+        assert found[split][metric] == pytest.approx(value, rel=1e-4), name
+
+
+def test_an_exported_folder_has_one_step(exported):
+    with pytest.raises(ValueError, match="step=3"):
+        lg.evaluate(exported / "volo", step=3)
+    with pytest.raises(ValueError, match="average=2"):
+        lg.evaluate(exported / "volo", average=2)
+
+
+def test_an_export_is_exported_again_and_is_a_start(workdirs, exported, tmp_path, capsys):
+    assert (
+        main(["export", f"{exported / 'muse'}", "--format=safetensors", f"--out={tmp_path}/x"]) == 0
+    )
+    capsys.readouterr()
+    for name in (hub.WEIGHTS, hub.CONFIG, hub.CARD):
+        assert (tmp_path / "x" / name).read_bytes() == (exported / "muse" / name).read_bytes()
+    of_run, again = (
+        tokenizers.load(folder / tokenizers.DIRECTORY)
+        for folder in (workdirs / "muse", tmp_path / "x")
+    )
+    assert [side.dump() for side in of_run] == [side.dump() for side in again]
+    translator = lg.load_translator(tmp_path / "x")
+    assert translator.tokenizers.source.size == translator.module.source_vocab
+    module, variables = lg.load(exported / "coatnet")
+    image = (jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32),)
+    same(variables, load.pretrained(str(exported / "coatnet"), module, image))
+
+
+def test_dtypes_and_shapes_survive(tmp_path):
+    arrays = {
+        "half": np.arange(6, dtype=ml_dtypes.bfloat16).reshape(2, 3),
+        "wide": np.array([np.pi, -0.0, np.nan], np.float64),
+        "turned": np.arange(6, dtype=np.float32).reshape(2, 3).T,  # not contiguous
+        "none": np.zeros((0, 3), np.float32),
+        "number": np.float32(3),
+        "index": np.arange(3, dtype=np.int32),
+    }
+    hub.write(tmp_path, 7, {"params": {"a": arrays}}, {"model": {"name": "volo"}})
+    step, state, metadata = hub.read(tmp_path, hub.describe(tmp_path), None)
+    assert step == 7 and metadata["model"] == {"name": "volo"}
+    same({"params": {"a": arrays}}, state["variables"])
+
+
+def test_the_card_has_the_front_matter_of_the_hub(exported):
+    for family, task in (("coatnet", "image-classification"), ("muse", "translation")):
+        card = (exported / family / hub.CARD).read_text()
+        front = card.split("---\n")[1].splitlines()
+        assert "library_name: localglobal_jax" in front and f"pipeline_tag: {task}" in front
+        assert "lg.load(" in card
+    assert "| test/accuracy | 0.0859375 |" in (exported / "coatnet" / hub.CARD).read_text()
+
+
+# ---------------------------------------------------------------------------- wrong input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--step=3"], "step 3"),
+        (["--step=newest"], "step="),
+        (["--average=2"], "average=2"),
+        (["--out=full"], "--out full is not empty"),
+        (["--out=file"], "--out file is a file"),
+        (["--out=file/x"], "--out file/x"),
+        (["--out=gs://bucket/x"], "--out gs://bucket/x"),
+        (["--out=" + "x" * 300], "--out"),
+        (["--format=savetensors"], "--format"),
+    ],
+)
+def test_wrong_options_end_with_2_and_write_nothing(options, message, workdirs, inside, capsys):
+    (inside / "full").mkdir()
+    (inside / "full" / "mine").write_text("mine")
+    (inside / "file").write_text("mine")
+    command = ["export", f"{workdirs / 'coatnet'}", "--format=safetensors", "--out=new", *options]
+    try:
+        assert main(command) == 2
+    except SystemExit as error:  # of argparse
+        assert error.code == 2
+    assert message in capsys.readouterr().err
+    assert sorted(path.name for path in inside.iterdir()) == ["file", "full"]
+    assert [path.name for path in (inside / "full").iterdir()] == ["mine"]
+
+
+def test_a_folder_without_a_checkpoint_and_a_wrong_format(tmp_path, workdirs, capsys):
+    (tmp_path / "empty").mkdir()
+    for path in ("empty", "absent"):
+        command = ["export", f"{tmp_path / path}", "--format=safetensors", f"--out={tmp_path}/out"]
+        assert main(command) == 2
+        assert path in capsys.readouterr().err
+    with pytest.raises(ValueError, match='"safetensor"; did you mean "safetensors"'):
+        export.export(workdirs / "coatnet", tmp_path / "out", "safetensor")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("no space left")])
+def test_an_interrupted_export_leaves_nothing(error, workdirs, tmp_path, monkeypatch):
+    write = hub.write
+
+    def interrupted(folder, *rest):
+        write(folder, *rest)
+        raise error
+
+    monkeypatch.setattr(hub, "write", interrupted)
+    with pytest.raises(type(error) if isinstance(error, OSError) else error):
+        export.export(workdirs / "coatnet", tmp_path / "out")
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        (hub.CONFIG, b"{", "config.json"),
+        (hub.CONFIG, b'{"architecture": "volo_d1_224"}', "convert timm"),
+        (hub.CONFIG, b'{"library_name": "localglobal_jax", "version": 2}', "version=2"),
+        (hub.CONFIG, b'{"library_name": "localglobal_jax", "version": 1}', "no step"),
+        (hub.WEIGHTS, b"short", "model.safetensors"),
+    ],
+)
+def test_damaged_files_are_named(file, content, message, workdirs, tmp_path):
+    export.export(workdirs / "coatnet", tmp_path / "out")
+    (tmp_path / "out" / file).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        lg.load(tmp_path / "out")
+
+
+def test_a_step_is_chosen(tmp_path):
+    module = lg.create_model("coatnet", layout="C", depths=(1,), widths=(8,), stem=(4,), classes=3)
+    shapes = jax.eval_shape(
+        lambda x: module.init(jax.random.key(0), x, train=False), jnp.zeros((1, 8, 8, 3))
+    )
+    kept = manager.Checkpoints(tmp_path / "run" / "checkpoints", schema.Checkpoints(keep=3))
+    described = {"model": lg.models.registry.describe(module)}
+    for step in (1, 2):
+        variables = jax.tree.map(lambda x, n=step: np.full(x.shape, n, x.dtype), shapes)
+        kept.save(step, {"variables": variables}, metadata=described, metrics={"test/loss": step})
+    kept.close()
+    for options, value in (({"step": 1}, 1), ({}, 2), ({"average": 2}, 1.5)):
+        out = tmp_path / str(value)
+        export.export(tmp_path / "run", out, **options)
+        assert jax.tree.leaves(lg.load(out)[1])[0].ravel()[0] == value
+        assert ("metrics" in hub.describe(out)) == (value != 1.5)
