@@ -2,15 +2,23 @@
 """Two fake devices, no silent rank promotion, shapes and types checked: before jax is imported."""
 
 import contextlib
+import fnmatch
+import gc
 import os
+import pathlib
+import tomllib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=2"
-    # most of the suite's time is compiling, and half of that the newer emitters; what runs is tiny
+    # Most of the suite's time is compiling, and half of that the newer emitters; what runs is tiny.
+    # Splitting a program between threads costs a quarter more in all.
     + " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    + " --xla_cpu_parallel_codegen_split_count=1"
 )
+# Tracing makes many objects that live for long; looking through them all was a quarter of its time.
+gc.set_threshold(100_000, 50, 1000)
 # Fake devices meet in collectives on one pool of as many threads as the machine has cores. On two
 # cores both threads waited, each device in another all-reduce of one program, until XLA ended the
 # process after 40 s; with more threads the others arrive. XLA reads this where it makes its client.
@@ -36,6 +44,32 @@ import pytest
 import localglobal_jax  # noqa: F401, before cv2: sets its bound on an image's pixels
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+MATRICES = pathlib.Path(__file__).parent / "matrices.toml"
+
+
+def pytest_collection_modifyitems(config, items):
+    """Marks as slow the cases that `MATRICES` does not name, of the tests that it names.
+
+    Raises UsageError if all tests are collected, and no case fits one of its patterns.
+    """
+    matrices = tomllib.loads(MATRICES.read_text(encoding="utf-8"))
+    unseen = {
+        (file, test, pattern)
+        for file, tests in matrices.items()
+        for test, patterns in tests.items()
+        for pattern in patterns
+    }
+    for item in items:
+        file, test = str(item.path.relative_to(MATRICES.parent)), getattr(item, "originalname", "")
+        if patterns := matrices.get(file, {}).get(test):
+            fitting = [p for p in patterns if fnmatch.fnmatchcase(item.callspec.id, p)]
+            unseen -= {(file, test, pattern) for pattern in fitting}
+            if not fitting:
+                item.add_marker(pytest.mark.slow)
+    if unseen and config.args == config.getini("testpaths"):
+        raise pytest.UsageError(f"{MATRICES}: no case fits {sorted(unseen)}")
 
 
 @pytest.fixture(scope="module", autouse=True)

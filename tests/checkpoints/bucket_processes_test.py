@@ -28,6 +28,9 @@ def started(directory, data_dir, *options, devices=1):
         *(f"--config={CONFIG}:size=tiny", f"--config.data.dir={data_dir}"),
         *(f"--config.steps={LAST}", "--config.log.every=4", "--config.checkpoint.every=4"),
         *("--config.checkpoint.keep=2", "--config.eval.every=12"),
+        # one block, since every process compiles
+        *("--config.model.layout=C", "--config.model.depths=(1,)", "--config.model.widths=(8,)"),
+        "--config.model.strides=(1,)",
         *options,
     ]
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
@@ -111,6 +114,7 @@ def test_kills_in_saves_and_a_stop_change_no_bit(undisturbed, bucket, data_dir):
     assert bucket in (epath.Path(bucket) / "model_card.md").read_text()
 
 
+@pytest.mark.slow  # two hosts write a bucket in tests/launch/two_hosts_test.py
 def test_two_hosts_write_one_bucket(tmp_path, bucket, data_dir):
     """Each writes its shards; the bits are those of two hosts on a disk."""
     with contextlib.ExitStack() as stack:
