@@ -65,7 +65,8 @@ def refuse_other(run: schema.Run, workdir: pathlib.Path) -> None:
     if changed := other_config(run, file):
         raise ValueError(
             f"{shown(workdir)} belongs to a run with another config:\n{changed}\n"
-            "Choose another --workdir, or give the same config to resume. "
+            f"Choose another --workdir (--config.init={shown(workdir)} starts it from these "
+            "weights), or give the same config to resume. "
             f"(These may change: {', '.join(schema.MAY_CHANGE)}.)"
         )
 

@@ -64,8 +64,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     more(
         "--format",
         choices=("text", "markdown", "latex", "csv", "json"),
-        default="text",
-        help="default: text",
+        help="default: text; also with --prune",
     )
     add("--out", metavar="DIR", help="write scripts there instead of running anything")
     add(
@@ -192,7 +191,7 @@ def _prune(args: argparse.Namespace, runs: Sequence[expand.Description]) -> int:
         print(json.dumps({"folders": records, "bytes": total, "freed": freed}))
         return ExitCode.DONE
     if records:
-        print(summary.shown(records, args.format))
+        print(summary.shown(records, args.format or "text"))
     if args.yes:
         print(f"{summary.size(freed)} of {summary.size(total)} freed")
     else:
@@ -202,7 +201,7 @@ def _prune(args: argparse.Namespace, runs: Sequence[expand.Description]) -> int:
 
 def _refuse_alone(args: argparse.Namespace) -> None:
     """Raises ValueError for an option of ``--summary`` without it: a sweep would be started."""
-    for name in ("metric", "group", "baseline", "sort", "top"):
+    for name in ("metric", "group", "baseline", "sort", "top", "format"):
         if getattr(args, name) is not None:
             raise ValueError(f"--{name} belongs to --summary, which is not given")
 
@@ -241,7 +240,7 @@ def _look(args: argparse.Namespace, sweep: expand.Sweep, runs: Sequence[expand.D
     if args.json:
         print(json.dumps({"runs": rows, **({} if records is None else {"summary": records})}))
     elif records is not None:
-        print(summary.shown(records, args.format))
+        print(summary.shown(records, args.format or "text"))
     elif args.status:
         print(status.table(rows))
     return ExitCode.DONE

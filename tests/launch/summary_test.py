@@ -155,6 +155,7 @@ def test_the_help_of_mistakes(sweep, capsys):
         (("--summary", "--baseline", "seed=0"), "--group"),
         (("--sort=best",), "--summary"),
         (("--status", "--group", "seed"), "--summary"),
+        (("--status", "--format=csv"), "--summary"),
         (("--collect=x.xlsx",), ".md"),
     ):
         assert main([*command, *words]) == 2, words
