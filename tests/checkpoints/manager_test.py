@@ -341,7 +341,7 @@ def test_a_disk_without_room_is_said_in_a_line(tmp_path):
         [sys.executable, "-c", FULL, str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=True,
     )
     assert len(done.stdout.splitlines()) == 1
@@ -452,7 +452,7 @@ def test_eight_devices_to_any_sharding_and_back_to_one(tmp_path):
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     env = os.environ | {"XLA_FLAGS": flags}
     command = [sys.executable, "-c", RESHARD, str(tmp_path)]
-    subprocess.run(command, env=env, check=True, timeout=120)
+    subprocess.run(command, env=env, check=True, timeout=600)
     step, arrays, _ = reader.read(tmp_path)
     assert step == 2
     np.testing.assert_array_equal(arrays["x"], np.arange(64).reshape(8, 8))
@@ -512,7 +512,7 @@ def test_two_hosts_agree_on_what_is_damaged(tmp_path):
         )
         for host in range(2)
     ]
-    errors = [host.communicate(timeout=120)[1] for host in hosts]
+    errors = [host.communicate(timeout=600)[1] for host in hosts]
     assert [host.returncode for host in hosts] == [0, 0], errors
     assert "unreadable on another host" in errors[0] and "stale file handle" in errors[1]
     step, arrays, metadata = reader.read(tmp_path)
@@ -578,7 +578,7 @@ def test_killed_during_a_save(tmp_path, where):
                 time.sleep(0.01)
             time.sleep(0.037 * attempt)
             child.kill()
-        output, errors = child.communicate(timeout=120)
+        output, errors = child.communicate(timeout=600)
         assert child.returncode == -signal.SIGKILL, errors
         for line in output.splitlines():
             kind, step = line.split()

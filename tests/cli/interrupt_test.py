@@ -42,7 +42,7 @@ def test_interrupted(env, at, again, tmp_path):
             process.send_signal(signal.SIGINT)
             if again:
                 process.send_signal(signal.SIGINT)
-            _, error = process.communicate(timeout=100)
+            _, error = process.communicate(timeout=600)
         finally:
             process.kill()
     assert process.returncode == 130

@@ -208,7 +208,7 @@ def test_a_compiler_that_aborts(monkeypatch, tmp_path):
 
     run = validation.check(loading.load(DIGITS))
     with pytest.raises(compiler_process.CompilerFailed, match=r"SIGABRT.*chip_bounds"):
-        compiler_process.measure(run, topologies.parse("cpu:2"), "train", timeout=60)
+        compiler_process.measure(run, topologies.parse("cpu:2"), "train", timeout=600)
     assert not list(tmp_path.glob("*-*"))  # nothing is kept but its output
     assert "chip_bounds" in (tmp_path / compiler_process.FAILED).read_text()
 

@@ -171,7 +171,7 @@ def test_a_pipe_that_stays_open_gets_its_answers(converted, expected):
             f"{found.text}\n" for found in expected[1:3]
         ]
         process.stdin.write(f"{LINES[3][1:]}\n\xff".encode("latin1"))
-        out, error = process.communicate(timeout=60)
+        out, error = process.communicate(timeout=600)
     assert out.decode() == "" and process.returncode == 2  # the block holds the bad line
     assert "line 5" in error.decode() and "0xff" in error.decode()
 
@@ -184,7 +184,7 @@ def test_a_stream_without_an_end_and_a_reader_that_leaves(converted, expected):
         source.stdout.close()
         assert process.stdout.readline().decode() == f"{expected[0].text}\n"
         process.stdout.close()
-        assert process.wait(timeout=60) == 1
+        assert process.wait(timeout=600) == 1
 
 
 @pytest.mark.parametrize("cuts", [(), (3,), (1, 2, 3, 9), tuple(range(40))])
@@ -258,7 +258,7 @@ def test_people_type_and_see_each_translation_at_once(converted, expected):
             os.write(terminal, f"{line}\n".encode())
             assert process.stdout.readline().decode() == f"{translation.text}\n"
         os.write(terminal, b"\x04")
-        out, error = process.communicate(timeout=60)
+        out, error = process.communicate(timeout=600)
     finally:
         process.kill()
         os.close(terminal)

@@ -133,7 +133,7 @@ def test_two_hosts_read_their_parts_in_processes_of_their_own(sets, bucket):
         return subprocess.Popen(command, stdout=subprocess.PIPE)
 
     started = [start(bucket, 0, 2), start(bucket, 1, 2), start(sets, 0, 1)]
-    one, other, whole = (pickle.loads(p.communicate(timeout=120)[0]) for p in started)
+    one, other, whole = (pickle.loads(p.communicate(timeout=600)[0]) for p in started)
     same(
         [{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in zip(one, other, strict=True)],
         whole,

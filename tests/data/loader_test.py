@@ -186,7 +186,7 @@ def test_what_a_thread_raises_reaches_the_consumer_and_the_threads_end():
             seen += batch["index"].tolist()
     assert seen == list(range(6))
     for thread in prefetching_threads():
-        thread.join(timeout=10)
+        thread.join(timeout=100)
     assert not prefetching_threads()
 
 
@@ -195,5 +195,5 @@ def test_an_early_exit_ends_the_threads():
     assert len(list(itertools.islice(batches, 3))) == 3
     batches.close()
     for thread in prefetching_threads():
-        thread.join(timeout=10)
+        thread.join(timeout=100)
     assert not prefetching_threads()

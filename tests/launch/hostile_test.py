@@ -41,7 +41,7 @@ def executed(place, script, **env):
     path = f"{place}:{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", script], cwd=place, env={**os.environ, "PATH": path, "PLACE": str(place), **env},
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert not list(place.rglob("PWNED*")), "something was executed"

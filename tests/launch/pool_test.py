@@ -10,6 +10,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 
 import pytest
@@ -154,14 +155,26 @@ def orphan(found):
 
 
 def test_a_job_of_a_killed_launcher_is_waited_for_and_counted(tmp_path):
-    first = job(tmp_path, "j", "open('ready', 'w'); time.sleep(2); open('saved', 'w')")
+    code = """
+        open('ready', 'w')
+        while not os.path.exists('seen'):
+            time.sleep(0.01)
+        open('saved', 'w')
+    """
+    first = job(tmp_path, "j", textwrap.dedent(code))
     orphan(first)
     steps = {True: 5, False: None}
     again = dataclasses.replace(
         first, saved=lambda: steps[(tmp_path / "j/saved").exists()], steps=5
     )
     said = []
-    started = pool.run_jobs([again, job(tmp_path, "k", "")], [pool.Slot()], 0, {}, said.append)
+
+    def say(line):
+        said.append(line)
+        if line.startswith("start"):
+            (tmp_path / "j/seen").touch()
+
+    started = pool.run_jobs([again, job(tmp_path, "k", "")], [pool.Slot()], 0, {}, say)
     assert (started.code, started.runs["j"]["state"]) == (0, "done")
     assert started.runs["j"]["attempts"] == 0 and said[-1] == "2 of 2 done, 0 failed"
     # the slot is not kept waiting
@@ -188,7 +201,7 @@ def test_two_starters_share_the_jobs_and_both_count_all(tmp_path):
     jobs = [job(tmp_path, f"j{i}", "time.sleep(0.5)") for i in range(4)]
     jobs.append(job(tmp_path, "wrong", "time.sleep(0.2); print('no such data'); sys.exit(2)"))
     both = [launcher(jobs), launcher(jobs)]
-    ends = [process.communicate(timeout=120)[0].splitlines() for process in both]
+    ends = [process.communicate(timeout=600)[0].splitlines() for process in both]
     for said in ends:
         assert said[-2:] == ["4 of 5 done, 1 failed", "1"]
         assert "no such data" in "\n".join(said)
@@ -203,7 +216,7 @@ def test_a_stop_ends_the_waiting_for_a_busy_job(tmp_path):
         second = launcher([first], stderr=subprocess.PIPE)
         assert second.stdout.readline().startswith("busy")
         second.send_signal(signal.SIGTERM)
-        said = second.communicate(timeout=60)[0].splitlines()
+        said = second.communicate(timeout=600)[0].splitlines()
         assert said[-1] == "42" and "same command" in said[-2]
     finally:
         os.kill(pid, signal.SIGKILL)
@@ -253,7 +266,7 @@ def test_a_full_disk_ends_no_other_job(tmp_path):
     (tmp_path / "blocked").touch()
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))"
     process = launcher([full, job(tmp_path, "blocked", ""), other], slots=3, before=limit)
-    text = process.communicate(timeout=60)[0]
+    text = process.communicate(timeout=600)[0]
     assert text.splitlines()[-2:] == ["2 of 3 done, 1 failed", "1"], text
     assert os.strerror(errno.EFBIG) in text and f"{tmp_path / 'blocked'}" in text
 
@@ -270,7 +283,7 @@ def test_stop_requests_go_to_the_children_and_no_other_starts(asked, tmp_path):
     for name in ("a", "b"):
         wait_for(tmp_path / name / "ready")
     process.send_signal(asked)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=600)
     said = output.splitlines()
     assert [line.split()[:2] for line in said[2:4]] == [["stopped", "a"], ["stopped", "b"]]
     assert said[-1] == "42" and "same command" in said[-2]

@@ -279,6 +279,6 @@ def test_the_setup_of_the_page(tmp_path):
         assert done.returncode == 0
     run = ". ~/.localglobal/environment; localglobal --version; python --version; pwd"
     said = subprocess.run(
-        [*words, "bash", "-c", run], check=True, capture_output=True, text=True, timeout=60
+        [*words, "bash", "-c", run], check=True, capture_output=True, text=True, timeout=600
     ).stdout.split()
     assert said[0] == "localglobal_jax" and said[3] >= "3.11" and said[4] == f"{home}/lg"

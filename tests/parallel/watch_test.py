@@ -49,7 +49,7 @@ def joined():
 
 def end(host):
     """The exit code of a host, and its last line."""
-    _, said = host.communicate(timeout=60)
+    _, said = host.communicate(timeout=600)
     return host.returncode, said.splitlines()[-1]
 
 
@@ -88,5 +88,5 @@ def test_hosts_that_are_done_may_end_at_different_times():
             words = f"time.sleep({seconds}); multihost.finished(0); raise SystemExit(0)"
             print(words, file=hosts[i].stdin, flush=True)
         for host in hosts:
-            _, said = host.communicate(timeout=60)
+            _, said = host.communicate(timeout=600)
             assert host.returncode == 0 and "lost" not in said

@@ -112,7 +112,7 @@ def test_a_fault_that_lasts_is_no_bad_record_and_names_the_shard(case, faults, n
     kind = ValueError if name == "403" else store.StoreFailed
     with pytest.raises(kind, match=f"{root}/digits/1.0.0/digits-train") as error:
         (source or opened(root)).block([3, 700, 5])
-    assert time.monotonic() - begin < 12
+    assert time.monotonic() - begin < 60  # without a limit: minutes
     assert rule.hits
     assert not isinstance(error.value, records.BadRecord)
     assert LASTING[name].get("status", 0) == getattr(error.value, "status", 403)
@@ -178,7 +178,7 @@ def test_array_record_sent_elsewhere_ends_every_command_in_a_line(
         monkeypatch.setattr(store.LIMITS, "told", 0.0)
         begin = time.monotonic()
         assert main(command) == 1
-        assert time.monotonic() - begin < 12
+        assert time.monotonic() - begin < 60  # without a limit: minutes
         *_, told, last = capsys.readouterr().err.strip().splitlines()
         for line in (told, last):
             assert f"{digits}/digits/1.0.0/digits-" in line

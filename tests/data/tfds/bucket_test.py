@@ -98,7 +98,7 @@ def test_a_copy_in_another_process_reads_the_same(digits):
         input=pickle.dumps(files),
         capture_output=True,
         check=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.stdout.decode().strip() == str(files.read([(0, 5), (0, 700)]))
 
@@ -255,6 +255,6 @@ def test_more_shards_than_the_system_lets_a_process_open_by_default(data_dir, tm
         check=False,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.stdout.strip() == "120", done.stderr

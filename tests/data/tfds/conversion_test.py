@@ -163,7 +163,7 @@ KILLED = """
 def test_killed_it_goes_on_where_it_was(places, monkeypatch, data_dir, kind):
     origin, target = (place(kind) for place in places)
     command = [sys.executable, "-c", textwrap.dedent(KILLED), origin, target, "2"]
-    done = subprocess.run(command, check=False, capture_output=True, timeout=120)
+    done = subprocess.run(command, check=False, capture_output=True, timeout=600)
     assert done.returncode == -signal.SIGKILL, done.stderr
     with pytest.raises(ValueError, match=target):
         records.Records(records.find_builder("digits", target), "train")
@@ -204,7 +204,7 @@ def test_two_at_once_into_a_bucket(places, data_dir):
         for _ in range(2)
     ]
     for process in both:
-        assert process.communicate(timeout=120)[0].decode().strip() == str(COUNTS)
+        assert process.communicate(timeout=600)[0].decode().strip() == str(COUNTS)
     assert read(target) == read(data_dir)
 
 
@@ -241,7 +241,7 @@ def test_two_attempts_at_once_prepare_the_embedded_digits_in_a_bucket(bucket, da
     command += ["--config=configs/coatnet_digits.py", f"--dir={bucket}"]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(2)]
     for process in both:
-        assert json.loads(process.communicate(timeout=120)[0]) == COUNTS
+        assert json.loads(process.communicate(timeout=600)[0]) == COUNTS
     assert names(bucket) == ["1.0.0"]
     assert read(bucket) == read(data_dir)
 

@@ -133,7 +133,7 @@ def in_child(method, files, wanted):
     with concurrent.futures.ProcessPoolExecutor(
         1, mp_context=multiprocessing.get_context(method)
     ) as pool:
-        return pool.submit(files.read, wanted).result(timeout=60)
+        return pool.submit(files.read, wanted).result(timeout=600)
 
 
 def test_other_processes_open_the_files_themselves(on_disk):
@@ -162,7 +162,7 @@ def test_a_forked_process_says_why_it_cannot_read(on_disk):
         [sys.executable, "-c", textwrap.dedent(code)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         check=False,
     )
     assert found.stdout == "7\n", found.stderr
@@ -416,7 +416,7 @@ def test_a_killed_attempt_is_continued(folder, monkeypatch):
     killed = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), mark],
         capture_output=True,
-        timeout=60,
+        timeout=600,
         check=False,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr

@@ -52,7 +52,7 @@ def run(program, **options):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=120,
+        timeout=600,
         **options,
     ).stdout
 

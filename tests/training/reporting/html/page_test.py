@@ -438,7 +438,7 @@ def test_in_a_browser(workdir, text_workdir, tmp_path, scheme):
 
     def browse(file, *options):
         done = subprocess.run(
-            [*command, *options, file.as_uri()], capture_output=True, timeout=120, check=True
+            [*command, *options, file.as_uri()], capture_output=True, timeout=600, check=True
         )
         assert b":CONSOLE" not in done.stderr, done.stderr  # where breaches of the policy are told
         return done.stdout.decode()
