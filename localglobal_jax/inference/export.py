@@ -7,6 +7,7 @@ An export is a new folder, which the Hugging Face hub takes as it is. It is writ
 and renamed, so that an export that is interrupted leaves no folder of that name.
 """
 
+import importlib.util
 import os
 import pathlib
 import shutil
@@ -14,14 +15,22 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax import export as stablehlo
 
 from localglobal_jax.checkpoints import gcs, reader
 from localglobal_jax.config import preprocessing, validation, values
+from localglobal_jax.data.images import device_ops
 from localglobal_jax.data.text import tokenizers
-from localglobal_jax.inference import hub, load
+from localglobal_jax.inference import classifier, hub, load
 from localglobal_jax.models import EncoderDecoder
 from localglobal_jax.models.registry import Variables, create_model
+from localglobal_jax.parallel import context
 
+Apply = Callable[..., jax.Array]
+PROGRAM = "model.stablehlo"
+PLATFORMS = ("cpu", "cuda", "tpu")
+LARGEST = 2**31 - 2**24  # bytes of parameters; a flatbuffer holds 2 GiB
 BESIDE = ("model_card.md", "learning_curve.png")  # of the run, copied where they exist
 
 
@@ -32,7 +41,7 @@ class Source(NamedTuple):
     step: int
     variables: Variables
     metadata: Mapping[str, Any]
-    options: Mapping[str, Any]  # of `load.read_variables`: step and average
+    overrides: Mapping[str, str]  # of the preprocessing, see `classifier.load`
 
     @property
     def module(self) -> Any:
@@ -52,6 +61,7 @@ def export(
     *,
     step: int | str | None = None,
     average: int = 1,
+    overrides: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Writes the model at `path` into the folder `out`, and returns a report of it.
 
@@ -59,18 +69,21 @@ def export(
       path, step, average: see `load.load`. The moving average is exported if the run kept one.
       out: a folder that does not exist, or is empty.
       format: one of `FORMATS`.
+      overrides: of StableHLO: the preprocessing of images, see `classifier.load`.
 
     Raises ValueError, and writes nothing, for another format, a folder that holds something, and a
     model that the format does not have.
     """
     if format not in FORMATS:
         raise validation.unknown("format", format, FORMATS)
+    if overrides and format != "stablehlo":
+        raise ValueError(f"--config.{next(iter(overrides))} is for --format stablehlo")
     folder = _free(out)
     path = hub.local(path)
     found, variables, metadata = load.read_variables(path, step, average)
     if average == 1 and not hub.describe(path):
         metadata = {**metadata, "metrics": _metrics(path, found)}
-    source = Source(str(path), found, variables, metadata, {"step": found, "average": average})
+    source = Source(str(path), found, variables, metadata, overrides or {})
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:
@@ -127,15 +140,108 @@ def _count(variables: Variables) -> int:
 def _safetensors(source: Source, folder: pathlib.Path) -> None:
     """Writes what `load.load` reads: weights, config, tokenizer."""
     hub.write(folder, source.step, source.variables, source.metadata)
-    files = gcs.LocalMirror(source.path).local
-    if (files / tokenizers.DIRECTORY).is_dir():
-        shutil.copytree(files / tokenizers.DIRECTORY, folder / tokenizers.DIRECTORY)
+    files = _copy_tokenizer(source, folder)
     beside = [name for name in BESIDE if (files / name).is_file()]
     for name in beside:
         shutil.copyfile(files / name, folder / name)
     use = 'module, variables = lg.load("path/to/this/directory")  # or hf://OWNER/NAME'
     more = f"The card of its run is [{BESIDE[0]}]({BESIDE[0]})." if BESIDE[0] in beside else ""
     _card(source, folder, f"import localglobal_jax as lg\n\n{use}", more)
+
+
+def _stablehlo(source: Source, folder: pathlib.Path) -> None:
+    """Writes `PROGRAM`, which `jax.export` reads without this library.
+
+    The parameters are inside: one file, which cannot meet other weights. The reference
+    implementation of the operators is lowered for each platform; the size of the batch, and the
+    lengths of sentences, are symbolic. Images are uint8, and normalised in the program.
+    """
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise ValueError("StableHLO needs the extra export: pip install 'localglobal_jax[export]'")
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(source.variables))
+    if size > LARGEST:
+        raise ValueError(
+            f"{source.path} has {size / 1e9:.1f} GB of parameters, but a StableHLO file holds "
+            f"{LARGEST / 1e9:.1f} GB: give --format safetensors"
+        )
+    apply, inputs, about = (_translation if source.is_text else _classification)(source)
+    try:
+        with context.implementation("reference"):
+            program = stablehlo.export(jax.jit(apply), platforms=PLATFORMS)(*inputs.values())
+    except Exception as error:
+        if type(error).__name__ != "InconclusiveDimensionOperation":  # jax has moved it
+            raise
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{source.path} needs a fixed size of the batch: {reason}") from None
+    (folder / PROGRAM).write_bytes(program.serialize())
+    (output,) = program.out_avals
+    described = {
+        "library_name": "jax",
+        "program": PROGRAM,
+        "jax": jax.__version__,
+        "platforms": PLATFORMS,
+        "inputs": {name: _shown(x) for name, x in inputs.items()},
+        "output": _shown(output),
+        **about,
+    }
+    hub.write_json(folder / hub.CONFIG, described)
+    _copy_tokenizer(source, folder)
+    use = (
+        "from jax import export\n\n"
+        f'with open("{PROGRAM}", "rb") as file:\n'
+        "    program = export.deserialize(bytearray(file.read()))\n"
+        f"logits = program.call({', '.join(inputs)})"
+    )
+    shapes = "; ".join(f"`{name}`: {x.dtype} {list(x.shape)}" for name, x in inputs.items())
+    more = "`target` are the tokens before each one, `start` first. " * source.is_text
+    _card(source, folder, use, f"Runs with `pip install jax flatbuffers` alone. {shapes}. {more}")
+
+
+def _classification(source: Source) -> tuple[Apply, dict[str, Any], dict[str, Any]]:
+    """Returns images -> logits, the input, and entries of ``config.json``."""
+    found = classifier.of_checkpoint(
+        source.path, source.variables, source.metadata, source.overrides
+    )
+    options = found.options
+
+    def apply(images: jax.Array) -> jax.Array:
+        x = device_ops.normalize(images, options)
+        return found.module.apply(found.variables, x, train=False)[0].astype(jnp.float32)
+
+    shape = (*stablehlo.symbolic_shape("b"), *options.image_size, found.channels)
+    prepared = preprocessing.of_checkpoint({"config": {"data": options.model_dump()}})
+    about = {"labels": list(found.labels), "preprocessing": prepared}
+    return apply, {"images": jax.ShapeDtypeStruct(shape, jnp.uint8)}, about
+
+
+def _translation(source: Source) -> tuple[Apply, dict[str, Any], dict[str, Any]]:
+    """Returns source, previous target tokens -> logits, the inputs, entries of ``config.json``."""
+    module = source.module.clone(pad_values="zero")  # as `translator.Translator`
+    variables = jax.device_put(source.variables)
+
+    def apply(tokens: jax.Array, before: jax.Array) -> jax.Array:
+        return module.apply(variables, tokens, before, train=False)[0].astype(jnp.float32)
+
+    shapes = stablehlo.symbolic_shape("b, s, t")
+    inputs = {
+        name: jax.ShapeDtypeStruct((shapes[0], length), jnp.int32)
+        for name, length in zip(("source", "target"), shapes[1:], strict=True)
+    }
+    return apply, inputs, {name: getattr(module, name) for name in ("pad", "start", "end")}
+
+
+def _shown(array: Any) -> dict[str, Any]:
+    """Returns shape and dtype as JSON; a symbolic size is its letter."""
+    shape = [size if isinstance(size, int) else str(size) for size in array.shape]
+    return {"shape": shape, "dtype": str(array.dtype)}
+
+
+def _copy_tokenizer(source: Source, folder: pathlib.Path) -> pathlib.Path:
+    """Copies ``tokenizer/``, if there is one; returns the local files of the source."""
+    files = gcs.LocalMirror(source.path).local
+    if (files / tokenizers.DIRECTORY).is_dir():
+        shutil.copytree(files / tokenizers.DIRECTORY, folder / tokenizers.DIRECTORY)
+    return files
 
 
 def _card(source: Source, folder: pathlib.Path, use: str, more: str = "") -> None:
@@ -164,4 +270,7 @@ def _card(source: Source, folder: pathlib.Path, use: str, more: str = "") -> Non
     (folder / hub.CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-FORMATS: dict[str, Callable[[Source, pathlib.Path], None]] = {"safetensors": _safetensors}
+FORMATS: dict[str, Callable[[Source, pathlib.Path], None]] = {
+    "safetensors": _safetensors,
+    "stablehlo": _stablehlo,
+}

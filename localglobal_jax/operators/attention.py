@@ -231,11 +231,11 @@ class Attend(nn.Module):
         train: bool = False,
     ) -> Float[Array, "b l d"]:
         drop = nn.Dropout(self.dropout, deterministic=not train, name="dropout")
-        seen = self.is_mutable_collection("intermediates")
+        fused = context.is_fused() and not self.is_mutable_collection("intermediates")
         # For a few queries, as in decoding one sentence, the equation is faster on CPU: 0.89 of the
-        # time for the beams of one sentence, 1.12 for those of eight.
-        many = query.shape[0] * query.shape[1] > FEW
-        if (train or many) and not seen and context.is_fused():
+        # time for the beams of one sentence, 1.12 for those of eight. The reference compares no
+        # sizes: an export has symbolic ones.
+        if fused and (train or query.shape[0] * query.shape[1] > FEW):
             kept = None
             if train and self.dropout:
                 # The mask that `drop(weights)` below would draw.

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """`localglobal export`: every family, read back with the same bits; wrong input; interruptions."""
 
+import contextlib
+import importlib.util
 import json
 import pathlib
+import subprocess
+import sys
 import tarfile
 
 import jax
@@ -11,11 +15,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import sklearn.datasets
 
 import localglobal_jax as lg
 from localglobal_jax.checkpoints import manager, reader
 from localglobal_jax.cli.main import main
 from localglobal_jax.config import schema
+from localglobal_jax.data.images import device_ops
 from localglobal_jax.data.text import tokenizers
 from localglobal_jax.inference import export, hub, load
 
@@ -139,6 +145,102 @@ def test_the_card_has_the_front_matter_of_the_hub(exported):
         assert "library_name: localglobal_jax" in front and f"pipeline_tag: {task}" in front
         assert "lg.load(" in card
     assert "| test/accuracy | 0.0859375 |" in (exported / "coatnet" / hub.CARD).read_text()
+
+
+# ---------------------------------------------------------------------------- StableHLO
+
+ALONE = """
+import json, pathlib, sys
+for name in ("localglobal_jax", "flax", "orbax", "safetensors", "optax", "pydantic", "cv2"):
+    sys.modules[name] = None  # an import raises
+import numpy as np
+from jax import export
+for folder in map(pathlib.Path, sys.argv[1:]):
+    program = export.deserialize(bytearray((folder / "model.stablehlo").read_bytes()))
+    found = np.load(folder.with_suffix(".npz"))
+    for n in range(len(found) // 2):
+        logits = program.call(*found[f"inputs{n}"])
+        np.testing.assert_allclose(logits, found[f"logits{n}"], rtol=0, atol=1e-6)
+    print(folder.name, program.platforms)
+"""
+
+
+def alone(*folders):
+    """Runs the programs of `folders` on the arrays beside them, in a process without our code."""
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, *map(str, folders)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert not done.returncode, done.stderr
+    return done.stdout.splitlines()
+
+
+def digits(count, size=8):
+    images = np.rint(sklearn.datasets.load_digits().images[:count] * (255 / 16)).astype(np.uint8)
+    return np.kron(images, np.ones((size // 8, size // 8), np.uint8))[..., None]
+
+
+def write_expected(workdir, folder, batches):
+    """Writes inputs and the logits of the module for batches of these sizes beside `folder`."""
+    module, variables = lg.load(workdir)
+    apply = jax.jit(
+        module.clone(**({"pad_values": "zero"} if workdir.name == "muse" else {})).apply
+    )
+    arrays = {}
+    for n, count in enumerate(batches):
+        if workdir.name == "muse":
+            rng = np.random.default_rng(count)
+            inputs = rng.integers(3, 300, (2, count, 5 + 2 * n)).astype(np.int32)
+            logits, _ = apply(variables, *inputs)
+        else:
+            config = load.read_run(workdir).data
+            inputs = digits(count, config.image_size[0])[None]
+            logits, _ = apply(variables, device_ops.normalize(jnp.asarray(inputs[0]), config))
+        arrays |= {f"inputs{n}": inputs, f"logits{n}": logits}
+    np.savez(folder.with_suffix(".npz"), **arrays)
+
+
+@pytest.mark.parametrize(
+    "families", [("coatnet",), pytest.param(("volo", "focal", "muse"), marks=pytest.mark.slow)]
+)
+def test_a_program_runs_in_a_process_that_has_jax_alone(families, workdirs, tmp_path):
+    """In batches of several sizes; a sentence of several lengths."""
+    for family in families:
+        command = ["-m", "localglobal_jax", "export", str(workdirs / family), "--format=stablehlo"]
+        # a process of its own: in this one sizes are checked to be numbers
+        subprocess.run([sys.executable, *command, f"--out={tmp_path / family}"], check=True)
+        write_expected(
+            workdirs / family, tmp_path / family, (1, 7) if family in ("coatnet", "muse") else (3,)
+        )
+        described = json.loads((tmp_path / family / hub.CONFIG).read_text())
+        assert described["platforms"] == ["cpu", "cuda", "tpu"]
+        assert described["output"]["shape"][0] == "b"
+    assert alone(*(tmp_path / family for family in families)) == [
+        f"{family} ('cpu', 'cuda', 'tpu')" for family in families
+    ]
+    card = (tmp_path / families[0] / hub.CARD).read_text()
+    scope = {"images": digits(2, 8 if families[0] == "coatnet" else 32)}
+    code = card.split("```python\n")[1].split("```")[0]
+    with contextlib.chdir(tmp_path / families[0]):
+        exec(compile(code, "card", "exec"), scope)
+    assert scope["logits"].shape == (2, 10)
+
+
+def test_a_program_at_another_size_and_what_it_cannot_hold(workdirs, tmp_path, monkeypatch, capsys):
+    command = ["export", f"{workdirs / 'coatnet'}", "--format=stablehlo", f"--out={tmp_path}/out"]
+    assert main([*command, "--config.data.image_sise=(8, 8)"]) == 2
+    assert "image_size" in capsys.readouterr().err
+    assert main([*command, "--format=safetensors", "--config.data.std=(1,)"]) == 2
+    assert "data.std" in capsys.readouterr().err
+    monkeypatch.setattr(export, "LARGEST", 1000)
+    assert main(command) == 2
+    assert "GB" in capsys.readouterr().err
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"localglobal_jax\[export\]"):
+        export.export(workdirs / "coatnet", tmp_path / "out", "stablehlo")
+    assert not [*tmp_path.iterdir()]
 
 
 # ---------------------------------------------------------------------------- wrong input
