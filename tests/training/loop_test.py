@@ -30,6 +30,8 @@ def start(workdir, data_dir, *overrides):
         *(sys.executable, "-m", "localglobal_jax", "train", "--json"),
         *(f"--config={CONFIG}:size=tiny", f"--workdir={workdir}", f"--config.data.dir={data_dir}"),
         *("--config.steps=45", "--config.log.every=7", "--config.log.tensorboard=false"),
+        *("--config.model.layout=C", "--config.model.depths=(1,)"),  # every process compiles
+        *("--config.model.widths=(8,)", "--config.model.strides=(1,)"),
         *overrides,
     ]
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
