@@ -6,7 +6,6 @@ import faulthandler
 import functools
 import logging
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -62,16 +61,7 @@ DIRECTORIES = ("DIR", "ROOT", "WORKDIR")
 
 
 def console() -> int:
-    """Runs `main` as the console script, in a process whose large allocations use large pages."""
-    # On CPU, XLA allocates its temporary memory again at every step. With pages of 4 KiB, page
-    # faults took half of the CPU time of a training step here (345 images/s against 563 with large
-    # pages), and glibc reads this setting only when a process starts.
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-        # a Ctrl-C waits until the new process has its handler (`__main__`)
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # nosec B606 # this program
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    """Runs `main` as the console script."""
     if not debugging():
         os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # we report damaged files ourselves
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
