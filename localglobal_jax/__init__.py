@@ -3,17 +3,32 @@
 
 Training from Python, here on eight-by-eight images of digits:
 
-    import localglobal_jax as lg
-    config = lg.load_config("configs/coatnet_digits.py:size=tiny", data=dict(mock=True))
-    lg.train(config, "runs/digits")
-    step, metrics = lg.evaluate("runs/digits")
-    module, variables = lg.load("runs/digits")                 # a flax.linen module
+>>> import localglobal_jax as lg
+>>> config = lg.load_config("configs/coatnet_digits.py:size=tiny", data=dict(mock=True))
+>>> metrics = lg.train(config, "runs/digits")
+>>> step, metrics = lg.evaluate("runs/digits")
+>>> module, variables = lg.load("runs/digits")  # a flax.linen module
+>>> step, type(module).__name__, sorted(variables)
+(20, 'CoAtNet', ['batch_stats', 'params'])
 
 Models without a run:
 
-    module = lg.create_model("coatnet_0", classes=10)
-    variables = module.init(key, images, train=False)          # images: [b, h, w, channels]
-    logits, intermediates = module.apply(variables, images, train=False)
+>>> module = lg.create_model("coatnet", layout="T", depths=(1,), widths=(32,), classes=10)
+>>> images = jnp.ones((1, 8, 8, 3))  # [b, h, w, channels]
+>>> variables = module.init(jax.random.key(0), images, train=False)
+>>> logits, intermediates = module.apply(variables, images, train=False)
+>>> logits.shape
+(1, 10)
+
+In all examples `jax`, `jnp` (jax.numpy), `np` (numpy), `nn` (flax.linen) and `lg` are imported.
+Many of them compute shapes alone, by `jax.eval_shape`. Public are the names of ``__all__``, here
+and in `localglobal_jax.operators`, `localglobal_jax.blocks`, `localglobal_jax.models`,
+`localglobal_jax.inference.decoding` (``lg.decoding``), `localglobal_jax.convert`,
+`localglobal_jax.config`, `localglobal_jax.data`, `localglobal_jax.parallel` and
+`localglobal_jax.training`. The version:
+
+>>> lg.__version__.count(".")
+2
 
 Every name is imported when it is first used: ``import localglobal_jax`` does not import jax.
 """
@@ -89,17 +104,19 @@ _FUNCTIONS = {
 renamed.install()
 
 
-def __getattr__(name: str) -> Any:
-    module, _, function = _FUNCTIONS.get(name, name).partition(":")
-    if name not in __all__ and name not in renamed.MODULES:
-        raise AttributeError(f"module localglobal_jax has no attribute {name!r}")
-    try:
-        imported = importlib.import_module(f"localglobal_jax.{module}")
-    except ModuleNotFoundError as error:
-        if error.name in extras.TRAIN:
-            extras.check(f"localglobal_jax.{name}")
-        raise
-    return getattr(imported, function) if function else imported
+if not TYPE_CHECKING:  # to a type checker every other name is an error
+
+    def __getattr__(name: str) -> Any:
+        module, _, function = _FUNCTIONS.get(name, name).partition(":")
+        if name not in __all__ and name not in renamed.MODULES:
+            raise AttributeError(f"module localglobal_jax has no attribute {name!r}")
+        try:
+            imported = importlib.import_module(f"localglobal_jax.{module}")
+        except ModuleNotFoundError as error:
+            if error.name in extras.TRAIN:
+                extras.check(f"localglobal_jax.{name}")
+            raise
+        return getattr(imported, function) if function else imported
 
 
 def __dir__() -> list[str]:

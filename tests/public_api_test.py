@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public names of the package, the snippet of five lines, and old names, which warn."""
 
+import ast
 import importlib
+import pathlib
 import re
 import subprocess
 import sys
-import textwrap
 import types
 import warnings
 
@@ -47,16 +48,41 @@ def test_dir_lists_the_public_names_only():
         lg.create_modle  # noqa: B018
 
 
-def test_the_five_lines_of_the_docstring_train(tmp_path):
-    snippet = lg.__doc__.split("Training from Python")[1].split("\n\n")[1]
-    lines = textwrap.dedent(snippet).replace("runs/digits", str(tmp_path / "digits"))
-    assert len([line for line in lines.splitlines() if line.strip()]) == 5
-    scope = {}
-    exec(compile(lines, "docstring", "exec"), scope)
-    assert scope["step"] == scope["config"].steps == 20
-    assert scope["metrics"]["test"]["count"] > 0
-    assert type(scope["module"]).__name__ == "CoAtNet"
-    assert {"params"} <= set(scope["variables"])
+def names_for_type_checkers(module):
+    """The names that the imports under ``if TYPE_CHECKING:`` bind, and the objects they name."""
+    found = {}
+    for node in ast.parse(pathlib.Path(module.__file__).read_text()).body:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            for line in node.body:
+                place = importlib.import_module(line.module)
+                for given in line.names:
+                    path = f"{line.module}.{given.name}"
+                    value = getattr(place, given.name, None) or importlib.import_module(path)
+                    found[given.asname or given.name] = value
+    return found
+
+
+@pytest.mark.parametrize("package", ["", ".config", ".data", ".parallel", ".training"])
+def test_type_checkers_see_the_names_of_run_time(package):
+    module = importlib.import_module(f"localglobal_jax{package}")
+    assert names_for_type_checkers(module) == {
+        name: getattr(module, name) for name in module.__all__ if name != "__version__"
+    }
+
+
+def test_type_checkers_find_the_module_decoding():
+    """The importer of `renamed` resolves it; a stub shows it to those that do not import."""
+    folder = pathlib.Path(lg.__file__).parent / "decoding"
+    stubs = {file.stem: file.read_text() for file in folder.glob("*.pyi")}
+    assert {"__init__", *(n.partition(".")[2] for n in renamed.CURRENT[1:])} == {*stubs}
+    for name, text in stubs.items():
+        inner = "" if name == "__init__" else f".{name}"
+        assert f"from localglobal_jax.inference.decoding{inner} import *" in text
+
+
+def test_the_typed_project_uses_every_public_name():
+    uses = pathlib.Path(__file__).with_name("strangers") / "typed" / "uses.py"
+    assert {*re.findall(r"\blg\.(\w+)", uses.read_text())} >= {*lg.__all__}
 
 
 def test_train_takes_a_config_or_a_checked_run(tmp_path):

@@ -6,6 +6,7 @@ Slow: `python -m pytest -m slow tests/strangers_test.py` makes new environments 
 """
 
 import json
+import operator
 import os
 import pathlib
 import re
@@ -109,6 +110,34 @@ def test_another_project_with_modules_and_a_checkpoint(
     np.testing.assert_allclose(said["logits"], logits, atol=1e-5)
     if versions == "lowest":
         assert f"jax=={said['versions']['jax']}.*" in requirements("INSTALL", versions)
+
+
+@pytest.fixture(scope="module")
+def typed(wheel, tmp_path_factory):
+    """The interpreter of an environment with the wheel and tools that read its types."""
+    place = tmp_path_factory.mktemp("typed")
+    python = environment(place / "venv", "3.11")
+    run(python, "-m", "pip", "install", "-q", wheel, "mypy>=1.13", "pyright[nodejs]", "jedi")
+    return python
+
+
+@pytest.mark.parametrize("checker", ["mypy", "pyright"])
+def test_type_checkers_find_every_wrong_use_and_no_other(checker, typed, tmp_path):
+    shutil.copytree(STRANGER / "typed", tmp_path, dirs_exist_ok=True)
+    options = ("--pythonpath", typed) if checker == "pyright" else ()
+    run(typed, "-m", checker, *options, "uses.py", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", ".operators", ".blocks", ".models", ".decoding"])
+def test_an_editor_completes_the_names(name, typed, tmp_path):
+    ask = (
+        "import jedi;"
+        f"code = 'import localglobal_jax as lg\\nlg{name}.';"
+        "print(*(found.name for found in jedi.Script(code).complete()))"
+    )
+    found = run(typed, "-c", ask, cwd=tmp_path).split()
+    names = operator.attrgetter(f"{name}.__all__".lstrip("."))(lg)
+    assert {*names} - {"__version__"} <= {*found}
 
 
 @pytest.mark.parametrize(("versions", "python"), CASES)

@@ -56,6 +56,12 @@ class MBConvBlock(nn.Module):
         expanded width is taken, at least 8.
       squeeze_early: squeeze-excite before the depthwise norm instead of after it.
       use_bias: of the projection and the shortcut; no other convolution has one.
+
+    >>> x = jnp.ones((2, 8, 8, 16))
+    >>> module = lg.blocks.MBConvBlock(32, stride=2)
+    >>> y, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
+    >>> y.shape, sorted(variables)
+    ((2, 4, 4, 32), ['batch_stats', 'params'])
     """
 
     features: int
@@ -162,6 +168,12 @@ class ConvNeXtBlock(nn.Module):
       stride_at: where the main path strides: in the "depthwise" convolution or before it ("pool").
       main_pool: how the main path is halved, if it pools; the shortcut averages 2 x 2.
       layer_scale: initial value of LayerScale; None: no LayerScale.
+
+    >>> x = jnp.ones((2, 8, 8, 16))
+    >>> module = lg.blocks.ConvNeXtBlock(32, stride=2)
+    >>> y, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
+    >>> y.shape
+    (2, 4, 4, 32)
     """
 
     features: int

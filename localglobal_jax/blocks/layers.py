@@ -33,6 +33,11 @@ def make_norm(kind: Norm, *, eps: float, train: bool, dtype: str, name: str) -> 
     Batch statistics are over the global batch on any number of devices, or over a device's part
     with `parallel.batch_norm=per_device`. Running statistics follow TensorFlow's rule: momentum 0.9
     and the biased variance (torch keeps the unbiased one; they differ by n / (n - 1)).
+
+    >>> norm = lg.blocks.make_norm("layer", eps=1e-6, train=False, dtype="float32", name="norm")
+    >>> variables = norm.init(jax.random.key(0), jnp.ones((2, 16)))
+    >>> sorted(variables["params"])
+    ['bias', 'scale']
     """
     if kind == "batch":
         return _BatchNorm(
@@ -66,7 +71,19 @@ def norm_activation(
     dtype: str,
     name: str,
 ) -> Float[Array, "b *space d"]:
-    """Computes ``act(Norm(x))``, see `make_norm`; makes the caller's submodule `name`."""
+    """Computes ``act(Norm(x))``, see `make_norm`; makes the caller's submodule `name`.
+
+    >>> class Mine(nn.Module):
+    ...     @nn.compact
+    ...     def __call__(self, x, *, train=False):
+    ...         return lg.blocks.norm_activation(
+    ...             x, kind="batch", activation="gelu", eps=1e-5, train=train, dtype="float32",
+    ...             name="norm",
+    ...         )
+    >>> variables = jax.eval_shape(Mine().init, jax.random.key(0), jnp.ones((2, 8, 8, 16)))
+    >>> sorted(variables), list(variables["params"])
+    (['batch_stats', 'params'], ['norm'])
+    """
     if kind == "batch" and context.is_fused():
         affine = BatchNorm(x.shape[-1], eps, name=name)(moments(x) if train else None)
         return activate(x.astype(dtype), affine, activation)
@@ -75,7 +92,11 @@ def norm_activation(
 
 
 def make_divisible(value: float, divisor: int = 8, limit: float = 0.9) -> int:
-    """Rounds to a multiple of `divisor`, never below `limit` of the value (MobileNet's rule)."""
+    """Rounds to a multiple of `divisor`, never below `limit` of the value (MobileNet's rule).
+
+    >>> [lg.blocks.make_divisible(value) for value in (1, 11, 12, 100)]
+    [8, 16, 16, 104]
+    """
     rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < limit * value else rounded
 
@@ -84,6 +105,9 @@ def pool(x: Grid, kind: Pool) -> Grid:
     """Halves a grid: windows of 2 ("avg2", "max2"), or of 3 with padding 1 ("avg", "max").
 
     Averages count only the positions inside the grid.
+
+    >>> jax.eval_shape(lambda x: lg.blocks.pool(x, "max2"), jnp.ones((2, 8, 8, 16))).shape
+    (2, 4, 4, 16)
     """
     window, padding = (2, "VALID") if kind.endswith("2") else (3, ((1, 1), (1, 1)))
     if kind.startswith("max"):
@@ -99,7 +123,14 @@ def pool_rounding(kind: Pool) -> Rounding:
 
 
 class Shortcut(nn.Module):
-    """The residual path of a block: pooled where the block strides, projected where it widens."""
+    """The residual path of a block: pooled where the block strides, projected where it widens.
+
+    >>> x = jnp.ones((2, 8, 8, 16))
+    >>> module = lg.blocks.Shortcut(features=32, stride=2)
+    >>> y, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
+    >>> y.shape
+    (2, 4, 4, 32)
+    """
 
     features: int
     stride: int
@@ -117,7 +148,14 @@ class Shortcut(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drops the branch of an example (arXiv 1603.09382), scales up the others."""
+    """Stochastic depth: drops the branch of an example (arXiv 1603.09382), scales up the others.
+
+    >>> x = jnp.ones((8, 4))
+    >>> module = lg.blocks.DropPath(rate=0.5)
+    >>> y = module.apply({}, x, train=True, rngs={"dropout": jax.random.key(0)})
+    >>> sorted(set(y.ravel().tolist()))  # an example is dropped or scaled up
+    [0.0, 2.0]
+    """
 
     rate: float | Float[Array, ""] = 0.0  # an array where blocks are scanned
 
@@ -132,7 +170,12 @@ class DropPath(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learned factor per channel on a branch (arXiv 2103.17239, CaiT)."""
+    """A learned factor per channel on a branch (arXiv 2103.17239, CaiT).
+
+    >>> module = lg.blocks.LayerScale(initial=0.5)
+    >>> module.init_with_output(jax.random.key(0), jnp.ones(3))[0].tolist()
+    [0.5, 0.5, 0.5]
+    """
 
     initial: float
 
@@ -143,7 +186,14 @@ class LayerScale(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two dense layers at every position."""
+    """Two dense layers at every position.
+
+    >>> x = jnp.ones((2, 6, 16))
+    >>> module = lg.blocks.MLP(hidden=64)
+    >>> y, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
+    >>> y.shape, variables["params"]["hidden"]["kernel"].shape
+    ((2, 6, 16), (16, 64))
+    """
 
     hidden: int
     activation: Activation = "gelu"
@@ -157,7 +207,14 @@ class MLP(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-    """Channels gated by a global average of the grid (arXiv 1709.01507)."""
+    """Channels gated by a global average of the grid (arXiv 1709.01507).
+
+    >>> x = jnp.ones((2, 8, 8, 16))
+    >>> module = lg.blocks.SqueezeExcite(hidden=4)
+    >>> y, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
+    >>> sorted(variables["params"])
+    ['expand', 'reduce']
+    """
 
     hidden: int
     activation: Activation = "silu"

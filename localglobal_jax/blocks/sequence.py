@@ -31,6 +31,12 @@ class MuseLayer(nn.Module):
     """M: ``Norm(x + Muse(x))``, or ``x + Muse(Norm(x))`` with `pre_norm`: one norm, one residual.
 
     Attributes other than those of every layer are those of `MuseSequence`.
+
+    >>> x = jnp.ones((2, 6, 16))
+    >>> module = lg.blocks.MuseLayer(16, heads=2, hidden=32, windows=(3,))
+    >>> y, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
+    >>> y.shape
+    (2, 6, 16)
     """
 
     features: int
@@ -101,6 +107,12 @@ class TransformerLayer(nn.Module):
 
     Each has its own norm and residual. The other layers in sequence differ in the first operator,
     which `mixer` makes: any operator with the interface of `operators.cache`.
+
+    >>> x = jnp.ones((2, 6, 16))
+    >>> module = lg.blocks.TransformerLayer(16, heads=2, hidden=32)
+    >>> y, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
+    >>> y.shape
+    (2, 6, 16)
     """
 
     features: int
@@ -209,7 +221,14 @@ class TransformerLayer(nn.Module):
 
 
 class RelativeLayer(TransformerLayer):
-    """T: with a bias per displacement and head, up to `furthest` positions apart."""
+    """T: with a bias per displacement and head, up to `furthest` positions apart.
+
+    >>> x = jnp.ones((2, 6, 16))
+    >>> module = lg.blocks.RelativeLayer(16, heads=2, hidden=32, furthest=4)
+    >>> y, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
+    >>> y.shape
+    (2, 6, 16)
+    """
 
     furthest: PositiveInt = 128
 
@@ -218,7 +237,14 @@ class RelativeLayer(TransformerLayer):
 
 
 class AdaptiveLayer(TransformerLayer):
-    """A: content-adaptive convolution in place of self-attention: a `window` of positions."""
+    """A: content-adaptive convolution in place of self-attention: a `window` of positions.
+
+    >>> x = jnp.ones((2, 6, 16))
+    >>> module = lg.blocks.AdaptiveLayer(16, heads=2, hidden=32, window=3)
+    >>> y, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
+    >>> y.shape
+    (2, 6, 16)
+    """
 
     window: PositiveInt = 7
 
@@ -230,6 +256,12 @@ class EquivariantLayer(RelativeLayer):
     """E: translation-equivariant attention; the tokens of an encoder's sentence form a ring.
 
     Position embeddings would mark the start of the ring: use ``positions="none"``.
+
+    >>> x = jnp.ones((2, 6, 16))
+    >>> module = lg.blocks.EquivariantLayer(16, heads=2, hidden=32, furthest=4)
+    >>> y, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
+    >>> y.shape
+    (2, 6, 16)
     """
 
     def mixer(self) -> nn.Module:
@@ -237,7 +269,14 @@ class EquivariantLayer(RelativeLayer):
 
 
 class DynamicConvLayer(TransformerLayer):
-    """D: DynamicConv (arXiv 1901.10430) in place of self-attention."""
+    """D: DynamicConv (arXiv 1901.10430) in place of self-attention.
+
+    >>> x = jnp.ones((2, 6, 16))
+    >>> module = lg.blocks.DynamicConvLayer(16, heads=2, hidden=32, window=3, causal=True)
+    >>> y, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
+    >>> y.shape
+    (2, 6, 16)
+    """
 
     window: PositiveInt = 7
     kind: Kind = "dynamic"

@@ -41,6 +41,13 @@ class TransformerBlock(nn.Module):
       widen_at: "qkv" (paper) or "output" (timm's ``_rw``), where a change of width happens.
       norm: "layer" or "batch".
       layer_scale: initial value of LayerScale on both branches; None: no LayerScale.
+
+    >>> class Mine(lg.blocks.TransformerBlock):
+    ...     def operator(self, grid, **options):
+    ...         return lg.operators.RelativeAttention(bias="mlp", **options)
+    >>> x = jnp.ones((2, 8, 8, 16))
+    >>> jax.eval_shape(Mine(32).init_with_output, jax.random.key(0), x)[0].shape
+    (2, 8, 8, 32)
     """
 
     features: int
@@ -107,6 +114,12 @@ class RelativeAttentionBlock(TransformerBlock):
     """T: attention with a bias per displacement (CoAtNet, A.1).
 
     `bias` and `bias_hidden` are those of `RelativeAttention`.
+
+    >>> x = jnp.ones((2, 8, 8, 16))
+    >>> module = lg.blocks.RelativeAttentionBlock(32, stride=2, head_width=8)
+    >>> y, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
+    >>> variables["params"]["attention"]["relative_bias"]["table"].shape
+    (7, 7, 4)
     """
 
     bias: Literal["table", "mlp", "none"] = "table"
@@ -123,13 +136,27 @@ class RelativeAttentionBlock(TransformerBlock):
 
 
 class AttentionBlock(RelativeAttentionBlock):
-    """S: attention without a bias; equivariant to permutations of the positions."""
+    """S: attention without a bias; equivariant to permutations of the positions.
+
+    >>> x = jnp.ones((2, 8, 8, 16))
+    >>> module = lg.blocks.AttentionBlock(32, head_width=8)
+    >>> y, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
+    >>> y.shape, sorted(variables["params"]["attention"])
+    ((2, 8, 8, 32), ['output', 'qkv'])
+    """
 
     bias: Literal["table", "mlp", "none"] = "none"
 
 
 class AdaptiveConvBlock(TransformerBlock):
-    """A: content-adaptive convolution, with a window of `window` positions a side."""
+    """A: content-adaptive convolution, with a window of `window` positions a side.
+
+    >>> x = jnp.ones((2, 8, 8, 16))
+    >>> module = lg.blocks.AdaptiveConvBlock(32, window=3)
+    >>> y, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
+    >>> y.shape
+    (2, 8, 8, 32)
+    """
 
     window: PositiveInt = 7
 
@@ -138,7 +165,14 @@ class AdaptiveConvBlock(TransformerBlock):
 
 
 class EquivariantAttentionBlock(TransformerBlock):
-    """E: translation-equivariant attention; its table has the size of one grid."""
+    """E: translation-equivariant attention; its table has the size of one grid.
+
+    >>> x = jnp.ones((2, 8, 8, 16))
+    >>> module = lg.blocks.EquivariantAttentionBlock(32)
+    >>> y, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
+    >>> y.shape
+    (2, 8, 8, 32)
+    """
 
     def operator(self, grid: tuple[int, int], **options: Any) -> nn.Module:
         return EquivariantAttention(use_bias=self.qkv_bias, **options)
@@ -153,6 +187,12 @@ class FocalAttentionBlock(TransformerBlock):
       nearest: keys per level of `NearestFocalAttention`; 0: neighbours by rolls.
       grid: the grid that windows are chosen for: one that fills it shrinks to it and has no
         neighbours. None: the grid of the input; then parameters serve this grid size alone.
+
+    >>> x = jnp.ones((2, 8, 8, 16))
+    >>> module = lg.blocks.FocalAttentionBlock(32, window=4, expand=2)
+    >>> y, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
+    >>> y.shape
+    (2, 8, 8, 32)
     """
 
     norm_eps: float = 1e-5
@@ -190,6 +230,12 @@ class OutlookerBlock(nn.Module):
       head_width: width of one head; the number of heads follows from it.
       window, spacing: side of a window and distance of two windows, see `Outlook`.
       qkv_bias: of the value projection (outlook attention has neither query nor key).
+
+    >>> x = jnp.ones((2, 8, 8, 16))
+    >>> module = lg.blocks.OutlookerBlock(32, stride=2)
+    >>> y, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
+    >>> y.shape, sorted(variables["params"]["outlook"])
+    ((2, 4, 4, 32), ['output', 'value', 'weights'])
     """
 
     features: int
@@ -240,6 +286,12 @@ class MuseBlock(nn.Module):
       expansion: hidden width of the pointwise net over the output width.
       windows, dynamic: of the convolution, see `operators.muse.SharedValueConv`.
       layer_scale: initial value of LayerScale on the sum; None: no LayerScale.
+
+    >>> x = jnp.ones((2, 8, 8, 16))
+    >>> module = lg.blocks.MuseBlock(32, windows=(3,))
+    >>> y, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
+    >>> y.shape
+    (2, 8, 8, 32)
     """
 
     features: int

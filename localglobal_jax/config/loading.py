@@ -83,6 +83,13 @@ def load_config(spec: str, **overrides: Any) -> ConfigDict:
     A field is a dotted name (``**{"optim.learning_rate": 1e-3}``) or a nested mapping
     (``optim=dict(learning_rate=1e-3)``). The result can be edited; `train` validates it. Raises
     ValueError for an unknown field, as the command line does.
+
+    >>> config = lg.load_config("configs/coatnet_digits.py", optim=dict(learning_rate=1e-3))
+    >>> config.optim.learning_rate
+    0.001
+    >>> lg.load_config("configs/coatnet_digits.py", optim=dict(lerning_rate=1e-3))
+    Traceback (most recent call last):
+    ValueError: ...
     """
     config = load(spec)
     plain = {k: v.to_dict() if isinstance(v, ConfigDict) else v for k, v in overrides.items()}

@@ -286,7 +286,10 @@ def install() -> None:
 
 
 def attributes(module: str) -> Callable[[str], Any]:
-    """Returns the ``__getattr__`` of `module` (a whole path) that resolves its old names."""
+    """Returns the ``__getattr__`` of `module` (a whole path).
+
+    It resolves old names, which warn, and imports the submodules of ``__all__`` when first used.
+    """
     here = module.removeprefix(f"{PACKAGE}.")
     old = {}
     for path, new in NAMES.items():
@@ -295,6 +298,8 @@ def attributes(module: str) -> Callable[[str], Any]:
             old[name] = (path, new)
 
     def resolve(name: str) -> Any:
+        if name in vars(sys.modules[module]).get("__all__", ()):
+            return importlib.import_module(f"{module}.{name}")
         if name not in old:
             raise AttributeError(f"module {module} has no attribute {name!r}")
         path, new = old[name]

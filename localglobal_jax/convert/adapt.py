@@ -3,6 +3,14 @@
 
 Both compare the variables with the shapes of the adapted module, so they work for every
 architecture: the end of its path identifies a parameter.
+
+>>> module = lg.create_model("coatnet", layout="T", depths=(1,), widths=(32,), classes=10)
+>>> variables = jax.eval_shape(module.init, jax.random.key(0), jnp.ones((1, 32, 32, 3)))
+>>> def larger(variables):
+...     return lg.convert.adapt.resize(module, variables, (64, 64))
+>>> table = jax.eval_shape(larger, variables)["params"]["stage1"]["block1"]["attention"]
+>>> table["relative_bias"]["table"].shape
+(31, 31, 1)
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -4,6 +4,10 @@
 Their training arguments become the fields of `EncoderDecoder`, with padding as their code has it.
 Skipped, because they change no result: ``encoder_attn_layer_norm`` (never called), the gate
 of a single kernel, the kernels under ``attn_dynamic_cat=0``, ``version`` and ``_float_tensor``.
+
+>>> fields = lg.convert.fairseq.fields({"arch": "transformer", "encoder_layers": 3})
+>>> fields["depths"]
+(3, 6)
 """
 
 import argparse

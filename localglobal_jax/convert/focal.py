@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Converts weights of the authors' Focal Transformers (PyTorch names)."""
+"""Converts weights of the authors' Focal Transformers (PyTorch names).
+
+>>> fields = lg.convert.focal.fields({"img_size": 224, "embed_dim": 96, "depths": [2, 2, 6, 2]})
+>>> lg.models.FocalTransformer(**fields).widths
+(96, 192, 384, 768)
+"""
 
 import dataclasses
 import math

@@ -25,6 +25,12 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     Raises:
       ValueError: the file is malformed (the library's checks: header, offsets, overlaps, sizes), or
         holds a dtype that NumPy and ml_dtypes do not have (8-bit floats).
+
+    >>> import safetensors.numpy
+    >>> safetensors.numpy.save_file({"head.bias": np.zeros(10)}, "model.safetensors")
+    >>> state_dict = lg.convert.weights.read_safetensors("model.safetensors")
+    >>> state_dict["head.bias"].shape
+    (10,)
     """
     try:
         with safetensors.safe_open(path, framework="numpy") as file:

@@ -223,6 +223,12 @@ def load(
         given for weights that were converted without a preprocessing.
 
     Raises ValueError if there is no such checkpoint, or it does not classify images.
+
+    >>> classifier = lg.load_classifier("runs/digits")
+    >>> classifier.options.image_size, classifier.channels
+    ((8, 8), 1)
+    >>> [found.problem for found in classifier.classify(["missing.png"])]
+    ['No such file or directory']
     """
     _, variables, metadata = inference_load.read_variables(path, step, average)
     return of_checkpoint(path, variables, metadata, overrides)

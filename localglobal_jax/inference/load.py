@@ -79,6 +79,13 @@ def load(
 
     Returns the moving average of the variables if the run kept one. Needs neither the data set
     nor the config.
+
+    >>> module, variables = lg.load("runs/digits")
+    >>> type(module).__name__, sorted(variables)
+    ('CoAtNet', ['batch_stats', 'params'])
+    >>> _, variables = lg.load("runs/digits", only="stem", dtype=jnp.bfloat16)
+    >>> list(variables["params"])
+    ['stem']
     """
     _, variables, metadata = read_variables(path, step, average, only)
     spec: dict[str, Any] = values.tuples(metadata["model"])

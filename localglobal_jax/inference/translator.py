@@ -324,6 +324,12 @@ def load(
     Several paths make an ensemble. `step` and `average`: see `inference.load.load`; they hold for
     every path. Raises ValueError if there is no such checkpoint, no tokenizer beside it, or if the
     tokenizers differ.
+
+    >>> translator = lg.load_translator("runs/muse")
+    >>> found = translator.translate(["Click the button."], beam=2)
+    >>> best = found[0].hypotheses[0]  # its text, tokens, score and token_scores
+    >>> found[0].text == best.text
+    True
     """
     paths = [path] if isinstance(path, str | pathlib.Path) else [*path]
     if not paths:

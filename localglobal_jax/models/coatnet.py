@@ -46,6 +46,12 @@ class CoAtNet(nn.Module):
       head_norm, head_norm_first, head_norm_eps: see `PoolingHead`.
       drop_path: stochastic depth of the last block, growing linearly from 0.
       dtype: of the activations; parameters are float32, norm statistics and logits at least.
+
+    >>> module = lg.models.CoAtNet(classes=10, depths=(1, 1, 1, 1), widths=(32, 32, 64, 64))
+    >>> images = jnp.ones((2, 64, 96, 3))
+    >>> (logits, stages), _ = jax.eval_shape(module.init_with_output, jax.random.key(0), images)
+    >>> logits.shape, stages["stage4"].shape
+    ((2, 10), (2, 2, 3, 64))
     """
 
     classes: int = 1000

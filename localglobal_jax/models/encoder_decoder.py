@@ -100,6 +100,15 @@ class EncoderDecoder(nn.Module):
       activation: of the pointwise nets.
       dropout: of embeddings and branches; `attention_dropout`, `activation_dropout`.
       dtype: of activations; parameters and logits are float32.
+
+    >>> module = lg.models.EncoderDecoder(
+    ...     source_vocab=50, target_vocab=50, depths=(1, 1), widths=(16, 16), heads=(2, 2),
+    ...     hidden=(32, 32), blocks={"M": {"windows": (3,)}},
+    ... )
+    >>> source, target = jnp.ones((2, 7), "int32"), jnp.ones((2, 5), "int32")
+    >>> (logits, _), _ = jax.eval_shape(module.init_with_output, jax.random.key(0), source, target)
+    >>> logits.shape
+    (2, 5, 50)
     """
 
     source_vocab: PositiveInt = 1000

@@ -76,6 +76,15 @@ class FocalTransformer(nn.Module):
       blocks: options per letter, over those above, e.g. ``{"F": {"focal_window": 3}}``.
       drop_path: stochastic depth of the last block, growing linearly from 0.
       dtype: of the activations; parameters, norm statistics and logits are float32.
+
+    >>> module = lg.models.FocalTransformer(
+    ...     classes=10, layout="FF", depths=(1, 1), widths=(32, 64), heads=(2, 2), image_size=64,
+    ...     expand=(3, 3), levels=(2, 2), focal_windows=(3, 1),
+    ... )
+    >>> images = jnp.ones((2, 64, 64, 3))
+    >>> (logits, stages), _ = jax.eval_shape(module.init_with_output, jax.random.key(0), images)
+    >>> logits.shape, stages["stage2"].shape
+    ((2, 10), (2, 8, 8, 64))
     """
 
     classes: int = 1000

@@ -3,7 +3,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, overload
 
 import flax.linen as nn
 import jax
@@ -41,7 +41,14 @@ FIGURES: dict[str, tuple[float, float | None, int | None]] = {
 
 
 def describe(module: nn.Module) -> dict[str, Any]:
-    """Returns the name and fields, as plain data, from which `create_model` rebuilds `module`."""
+    """Returns the name and fields, as plain data, from which `create_model` rebuilds `module`.
+
+    >>> fields = lg.models.describe(lg.create_model("coatnet_0", classes=10))
+    >>> fields["name"], fields["classes"], fields["depths"]
+    ('coatnet', 10, (2, 3, 5, 2))
+    >>> lg.create_model(**fields) == lg.create_model("coatnet_0", classes=10)
+    True
+    """
     name = next(name for name, (cls, _) in MODELS.items() if cls is type(module))  # the bare one
     fields = {f.name for f in dataclasses.fields(module)} - {"parent", "name"}
     return {"name": name, **{f: _plain(getattr(module, f)) for f in sorted(fields)}}
@@ -59,27 +66,58 @@ def image_channels(variables: Variables) -> int:
 
 
 def list_models() -> list[str]:
-    """Returns the names that `create_model` accepts, sorted."""
+    """Returns the names that `create_model` accepts, sorted.
+
+    >>> [name for name in lg.list_models() if name.startswith("focal_")][:2]
+    ['focal_base', 'focal_base_useconv']
+    """
     return sorted(MODELS)
 
 
 def named_models() -> list[str]:
-    """Returns the names of the models of a definite size, without the bare classes."""
+    """Returns the names of the models of a definite size, without the bare classes.
+
+    >>> {"coatnet", "coatnet_0"} & set(lg.models.named_models())
+    {'coatnet_0'}
+    """
     return [name for name, (_, spec) in sorted(MODELS.items()) if spec or name in FIGURES]
 
 
 def example(name: str) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Returns inputs (batch 1) at the size where a model is counted: image, or two sentences."""
+    """Returns inputs (batch 1) at the size where a model is counted: image, or two sentences.
+
+    >>> lg.models.example("coatnet_0")
+    (ShapeDtypeStruct(shape=(1, 224, 224, 3), dtype=float32),)
+    """
     if issubclass(MODELS[name][0], EncoderDecoder):
         return tuple(jax.ShapeDtypeStruct((1, length), "int32") for length in LENGTHS)
     _, _, size = FIGURES.get(name, (None, None, 224))
     return (jax.ShapeDtypeStruct((1, size, size, 3), "float32"),)
 
 
+@overload
+def create_model(name: Literal["coatnet"], **overrides: Any) -> CoAtNet: ...
+@overload
+def create_model(name: Literal["volo"], **overrides: Any) -> VOLO: ...
+@overload
+def create_model(name: Literal["focal"], **overrides: Any) -> FocalTransformer: ...
+@overload
+def create_model(name: Literal["muse"], **overrides: Any) -> EncoderDecoder: ...
+@overload
+def create_model(name: str, **overrides: Any) -> nn.Module: ...
 def create_model(name: str, **overrides: Any) -> nn.Module:
     """Builds the linen module called `name`, with some of its fields overridden.
 
     Raises ValueError for a name or a field that does not exist, or a value of another type.
+
+    >>> module = lg.create_model("coatnet_0", classes=10)
+    >>> images = jnp.ones((1, 224, 224, 3))
+    >>> variables = jax.eval_shape(module.init, jax.random.key(0), images)  # `module.init` computes
+    >>> sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    24275510
+    >>> lg.create_model("coatnet_00")
+    Traceback (most recent call last):
+    ValueError: ...
     """
     if name not in MODELS:
         raise validation.unknown("model", name, MODELS)

@@ -71,6 +71,14 @@ class VOLO(nn.Module):
       blocks: options per letter, e.g. ``{"O": {"window": 5}}``.
       drop_path: stochastic depth of the last block, growing linearly from 0; none in O blocks.
       dtype: of the activations; parameters, norm statistics and logits are float32.
+
+    >>> module = lg.models.VOLO(
+    ...     classes=10, layout="OS", depths=(1, 1), widths=(32, 64), strides=(1, 2), heads=(2, 2)
+    ... )
+    >>> images = jnp.ones((2, 64, 64, 3))
+    >>> (logits, stages), _ = jax.eval_shape(module.init_with_output, jax.random.key(0), images)
+    >>> logits.shape, stages["aux_logits"].shape
+    ((2, 10), (2, 4, 4, 10))
     """
 
     classes: int = 1000

@@ -31,6 +31,25 @@ Each file has pure functions first (the equations), then modules (the parameters
 exported flat, as in ``operators.Outlook``; the submodules hold the rest, such as
 ``operators.outlook.outlook``. `operators.kernels` holds the fused implementations, see
 `parallel.context.implementation`.
+
+>>> x = jnp.ones((2, 8, 8, 16))
+>>> module = lg.operators.Outlook(features=32, heads=4)
+>>> y, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
+>>> y.shape, sorted(variables["params"])
+((2, 8, 8, 32), ['output', 'value', 'weights'])
+>>> module = lg.operators.Muse(features=32, heads=4)
+>>> module.reach == lg.operators.GLOBAL
+True
+>>> sorted(lg.operators.ACTIVATIONS)
+['gelu', 'gelu_tanh', 'none', 'relu', 'silu', 'tanh']
+
+`Dense` and `DenseGeneral` are flax's, with products that suit the device:
+
+>>> sum_of_heads = lg.operators.DenseGeneral(32, axis=(-2, -1))
+>>> jax.eval_shape(sum_of_heads.init_with_output, jax.random.key(0), jnp.ones((2, 4, 8)))[0].shape
+(2, 32)
+>>> lg.operators.Dense(32).features
+32
 """
 
 from localglobal_jax.operators import (

@@ -17,7 +17,11 @@ Activation = Literal["gelu", "gelu_tanh", "silu", "relu", "tanh", "none"]
 
 
 def gelu(x: Array) -> Array:
-    """Computes ``x (1 + erf(x / sqrt 2)) / 2``, not its tanh approximation (arXiv 1606.08415)."""
+    """Computes ``x (1 + erf(x / sqrt 2)) / 2``, not its tanh approximation (arXiv 1606.08415).
+
+    >>> lg.operators.gelu(jnp.array([-100.0, 0.0, 100.0])).tolist()
+    [-0.0, 0.0, 100.0]
+    """
     if not context.is_fused():
         return nn.gelu(x, approximate=False)  # by erfc, at about twice the cost of erf
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))

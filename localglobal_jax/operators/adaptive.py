@@ -62,6 +62,11 @@ def adaptive_convolution(
     """``y_i = sum_{j in N(i)} softmax_j(q_i.k_j / sqrt(c) + w_{j-i}) v_j``, N(i) a window around i.
 
     `dropout` is applied to the weights. For the other arguments see `adaptive_kernel`.
+
+    >>> query = key = value = jnp.ones((2, 8, 8, 4, 16))  # [b, h, w, heads, width of a head]
+    >>> bias = jnp.zeros((3, 3, 4))  # a window of 3 x 3
+    >>> jax.eval_shape(lg.operators.adaptive_convolution, query, key, value, bias).shape
+    (2, 8, 8, 4, 16)
     """
     kernel, window = adaptive_kernel(query, key, bias, causal=causal, mask=mask), bias.shape[:-1]
     kernel = kernel if dropout is None else dropout(kernel)
@@ -83,6 +88,11 @@ def adaptive_kernel(
 
     `bias` is w, [*window, n], row by row from the first position before i. Positions outside the
     grid, and those where `mask` is False, get no weight. `causal` (sequences): windows end at i.
+
+    >>> query = key = jnp.ones((1, 3, 1, 2))
+    >>> kernel = lg.operators.adaptive_kernel(query, key, jnp.zeros((3, 1)))
+    >>> [f"{weight:.2f}" for weight in kernel[0, 0, 0]]  # nothing is left of the first position
+    ['0.00', '0.50', '0.50']
     """
     window = bias.shape[:-1]
     if len(window) != query.ndim - 3 or (causal and len(window) != 1):
@@ -112,7 +122,12 @@ def adaptive_kernel(
 
 
 def cyclic_bias(table: Float[Array, "h w n"]) -> Float[Array, "n l l"]:
-    """Returns ``table[(qy - ky) mod h, (qx - kx) mod w]`` for all pairs of an h x w grid."""
+    """Returns ``table[(qy - ky) mod h, (qx - kx) mod w]`` for all pairs of an h x w grid.
+
+    >>> table = jnp.arange(3.0).reshape(3, 1, 1)  # a sequence of 3 is a grid of 3 x 1
+    >>> lg.operators.cyclic_bias(table)[0].tolist()
+    [[0.0, 2.0, 1.0], [1.0, 0.0, 2.0], [2.0, 1.0, 0.0]]
+    """
     height, width, _ = table.shape
     # Displacements -(h-1) .. h-1 in order are the table's rows 1 .. h-1, 0, 1 .. h-1.
     table = jnp.concatenate([table[1:], table], 0)
@@ -134,6 +149,12 @@ class AdaptiveConv(nn.Module):
       use_bias: of the two projections.
       dropout: of the weights.
       dtype: of the computation; parameters are float32, the softmax at least that.
+
+    >>> x = jnp.ones((2, 8, 8, 16))
+    >>> module = lg.operators.AdaptiveConv(32, heads=4, window=5)
+    >>> y, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
+    >>> y.shape, str(module.reach)
+    ((2, 8, 8, 32), 'LOCAL 2')
     """
 
     features: int | None = None
@@ -224,6 +245,12 @@ class EquivariantAttention(nn.Module):
     same displacement; and if a shift moves content over an edge, only the content that stays inside
     moves along. If that hurts, pad the grid on one side by the largest displacement that matters,
     or use `AdaptiveConv`. The table fits one grid size. Fields as in `AdaptiveConv`.
+
+    >>> x = jnp.ones((2, 8, 8, 16))
+    >>> module = lg.operators.EquivariantAttention(16, heads=2)
+    >>> y, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
+    >>> variables["params"]["bias"].shape  # a bias per displacement and head
+    (8, 8, 2)
     """
 
     features: int | None = None
@@ -260,6 +287,9 @@ def ring_displacements(mask: Bool[Array, "b l"]) -> Int[Array, "b l l"]:
     Of n tokens, the first follows the last: displacements are modulo n, from ``-(n // 2)`` on.
     Padding is not on the ring. So rolling a row together with its mask rolls both axes, at every
     length and for every place of the padding.
+
+    >>> lg.operators.ring_displacements(jnp.ones((1, 4), bool))[0].tolist()
+    [[0, -1, -2, 1], [1, 0, -1, -2], [-2, 1, 0, -1], [-1, -2, 1, 0]]
     """
     count = jnp.maximum(mask.sum(1), 1)[:, None, None]
     rank = jnp.cumsum(mask, 1)
@@ -274,6 +304,12 @@ class EquivariantSequence(SelfAttention):
     rolls the output and changes nothing else, as with `EquivariantAttention` on its torus, but for
     sentences of every length and for every place of the padding. A causal sequence has a beginning,
     so there this is relative attention (T).
+
+    >>> x = jnp.ones((2, 6, 16))
+    >>> module = lg.operators.EquivariantSequence(16, heads=2, furthest=3)
+    >>> y, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
+    >>> variables["params"]["relative_bias"]["table"].shape
+    (7, 2)
     """
 
     furthest: int | None = 128

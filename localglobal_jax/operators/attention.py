@@ -45,6 +45,11 @@ def attend(
 
     The bias is added after the scaling. A key where `mask` is False gets no weight. The softmax is
     in float32 at least. `kept`: True for the weights that a `dropout` of that rate keeps.
+
+    >>> query = jnp.ones((2, 5, 4, 16))  # [b, queries, heads, width of a head]
+    >>> key = value = jnp.ones((2, 7, 4, 16))
+    >>> lg.operators.attend(query, key, value).shape
+    (2, 5, 4, 16)
     """
     if context.is_fused():
         return kernels.attend(1 - dropout, query, key, value, bias, mask, kept)
@@ -61,7 +66,13 @@ def attention_weights(
     bias: Float[Array, "... n #l m"] | None = None,
     mask: Bool[Array, "... #n #l m"] | None = None,
 ) -> Float[Array, "*b n l m"]:
-    """Returns the weights of the values in `attend`; rows sum to one, in float32 at least."""
+    """Returns the weights of the values in `attend`; rows sum to one, in float32 at least.
+
+    >>> query, key = jnp.ones((1, 2, 1, 4)), jnp.ones((1, 4, 1, 4))
+    >>> mask = jnp.array([[[[True, True, False, False]]]])  # for all rows, heads and queries
+    >>> lg.operators.attention_weights(query, key, mask=mask)[0, 0].tolist()
+    [[0.5, 0.5, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0]]
+    """
     wide = jnp.promote_types(query.dtype, jnp.float32)
     scaled = query * query.shape[-1] ** -0.5
     logits = jnp.einsum("...lnc,...mnc->...nlm", scaled, key, preferred_element_type=wide)
@@ -79,7 +90,11 @@ def show(module: nn.Module, query: Array, key: Array, bias: Array | None) -> Non
 
 
 def relative_positions(height: int, width: int) -> Int[np.ndarray, "l l 2"]:
-    """Returns ``(qy - ky, qx - kx)`` for every pair of positions of a grid, query first."""
+    """Returns ``(qy - ky, qx - kx)`` for every pair of positions of a grid, query first.
+
+    >>> lg.operators.relative_positions(1, 3)[..., 1].tolist()
+    [[0, -1, -2], [1, 0, -1], [2, 1, 0]]
+    """
     host_memory.check(
         f"the relative positions of attention on a grid of {height}x{width}",
         16 * (height * width) ** 2,
@@ -91,7 +106,12 @@ def relative_positions(height: int, width: int) -> Int[np.ndarray, "l l 2"]:
 
 
 def relative_bias(table: Float[Array, "dy dx n"], height: int, width: int) -> Float[Array, "n l l"]:
-    """Looks up ``w_{i-j}`` (CoAtNet, equation 3) for all pairs of a height x width grid."""
+    """Looks up ``w_{i-j}`` (CoAtNet, equation 3) for all pairs of a height x width grid.
+
+    >>> table = jnp.arange(5.0).reshape(1, 5, 1)
+    >>> lg.operators.relative_bias(table, 1, 3)[0].tolist()
+    [[2.0, 1.0, 0.0], [3.0, 2.0, 1.0], [4.0, 3.0, 2.0]]
+    """
     dy, dx = np.moveaxis(relative_positions(height, width), -1, 0)
     return jnp.moveaxis(table[dy + height - 1, dx + width - 1], -1, 0)
 
@@ -128,7 +148,13 @@ def join_heads(
 
 
 class RelativeBiasTable(nn.Module):
-    """A free bias per displacement and head: ``table [2h-1, 2w-1, n]``."""
+    """A free bias per displacement and head: ``table [2h-1, 2w-1, n]``.
+
+    >>> module = lg.operators.RelativeBiasTable(heads=4)
+    >>> bias, variables = jax.eval_shape(lambda: module.init_with_output(jax.random.key(0), 3, 3))
+    >>> bias.shape, variables["params"]["table"].shape
+    ((4, 9, 9), (5, 5, 4))
+    """
 
     heads: int
 
@@ -144,6 +170,11 @@ class RelativeBiasMLP(nn.Module):
 
     As in timm's ``rmlp`` models: inputs ``sign(d) ln(1 + |d|)`` of (dy, dx), not normalised by
     the window, ReLU, both layers with bias, no squashing of the output. Works at any resolution.
+
+    >>> module = lg.operators.RelativeBiasMLP(heads=4, hidden=8)
+    >>> bias, variables = jax.eval_shape(lambda: module.init_with_output(jax.random.key(0), 3, 3))
+    >>> bias.shape, sorted(variables["params"])
+    ((4, 9, 9), ['hidden', 'output'])
     """
 
     heads: int
@@ -176,6 +207,12 @@ class RelativeAttention(nn.Module):
       bias_hidden: hidden width of the "mlp".
       qkv_bias: of the first projection; the output always has one.
       dtype: of the computation; parameters are float32.
+
+    >>> x = jnp.ones((2, 8, 8, 16))
+    >>> module = lg.operators.RelativeAttention(32, heads=4)
+    >>> y, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
+    >>> y.shape, sorted(variables["params"])
+    ((2, 8, 8, 32), ['output', 'qkv', 'relative_bias'])
     """
 
     features: int | None = None
@@ -258,6 +295,11 @@ class DistanceBias(nn.Module):
 
     Displacements are query minus key, as in `RelativeBiasTable`; sequences have no largest size.
     Displacements may differ between the rows b.
+
+    >>> module = lg.operators.DistanceBias(heads=4, furthest=2)
+    >>> displacement = jnp.arange(6)[:, None] - jnp.arange(6)[None, :]
+    >>> jax.eval_shape(module.init_with_output, jax.random.key(0), displacement)[0].shape
+    (4, 6, 6)
     """
 
     heads: int
@@ -280,6 +322,12 @@ class SelfAttention(nn.Module):
       furthest: a bias per displacement up to this one; None: no bias.
       dropout: of the attention weights.
       dtype: of the computation; parameters are float32.
+
+    >>> x = jnp.ones((2, 6, 16))
+    >>> module = lg.operators.SelfAttention(16, heads=2, causal=True)
+    >>> y, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
+    >>> y.shape, module.reach.name
+    ((2, 6, 16), 'GLOBAL')
     """
 
     features: int
@@ -369,6 +417,15 @@ class CrossAttention(nn.Module):
       input_init, output_init: of the matrices.
       dropout: of the attention weights.
       dtype: of the computation; parameters are float32.
+
+    >>> module = lg.operators.CrossAttention(16, heads=2, memory_features=8)
+    >>> def read(x, encoded):
+    ...     return module.init_with_output(jax.random.key(0), x, encoded, method=both)
+    >>> def both(module, x, encoded):
+    ...     mask = jnp.ones(encoded.shape[:2], bool)  # True: a token, False: padding
+    ...     return module(x, module.precompute_kv(encoded, mask))
+    >>> jax.eval_shape(read, jnp.ones((2, 6, 16)), jnp.ones((2, 9, 8)))[0].shape
+    (2, 6, 16)
     """
 
     features: int

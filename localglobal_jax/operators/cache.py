@@ -11,6 +11,16 @@ Masks are True at real positions, False at padding. In causal attention every po
 to itself, so that padding before the beginning has a key.
 
 Legend: b batch, l m lengths, d width, n heads, c width of a head.
+
+>>> layer = lg.operators.SelfAttention(16, heads=2, causal=True)
+>>> x = jnp.ones((2, 6, 16))
+>>> def decode(x):
+...     variables = layer.init(jax.random.key(0), x)
+...     cache = layer.init_cache(batch=2, length=6)
+...     return layer.apply(variables, x[:, :1], cache, 0, method="step")
+>>> y, cache = jax.eval_shape(decode, x)
+>>> y.shape, cache["key"].shape
+((2, 1, 16), (2, 2, 6, 8))
 """
 
 import jax.numpy as jnp

@@ -45,6 +45,10 @@ def depthwise(
 
     ``y[i, c] = sum_j kernel[j, c] x[i * stride + j - padding, c]``; `padding` is (before, after)
     per space dimension, by default k // 2 on both sides.
+
+    >>> x, kernel = jnp.arange(5.0).reshape(1, 5, 1), jnp.ones((3, 1))
+    >>> lg.operators.depthwise(x, kernel).ravel().tolist()
+    [1.0, 3.0, 6.0, 9.0, 7.0]
     """
     if kernel.ndim != x.ndim - 1 or kernel.shape[-1] != x.shape[-1]:
         raise ValueError(
@@ -84,6 +88,12 @@ def dynamic(
 
     ``y[i, c] = sum_j kernel[i, head of c, j] x[i + j - padding, c]``, zeros outside; j runs over
     the window row by row, and heads are n equal runs of channels. LOCAL.
+
+    >>> x = jnp.arange(4.0).reshape(1, 4, 1)
+    >>> taps = jnp.array([2, 1, 1, 0])  # right neighbour, itself, itself, left neighbour
+    >>> kernel = jnp.eye(3)[taps].reshape(1, 4, 1, 3)
+    >>> lg.operators.dynamic(x, kernel, window=(3,)).ravel().tolist()
+    [1.0, 1.0, 2.0, 2.0]
     """
     if x.shape[-1] % kernel.shape[-2] or kernel.shape[-1] != math.prod(window):
         raise ValueError(
@@ -114,6 +124,12 @@ class DepthwiseConv(nn.Module):
       stride: the same in every space dimension.
       use_bias: adds a bias [d].
       dtype: of the computation; parameters are float32.
+
+    >>> x = jnp.ones((2, 8, 8, 16))
+    >>> module = lg.operators.DepthwiseConv(window=3, stride=2)
+    >>> y, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
+    >>> y.shape, variables["params"]["kernel"].shape
+    ((2, 4, 4, 16), (3, 3, 16))
     """
 
     window: int = 3
@@ -172,6 +188,12 @@ class SharedValueConv(nn.Module):
       causal: windows end at the position itself (sequences); else they are centred.
       dropout: of the weights of dynamic kernels.
       dtype: of the computation; parameters are float32.
+
+    >>> x = jnp.ones((2, 8, 8, 16))
+    >>> module = lg.operators.SharedValueConv(heads=2, windows=(3, 7))
+    >>> y, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
+    >>> y.shape, str(module.reach)
+    ((2, 8, 8, 16), 'LOCAL 3')
     """
 
     heads: int
@@ -250,6 +272,12 @@ class DynamicConv(nn.Module):
       zero_padding: padding enters the convolution as zeros, see `MuseSequence`.
       dropout: of the kernel's weights.
       dtype: of the computation; parameters are float32.
+
+    >>> x = jnp.ones((2, 6, 16))
+    >>> module = lg.operators.DynamicConv(16, heads=2, window=3, causal=True)
+    >>> y, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
+    >>> y.shape, str(module.reach)
+    ((2, 6, 16), 'LOCAL 2')
     """
 
     features: int

@@ -42,6 +42,12 @@ def attend_windows(
     """Softmax attention inside each window, in float32 at least.
 
     `bias` and `mask` are added to the logits after `scale`, by default 1 / sqrt(c).
+
+    >>> query = jnp.ones((1, 2, 2, 16, 4, 8))  # 2 x 2 windows of 16 queries, 4 heads of width 8
+    >>> key = value = jnp.ones((1, 2, 2, 25, 4, 8))
+    >>> bias = jnp.zeros((1, 1, 4, 16, 25))
+    >>> jax.eval_shape(lg.operators.attend_windows, query, key, value, bias).shape
+    (1, 2, 2, 16, 4, 8)
     """
     if scale:
         query = query * (scale * query.shape[-1] ** 0.5)
@@ -54,6 +60,11 @@ class WindowPool(nn.Module):
     """Pools each window to one vector: "fc" weighs its positions, alike for all channels.
 
     "conv" weighs per channel; "mean" and "max" have no parameters.
+
+    >>> windows = jnp.ones((2, 4, 4, 7, 7, 16))  # 4 x 4 windows of 7 x 7 positions
+    >>> module = lg.operators.WindowPool("fc")
+    >>> jax.eval_shape(module.init_with_output, jax.random.key(0), windows)[0].shape
+    (2, 4, 4, 16)
     """
 
     method: PoolMethod = "fc"
@@ -89,6 +100,12 @@ class FocalAttention(nn.Module):
       qkv_bias: of the query, key and value projection.
       scale: of the logits; None: 1 / sqrt(head width).
       dtype: of the computation; parameters are float32.
+
+    >>> x = jnp.ones((2, 8, 8, 16))
+    >>> module = lg.operators.FocalAttention(16, heads=2, window=4, expand=2)
+    >>> y, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
+    >>> y.shape, module.reach.name
+    ((2, 8, 8, 16), 'BOTH')
     """
 
     features: int | None = None

@@ -30,6 +30,10 @@ def nearest(
 
     A window is `factor` cells wide. Distances are Euclidean; ties go to the cell that comes first,
     row by row (the reference leaves them to its sorting routine).
+
+    >>> index, displacement = lg.operators.nearest(tiles=(1, 2), cells=(1, 4), factor=2, count=2)
+    >>> index.tolist()  # the two cells that are nearest to each of two windows
+    [[1, 0], [3, 2]]
     """
     centres = _positions(tiles) * factor + factor // 2
     displacement = centres[:, None] - _positions(cells)[None]
@@ -51,6 +55,12 @@ class NearestFocalAttention(nn.Module):
     fewer). The collection "nearest" may hold ``window_index`` and ``pooled1_index`` [i*j, m] that
     replace the choice among equally near keys: converted weights keep the choice they were trained
     with. `grid` is the map they were made for; on any other they are not used.
+
+    >>> x = jnp.ones((2, 8, 8, 16))
+    >>> module = lg.operators.NearestFocalAttention(16, heads=2, window=4, count=9)
+    >>> y, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
+    >>> y.shape, module.reach.name
+    ((2, 8, 8, 16), 'BOTH')
     """
 
     features: int | None = None

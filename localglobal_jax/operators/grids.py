@@ -31,14 +31,22 @@ def check_input(module: nn.Module, x: Any, *forms: str, parameter: str | None = 
 
 
 def grid_to_sequence(x: Shaped[Array, "b *space d"]) -> Shaped[Array, "b l d"]:
-    """Flattens the space of a grid, row by row; a sequence stays as it is."""
+    """Flattens the space of a grid, row by row; a sequence stays as it is.
+
+    >>> lg.operators.grid_to_sequence(jnp.ones((2, 4, 3, 8))).shape
+    (2, 12, 8)
+    """
     return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
 def sequence_to_grid(
     x: Shaped[Array, "b l d"], space: tuple[int, ...]
 ) -> Shaped[Array, "b *space d"]:
-    """The inverse of `grid_to_sequence` for the given `space`, e.g. ``(h, w)``."""
+    """The inverse of `grid_to_sequence` for the given `space`, e.g. ``(h, w)``.
+
+    >>> lg.operators.sequence_to_grid(jnp.ones((2, 12, 8)), (4, 3)).shape
+    (2, 4, 3, 8)
+    """
     return x.reshape(x.shape[0], *space, x.shape[-1])
 
 
@@ -48,13 +56,21 @@ def per_channel(vector: Shaped[Array, " d"], x: Array) -> Shaped[Array, "..."]:
 
 
 def pad_to_multiple(x: Shaped[Array, "b h w d"], window: int) -> Shaped[Array, "b H W d"]:
-    """Pads with zeros below and to the right, to multiples of `window`."""
+    """Pads with zeros below and to the right, to multiples of `window`.
+
+    >>> lg.operators.pad_to_multiple(jnp.ones((2, 6, 9, 8)), window=4).shape
+    (2, 8, 12, 8)
+    """
     bottom, right = (-n % window for n in x.shape[1:3])
     return jnp.pad(x, ((0, 0), (0, bottom), (0, right), (0, 0)))
 
 
 def window_partition(x: Shaped[Array, "b h w d"], window: int) -> Shaped[Array, "b i j y x d"]:
-    """Cuts a grid into windows of window x window; height and width must be multiples of it."""
+    """Cuts a grid into windows of window x window; height and width must be multiples of it.
+
+    >>> lg.operators.window_partition(jnp.ones((2, 8, 12, 8)), window=4).shape
+    (2, 2, 3, 4, 4, 8)
+    """
     b, h, w, d = x.shape
     if h % window or w % window:
         raise ValueError(
@@ -65,7 +81,11 @@ def window_partition(x: Shaped[Array, "b h w d"], window: int) -> Shaped[Array, 
 
 
 def window_merge(x: Shaped[Array, "b i j y x d"]) -> Shaped[Array, "b h w d"]:
-    """The inverse of `window_partition`."""
+    """The inverse of `window_partition`.
+
+    >>> lg.operators.window_merge(jnp.ones((2, 2, 3, 4, 4, 8))).shape
+    (2, 8, 12, 8)
+    """
     b, i, j, y, x_, d = x.shape
     return x.swapaxes(2, 3).reshape(b, i * y, j * x_, d)
 

@@ -62,6 +62,12 @@ class Muse(nn.Module):
       windows, dynamic: of the convolution, see `SharedValueConv`; no windows: MUSE-simple.
       hidden: of the pointwise net; 0: none.
       dtype: of the computation; parameters are float32.
+
+    >>> x = jnp.ones((2, 8, 8, 16))
+    >>> module = lg.operators.Muse(32, heads=4, windows=(3, 5), hidden=64)
+    >>> y, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
+    >>> y.shape, sorted(variables["params"])
+    ((2, 8, 8, 32), ['convolution', 'hidden', 'output', 'pointwise', 'qkv', 'relative_bias'])
     """
 
     features: int | None = None
@@ -140,6 +146,12 @@ class MuseSequence(nn.Module):
         dynamic kernels. `input_dropout`: of the input of self-attention and convolution.
         `activation_dropout`: inside the pointwise net.
       dtype: of the computation; parameters are float32.
+
+    >>> x = jnp.ones((2, 6, 16))
+    >>> module = lg.operators.MuseSequence(16, heads=2, hidden=32)
+    >>> y, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
+    >>> sorted(variables["params"])
+    ['convolution', 'hidden', 'output', 'pointwise', 'qkv']
     """
 
     features: int

@@ -66,6 +66,11 @@ def unfold(
     """Returns the values of all windows at their first position, their second, ..., row by row.
 
     Window (i, j) is centred at position (i, j) * stride of the grid; outside are zeros.
+
+    >>> grid = jnp.arange(9.0).reshape(1, 3, 3, 1)
+    >>> parts = lg.operators.unfold(grid, (3, 3), window=3, stride=1)
+    >>> len(parts), parts[0][0, :, :, 0].tolist()  # the upper left position of every window
+    (9, [[0.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, 3.0, 4.0]])
     """
     rows, columns = (n + (window - 1) // stride for n in windows)
     grid = _fit(grid, window // 2, (rows * stride, columns * stride))
@@ -81,7 +86,12 @@ def unfold(
 def fold(
     parts: Sequence[Float[Array, "b i j *d"]], space: tuple[int, int], *, window: int, stride: int
 ) -> Float[Array, "b h w *d"]:
-    """The transpose of `unfold`: puts every part back at its position and sums overlaps."""
+    """The transpose of `unfold`: puts every part back at its position and sums overlaps.
+
+    >>> parts = [jnp.ones((1, 3, 3, 1))] * 9
+    >>> lg.operators.fold(parts, (3, 3), window=3, stride=1)[0, :, :, 0].tolist()
+    [[4.0, 6.0, 4.0], [6.0, 9.0, 6.0], [4.0, 6.0, 4.0]]
+    """
     reach = (window - 1) // stride
     inside: dict[tuple[int, int], Array] = {}
     for (dy, dx), part in zip(_positions(window), parts, strict=True):
@@ -130,6 +140,12 @@ class Outlook(nn.Module):
       stride: distance of two windows; 2 makes a quarter of them (all of the paper's models).
       value_bias: of the value projection; the other two always have one.
       dtype: of the computation; parameters are float32.
+
+    >>> x = jnp.ones((2, 8, 8, 16))
+    >>> module = lg.operators.Outlook(32, heads=4)
+    >>> y, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
+    >>> y.shape, str(module.reach)
+    ((2, 8, 8, 32), 'LOCAL 2')
     """
 
     features: int | None = None

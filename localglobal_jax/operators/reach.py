@@ -10,6 +10,11 @@ class Reach:
 
     `windows`: an operator that also attends to windows or pooled summaries (focal) is neither
     purely local nor purely global: BOTH, and its radius comes from its window sizes.
+
+    >>> lg.operators.Outlook(16, heads=2).reach
+    Reach(radius=2, windows=False)
+    >>> lg.operators.FocalAttention(16, heads=2).reach.name
+    'BOTH'
     """
 
     radius: int | None = None
@@ -30,5 +35,9 @@ GLOBAL = Reach()
 
 
 def local(radius: int) -> Reach:
-    """A neighbourhood of `radius` positions in every direction."""
+    """A neighbourhood of `radius` positions in every direction.
+
+    >>> str(lg.operators.local(2))
+    'LOCAL 2'
+    """
     return Reach(radius)

@@ -49,6 +49,15 @@ def implementation(name: Implementation) -> Iterator[None]:
     implementation it was traced with, so jit a function of its own for each.
 
     Raises ValueError for another name.
+
+    >>> def loss(query):
+    ...     return lg.operators.attend(query, query, query).sum()
+    >>> query = jnp.ones((1, 4, 2, 8))
+    >>> hessian = jax.eval_shape(jax.hessian(loss), query)
+    >>> with lg.implementation("fused"):
+    ...     gradient = jax.eval_shape(jax.grad(loss), query)
+    >>> gradient.shape
+    (1, 4, 2, 8)
     """
     if name not in get_args(Implementation):
         raise ValueError(

@@ -93,6 +93,10 @@ def evaluate(
 
     Returns:
       The step, and ``{split: {metric: value}}``.
+
+    >>> step, metrics = lg.evaluate("runs/digits")
+    >>> step, list(metrics)
+    (20, ['test'])
     """
     workdir, overrides = hub.local(workdir), overrides or {}
     files, exported = gcs.LocalMirror(workdir).local, hub.describe(workdir)

@@ -48,6 +48,11 @@ def train(
       Locked: another run is under way in this workdir.
       Preempted: after a SIGTERM, once the state is saved.
       Diverged: a loss, a gradient or the state is not finite.
+
+    >>> config = lg.load_config("configs/coatnet_digits.py:size=tiny", data=dict(mock=True))
+    >>> metrics = lg.train(config, "runs/digits")  # the same call again resumes, or returns at once
+    >>> sorted(metrics["test"])
+    ['accuracy', 'count', 'loss', 'step', 'top5']
     """
     run = config if isinstance(config, schema.Run) else validation.check(config)
     with Lock() as lock, named_in_errors(workdir):

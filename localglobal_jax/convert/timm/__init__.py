@@ -2,6 +2,10 @@
 """Converts weights of timm (pytorch-image-models). One file per model family.
 
 A family is a function ``load(name_or_cfg, state_dict, **model_kwargs) -> (module, variables)``.
+
+>>> lg.convert.timm.load("coatnet_0_rw_224", {})  # an empty state dict
+Traceback (most recent call last):
+ValueError: ...
 """
 
 from collections.abc import Callable, Mapping

@@ -70,6 +70,16 @@ def beam_search(
 
     Raises:
       ValueError: beam or lengths that are not positive or do not fit.
+
+    >>> module = lg.create_model(
+    ...     "muse", layout="SS", depths=(1, 1), widths=(16, 16), heads=(2, 2), hidden=(16, 16)
+    ... )
+    >>> source = np.ones((2, 6), np.int32)  # token ids
+    >>> variables = jax.eval_shape(module.init, jax.random.key(0), source, source)
+    >>> def search(variables):
+    ...     return lg.decoding.beam_search(module, variables, source, beam=4, max_length=8)
+    >>> jax.eval_shape(search, variables).scores.shape
+    (2, 4)
     """
     check(beam, min_length, max_length)
     if beam > MOST:

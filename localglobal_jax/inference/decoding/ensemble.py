@@ -20,6 +20,17 @@ class Ensemble:
     in everything but their vocabularies. The variables of an ensemble are a tuple of the members'.
 
     Raises ValueError for no members, or members of other vocabularies or special tokens.
+
+    >>> module = lg.create_model(
+    ...     "muse", layout="SS", depths=(1, 1), widths=(16, 16), heads=(2, 2), hidden=(16, 16)
+    ... )
+    >>> source = np.ones((2, 6), np.int32)  # token ids
+    >>> variables = jax.eval_shape(module.init, jax.random.key(0), source, source)
+    >>> both = lg.decoding.Ensemble((module, module))
+    >>> def search(variables):
+    ...     return lg.decoding.greedy(both, (variables, variables), source, max_length=8)
+    >>> jax.eval_shape(search, variables).scores.shape
+    (2, 1)
     """
 
     members: tuple[Any, ...]  # modules, see `Decodable`

@@ -22,6 +22,16 @@ class Hypotheses(NamedTuple):
 
     Padding follows the end token. `scores` are the sum of `token_scores` over ``length **
     length_penalty``. An empty slot has the score -inf and the length 0.
+
+    >>> found = lg.decoding.Hypotheses(
+    ...     tokens=jnp.array([[[5, 6, 2, 1]]]),
+    ...     scores=jnp.array([[-0.3]]),
+    ...     lengths=jnp.array([[3]]),
+    ...     token_scores=jnp.zeros((1, 1, 4)),
+    ... )
+    >>> best = found.tokens[0, 0, : found.lengths[0, 0] - 1]  # without the end token
+    >>> best.tolist()
+    [5, 6]
     """
 
     tokens: Int[Array, "b k l"]
@@ -40,11 +50,21 @@ class Decodable(Protocol):
     The memory is constant. Axis 0 of every leaf of the cache is the row. A third method is
     optional: ``narrowed(variables)`` returns the variables for `step`, prepared once. A module
     with ``log_probabilities = True`` returns these in place of logits.
+
+    >>> isinstance(lg.create_model("muse"), lg.decoding.Decodable)
+    True
+    >>> isinstance(lg.create_model("coatnet"), lg.decoding.Decodable)
+    False
     """
 
-    pad: int
-    start: int
-    end: int
+    @property
+    def pad(self) -> int: ...
+
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def end(self) -> int: ...
 
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any: ...
 
@@ -111,6 +131,9 @@ def max_length(source_length: int) -> int:
 
     The limit is 1.5 times the source, plus ten; few real translations are longer. A larger limit
     costs memory; it costs time only if no end token comes before it.
+
+    >>> lg.decoding.max_length(20)
+    40
     """
     return source_length + source_length // 2 + 10
 

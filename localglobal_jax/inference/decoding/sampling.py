@@ -52,7 +52,18 @@ def greedy(
     max_length: int,
     min_length: int = 1,
 ) -> Hypotheses:
-    """Takes the likeliest token at every step, until the end token: one hypothesis per sentence."""
+    """Takes the likeliest token at every step, until the end token: one hypothesis per sentence.
+
+    >>> module = lg.create_model(
+    ...     "muse", layout="SS", depths=(1, 1), widths=(16, 16), heads=(2, 2), hidden=(16, 16)
+    ... )
+    >>> source = np.ones((2, 6), np.int32)  # token ids
+    >>> variables = jax.eval_shape(module.init, jax.random.key(0), source, source)
+    >>> def search(variables):
+    ...     return lg.decoding.greedy(module, variables, source, max_length=8)
+    >>> jax.eval_shape(search, variables).tokens.shape
+    (2, 1, 9)
+    """
     check(1, min_length, max_length)
     source = check_source(source)
     numbers = jnp.arange(source.shape[0], dtype=jnp.int32)
@@ -89,6 +100,19 @@ def sample(
 
     Raises:
       ValueError: an argument out of range.
+
+    >>> module = lg.create_model(
+    ...     "muse", layout="SS", depths=(1, 1), widths=(16, 16), heads=(2, 2), hidden=(16, 16)
+    ... )
+    >>> source = np.ones((2, 6), np.int32)  # token ids
+    >>> variables = jax.eval_shape(module.init, jax.random.key(0), source, source)
+    >>> def draw(variables):
+    ...     key = jax.random.key(0)
+    ...     return lg.decoding.sample(
+    ...         module, variables, source, key, samples=3, top_p=0.9, max_length=8
+    ...     )
+    >>> jax.eval_shape(draw, variables).tokens.shape
+    (2, 3, 9)
     """
     check(samples, min_length, max_length)
     check_number("length_penalty", length_penalty)
