@@ -32,7 +32,7 @@ def sweep():
         yield {{"seed": seed, "optim.learning_rate": 1e-3}}
 
 def sweep_bad():
-    yield {{"batch_size": 400_000}}
+    yield {{"batch_size": 100_000}}
     yield {{"optim.learning_rate": 1e30, "optim.clip_norm": 0.0, "optim.name": "sgd"}}
 """
 
@@ -125,7 +125,7 @@ def test_what_is_said_of_a_crash_by_memory_and_of_a_diverged_run(tmp_path, capsy
     rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
     assert [row["state"] for row in rows] == ["failed", "failed"]
     assert "out of memory: " in rows[0]["reason"] and "NaN or infinite" in rows[1]["reason"]
-    assert [row["batch_size"] for row in rows] == ["400000", "4"]
+    assert [row["batch_size"] for row in rows] == ["100000", "4"]
 
 
 @pytest.mark.slow
