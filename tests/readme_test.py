@@ -20,7 +20,7 @@ FOUND = [
 PAGES = {str(file.relative_to(ROOT)): file.read_text() for file in FOUND}
 FILES = {
     str(file.relative_to(ROOT))
-    for folder in ("configs", "experiments", "localglobal_jax", "tests")
+    for folder in ("configs", "docs", "experiments", "localglobal_jax", "tests")
     for file in (ROOT / folder).rglob("*.*")
 }
 
