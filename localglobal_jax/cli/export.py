@@ -7,15 +7,17 @@ import json
 from localglobal_jax.cli import options
 
 NAME = "export"
-HELP = "a trained model to safetensors or StableHLO"
+HELP = "a trained model to safetensors, StableHLO or timm"
 EXAMPLE = "runs/digits --format safetensors --out exported"
 NOTES = """\
 safetensors: the variables by path, config.json and a card: a folder for the Hugging Face hub, which
 every --workdir and lg.load take too, also as hf://OWNER/NAME.
 stablehlo: one program with its parameters, for CPU, CUDA and TPU and for batches of any size, which
 jax runs without this package. Images are uint8 and normalised inside; --config.data.FIELD=VALUE is
-as in `localglobal classify`. A model of text takes source and previous target tokens."""
-FORMATS = ("safetensors", "stablehlo")
+as in `localglobal classify`. A model of text takes source and previous target tokens.
+timm: a CoAtNet or VOLO under timm's names, which timm.create_model("local-dir:DIR",
+pretrained=True) reads."""
+FORMATS = ("safetensors", "stablehlo", "timm")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -115,6 +115,43 @@ def assemble(
     return variables
 
 
+def disassemble(
+    variables: Variables,
+    source: Callable[[Path, tuple[int, ...]], tuple[str, Transform]],
+    shape: Callable[[Path, tuple[int, ...]], tuple[int, ...]],
+) -> dict[str, np.ndarray]:
+    """Returns the state dict from which `assemble` makes `variables`: its inverse, bit for bit.
+
+    Args:
+      variables: of a module.
+      source: as for `assemble`. A transform only moves elements, so that the place of each one is
+        found by transforming the numbers of the places.
+      shape: path of a leaf, and its shape -> the shape of its array in the state dict.
+    """
+    state = {}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(variables):
+        path = tuple(key.key for key in keys)
+        name, transform = source(path, leaf.shape)
+        places = transform(np.arange(leaf.size).reshape(shape(path, leaf.shape)))
+        if places.shape != leaf.shape:
+            raise AssertionError(f"{name}: {places.shape}, not {leaf.shape} of {'/'.join(path)}")
+        array = np.empty(leaf.size, leaf.dtype)
+        array[places.reshape(-1)] = np.asarray(leaf).reshape(-1)
+        state[name] = array.reshape(shape(path, leaf.shape))
+    return state
+
+
+def with_batch_counts(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Adds the ``num_batches_tracked`` of torch's BatchNorms, as 0: no model reads them."""
+    ending = "running_mean"
+    counts = {
+        f"{name.removesuffix(ending)}num_batches_tracked": np.zeros((), np.int64)
+        for name in state
+        if name.endswith(f".{ending}")
+    }
+    return {**state, **counts}
+
+
 def _some(names: list[str], at_most: int = 20) -> str:
     """Returns each name once: the first `at_most`, and how many more there are."""
     names = list(dict.fromkeys(names))

@@ -7,6 +7,7 @@ An export is a new folder, which the Hugging Face hub takes as it is. It is writ
 and renamed, so that an export that is interrupted leaves no folder of that name.
 """
 
+import functools
 import importlib.util
 import os
 import pathlib
@@ -16,15 +17,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
 from jax import export as stablehlo
 
+from localglobal_jax import convert
 from localglobal_jax.checkpoints import gcs, reader
 from localglobal_jax.config import preprocessing, validation, values
 from localglobal_jax.data.images import device_ops
 from localglobal_jax.data.text import tokenizers
 from localglobal_jax.inference import classifier, hub, load
 from localglobal_jax.models import EncoderDecoder
-from localglobal_jax.models.registry import Variables, create_model
+from localglobal_jax.models.registry import Variables, create_model, image_channels
 from localglobal_jax.parallel import context
 
 Apply = Callable[..., jax.Array]
@@ -236,6 +240,51 @@ def _shown(array: Any) -> dict[str, Any]:
     return {"shape": shape, "dtype": str(array.dtype)}
 
 
+def _timm(source: Source, folder: pathlib.Path) -> None:
+    """Writes what ``timm.create_model("local-dir:...", pretrained=True)`` reads.
+
+    The state dict is converted back and compared before it is written.
+    """
+    module, variables = source.module, dict(source.variables)
+    found = preprocessing.of_checkpoint(source.metadata)
+    size = found.get("image_size", (224, 224))
+    name, arguments = convert.timm.describe(module, variables, size)
+    state = convert.timm.state_dict(module, variables)
+    _, back = convert.timm.load(name, state, **arguments)
+    same = functools.partial(np.array_equal, equal_nan=True)
+    if not all(jax.tree.leaves(jax.tree.map(same, variables, back))):
+        raise AssertionError(f"{source.path}: the state dict of {name} differs when read back")
+    safetensors.numpy.save_file(state, folder / hub.WEIGHTS, {"format": "pt"})
+    crop, labels = found.get("eval_crop"), source.metadata.get("labels")
+    volo = name.startswith("volo")
+    prepared: dict[str, Any] = {
+        **{field: found[field] for field in ("mean", "std") if field in found},
+        "input_size": (image_channels(variables), *size),
+        "fixed_input_size": True,
+        "num_classes": module.classes,
+        "first_conv": "patch_embed.conv.0" if volo else "stem.conv1",
+        "classifier": ("head", "aux_head") if volo else "head.fc",
+    }
+    if crop:
+        squash = crop == "squash"
+        prepared |= {
+            "crop_pct": 1.0 if squash else crop,
+            "crop_mode": "squash" if squash else "center",
+        }
+    if "interpolation" in found:  # Pillow averages areas by its filter "box"
+        prepared["interpolation"] = found["interpolation"].replace("area", "box")
+    described: dict[str, Any] = {
+        "architecture": name,
+        "num_classes": module.classes,
+        **({"label_names": labels} if labels else {}),
+        "model_args": arguments,
+        "pretrained_cfg": prepared,
+    }
+    hub.write_json(folder / hub.CONFIG, described)
+    use = 'model = timm.create_model("local-dir:path/to/this/directory", pretrained=True)'
+    _card(source, folder, f"import timm\n\n{use}  # or hf-hub:OWNER/NAME", library="timm")
+
+
 def _copy_tokenizer(source: Source, folder: pathlib.Path) -> pathlib.Path:
     """Copies ``tokenizer/``, if there is one; returns the local files of the source."""
     files = gcs.LocalMirror(source.path).local
@@ -244,20 +293,23 @@ def _copy_tokenizer(source: Source, folder: pathlib.Path) -> pathlib.Path:
     return files
 
 
-def _card(source: Source, folder: pathlib.Path, use: str, more: str = "") -> None:
+def _card(
+    source: Source, folder: pathlib.Path, use: str, more: str = "", library: str = hub.LIBRARY
+) -> None:
     """Writes the model card, with the front matter that the hub reads."""
     metadata = source.metadata
     name, text = metadata["model"]["name"], source.is_text
     data = (metadata.get("config") or {}).get("data", {}).get("name")
     origin = metadata.get("converted") or {}
+    tags = "- jax\n- flax\n" if library == hub.LIBRARY else f"- {library}\n"
     title = f"{name} on {data}" if data else f"{name}, converted from {origin.get('source')}"
     tables = {"Results": metadata.get("metrics") or {}}
     if not text:
         tables["Preparation of images"] = preprocessing.of_checkpoint(metadata)
     parts = [
-        f"---\nlibrary_name: {hub.LIBRARY}\n"
+        f"---\nlibrary_name: {library}\n"
         f"pipeline_tag: {'translation' if text else 'image-classification'}\n"
-        f"tags:\n- jax\n- flax\n- {name}\n---",
+        f"tags:\n{tags}- {name}\n---",
         f"# {title}",
         f"{_count(source.variables):,} parameters, of step {source.step}. Exported by "
         f"`localglobal export`. {more}".strip(),
@@ -273,4 +325,5 @@ def _card(source: Source, folder: pathlib.Path, use: str, more: str = "") -> Non
 FORMATS: dict[str, Callable[[Source, pathlib.Path], None]] = {
     "safetensors": _safetensors,
     "stablehlo": _stablehlo,
+    "timm": _timm,
 }

@@ -15,6 +15,7 @@ import pytest
 from localglobal_jax.blocks.layers import ACTIVATIONS, pool
 from localglobal_jax.convert import timm, weights
 from localglobal_jax.convert.timm import coatnet
+from localglobal_jax.models import FocalTransformer
 from localglobal_jax.parallel import context
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -234,6 +235,15 @@ def test_every_name_and_shape_of_timm_is_mapped(name, monkeypatch):
     module, variables = timm.load(f"timm/{name}.some_tag", state)
     assert sum(x.size for x in jax.tree.leaves(variables["params"])) == entry["parameters"]
     assert module.classes == 1000
+    found = {}  # and back
+    for keys, leaf in jax.tree.leaves_with_path(variables):
+        path = tuple(key.key for key in keys)
+        found[coatnet._key(module, path)] = list(coatnet._shape(path, leaf.shape))
+    assert found == {key: shape for key, shape in entry["arrays"] if "num_batches" not in key}
+    size = tuple(entry["image_size"])
+    base, arguments = timm.describe(module, variables, size)
+    assert base.rpartition("_")[0] == name.rpartition("_")[0]
+    assert arguments == ({} if size == (224, 224) else {"img_size": size})
 
 
 def test_names_without_resolution():
@@ -339,3 +349,22 @@ def test_tensorflow_style_tables_are_reversed():
     path = ("params", "stage3", "block1", "attention", "relative_bias", "table")
     ours = coatnet._transform(path, (5, 7, 3))(table)
     np.testing.assert_array_equal(ours[1, 2], table[:, 5 - 1 - 1, 7 - 1 - 2])
+
+
+# ---------------------------------------------------------------------------- back to timm
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_the_state_dict_comes_back_bit_for_bit(name):
+    config, state, _ = fixture(name)
+    found = timm.state_dict(*converted(config, state))
+    assert found.keys() == state.keys()
+    for key, array in state.items():
+        assert (found[key].dtype, found[key].shape) == (array.dtype, array.shape), key
+        assert "num_batches" in key or found[key].tobytes() == array.tobytes(), key
+
+
+def test_a_module_that_timm_does_not_have():
+    for module in (coatnet.CoAtNet(layout="CAET"), FocalTransformer()):
+        with pytest.raises(ValueError, match=f"timm has no {type(module).__name__}"):
+            timm.describe(module, {}, (224, 224))

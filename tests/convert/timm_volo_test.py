@@ -87,16 +87,22 @@ def test_logits_and_everything_inside_equal_the_reference(name):
 
 
 @pytest.mark.parametrize("name", REFERENCE)
-def test_names_and_sizes_of_every_published_model(name):
+def test_names_and_shapes_of_every_published_model(name):
     module = volo.build({**volo.arguments(name), "num_classes": 1000})
     x = jnp.zeros((1, *REFERENCE[name]["input"], 3))
-    ours = traverse_util.flatten_dict(jax.eval_shape(module.init, jax.random.key(0), x), sep="/")
-    modules = volo._modules(module)
-    sizes = {volo._their_name(path, modules): leaf.size for path, leaf in ours.items()}
-    listed = [*REFERENCE[name]["params"], *REFERENCE[name]["buffers"]]
-    assert sizes == {
-        key: np.prod(shape, dtype=int) for key, shape in listed if "num_batches" not in key
+    variables = jax.eval_shape(module.init, jax.random.key(0), x)
+    ours = traverse_util.flatten_dict(variables)
+    source = volo._source(module)
+    found = {
+        source(path, leaf.shape)[0]: list(volo._their_shape(path, leaf.shape))
+        for path, leaf in ours.items()
     }
+    listed = [*REFERENCE[name]["params"], *REFERENCE[name]["buffers"]]
+    assert found == {key: shape for key, shape in listed if "num_batches" not in key}
+    size = tuple(REFERENCE[name]["input"])
+    base, arguments = timm.describe(module, variables, size)
+    assert base == f"{name.rpartition('_')[0]}_224"
+    assert arguments == ({} if size == (224, 224) else {"img_size": size})
 
 
 @pytest.fixture(scope="module")
@@ -190,3 +196,13 @@ def test_names_that_are_not_volo_are_refused():
     with pytest.raises(ValueError, match="volo_d1_224"):
         volo.arguments("volo_d6_224")
     assert volo.arguments("volo_d5_512.sail_in1k")["img_size"] == 512
+
+
+@pytest.mark.parametrize("name", ["volo_aux", "volo_noaux", "volo_odd_aux"])
+def test_the_state_dict_comes_back_bit_for_bit(name):
+    kwargs, state, _ = fixture(name)
+    found = timm.state_dict(*timm.load("volo", state, **kwargs))
+    assert found.keys() == state.keys()
+    for key, array in state.items():
+        assert (found[key].dtype, found[key].shape) == (array.dtype, array.shape), key
+        assert "num_batches" in key or found[key].tobytes() == array.tobytes(), key

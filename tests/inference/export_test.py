@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """`localglobal export`: every family, read back with the same bits; wrong input; interruptions."""
 
+import ast
 import contextlib
 import importlib.util
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -240,6 +242,70 @@ def test_a_program_at_another_size_and_what_it_cannot_hold(workdirs, tmp_path, m
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"localglobal_jax\[export\]"):
         export.export(workdirs / "coatnet", tmp_path / "out", "stablehlo")
+    assert not [*tmp_path.iterdir()]
+
+
+# ---------------------------------------------------------------------------- timm
+
+
+@pytest.fixture(scope="module")
+def with_timm():
+    """The Python that has timm and torch: that of TIMM_PYTHON, or this one."""
+    python = os.environ.get("TIMM_PYTHON", sys.executable)
+    if subprocess.run([python, "-c", "import timm"], capture_output=True, check=False).returncode:
+        pytest.skip("timm is not installed; TIMM_PYTHON names another Python")
+    return python
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("coatnet_pico_rw", (224, 224), 3, 1000),
+        ("coatnet_rmlp_nano_rw", (96, 64), 1, 10),
+        ("coatnext_nano_rw", (64, 64), 3, 0),
+        ("volo_d1", (64, 96), 3, 10),
+    ],
+)
+def test_timm_loads_it_strictly_and_gives_the_same_logits(case, with_timm, tmp_path):
+    name, size, channels, classes = case
+    module = lg.create_model(name, classes=classes)
+    image = jax.random.normal(jax.random.key(1), (2, *size, channels))
+    shapes = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False), image)
+    rng = np.random.default_rng(0)
+
+    def filled(leaf):  # variances are positive
+        low, high = (0.02, 0.08) if leaf.ndim > 1 else (0.5, 1)
+        signs = rng.choice([-1, 1], leaf.shape) if leaf.ndim > 1 else 1
+        return (rng.uniform(low, high, leaf.shape) * signs).astype(leaf.dtype)
+
+    variables = jax.tree.map(filled, shapes)
+    found = {"image_size": size, "mean": (0.5,) * channels, "std": (0.25,) * channels}
+    found |= {"eval_crop": "squash", "interpolation": "area"}
+    metadata = {"model": lg.models.registry.describe(module), "preprocessing": found}
+    kept = manager.Checkpoints(tmp_path / "run" / "checkpoints", schema.Checkpoints())
+    kept.save(0, {"variables": variables}, metadata=metadata)
+    kept.close()
+    assert main(["export", f"{tmp_path}/run", "--format=timm", f"--out={tmp_path}/out"]) == 0
+    np.save(tmp_path / "x.npy", np.moveaxis(image, -1, 1))
+    script = pathlib.Path(__file__).parents[1] / "convert" / "load_into_timm.py"
+    command = [with_timm, script, "out", "x.npy", "y.npy"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr
+    told = ast.literal_eval(done.stdout)
+    assert tuple(told["input_size"]) == (channels, *size) and told["crop_mode"] == "squash"
+    assert told["interpolation"] == "box" and tuple(told["std"]) == found["std"]
+    theirs = np.load(tmp_path / "y.npy")
+    logits, rest = jax.jit(module.apply)(variables, image)
+    ours = logits if classes else rest["features"]
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_that_timm_does_not_have_ends_with_2(family, workdirs, tmp_path, capsys):
+    assert main(["export", f"{workdirs / family}", "--format=timm", f"--out={tmp_path}/out"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("localglobal export: timm has no ")
     assert not [*tmp_path.iterdir()]
 
 

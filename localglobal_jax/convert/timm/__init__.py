@@ -9,13 +9,17 @@ ValueError: ...
 """
 
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
 import flax.linen as nn
+import numpy as np
 
 from localglobal_jax.config import validation
 from localglobal_jax.convert.timm import coatnet, volo
 from localglobal_jax.convert.weights import Variables
+from localglobal_jax.models import VOLO, CoAtNet
+from localglobal_jax.models.registry import image_channels
 
 FAMILIES: dict[str, Callable[..., tuple[nn.Module, Variables]]] = {
     "coatnet": coatnet.load,
@@ -46,3 +50,40 @@ def load(
     if family not in FAMILIES:
         raise validation.unknown("timm model family", family, FAMILIES)
     return FAMILIES[family](name, state_dict, **model_kwargs)
+
+
+def state_dict(module: nn.Module, variables: Variables) -> dict[str, np.ndarray]:
+    """Returns timm's state dict of the variables of a CoAtNet or VOLO: the inverse of `load`.
+
+    Names, shapes and bits are those of timm; ``num_batches_tracked``, which nothing reads, is 0.
+    Raises ValueError for other modules.
+    """
+    return _family(module).state_dict(module, variables)
+
+
+def describe(
+    module: nn.Module, variables: Variables, size: tuple[int, int]
+) -> tuple[str, dict[str, Any]]:
+    """Returns timm's name of a module, and the arguments of ``timm.create_model`` beside it.
+
+    Raises ValueError for a module that timm does not have.
+    """
+    base = _family(module).name_of(module)
+    if base is None:
+        raise ValueError(
+            f"timm has no {type(module).__name__} with these fields; it has "
+            f"{', '.join([*coatnet.names(), *volo.names()])}"
+        )
+    given = {"num_classes": module.classes, "img_size": size}
+    given["in_chans"] = image_channels(variables)
+    usual = {"num_classes": 1000, "img_size": (224, 224), "in_chans": 3}
+    if isinstance(module, VOLO):
+        given["use_aux_head"], usual["use_aux_head"] = module.aux_head, bool(module.classes)
+    return f"{base}_224", {k: v for k, v in given.items() if v != usual[k]}
+
+
+def _family(module: nn.Module) -> ModuleType:
+    families: dict[type, ModuleType] = {CoAtNet: coatnet, VOLO: volo}
+    if type(module) not in families:
+        raise ValueError(f"timm has no {type(module).__name__}: it has CoAtNet and VOLO")
+    return families[type(module)]

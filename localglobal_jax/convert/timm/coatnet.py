@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Converts timm's CoAtNet: names -> our paths, arrays -> our layout."""
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -118,6 +119,23 @@ def _transform(path: Path, shape: tuple[int, ...]) -> Transform:
     return weights.convolution if module.startswith("conv") else weights.dense
 
 
+def _shape(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape of timm's array for the leaf at `path`, which has `shape`."""
+    module, leaf = path[-2:]
+    if leaf == "table":
+        return math.prod(shape[:-1]), shape[-1]
+    if leaf != "kernel":
+        return (math.prod(shape),)
+    if module == "depthwise":
+        return shape[-1], 1, *shape[:-1]
+    if module.startswith("conv"):
+        return shape[-1], shape[-2], *shape[:-2]
+    linear = (math.prod(shape[1:]), shape[0])
+    # of the maps inside a block all but that of relative positions are convolutions there
+    mapped = path[1].startswith("stage") and "relative_bias" not in path
+    return (*linear, 1, 1) if mapped else linear
+
+
 # ---------------------------------------------------------------------------- the converter
 
 MODEL = {
@@ -158,14 +176,39 @@ def load(
     return module, variables
 
 
+def state_dict(module: CoAtNet, variables: Variables) -> dict[str, np.ndarray]:
+    """Returns timm's state dict of our variables, the inverse of `load`.
+
+    Relative tables have timm's form "bias", which all of its CoAtNets have.
+    """
+    state = weights.disassemble(
+        variables, lambda path, shape: (_key(module, path), _transform(path, shape)), _shape
+    )
+    return weights.with_batch_counts(state)
+
+
+def name_of(module: CoAtNet) -> str | None:
+    """Returns timm's name of our module, without a resolution; None if timm has none."""
+    free = {"classes": module.classes, "drop_path": module.drop_path, "dtype": module.dtype}
+    return next((base for base in names() if CoAtNet(**{**_spec(base), **free}) == module), None)
+
+
+def names() -> list[str]:
+    """Returns timm's names of CoAtNets, without their resolutions."""
+    return [known for known in VARIANTS if known in TIMM or re.fullmatch(r"coatnet_[0-5]", known)]
+
+
+def _spec(base: str) -> dict[str, Any]:
+    spec = dict(VARIANTS[base])
+    if base == "coatnet_5":
+        spec["blocks"] = {}  # timm's heads are 32 wide; the paper's, and ours of that name, 64
+    return spec
+
+
 def _named(name: str) -> tuple[str, dict[str, Any], int]:
     """Returns our name, fields and image size of a timm name."""
     match = re.fullmatch(r"(.+)_(\d{3})", name)
     base, size = (match[1], int(match[2])) if match else (name, 224)
-    known = [known for known in VARIANTS if known in TIMM or re.fullmatch(r"coatnet_[0-5]", known)]
-    if base not in known:
-        raise validation.unknown("timm model", name, known)
-    spec = dict(VARIANTS[base])
-    if base == "coatnet_5":
-        spec["blocks"] = {}  # timm's heads are 32 wide; the paper's, and ours of that name, 64
-    return base, spec, size
+    if base not in names():
+        raise validation.unknown("timm model", name, names())
+    return base, _spec(base), size

@@ -3,7 +3,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -82,15 +82,10 @@ def load(name_or_cfg: str, state_dict: Mapping[str, Any], **kwargs: Any) -> tupl
         jax.random.key(0),
         jax.ShapeDtypeStruct((1, rows * scale, columns * scale, channels), jnp.float32),
     )
-    modules = _modules(module)
-
-    def source(path: weights.Path, shape: tuple[int, ...]) -> tuple[str, weights.Transform]:
-        return _their_name("/".join(path), modules), lambda array: _turn(array, shape)
-
     variables = weights.assemble(
         template,
         state_dict,
-        source,
+        _source(module),
         ignored=lambda name: name.endswith(".num_batches_tracked"),
         what="these arguments of VOLO",
     )
@@ -99,6 +94,35 @@ def load(name_or_cfg: str, state_dict: Mapping[str, Any], **kwargs: Any) -> tupl
         size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
         variables = adapt.resize(module, variables, size, channels=channels)
     return module, variables
+
+
+def state_dict(module: VOLO, variables: Variables) -> dict[str, np.ndarray]:
+    """Returns timm's state dict of our variables, the inverse of `load`."""
+    return weights.with_batch_counts(weights.disassemble(variables, _source(module), _their_shape))
+
+
+def name_of(module: VOLO) -> str | None:
+    """Returns timm's name of our module, without a resolution; None if timm has none."""
+    free = {
+        field: getattr(module, field)
+        for field in ("classes", "aux_head", "mix_token", "drop_path", "dtype")
+    }
+    return next((name for name in names() if VOLO(**volo.VARIANTS[name], **free) == module), None)
+
+
+def names() -> list[str]:
+    """Returns timm's names of VOLOs, without their resolutions."""
+    return [*volo.VARIANTS]
+
+
+def _source(
+    module: VOLO,
+) -> Callable[[weights.Path, tuple[int, ...]], tuple[str, weights.Transform]]:
+    modules = _modules(module)
+    return lambda path, shape: (
+        _their_name("/".join(path), modules),
+        lambda array: _turn(array, shape),
+    )
 
 
 def build(kwargs: Mapping[str, Any]) -> VOLO:
@@ -216,6 +240,18 @@ def _their_name(path: str, modules: Mapping[str, str]) -> str:
         return f"{modules[inner]}.{LEAVES[leaf]}"
     block = "/".join(inner.split("/")[:2])
     return f"{modules[block]}.{PARTS[inner[len(block) + 1 :]]}.{LEAVES[leaf]}"
+
+
+def _their_shape(path: weights.Path, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape of their array for the leaf at `path`, which has `shape`."""
+    leaf = path[-1]
+    if leaf in ("position", "class_token"):
+        return (*(1,) * ((4 if leaf == "position" else 3) - len(shape)), *shape)
+    if leaf != "kernel":
+        return (math.prod(shape),)
+    if path[1] == "stem" or path[1].startswith("downsample"):
+        return shape[-1], shape[-2], *shape[:-2]
+    return math.prod(shape[1:]), shape[0]
 
 
 def _turn(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
