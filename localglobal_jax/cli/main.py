@@ -50,7 +50,7 @@ COMMANDS: tuple[Command, ...] = (
     models,
 )
 # Loggers of which only warnings are shown.
-NOISY = ("absl", "fsspec", "gcsfs", "jax", "matplotlib", "orbax")
+NOISY = ("absl", "fsspec", "gcsfs", "httpx", "httpx2", "jax", "matplotlib", "orbax")
 
 # metavars of the help that stand for files and for directories
 FILES = (

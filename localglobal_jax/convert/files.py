@@ -56,7 +56,7 @@ def convert_file(
     Args:
       source: one of `SOURCES`.
       weights: a local ``.safetensors`` file (of fairseq also ``.pt``), or a hub name such as
-        ``timm/coatnet_0_rw_224.sw_in1k`` (where there is internet; needs huggingface_hub).
+        ``timm/coatnet_0_rw_224.sw_in1k`` (where there is internet; needs the extra hub).
       name: timm's name of the model; None: that of the file or hub name.
       arguments: those of the original model that differ from its defaults and are not in the
         file.
@@ -309,7 +309,8 @@ def find_weights(weights: str) -> pathlib.Path:
         from huggingface_hub import hf_hub_download  # noqa: PLC0415, an optional package
     except ImportError:
         raise ValueError(
-            f"{weights} is not a file; to fetch it as a hub name, pip install huggingface_hub"
+            f"{weights} is not a file; to fetch it as a hub name, "
+            "pip install 'localglobal_jax[hub]'"
         ) from None
     # of any revision, only arrays are read: .safetensors holds no code
     return pathlib.Path(hf_hub_download(weights, "model.safetensors"))  # nosec B615

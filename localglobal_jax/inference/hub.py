@@ -131,26 +131,18 @@ def local(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
         return client.snapshot_download(  # nosec B615
             repository, revision=revision, allow_patterns=[*DOWNLOADED]
         )
-    except errors.HFValidationError as error:
-        raise ValueError(f"{given}: {_line(error)}") from None
-    except errors.RepositoryNotFoundError:
-        raise ValueError(
-            f"{given}: the hub has no such model, or it is private: check the name, or set "
-            "HF_TOKEN to a token that may read it"
-        ) from None
     except errors.RevisionNotFoundError:
         raise ValueError(f"{given}: {repository} has no revision {revision}") from None
-    except errors.HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", None)
-        if status in (401, 403):
+    except errors.HFValidationError as error:
+        raise ValueError(f"{given}: {_line(error)}") from None
+    except Exception as error:  # of its HTTP library, of the network, of the disk
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403, 404):  # the hub answers 401 also for what is not there
             raise ValueError(
-                f"{given}: the hub answers {status}: set HF_TOKEN to a token that may read it"
+                f"{given}: the hub answers {status}: it has no such model, or the model is "
+                "private: check the name, or set HF_TOKEN to a token that may read it"
             ) from None
-        raise OSError(f"{given}: the hub answers {status}: try again later") from None
-    except errors.LocalEntryNotFoundError as error:
-        raise OSError(
-            f"{given} is not in the cache, and the hub cannot be reached ({_line(error)})"
-        ) from None
+        raise OSError(f"{given} cannot be downloaded: {_line(error)}") from error
 
 
 def _line(error: Exception) -> str:
