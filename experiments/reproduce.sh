@@ -1,12 +1,18 @@
 #!/usr/bin/env bash
-# All nine studies at laptop size: trains, measures, draws; goes on where it was stopped. What the
+# The studies at laptop size: trains, measures, draws; goes on where it was stopped. What the
 # committed CSV files have already is not measured again: empty them for figures of your own.
 #
-#     experiments/reproduce.sh laptop [RUNS] [SLOTS]
+#     experiments/reproduce.sh laptop|length|protocol [RUNS] [SLOTS]
 #
+# laptop: the nine studies; length: length_or_difficulty; protocol: the tuning of muse_results.
 # RUNS: a folder for the runs (default: runs, in the repository); SLOTS: runs at a time (default 2).
 set -euo pipefail
-[ "${1:-}" = laptop ] || { sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 2; }
+what=${1:-}
+case $what in laptop | length | protocol) ;; *)
+  sed -n '2,8s/^# \{0,1\}//p' "$0"
+  exit 2
+  ;;
+esac
 slots=${3:-2}
 repository=$(cd "$(dirname "$0")/.." && pwd)
 runs=$(realpath -m "${2:-$repository/runs}")
@@ -21,6 +27,24 @@ sweep() {
   localglobal sweep --config "$config" --workdir "$folder" --collect "$csv" "$@"
 }
 measure() { python -m "experiments.$1" "${@:2}"; }
+
+if [ "$what" = length ]; then
+  prepare configs/muse_lohelp.py
+  measure length_or_difficulty.prepare "$runs/length/data"
+  config=experiments/length_or_difficulty/sweep.py:files=$runs/length/data
+  localglobal sweep --config "$config" --workdir "$runs/length/one" --slots "$slots"
+  measure length_or_difficulty.measure "$runs/length/one"
+  measure length_or_difficulty.make
+  exit
+fi
+if [ "$what" = protocol ]; then # each stage reads the CSV file of the one before
+  prepare configs/muse_lohelp.py
+  for stage in grid warmup final; do
+    sweep muse_results sweep.py "results_$stage" "$stage.csv" --sweep "$stage"
+  done
+  measure muse_results.make
+  exit
+fi
 
 prepare configs/coatnet_fashion_mnist.py
 prepare configs/coatnet_digits.py
@@ -47,7 +71,7 @@ localglobal sweep --config experiments/beyond/sweep_text.py --workdir "$runs/bey
 measure beyond.measure_text "$runs/beyond_text"
 
 # lohelp trains by its own run.sh (six runs of 45 minutes); here only its page is drawn
-for study in lohelp operator_properties attention_dispersion bleu_by_length muse_results muse_kernels \
+for study in lohelp length_or_difficulty operator_properties attention_dispersion bleu_by_length muse_results muse_kernels \
   coatnet_layouts coatnet_transfer vision_comparison beyond; do
   measure "$study.make"
 done

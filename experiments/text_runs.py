@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import localglobal_jax as lg
-from localglobal_jax.data.text import pipeline
+from localglobal_jax.data.text import pairs, pipeline
 from localglobal_jax.data.text.bucketing import Budget
 from localglobal_jax.inference import load
 from localglobal_jax.inference.translator import Translator
@@ -105,3 +105,32 @@ def token_losses(
     for batch in pipeline.eval_batches(source, budget=Budget(tokens, 8)):
         given = {k: jnp.asarray(v) for k, v in batch.items()}
         yield batch, np.asarray(_token_losses(module, variables, given))
+
+
+def sentence_losses(
+    trained: Trained,
+    groups: Sequence[Sequence[tuple[str, str]]],
+    edges: tuple[int, ...] = (16, 24, 48, 96),
+) -> list[np.ndarray]:
+    """Returns the losses by sentence where the pairs of a group are one input (teacher forcing).
+
+    Returns:
+      For each group [sentences, (sum, first token, tokens)]. The end of the sequence, which only
+      the last sentence of a group has, is left out.
+    """
+    target = trained.translator.tokenizers.target
+    texts = [[" ".join(side) for side in zip(*group, strict=True)] for group in groups]
+    sizes = [[len(ids) for ids in target.encode([t for _, t in group])] for group in groups]
+    sources, targets = zip(*texts, strict=True)
+    joined = pairs.Pairs(list(sources), list(targets), {})
+    data = pipeline.TextSource(trained.translator.tokenizers, joined, edges=edges)
+    found = [np.zeros((len(group), 3)) for group in groups]
+    for batch, loss in token_losses(trained, data):
+        for row, number in enumerate(batch["index"]):
+            if batch["mask"][row].any():
+                own = sizes[number]
+                if sum(own) + 1 != batch["mask"][row].sum():
+                    raise RuntimeError("sentences put together have other tokens than alone")
+                for i, part in enumerate(np.split(loss[row, : sum(own)], np.cumsum(own)[:-1])):
+                    found[number][i] = part.sum(), part[0], len(part)
+    return found

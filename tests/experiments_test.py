@@ -2,6 +2,7 @@
 """Committed tables equal those that make.py draws from results.csv; every sweep is valid."""
 
 import importlib
+import os
 import pathlib
 import re
 import subprocess
@@ -76,6 +77,42 @@ def test_every_page_and_the_list_show_the_state_under_the_protocol():
         assert "\n".join(protocol.state_lines(FOLDER / name)) in page, name
         if protocol.state(FOLDER / name) == protocol.ONE_SETTING:
             assert "one setting" in page.lower() and "**Counter-evidence.**" in page, name
+
+
+@pytest.mark.parametrize("name", ["grid.csv", "warmup.csv", "final.csv", "length"])
+def test_numbers_under_the_protocol_carry_their_commit(name):
+    files = FOLDER.glob(f"*/{name}")
+    if name == "length":
+        files = FOLDER.glob("length_or_difficulty/results.csv")
+    for file in files:
+        for row in protocol.read(file):
+            if row.get("state", "done") == "done":
+                assert re.fullmatch("[0-9a-f]{40}", row["commit"]), (file, row["name"])
+
+
+STAND_IN = """#!/usr/bin/env bash
+echo "$(basename "$0") $*" >> "$LOG"
+[ "$(wc -l < "$LOG")" != "$STOP" ] || exit 42
+"""
+
+
+@pytest.mark.parametrize("what", ["laptop", "length", "protocol"])
+def test_one_script_stops_with_a_stopped_command_and_goes_on(what, tmp_path):
+    for name in ("localglobal", "python"):
+        (tmp_path / name).write_text(STAND_IN)
+        (tmp_path / name).chmod(0o755)
+    log = tmp_path / "log"
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(log)}
+    command = ["bash", str(FOLDER / "reproduce.sh"), what, str(tmp_path / "runs")]
+    assert subprocess.run(command, env={**env, "STOP": "3"}, check=False).returncode == 42
+    stopped = log.read_text().splitlines()
+    assert len(stopped) == 3
+    log.unlink()
+    assert subprocess.run(command, env={**env, "STOP": "none"}, check=False).returncode == 0
+    whole = log.read_text().splitlines()
+    assert whole[:3] == stopped  # the same commands, which go on where they stopped
+    assert len(whole) >= 5
+    assert whole[-1].startswith("python -m experiments.") and whole[-1].endswith(".make")
 
 
 def test_cells_have_the_interval_if_there_is_one():

@@ -21,7 +21,12 @@ FOLDER = pathlib.Path(study.__file__).parent
 
 @pytest.mark.parametrize(
     ("name", "apart"),
-    [("muse_results/sweep", 1e-3), ("muse_kernels/sweep", 0.021), ("beyond/sweep_text", 1e-3)],
+    [
+        ("muse_results/sweep", 1e-3),
+        ("muse_kernels/sweep", 0.021),
+        ("beyond/sweep_text", 1e-3),
+        ("length_or_difficulty/sweep", 1e-3),
+    ],
 )
 def test_models_of_translation_are_of_equal_size(name, apart, tmp_path):
     sizes = set()

@@ -20,7 +20,7 @@ from functools import partial
 import numpy as np
 
 from experiments import text_runs
-from localglobal_jax.data.text import pairs, pipeline
+from localglobal_jax.data.text import pairs
 from localglobal_jax.inference import bleu
 
 HERE = pathlib.Path(__file__).parent
@@ -106,28 +106,9 @@ def grouped(sentences, k):
 
 
 def forced(trained, sentences, k):
-    """Returns the loss by sentence if k are one input: [sentences, (sum, first token, tokens)].
-
-    Leaves out the end of the sequence, which only the last of a group has.
-    """
-    target = trained.translator.tokenizers.target
-    sizes = [len(ids) for ids in target.encode([t for _, t in sentences])]
-    sources, targets = zip(*grouped(sentences, k), strict=True)
-    data = pipeline.TextSource(
-        trained.translator.tokenizers,
-        pairs.Pairs(list(sources), list(targets), {}),
-        edges=(16, 24, 48, 96),
-    )
-    found = np.zeros((len(sentences), 3))
-    for batch, loss in text_runs.token_losses(trained, data):
-        for row, group in enumerate(batch["index"]):
-            if batch["mask"][row].any():
-                own = sizes[group * k : group * k + k]
-                if sum(own) + 1 != batch["mask"][row].sum():
-                    raise RuntimeError("sentences put together have other tokens than alone")
-                for i, part in enumerate(np.split(loss[row, : sum(own)], np.cumsum(own)[:-1])):
-                    found[group * k + i] = part.sum(), part[0], len(part)
-    return found
+    """Returns the loss by sentence if k are one input: [sentences, (sum, first token, tokens)]."""
+    groups = [sentences[i : i + k] for i in range(0, len(sentences), k)]
+    return np.concatenate(text_runs.sentence_losses(trained, groups))
 
 
 def joined(trained):

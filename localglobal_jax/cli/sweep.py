@@ -226,7 +226,7 @@ def _look(args: argparse.Namespace, sweep: expand.Sweep, runs: Sequence[expand.D
     fields = status.override_fields(sweep.runs)
 
     def read(run: expand.Description) -> dict[str, Any]:
-        return status.read(run, fields=fields, whole=args.summary)
+        return status.read(run, fields=fields, whole=bool(args.summary or args.collect))
 
     with ThreadPoolExecutor(16) as pool:  # in a bucket, reading is waiting
         rows = list(pool.map(read, runs))

@@ -40,7 +40,7 @@ def read(
     Args:
       now: seconds since 1970; None for the clock's.
       fields: fields of the config whose values in force are returned as ``settings``.
-      whole: whether to look up devices and bytes on disk too, which takes more requests.
+      whole: whether to look up devices, commit and bytes on disk too, which takes more requests.
     """
     mirror = gcs.LocalMirror(run.workdir)
     directory = mirror.local
@@ -49,6 +49,7 @@ def read(
     for line in lines:
         metrics[line["split"]] = {k: v for k, v in line.items() if k != "split"}
     saved = latest_step(run.workdir)
+    machine = _environment(mirror, saved) if whole else {}
     logs = _logs(run, directory)
     events = pool.events(logs / pool.ATTEMPTS)
     last = events[-1] if events else {}
@@ -84,7 +85,8 @@ def read(
         "metrics": metrics,
         "extremes": _extremes(lines),
         "seconds": _seconds(events, lines, run.run.batch_size),
-        "devices": _devices(mirror, saved) if whole else None,
+        "devices": str(machine.get("devices", "")) if whole else None,
+        "commit": machine.get("commit", ""),
         "disk": sum(objects.sizes(workdir.absolute(run.workdir)).values()) if whole else None,
         "workdir": run.workdir,
     }
@@ -170,15 +172,24 @@ def _plain(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else 0.0
 
 
-def _devices(mirror: gcs.LocalMirror, saved: int | None) -> str:
-    """Returns the devices of the newest checkpoint, "1 x cpu (cpu), 1 host"; "" if unknown."""
+def environment(directory: str) -> dict[str, str]:
+    """Returns the environment that the newest checkpoint of a workdir records; {} if unknown."""
+    return _environment(gcs.LocalMirror(directory), latest_step(directory))
+
+
+def _environment(mirror: gcs.LocalMirror, saved: int | None) -> dict[str, str]:
+    """Returns the environment that the newest checkpoint records; {} if unknown.
+
+    ``devices``: "1 x cpu (cpu), 1 host". ``commit``: of the code, if it ran in a git checkout;
+    "-dirty" follows if files differed from it.
+    """
     if saved is None:
-        return ""
+        return {}
     try:
         document = reader.document_of(mirror.checkpoints, saved)
     except (OSError, ValueError, KeyError):  # damaged: reading the checkpoint reports it
-        return ""
-    return str(document.get("metadata", {}).get("environment", {}).get("devices", ""))
+        return {}
+    return dict(document.get("metadata", {}).get("environment", {}))
 
 
 def _changed(run: Description, file: pathlib.Path) -> str:
@@ -282,11 +293,12 @@ def _last(metrics: Mapping[str, Mapping[str, Any]]) -> str:
 def records(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Returns one record per run: name, state, steps, settings, last metrics as ``split/metric``.
 
+    Commit, tags and note are columns if any run has them.
     The settings are the values in force of every field that any run overrides. Once all runs are
     done, the records do not depend on the time of reading.
     """
-    about = {"tags": "tags", "note": "note_of_run"}
-    about = {column: key for column, key in about.items() if any(row[key] for row in rows)}
+    about = {"commit": "commit", "tags": "tags", "note": "note_of_run"}
+    about = {column: key for column, key in about.items() if any(row.get(key) for row in rows)}
     return [
         {
             **{key: row[key] for key in ("name", "state", "step", "steps")},

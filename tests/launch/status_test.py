@@ -95,6 +95,23 @@ def test_status_and_collect(tmp_path, capsys):
     assert found[0]["metrics"]["test"]["accuracy"] == 0.25
 
 
+def test_collect_has_the_commit_of_each_run(tmp_path):
+    runs = expand.expand(f"{LAYOUTS}:size=tiny", str(tmp_path)).runs
+    command = ["sweep", f"--config={LAYOUTS}:size=tiny", f"--workdir={tmp_path}"]
+    command += ["--collect", str(tmp_path / "results.csv")]
+    for run in runs[:2]:
+        make(run, saved=[20], lines=[{**LINE, "step": 20}])
+    assert main(command) == 0  # neither run is of a git checkout
+    assert "commit" not in (tmp_path / "results.csv").read_text().splitlines()[0].split(",")
+    about = {"metadata": {"environment": {"commit": "0123abc-dirty"}}}
+    folder = tmp_path / runs[1].name / "checkpoints" / "20" / "metadata"
+    folder.mkdir(exist_ok=True)
+    (folder / "metadata").write_text(json.dumps(about))
+    assert main(command) == 0
+    rows = list(csv.DictReader((tmp_path / "results.csv").read_text().splitlines()))
+    assert [row["commit"] for row in rows[:3]] == ["", "0123abc-dirty", ""]
+
+
 def test_descriptions_do_not_change():
     run = expand.expand(LAYOUTS, "gs://b/runs").runs[0]
     with pytest.raises(dataclasses.FrozenInstanceError):
