@@ -58,7 +58,7 @@ def text(rng, words):
     return " ".join(source) + ".", " ".join(reversed(source)).upper() + "."
 
 
-@pytest.mark.slow  # 40 s on a busy core: python -m pytest -m slow tests/experiments_length_test.py
+@pytest.mark.slow  # minutes on a busy core
 def test_the_whole_path_at_a_tiny_size_and_again(tmp_path):
     rng = np.random.default_rng(0)
     own = tmp_path / "own"
@@ -94,7 +94,8 @@ def test_the_whole_path_at_a_tiny_size_and_again(tmp_path):
         assert all(float(row[column]) > 0 for column in ("natural", "joined", "alone", "short"))
     tables = make.tables(study.read(out))
     assert "no answer (1 seeds)" in "".join(tables["verdict"])
-    assert make.draw(study.read(out)).axes
+    (axes,) = make.draw(study.read(out)).axes
+    assert len(axes.patches) == 2
     assert main(command) == 0  # goes on: nothing is left to do
     measure.main(runs, out)
     assert out.read_bytes() == first

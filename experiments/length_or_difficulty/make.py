@@ -90,7 +90,8 @@ def draw(rows):
         ):
             if found:
                 mean, half = study.point(list(found.values()))
-                options = {"color": color, "label": label if place == 0 else None}
+                known = axes.get_legend_handles_labels()[1]
+                options = {"color": color, "label": None if label in known else label}
                 axes.bar(place + offset, mean, 0.4, yerr=half, capsize=2, **options)
     axes.set_xticks(range(len(MODELS)), [name.replace(", ", "\n") for name in MODELS], fontsize=7)
     axes.set_ylabel("loss, nats a token")
