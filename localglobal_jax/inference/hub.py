@@ -39,7 +39,8 @@ def write(
     """Writes the two files into `folder`; the arrays keep their bits."""
     flat, _ = reader.flatten(variables)
     arrays = {path: np.ascontiguousarray(leaf) for path, leaf in flat.items()}
-    safetensors.numpy.save_file(arrays, folder / WEIGHTS, {"format": "flax", "step": str(step)})
+    # one entry: safetensors writes several in any order, and equal models would differ in bytes
+    safetensors.numpy.save_file(arrays, folder / WEIGHTS, {"format": "flax"})
     kept = {key: metadata[key] for key in METADATA if metadata.get(key)}
     described = {"library_name": LIBRARY, "version": VERSION, "step": step, **kept}
     write_json(folder / CONFIG, described)

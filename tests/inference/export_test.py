@@ -20,7 +20,7 @@ import safetensors.numpy
 import sklearn.datasets
 
 import localglobal_jax as lg
-from localglobal_jax.checkpoints import manager, reader
+from localglobal_jax.checkpoints import manager, objects, reader, workdir
 from localglobal_jax.cli.main import main
 from localglobal_jax.config import schema
 from localglobal_jax.data.images import device_ops
@@ -123,6 +123,22 @@ def test_an_export_is_exported_again_and_is_a_start(workdirs, exported, tmp_path
     module, variables = lg.load(exported / "coatnet")
     image = (jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32),)
     same(variables, load.pretrained(str(exported / "coatnet"), module, image))
+
+
+def test_a_workdir_in_a_bucket_gives_the_same_files(bucket, workdirs, exported, tmp_path):
+    files = [path for path in (workdirs / "muse").rglob("*") if path.is_file()]
+    names = [path.relative_to(workdirs / "muse").as_posix() for path in files]
+    objects.upload(workdir.absolute(bucket), workdirs / "muse", names)
+    export.export(bucket, tmp_path / "out")
+    found, expected = (
+        {
+            path.relative_to(folder).as_posix(): path.read_bytes()
+            for path in folder.rglob("*")
+            if path.is_file()
+        }
+        for folder in (tmp_path / "out", exported / "muse")
+    )
+    assert found == expected and hub.WEIGHTS in found
 
 
 def test_dtypes_and_shapes_survive(tmp_path):
