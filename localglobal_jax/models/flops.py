@@ -12,10 +12,15 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from localglobal_jax.blocks import BLOCKS, SEQUENCE_BLOCKS
+from localglobal_jax.blocks.stack import MAY_DIFFER
 from localglobal_jax.parallel import context
+
+_KINDS = {*BLOCKS.values(), *SEQUENCE_BLOCKS.values()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,16 +35,79 @@ class ModelCost:
 def model_cost(module: nn.Module, *inputs: Any) -> ModelCost:
     """Traces ``module.init`` on `inputs` (arrays or `jax.ShapeDtypeStruct`s).
 
-    The multiply-adds are those of the whole batch in `inputs`: give a batch of one.
+    The multiply-adds are those of the whole batch in `inputs`: give a batch of one. Equal blocks
+    are traced once.
     """
+    blocks = _Blocks()
 
     def init(*args: Any) -> Any:
-        return module.init(jax.random.key(0), *args, train=False)
+        with nn.intercept_methods(blocks):
+            return module.init(jax.random.key(0), *args, train=False)
 
     with context.implementation("reference"):
         jaxpr, shapes = jax.make_jaxpr(init, return_shape=True)(*inputs)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
-    return ModelCost(parameters, _count(jaxpr.jaxpr), shapes)
+    return ModelCost(parameters, _count(jaxpr.jaxpr) + blocks.multiply_adds, shapes)
+
+
+class _Blocks:
+    """Interceptor of `flax.linen` that gives blocks zeros for variables and outputs.
+
+    The first of equal blocks is traced by itself, for its shapes and its multiply-adds.
+    """
+
+    def __init__(self) -> None:
+        self.multiply_adds = 0
+        self._traced: dict[Any, tuple[int, Any]] = {}
+        self._is_tracing = False
+        self._zeros: dict[Any, Any] = {}  # by shape and dtype
+
+    def __call__(self, call: Any, args: Any, kwargs: Any, about: nn.module.InterceptorContext):
+        block = about.module
+        if self._is_tracing or about.method_name != "__call__" or type(block) not in _KINDS:
+            return call(*args, **kwargs)
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        shapes = [jax.typeof(leaf) if isinstance(leaf, jax.Array) else leaf for leaf in leaves]
+        names = {field.name for field in dataclasses.fields(block)} - {*MAY_DIFFER}
+        fields = {name: getattr(block, name) for name in sorted(names)}
+        key = type(block), repr(fields), str(shapes), tree
+        if key not in self._traced:
+            self._traced[key] = self._trace(block.clone(parent=None, name=None), shapes, tree)
+        multiply_adds, (outputs, variables) = self._traced[key]
+        self.multiply_adds += multiply_adds
+        for collection, leaves in variables.items():
+            self._put(block.scope, collection, leaves)
+        return jax.tree.map(self._zeros_like, outputs)
+
+    def _trace(self, block: nn.Module, leaves: list[Any], tree: Any) -> tuple[int, Any]:
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.core.AbstractValue)]
+
+        def init(*arrays: Any) -> Any:
+            given = dict(zip(places, arrays, strict=True))
+            args, kwargs = tree.unflatten([given.get(i, leaf) for i, leaf in enumerate(leaves)])
+            return block.init_with_output(jax.random.key(0), *args, **kwargs)
+
+        self._is_tracing = True
+        try:
+            structs = [jax.ShapeDtypeStruct(leaves[i].shape, leaves[i].dtype) for i in places]
+            jaxpr, shapes = jax.make_jaxpr(init, return_shape=True)(*structs)
+        finally:
+            self._is_tracing = False
+        return _count(jaxpr.jaxpr), shapes
+
+    def _put(self, scope: Any, collection: str, tree: Any) -> None:
+        """Writes zeros of the shapes of `tree` into a scope and its children."""
+        for name, leaf in tree.items():
+            if isinstance(leaf, jax.ShapeDtypeStruct):
+                scope.put_variable(collection, name, self._zeros_like(leaf))
+            else:
+                self._put(scope.push(name, reuse=True), collection, leaf)
+
+    def _zeros_like(self, leaf: Any) -> Any:
+        key = leaf.shape, leaf.dtype
+        if key not in self._zeros:
+            self._zeros[key] = jnp.zeros(*key)
+        return self._zeros[key]
 
 
 def multiply_adds(function: Callable[..., Any], *args: Any) -> int:
