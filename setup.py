@@ -80,7 +80,7 @@ EXTRAS = {
     "hub": ["huggingface_hub>=0.34,<3"],  # models by their names, hf://OWNER/NAME
     "wandb": ["wandb>=0.18"],
     "search": ["optuna>=4,<6"],  # draws the runs of `localglobal sweep --sampler`
-    "docs": ["pdoc>=15,<17"],  # the API pages, docs/build.py
+    "docs": ["pdoc>=15,<17"],  # the API pages, experiments/api_pages/build.py
     "ja": ["sacrebleu[ja]>=2.4"],  # BLEU of Japanese: MeCab and a dictionary
     "ko": ["sacrebleu[ko]>=2.4"],
 }

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the API pages: ``python docs/build.py OUT``; needs the extra [docs], and no network.
+"""Writes the API pages: ``python experiments/api_pages/build.py OUT``.
 
-A page for every public package, for its submodules in ``__all__`` and for the classes that
+Needs the extra [docs], and no network. A page for every public package, for its submodules in ``__all__`` and for the classes that
 ``lg.load_classifier`` and ``lg.load_translator`` return.
 """
 

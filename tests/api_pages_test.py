@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The API pages: every public name has an entry, links lead somewhere, nothing is fetched.
 
-Slow: `pip install -e '.[docs]' && python -m pytest -m slow tests/docs_test.py`.
+Slow: `pip install -e '.[docs]' && python -m pytest -m slow tests/api_pages_test.py`.
 """
 
 import html.parser
@@ -21,8 +21,8 @@ import runpy, socket, sys
 def refuse(*args):
     raise AssertionError(f"a connection to {args[1:]}")
 socket.socket.connect = socket.socket.connect_ex = refuse
-sys.argv = ["docs/build.py", sys.argv[1]]
-runpy.run_path("docs/build.py", run_name="__main__")
+sys.argv = ["experiments/api_pages/build.py", sys.argv[1]]
+runpy.run_path("experiments/api_pages/build.py", run_name="__main__")
 """
 
 
