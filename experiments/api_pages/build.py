@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the API pages: ``python experiments/api_pages/build.py OUT``.
 
-Needs the extra [docs], and no network. A page for every public package, for its submodules in ``__all__`` and for the classes that
-``lg.load_classifier`` and ``lg.load_translator`` return.
+Needs the extra [docs], and no network. There is a page for every public package, for its
+submodules in ``__all__`` and for the classes that ``lg.load_classifier`` and ``lg.load_translator``
+return.
 """
 
 import importlib
