@@ -13,6 +13,7 @@ import pytest
 FOLDER = pathlib.Path(__file__).parents[1] / "experiments" / "notebooks"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", sorted(FOLDER.glob("*.ipynb")), ids=lambda file: file.stem)
 def test_it_runs(file, tmp_path):
     cells = json.loads(file.read_text())["cells"]

@@ -64,6 +64,7 @@ def folders(folder):
     return sorted((folder / "runs").glob("c-*00?-*"))
 
 
+@pytest.mark.slow  # with children that do not train: pool_test.py
 def test_a_killed_child_is_started_again(tmp_path, capsys):
     command, sweep = start(tmp_path, "--slots=2", "--retries=1", "--config.steps=2")
     wait_for(sweep, lambda: len(folders(tmp_path)) == 2 and events(folders(tmp_path)[1]))

@@ -208,6 +208,7 @@ def test_tpu_vm(desk, options):
     assert not (desk.place / "state").exists()
 
 
+@pytest.mark.slow
 def test_xpk(desk, options):
     words, workdir, store = options("xpk")
     assert desk.sweep(*words, workdir=workdir, **store).wait(300) == 0, desk.log.read_text()
@@ -220,6 +221,7 @@ def test_xpk(desk, options):
     assert "resumed at step" in desk.said(logs) and 300 in saved(workdir)
 
 
+@pytest.mark.slow
 def test_slurm(desk, options):
     words, workdir, _ = options("slurm")
     sweep = desk.sweep(*words, "--env=NOTE=it's", workdir=workdir)

@@ -22,7 +22,8 @@ from localglobal_jax.parallel import multihost, rendezvous
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "coatnet_digits.py"
 COMMAND = [
     *(sys.executable, "-m", "localglobal_jax", "train", f"--config={CONFIG}:size=tiny"),
-    "--config.data.mock=true",
+    *("--config.data.mock=true", "--config.model.layout=C", "--config.model.depths=(1,)"),
+    *("--config.model.widths=(16,)", "--config.model.strides=(1,)"),  # every process compiles
     *("--config.steps=5000", "--config.log.every=1", "--config.log.tensorboard=false"),
     *("--config.eval.every=0", "--config.checkpoint.every=0", "--config.checkpoint.best=None"),
 ]
@@ -109,6 +110,7 @@ def test_two_hosts_train_as_one_stop_together_and_go_on_as_another_number(tmp_pa
     )
 
 
+@pytest.mark.slow  # with hosts that do not train: watch_test.py
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_host_that_is_killed_ends_the_others_with_its_name(killed, tmp_path):
     """Also host 0, whose loss makes jax abort the others at once."""
