@@ -109,7 +109,7 @@ async def _pause(error: Exception, name: str, attempt: int, deadline: float) -> 
     if not _may_pass(error, failed) or now + wait > deadline:
         raise failed from error
     if attempt >= 2:
-        store.tell(name, str(failed).removeprefix(f"{name}: ").split(". ")[0], deadline - now)
+        store.tell(name, failed.reason, deadline - now)
     await asyncio.sleep(wait)
 
 
@@ -136,7 +136,9 @@ def _failure(error: Exception, name: str) -> store.StoreFailed | None:
     if isinstance(error, TimeoutError):
         return store.failure(name, 0, f"no answer for {store.STALL} s")
     if isinstance(error, aiohttp.ClientError) or retry.is_retriable(error):
-        return store.failure(name, 0, str(error).partition(":")[0] or type(error).__name__)
+        # without the settings and the repr of the cause, which aiohttp adds
+        text = re.split(r" ssl:\w+ \[|: *<", str(error))[0]
+        return store.failure(name, 0, text or type(error).__name__)
     return None
 
 

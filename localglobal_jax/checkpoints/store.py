@@ -16,6 +16,7 @@ import re
 import tempfile
 import threading
 import time
+import urllib.parse
 from collections.abc import Iterator
 from typing import Any
 
@@ -68,11 +69,13 @@ class StoreFailed(OSError):
 
     Attributes:
       status: the HTTP status; 0 where none arrived.
+      reason: the fault alone, with its status, without the object and the remedy.
+      remedy: a sentence, without its full stop; empty where the text has it.
     """
 
-    def __init__(self, text: str, status: int = 0):
+    def __init__(self, text: str, status: int = 0, reason: str = "", remedy: str = ""):
         super().__init__(text)
-        self.status = status
+        self.status, self.reason, self.remedy = status, reason or text, remedy
 
     @property
     def is_final(self) -> bool:
@@ -97,7 +100,22 @@ def prepare() -> None:
 
 @functools.cache
 def _check_servers(servers: tuple[str, ...]) -> None:
-    """Logs, once, that the clients are sent to different servers."""
+    """Logs, once, that the clients are sent to different servers.
+
+    Raises ValueError for a server that is not a URL with a host and a possible port.
+    """
+    for server in servers:
+        at, _, variable = server.partition(" (")
+        try:
+            url = urllib.parse.urlsplit(at if variable else f"https://{at}")
+            is_possible = url.scheme in ("http", "https") and url.hostname and url.port != 0
+        except ValueError:  # a port above 65535, or not a number
+            is_possible = False
+        if not is_possible or re.search(r"\s", at):
+            raise ValueError(
+                f"{variable.rstrip(')')}={os.environ.get(variable.rstrip(')'))!r} is not the URL "
+                "of a server: give http://HOST:PORT with a port from 1 to 65535, or unset it"
+            )
     if len({server.partition(" ")[0] for server in servers}) > 1:
         each = ", ".join(f"{client}: {at}" for client, at in zip(SERVERS, servers, strict=True))
         log.warning(
@@ -170,20 +188,19 @@ def check_path(path: str | os.PathLike[str]) -> None:
 def failure(name: str, status: int, reason: str) -> StoreFailed:
     """Returns the error of a request for `name` (``gs://bucket/object``)."""
     bucket = "/".join(name.split("/")[:3])
-    reason = " ".join(reason.split()).rstrip(".")[:200]
-    said = f"{name}: {f'{status} ' if status else ''}{reason}. "
+    reason = f"{f'{status} ' if status else ''}{' '.join(reason.split()).rstrip('.')[:200]}"
     if status == 401:
-        said += (
+        remedy = (
             "The credentials are missing or have expired: log in again (gcloud auth "
             "application-default login) or renew the key that GOOGLE_APPLICATION_CREDENTIALS names"
         )
     elif status == 403:
-        said += f"Grant the account roles/storage.objectUser on {bucket}, or give another bucket"
+        remedy = f"Grant the account roles/storage.objectUser on {bucket}, or give another bucket"
     elif status == 404:
-        said += f"Create the bucket {bucket}, or correct its name"
+        remedy = f"Create the bucket {bucket}, or correct its name"
     else:
-        said += "The store was asked again until the time was up: run the same command again later"
-    return StoreFailed(said, status)
+        remedy = "The store was asked again until the time was up: run the same command again later"
+    return StoreFailed(f"{name}: {reason}. {remedy}", status, reason, remedy)
 
 
 def of_tensorstore(error: BaseException, name: str | os.PathLike[str]) -> StoreFailed | None:

@@ -282,6 +282,28 @@ def test_a_wrong_place_is_exit_2(tmp_path, monkeypatch, capsys, data_dir, path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("variable", [names[0] for names in store.SERVERS.values()])
+@pytest.mark.parametrize("server", ["http://127.0.0.1:99999", "[::1", "ftp://host", "http://:1"])
+def test_an_impossible_server_is_exit_2(monkeypatch, capsys, variable, server):
+    monkeypatch.setenv(variable, server)
+    for command in (["inspect", "gs://bucket/x"], [*TRAIN, "--workdir=gs://bucket/x"]):
+        assert main(command) == 2
+        (said,) = capsys.readouterr().err.strip().splitlines()
+        assert f"{variable}={server!r}" in said
+
+
+def test_a_reason_with_a_url_is_whole(monkeypatch):
+    """Of both clients, where nothing listens at the port."""
+    nowhere = "http://127.0.0.1:9"
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", nowhere)
+    options = {"skip_instance_cache": True, "endpoint_url": nowhere, "token": "anon"}
+    with pytest.raises(store.StoreFailed, match=r"gs://bucket/x: .* 127\.0\.0\.1:9\. ") as error:
+        gcs_file_system.FileSystem(patience=0.1, **options).cat_file("gs://bucket/x")
+    assert "127.0.0.1:9" in error.value.reason and "gs://" not in error.value.reason
+    said = f"cannot reach {nowhere}/b/bucket: no route. Nothing was sent"
+    assert store.failure("gs://bucket/x", 503, said).reason == f"503 {said}"
+
+
 def test_without_permission_it_is_exit_2(faults, bucket, capsys, data_dir):
     faults.add("status", method="GET", status=403)
     assert main([*TRAIN, f"--workdir={bucket}", f"--config.data.dir={data_dir}"]) == 2

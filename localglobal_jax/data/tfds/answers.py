@@ -69,7 +69,7 @@ def first(
         if waited >= TELL:
             reason = f"no answer for {waited:.0f} s from {store.server_of(client)}"
             if failed:
-                reason = str(failed).removeprefix(f"{path}: ").split(". ")[0]
+                reason = failed.reason
             store.tell(path, reason, patience - waited)
         if waited > store.STALL * attempts:
             attempts += 1
@@ -82,7 +82,7 @@ def first(
     raise store.failure(path, 0, reason)
 
 
-def _failure(looking: Any) -> BaseException | None:
+def _failure(looking: Any) -> store.StoreFailed | ValueError | None:
     """Returns the error of the store that a look at an object found."""
     found = looking.exception() if looking and looking.done() else None
     return found if isinstance(found, store.StoreFailed | ValueError) else None
