@@ -87,31 +87,8 @@ def sweep(arg=None):
     yield from product({"seed": seeds}, list(models(size).values()))
 
 
-# ------------------------------------------------------------------------------------ the protocol
-
-METRIC = "validation/nll"  # of the choice: a BLEU of ten varies more between seeds
-CHOICE = {"data.eval_splits": ("validation",), "task.beam": 0}
+def models_of(arg):
+    return models(parse(arg).size)
 
 
-def sweep_grid(arg=None):
-    """Yields every model with both norm placements and every learning rate, one seed."""
-    arg = parse(arg)
-    optim = get_config(f"size={arg.size},data={arg.data}").optim
-    given = {"rate": optim.learning_rate, "warmup": optim.warmup_steps}
-    yield from protocol.grid(list(models(arg.size).values()), CHOICE, **given)
-
-
-def sweep_warmup(arg=None):
-    """Yields every model with the other warm-ups, at its best of grid.csv."""
-    yield from protocol.warmup(models(parse(arg).size), CHOICE, best("grid.csv"))
-
-
-def sweep_final(arg=None):
-    """Yields every model with every reported seed, at its best of grid.csv and warmup.csv."""
-    yield from protocol.final(models(parse(arg).size), best("grid.csv", "warmup.csv"))
-
-
-def best(*files):
-    """Returns the chosen cell of each model. Raises ValueError if runs are missing."""
-    rows = [row for file in files for row in protocol.read(HERE / file)]
-    return protocol.chosen(rows, models("laptop"), METRIC, smaller_is_better=True)
+sweep_grid, sweep_warmup, sweep_final = protocol.text_sweeps(HERE, get_config, models_of)
