@@ -139,11 +139,14 @@ class Checkpoints:
         best = options.best or ""
         self._best, self._sign = best.removeprefix("-"), -1 if best.startswith("-") else 1
         self._manager: ocp.CheckpointManager | None = None
+        self._listed: list[int] = []  # the complete steps, when they were last listed
         self._damaged: set[int] = set()  # found by `restore`, moved aside before the next save
 
     def steps(self) -> list[int]:
         """Returns the complete steps, oldest first, without a save that is still being written."""
-        return [step for step, complete in steps.scan(self.directory).items() if complete]
+        found = steps.scan(self.directory).items()
+        self._listed = [step for step, complete in found if complete]
+        return self._listed
 
     def best(self) -> int | None:
         """Returns the step with the best ``options.best``, the newest of equals; or None."""
@@ -270,13 +273,12 @@ class Checkpoints:
                         manager.close()  # else its threads could write into the next save
             if not isinstance(error, OSError | ValueError):  # tensorstore's errors are ValueErrors
                 raise
-            kept = "earlier steps"
             with contextlib.suppress(Exception), store.patience(0):  # the store may have failed
-                kept = f"the steps {self.steps()}"
-            reason = _reason(error, self.directory)
+                self.steps()
+            kept = f"; the steps {self._listed} are unchanged" if self._listed else ""
+            reason, remedy = _reason(error, self.directory)
             raise SaveFailed(
-                f"a checkpoint could not be written to {self.directory}: {reason}; {kept} "
-                "are unchanged. Remove the cause and run the same command again: it resumes there"
+                f"a checkpoint could not be written to {self.directory}: {reason}{kept}. {remedy}"
             ) from error
 
     def _open(self) -> ocp.CheckpointManager:
@@ -343,15 +345,19 @@ def _one_transaction() -> dict[str, ocp.PyTreeCheckpointHandler]:
     return {"state": ocp.PyTreeCheckpointHandler(handler_impl=unlimited)}
 
 
-def _reason(error: Exception, directory: epath.Path) -> str:
-    """Shortens an error to its cause; tensorstore's own text names ten files and a spec."""
+def _reason(error: Exception, directory: epath.Path) -> tuple[str, str]:
+    """Returns the cause of an error, and the remedy.
+
+    The cause is short; tensorstore's own text names ten files and a spec.
+    """
     failed = store.of_tensorstore(error, directory) or error
-    if isinstance(failed, store.StoreFailed):
-        return str(failed)
-    number = re.search(r"os_error_code='(\d+)'", str(error))
-    if number:
-        return os.strerror(int(number[1]))
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+    if isinstance(failed, store.StoreFailed) and failed.remedy:
+        return str(failed).removesuffix(f". {failed.remedy}"), failed.remedy
+    if number := re.search(r"os_error_code='(\d+)'", str(error)):
+        reason = os.strerror(int(number[1]))
+    else:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+    return reason, "Remove the cause and run the same command again"
 
 
 def _as_arrays(state: PyTree) -> dict[str, Any]:

@@ -199,6 +199,19 @@ def test_a_save_that_fails_leaves_the_earlier_steps(faults, bucket, status, what
 
 
 @pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("fault", ["status", "reset"])
+@pytest.mark.parametrize("what", ["state/ocdbt", "files.json"])
+def test_a_first_save_that_fails_has_one_remedy_and_no_earlier_steps(faults, bucket, fault, what):
+    faults.add(fault, f"checkpoints/1/.*{what}", method="POST")
+    saved = checkpoints(bucket)
+    with pytest.raises(manager.SaveFailed, match=f"{bucket}/checkpoints/1/") as error:
+        saved.save(1, state(1), metadata={})
+        saved.wait()
+    assert "steps" not in str(error.value)
+    assert str(error.value).count("same command") == 1
+
+
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("fault", [{"fault": "status", "status": 503}, {"fault": "reset"}])
 @pytest.mark.parametrize("what", ["state/.*tensorstore", "files.json", "prefix=.*checkpoints"])
 def test_a_store_that_fails_damages_no_step(faults, bucket, fault, what):
