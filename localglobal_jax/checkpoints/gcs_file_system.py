@@ -25,6 +25,8 @@ try:
     import gcsfs
     import google.auth.exceptions
     from gcsfs import retry
+
+    from localglobal_jax.checkpoints import credentials
 except ImportError as error:
     raise ValueError(
         f"paths on gs:// need the extra gcs ({error}): pip install 'localglobal_jax[gcs]'"
@@ -44,7 +46,9 @@ class FileSystem(gcsfs.GCSFileSystem):
             options["requests_timeout"] = aiohttp.ClientTimeout(
                 total=None, sock_connect=store.STALL, sock_read=store.STALL
             )
-        super().__init__(*args, **options)
+        options["token"] = credentials.chosen(options.get("token"))
+        with credentials.named(options["token"]):
+            super().__init__(*args, **options)
         self._patience = patience
         if not os.environ.get("LOCALGLOBAL_DEBUG"):
             logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # tracebacks of what is retried
@@ -131,7 +135,7 @@ def _failure(error: Exception, name: str) -> store.StoreFailed | None:
         return store.failure(name, code, text) if known else None
     if isinstance(error, OSError) and str(error).startswith("Forbidden: "):  # as gcsfs writes 403
         return store.failure(name, 403, str(error).partition("\n")[2] or "no permission")
-    if isinstance(error, google.auth.exceptions.GoogleAuthError):
+    if isinstance(error, google.auth.exceptions.GoogleAuthError | retry.NonRetryableError):
         return store.failure(name, 401, str(error))
     if isinstance(error, TimeoutError):
         return store.failure(name, 0, f"no answer for {store.STALL} s")

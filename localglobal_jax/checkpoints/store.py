@@ -83,6 +83,10 @@ class StoreFailed(OSError):
         return self.status in (403, 404)
 
 
+class WrongCredentials(ValueError):
+    """The credentials for the store cannot be used; see `credentials.named`."""
+
+
 def prepare() -> None:
     """Gives the clients their settings; called before the first path in a bucket is used."""
     import fsspec  # noqa: PLC0415 # only for buckets

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
+from localglobal_jax.checkpoints import store
 from localglobal_jax.data.images import readers, scan
 from localglobal_jax.data.images.layout import shorten
 from localglobal_jax.data.images.scan import ENDINGS
@@ -62,6 +63,8 @@ def locate(name: str) -> epath.Path:
         raise ValueError("the path is empty")
     scheme = re.match(r"\w+://", name)
     if not scheme or scheme[0] in ("gs://", "s3://"):
+        if scheme and scheme[0] == "gs://":
+            store.prepare()
         return epath.Path(name)
     url = urllib.parse.urlsplit(name)
     if scheme[0] != "file://" or url.netloc not in ("", "localhost") or not url.path:

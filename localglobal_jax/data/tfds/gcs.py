@@ -62,7 +62,7 @@ def named_in_errors(path: str | epath.Path) -> Iterator[None]:
     """
     try:
         yield
-    except FileNotFoundError:
+    except (FileNotFoundError, store.WrongCredentials):
         raise
     except store.StoreFailed as error:
         if error.is_final:
