@@ -9,6 +9,7 @@ that names the field, the given value and the allowed ones.
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import json
 import logging
@@ -131,11 +132,16 @@ def load_module(spec: str) -> tuple[types.ModuleType, str | None]:
     with contextlib.suppress(OSError):  # not a path: reported by `_import`
         if not file.is_file() and path in ours:
             file = ours[path]
-            log.info("config   %s", file)
+            _log_packaged(file)
     module = _import(file)
     if not hasattr(module, "get_config"):
         raise ValueError(f"{path} has no get_config(arg) -> ConfigDict: it is not a config file")
     return module, arg or None
+
+
+@functools.cache  # once: a sweep loads its config for every run
+def _log_packaged(file: pathlib.Path) -> None:
+    log.info("config   %s", file)
 
 
 def packaged() -> list[pathlib.Path]:

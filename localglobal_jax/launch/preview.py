@@ -137,10 +137,12 @@ def summary(about: Mapping[str, Any]) -> str:
     low, high = about["parameters"]
     commit = about["git"].get("commit", "none")[:12]
     dirty = ", with uncommitted changes" if about["git"].get("dirty") else ""
+    runs, models = (
+        f"{about[name]} {name if about[name] != 1 else name[:-1]}" for name in ("runs", "models")
+    )
     lines = [
-        f"{about['runs']} runs ({about['done']} done): {about['steps_left']:,} of "
-        f"{about['steps']:,} steps left",
-        f"{about['models']} models of {low:,} to {high:,} parameters",
+        f"{runs} ({about['done']} done): {about['steps_left']:,} of {about['steps']:,} steps left",
+        f"{models} of {low:,}{f' to {high:,}' if high > low else ''} parameters",
         f"backend {about['backend']}, image {about['image'] or 'none'}, git {commit}{dirty}",
     ]
     if about["scripts"]:

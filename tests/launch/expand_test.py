@@ -3,6 +3,7 @@
 
 import itertools
 import pathlib
+import re
 
 import gcs_server
 import numpy as np
@@ -92,6 +93,16 @@ def test_wrong_sweeps_are_exit_code_2_and_touch_nothing(body, message, tmp_path,
     assert main(["sweep", "--config", file, "--workdir", str(root)]) == 2
     assert "localglobal sweep: " in capsys.readouterr().err
     assert not root.exists()
+
+
+def test_a_packaged_config_is_named_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    loading._log_packaged.cache_clear()
+    command = ["sweep", "--config=coatnet_digits.py:size=tiny", "--sweep=layouts", "--dry_run"]
+    assert main([*command, "--workdir=runs", "--only=0"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err.count(DIGITS) == 1
+    assert re.search(r"^1 run .*\n1 model of [\d,]+ parameters$", printed.out, re.MULTILINE)
 
 
 def test_overrides_of_the_command_line_hold_for_all(tmp_path):
