@@ -6,6 +6,7 @@ error than "not found" for the absence of a directory, as if a run had no checkp
 """
 
 import asyncio
+import contextlib
 import inspect
 import itertools
 import logging
@@ -14,6 +15,7 @@ import random
 import re
 import time
 import urllib.parse
+from collections.abc import Iterator
 from typing import Any
 
 from localglobal_jax.checkpoints import store
@@ -66,7 +68,8 @@ class FileSystem(gcsfs.GCSFileSystem):
         deadline = self._deadline()
         for attempt in itertools.count():
             try:
-                return await _once(self, method, path, *args, **options)
+                with _told(name, deadline):
+                    return await _once(self, method, path, *args, **options)
             except FileNotFoundError as error:
                 if has_key:
                     raise FileNotFoundError(f"{name} does not exist") from error
@@ -79,7 +82,8 @@ class FileSystem(gcsfs.GCSFileSystem):
         deadline = self._deadline()
         for attempt in itertools.count():
             try:
-                return await _get_once(self, rpath, *args, **options)
+                with _told(name, deadline):
+                    return await _get_once(self, rpath, *args, **options)
             except FileNotFoundError:
                 raise
             except Exception as error:
@@ -96,6 +100,21 @@ class FileSystem(gcsfs.GCSFileSystem):
             return (await self._info(path))["type"] == "file"
         except FileNotFoundError:
             return False
+
+
+@contextlib.contextmanager
+def _told(name: str, deadline: float) -> Iterator[None]:
+    """Context manager that logs an attempt without an answer after `store.TELL_AFTER` seconds."""
+
+    def tell() -> None:
+        reason = f"no answer for {store.TELL_AFTER:.0f} s from {store.server_of('gcsfs')}"
+        store.tell(name, reason, max(deadline - time.monotonic(), 0.0))
+
+    timer = asyncio.get_running_loop().call_later(store.TELL_AFTER, tell)
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 async def _pause(error: Exception, name: str, attempt: int, deadline: float) -> None:
@@ -138,7 +157,9 @@ def _failure(error: Exception, name: str) -> store.StoreFailed | None:
     if isinstance(error, google.auth.exceptions.GoogleAuthError | retry.NonRetryableError):
         return store.failure(name, 401, str(error))
     if isinstance(error, TimeoutError):
-        return store.failure(name, 0, f"no answer for {store.STALL} s")
+        return store.failure(
+            name, 0, f"no answer for {store.STALL} s from {store.server_of('gcsfs')}"
+        )
     if isinstance(error, aiohttp.ClientError) or retry.is_retriable(error):
         # without the settings and the repr of the cause, which aiohttp adds
         text = re.split(r" ssl:\w+ \[|: *<", str(error))[0]

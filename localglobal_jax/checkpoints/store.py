@@ -43,6 +43,7 @@ SERVERS = {  # client: environment variables that send it to another server, the
     "tensorstore": ("TENSORSTORE_GCS_HTTP_URL",),
 }
 TOKEN = "GOOGLE_AUTH_TOKEN_FOR_TESTING"
+TELL_AFTER = 10.0  # seconds without an answer, before the first warning
 TELL_EVERY = 30.0  # seconds between two warnings
 FILE_SYSTEM = "localglobal_jax.checkpoints.gcs_file_system.FileSystem"
 

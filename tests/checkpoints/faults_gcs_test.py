@@ -122,6 +122,21 @@ def test_an_answer_that_stalls_is_asked_again(faults, bucket, monkeypatch):
         quick.cat_file(f"{bucket}/one.txt")
 
 
+def test_a_request_without_an_answer_is_told_once(faults, gcs, bucket, monkeypatch, caplog):
+    for name, value in {"STALL": 10, "TELL_AFTER": 0.5}.items():
+        monkeypatch.setattr(store, name, value)
+    monkeypatch.setattr(store.LIMITS, "told", 0.0)
+    quick = gcs_file_system.FileSystem(skip_instance_cache=True)
+    names = [f"{bucket}/{name}.txt" for name in "abcd"]
+    quick.pipe({name: b"1" for name in names})
+    assert not caplog.messages
+    rule = faults.add("stall", "alt=media", seconds=1.0)
+    assert set(quick.cat(names).values()) == {b"1"}  # in parallel
+    assert rule.hits == 4
+    (said,) = caplog.messages
+    assert any(name in said for name in names) and f"{gcs} (STORAGE_EMULATOR_HOST)" in said
+
+
 @pytest.mark.slow
 def test_a_minute_without_an_answer_passes(faults, bucket, monkeypatch):
     """With the limits of a real run, in both clients."""

@@ -21,7 +21,7 @@ from localglobal_jax.checkpoints import store
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
-TELL = 10.0  # seconds without an answer, before the first message
+TELL = store.TELL_AFTER
 POLL = 0.5  # seconds
 LEAVING = 5.0  # seconds that the end of a process waits for calls that are not given up
 
