@@ -67,12 +67,8 @@ class LocalMirror:
         """
         if self._store is None:
             return
-        try:
+        with store.final_is_wrong():
             self._pull(self._store)
-        except store.StoreFailed as error:
-            if error.is_final:
-                raise ValueError(str(error)) from error
-            raise
 
     def _pull(self, there: epath.Path) -> None:
         found = objects.sizes(there)

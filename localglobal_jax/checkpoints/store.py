@@ -240,6 +240,17 @@ def named(path: epath.Path | str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def final_is_wrong() -> Iterator[None]:
+    """Context manager that turns a StoreFailed that `is_final` into a ValueError: a wrong path."""
+    try:
+        yield
+    except StoreFailed as error:
+        if error.is_final:
+            raise ValueError(str(error)) from error
+        raise
+
+
+@contextlib.contextmanager
 def told(path: epath.Path | str, doing: str) -> Iterator[None]:
     """Context manager that logs, every `TELL_EVERY` s, that tensorstore still reads or writes.
 

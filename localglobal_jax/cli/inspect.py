@@ -26,12 +26,8 @@ def run(args: argparse.Namespace) -> int:
     from localglobal_jax.checkpoints import gcs, reader, store, workdir
     from localglobal_jax.training import verification
 
-    try:
+    with store.final_is_wrong():
         found = reader.inspect(args.path, verify=args.verify)
-    except store.StoreFailed as error:
-        if error.is_final:  # a wrong path, not a bad moment
-            raise ValueError(str(error)) from error
-        raise
     bad = [step for step in found["steps"] if step["error"]]
     path = str(workdir.absolute(args.path))
     if (

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from localglobal_jax.checkpoints import objects
+from localglobal_jax.checkpoints import objects, store
 from localglobal_jax.checkpoints.workdir import absolute, is_remote
 from localglobal_jax.config import loading, schema, sweeps, validation, values
 
@@ -183,10 +183,13 @@ def shown(overrides: Mapping[str, Any]) -> str:
 def names_in(root: str, prefix: str) -> dict[str, int]:
     """Returns digest and number of every run of a sweep that has a folder in `root`.
 
-    If a run has two folders, as of a copy, it is the one with the smaller number.
+    If a run has two folders, as of a copy, it is the one with the smaller number. Raises ValueError
+    where the bucket does not exist or reading is not permitted.
     """
     found: dict[str, int] = {}
-    for name in objects.folders(absolute(root)):
+    with store.final_is_wrong():
+        folders = objects.folders(absolute(root))
+    for name in folders:
         parts = re.fullmatch(r"(.+)-(\d{3,})-([0-9a-f]+)", name)
         if parts and parts[1] == sweeps.stem(prefix, int(parts[2])):
             found[parts[3]] = min(int(parts[2]), found.get(parts[3], int(parts[2])))

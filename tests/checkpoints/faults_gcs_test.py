@@ -332,6 +332,33 @@ def test_a_reason_with_a_url_is_whole(monkeypatch):
     assert store.failure("gs://bucket/x", 503, said).reason == f"503 {said}"
 
 
+SWEEP = ["sweep", f"--config={ROOT / 'experiments/coatnet_layouts/sweep.py'}:size=tiny"]
+
+
+@pytest.fixture(params=["404", "403"])
+def wrong_root(request, faults, bucket, tmp_path, monkeypatch):
+    """A path in a bucket that does not exist or may not be read, and the status."""
+    monkeypatch.chdir(tmp_path)
+    if request.param == "404":
+        return "gs://no-such/runs", "404"
+    faults.add("status", method="GET", status=403)
+    return bucket, "403"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--status"], ["--summary"], ["--prune"], ["--collect=all.csv"], ["report"]],
+    ids=" ".join,
+)
+def test_a_sweep_in_a_wrong_place_is_exit_2(wrong_root, tmp_path, capsys, options):
+    root, status = wrong_root
+    command = ["report", root] if options == ["report"] else [*SWEEP, f"--workdir={root}", *options]
+    assert main(command) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert root in last and status in last
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_without_permission_it_is_exit_2(faults, bucket, capsys, data_dir):
     faults.add("status", method="GET", status=403)
     assert main([*TRAIN, f"--workdir={bucket}", f"--config.data.dir={data_dir}"]) == 2
