@@ -296,6 +296,15 @@ def is_remote(directory: str | os.PathLike[str]) -> bool:
     return True
 
 
+def check_local(option: str, path: str | os.PathLike[str], kind: str) -> None:
+    """Raises ValueError where `path`, the value of `option`, is an address: ``gs://``, ``s3://``.
+
+    ``kind``: folder or file, which is written on this machine only.
+    """
+    if re.match(r"\w+:/", os.fspath(path)):
+        raise ValueError(f"{option} {path}: give a local {kind}, and upload it")
+
+
 def absolute(path: str | os.PathLike[str]) -> epath.Path:
     """Returns `path` with ``~`` expanded, as an absolute path; a path in a bucket as it is.
 

@@ -65,8 +65,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Classifies the images; returns 2 if some could not be read."""
+    from localglobal_jax.checkpoints import workdir
     from localglobal_jax.data.images import files
 
+    if args.overlay:
+        workdir.check_local("--overlay", args.overlay, "folder")
     if args.overlay_stage is not None and not args.overlay:
         raise ValueError("--overlay_stage is for --overlay: give both, or none")
     found = files.find(args.images)

@@ -33,6 +33,10 @@ def run(args: argparse.Namespace) -> None:
     stem = pathlib.PurePath(args.name).name.removesuffix(".py")
     if stem not in known:
         raise validation.unknown("config", args.name, known)
+    if args.out:
+        from localglobal_jax.checkpoints import workdir
+
+        workdir.check_local("--out", args.out, "file")
     target = pathlib.Path(args.out or known[stem].name)
     try:
         with target.open("x", encoding="utf-8") as file:

@@ -28,6 +28,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Writes the page."""
+    from localglobal_jax.checkpoints import workdir
+
+    workdir.check_local("--out", args.out, "file")
     from localglobal_jax.training.reporting.html import gather
 
     out = pathlib.Path(args.out)

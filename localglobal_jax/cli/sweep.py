@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from localglobal_jax.checkpoints import workdir
 from localglobal_jax.cli import options
 from localglobal_jax.launch import backends, execute, expand, shell
 from localglobal_jax.launch.backend import Launch, Request
@@ -81,6 +82,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Starts the runs, or does what ``--status``, ``--dry_run`` and the like name."""
     looks = args.status or args.collect or args.summary or args.prune
+    for option, kind in (("collect", "file"), ("out", "folder")):
+        if given := getattr(args, option):
+            workdir.check_local(f"--{option}", given, kind)
     if args.yes and not args.prune:
         raise ValueError("--yes belongs to --prune, which is not given")
     wrong: list[str] | None = None if looks else []  # the others are checked too
@@ -231,8 +235,6 @@ def _look(args: argparse.Namespace, sweep: expand.Sweep, runs: Sequence[expand.D
     with ThreadPoolExecutor(16) as pool:  # in a bucket, reading is waiting
         rows = list(pool.map(read, runs))
     if args.collect:
-        from localglobal_jax.checkpoints import workdir
-
         form = summary.FILES[file.suffix]
         workdir.write_atomically(file, summary.shown(status.records(rows), form) + "\n")
         _say(f"wrote {args.collect}: {len(rows)} runs")

@@ -78,8 +78,10 @@ def run(args: argparse.Namespace) -> int:
     if not 0 <= args.wait <= 3600:
         raise ValueError(f"--wait {args.wait}: give seconds from 0 to 3600")
     if args.attention:
+        from localglobal_jax.checkpoints import workdir
         from localglobal_jax.inference import heat_map
 
+        workdir.check_local("--attention", args.attention, "file")
         heat_map.check(args.attention)
     from localglobal_jax.inference.translator import Sampling, defaults, load
 

@@ -22,7 +22,7 @@ import safetensors.numpy
 from jax import export as stablehlo
 
 from localglobal_jax import convert
-from localglobal_jax.checkpoints import gcs, reader
+from localglobal_jax.checkpoints import gcs, reader, workdir
 from localglobal_jax.config import preprocessing, validation, values
 from localglobal_jax.data.images import device_ops
 from localglobal_jax.data.text import tokenizers
@@ -109,8 +109,7 @@ def export(
 
 def _free(out: str | os.PathLike[str]) -> pathlib.Path:
     """Returns the folder to write. Raises ValueError if it is in a bucket, a file, or not empty."""
-    if "://" in str(out):
-        raise ValueError(f"--out {out}: give a local folder, and upload it")
+    workdir.check_local("--out", out, "folder")
     folder = pathlib.Path(out).expanduser().absolute()
     try:
         if folder.exists() and not folder.is_dir():
