@@ -23,6 +23,7 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -108,7 +109,7 @@ class BucketLock:
 
     def confirm(self) -> None:
         """Renews the lock, if it is not `FRESH`; raises Locked if another run has taken it over."""
-        with self._writing:
+        with self._alone(store.LIMITS.left()):
             if self._lost or _now() - self._renewed > FRESH:
                 self._beat()
             if self._lost:
@@ -121,21 +122,37 @@ class BucketLock:
     def release(self) -> None:
         """Deletes the lock unless another run has taken it over; logs a failing store."""
         self._ended.set()
-        with self._writing, store.patience(LAST_PATIENCE):
-            if self._lost:
-                return
+        with store.patience(LAST_PATIENCE):
             try:
-                if not self._generation:  # `take` failed; its request may have been done
-                    found = self._read()
-                    if not found or found.owner.get("id") != self._owner["id"]:
-                        return
-                    self._generation = found.generation
-                self._call("DELETE", "b/{}/o/{}", self._bucket, self._key,
-                           ifGenerationMatch=self._generation)  # fmt: skip
+                with self._alone(LAST_PATIENCE):
+                    self._delete()
             except (FileNotFoundError, FileExistsError):  # deleted by hand, taken over
                 return
             except OSError as error:
                 log.error("the lock of the workdir stays for %.0f s: %s", LEASE, error)
+
+    @contextlib.contextmanager
+    def _alone(self, seconds: float) -> Iterator[None]:
+        """Context manager without a beat under way; raises StoreFailed where one takes longer."""
+        if not self._writing.acquire(timeout=max(seconds, store.LEAST)):
+            reason = f"no answer from {store.server_of('gcsfs')}"
+            raise store.failure(os.fspath(self._path), 0, reason)
+        try:
+            yield
+        finally:
+            self._writing.release()
+
+    def _delete(self) -> None:
+        """Deletes the object if it is this run's."""
+        if self._lost:
+            return
+        if not self._generation:  # `take` failed; its request may have been done
+            found = self._read()
+            if not found or found.owner.get("id") != self._owner["id"]:
+                return
+            self._generation = found.generation
+        self._call("DELETE", "b/{}/o/{}", self._bucket, self._key,
+                   ifGenerationMatch=self._generation)  # fmt: skip
 
     def _beats(self) -> None:
         while not self._ended.wait(BEAT):

@@ -10,12 +10,13 @@ import contextlib
 import inspect
 import itertools
 import logging
+import math
 import os
 import random
 import re
 import time
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 from localglobal_jax.checkpoints import store
@@ -68,7 +69,7 @@ class FileSystem(gcsfs.GCSFileSystem):
         deadline = self._deadline()
         for attempt in itertools.count():
             try:
-                with _told(name, deadline):
+                async with _attempt(name, deadline):
                     return await _once(self, method, path, *args, **options)
             except FileNotFoundError as error:
                 if has_key:
@@ -82,7 +83,7 @@ class FileSystem(gcsfs.GCSFileSystem):
         deadline = self._deadline()
         for attempt in itertools.count():
             try:
-                with _told(name, deadline):
+                async with _attempt(name, deadline):
                     return await _get_once(self, rpath, *args, **options)
             except FileNotFoundError:
                 raise
@@ -102,17 +103,29 @@ class FileSystem(gcsfs.GCSFileSystem):
             return False
 
 
-@contextlib.contextmanager
-def _told(name: str, deadline: float) -> Iterator[None]:
-    """Context manager that logs an attempt without an answer after `store.TELL_AFTER` seconds."""
+@contextlib.asynccontextmanager
+async def _attempt(name: str, deadline: float) -> AsyncIterator[None]:
+    """Context manager of one attempt of a request.
+
+    Logs that there is no answer after `store.TELL_AFTER` seconds. Raises TimeoutError at the end
+    that all requests share (`store.LIMITS`).
+    """
+    left = store.LIMITS.end - time.monotonic()
+    bound = None if math.isinf(left) else max(left, store.LEAST)
 
     def tell() -> None:
         reason = f"no answer for {store.TELL_AFTER:.0f} s from {store.server_of('gcsfs')}"
-        store.tell(name, reason, max(deadline - time.monotonic(), 0.0))
+        until = min(deadline, store.LIMITS.end)
+        store.tell(name, reason, max(until - time.monotonic(), 0.0))
 
     timer = asyncio.get_running_loop().call_later(store.TELL_AFTER, tell)
     try:
-        yield
+        async with asyncio.timeout(bound) as timeout:
+            yield
+    except TimeoutError as error:
+        waited = bound if bound and timeout.expired() else store.STALL
+        at = store.server_of("gcsfs")
+        raise TimeoutError(f"no answer for {waited:.0f} s from {at}") from error
     finally:
         timer.cancel()
 
@@ -125,7 +138,7 @@ async def _pause(error: Exception, name: str, attempt: int, deadline: float) -> 
     failed = _failure(error, name)
     if failed is None:
         raise error
-    now = time.monotonic()
+    now, deadline = time.monotonic(), min(deadline, store.LIMITS.end)
     wait = min(2**attempt, store.LONGEST) * random.uniform(0.5, 1.0)  # nosec B311 # spreads hosts
     if failed.status == 401:
         deadline = min(deadline, now - wait + LOGIN) if attempt < 3 else now
@@ -157,9 +170,7 @@ def _failure(error: Exception, name: str) -> store.StoreFailed | None:
     if isinstance(error, google.auth.exceptions.GoogleAuthError | retry.NonRetryableError):
         return store.failure(name, 401, str(error))
     if isinstance(error, TimeoutError):
-        return store.failure(
-            name, 0, f"no answer for {store.STALL} s from {store.server_of('gcsfs')}"
-        )
+        return store.failure(name, 0, str(error))
     if isinstance(error, aiohttp.ClientError) or retry.is_retriable(error):
         # without the settings and the repr of the cause, which aiohttp adds
         text = re.split(r" ssl:\w+ \[|: *<", str(error))[0]

@@ -11,13 +11,14 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 import os
 import re
 import tempfile
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from etils import epath
@@ -43,6 +44,7 @@ SERVERS = {  # client: environment variables that send it to another server, the
     "tensorstore": ("TENSORSTORE_GCS_HTTP_URL",),
 }
 TOKEN = "GOOGLE_AUTH_TOKEN_FOR_TESTING"
+LEAST = 5.0  # seconds that one attempt has after `Limits.end`
 TELL_AFTER = 10.0  # seconds without an answer, before the first warning
 TELL_EVERY = 30.0  # seconds between two warnings
 FILE_SYSTEM = "localglobal_jax.checkpoints.gcs_file_system.FileSystem"
@@ -54,11 +56,17 @@ class Limits:
 
     Attributes:
       patience: of all retries of one request; a pod's outages of minutes pass without a restart.
+      end: time after which no request is repeated, and each has `LEAST` seconds.
       told: time of the last warning.
     """
 
     patience: float = 240.0
+    end: float = math.inf
     told: float = 0.0
+
+    def left(self) -> float:
+        """Returns the seconds for which a request that begins now may be repeated."""
+        return min(self.patience, self.end - time.monotonic())
 
 
 LIMITS = Limits()
@@ -277,9 +285,34 @@ def told(path: epath.Path | str, doing: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def patience(seconds: float) -> Iterator[None]:
-    """Context manager that bounds the retries of gcsfs by `seconds`."""
-    before, LIMITS.patience = LIMITS.patience, min(seconds, LIMITS.patience)
+    """Context manager that bounds the requests of gcsfs by `seconds` in all.
+
+    Does nothing where `seconds` are not less than the limit of one request.
+    """
+    if seconds >= LIMITS.patience:
+        yield
+        return
+    before = LIMITS.patience, LIMITS.end
+    LIMITS.patience, LIMITS.end = seconds, min(LIMITS.end, time.monotonic() + seconds)
     try:
         yield
     finally:
-        LIMITS.patience = before
+        LIMITS.patience, LIMITS.end = before
+
+
+@contextlib.contextmanager
+def one_end() -> Iterator[Callable[[], None]]:
+    """Context manager that yields a function, after whose call all requests have one deadline.
+
+    It is ``LIMITS.patience`` seconds after the first call: the waits of a run that is asked to stop
+    do not add up.
+    """
+    before = LIMITS.end
+
+    def begin() -> None:
+        LIMITS.end = min(LIMITS.end, time.monotonic() + LIMITS.patience)
+
+    try:
+        yield begin
+    finally:
+        LIMITS.end = before

@@ -154,32 +154,54 @@ def leave(code: int) -> NoReturn:
 
 
 @contextlib.contextmanager
-def stop_requests() -> Iterator[Callable[[int], bool]]:
+def stop_requests(seen: Callable[[], None] = lambda: None) -> Iterator[Callable[[int], bool]]:
     """Yields ``stop(step) -> bool``, which every host must call at every step.
+
+    At the first request it calls `seen`, in the handler of the signal, and logs a line.
 
     A SIGTERM on any host, as schedulers send it before they take a machine away, makes it True on
     all hosts at the same step. On one host Ctrl-C does too, once; the second one
     interrupts as usual.
     """
     if count() > 1:  # jax has its own handler, and agrees on a step
-        yield multihost_utils.reached_preemption_sync_point
+
+        def reached(step: int) -> bool:
+            if not multihost_utils.reached_preemption_sync_point(step):
+                return False
+            seen()
+            log.warning("SIGTERM on a host: the state is saved, then the run ends")
+            return True
+
+        yield reached
         return
-    event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield lambda step: event.is_set()  # Python allows handlers in the main thread only
+        yield lambda step: False  # Python allows handlers in the main thread only
         return
+    event, asked_by = threading.Event(), list[int]()
 
     def ask(number: int, frame: Any) -> None:
+        if not asked_by:
+            seen()
+        asked_by.append(number)
         event.set()
         if number == signal.SIGINT:
-            log.warning("saving after this step; Ctrl-C again to stop at once")
             signal.signal(signal.SIGINT, previous[signal.SIGINT])
 
+    def tell() -> None:
+        event.wait()
+        if asked_by and asked_by[0] == signal.SIGINT:
+            log.warning("Ctrl-C: the state is saved, then the run ends; Ctrl-C again ends it now")
+        elif asked_by:
+            log.warning("SIGTERM: the state is saved, then the run ends")
+
+    # not in the handler, which may interrupt another line half written
+    threading.Thread(target=tell, name="stop requests", daemon=True).start()
     previous: dict[int, Any] = {}
     for asked in (signal.SIGTERM, signal.SIGINT):
         previous[asked] = signal.signal(asked, ask)
     try:
-        yield lambda step: event.is_set()
+        yield lambda step: bool(asked_by)
     finally:
+        event.set()
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -8,7 +8,7 @@ run repeats no batch and skips none.
 
 import logging
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ import jax
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
+from localglobal_jax.checkpoints import store
 from localglobal_jax.checkpoints.workdir import Lock, named_in_errors
 from localglobal_jax.config import schema, validation
 from localglobal_jax.parallel import multihost, placement
@@ -55,12 +56,12 @@ def train(
     ['accuracy', 'count', 'loss', 'step', 'top5']
     """
     run = config if isinstance(config, schema.Run) else validation.check(config)
-    with Lock() as lock, named_in_errors(workdir):
-        return _train(run, workdir, lock)
+    with store.one_end() as end_soon, Lock() as lock, named_in_errors(workdir):
+        return _train(run, workdir, lock, end_soon)
 
 
 def _train(
-    run: schema.Run, directory: str | pathlib.Path, lock: Lock
+    run: schema.Run, directory: str | pathlib.Path, lock: Lock, end_soon: Callable[[], None]
 ) -> dict[str, dict[str, float]]:
     # ---- set up: everything is validated before anything is written
     setup = prepare_setup(run, directory)
@@ -100,7 +101,7 @@ def _train(
     batches = task.train_batches(start, run.steps)
     with (
         mirror.kept(multihost.rank() == 0),
-        multihost.stop_requests() as asked_to_stop,
+        multihost.stop_requests(end_soon) as asked_to_stop,
         closing(checkpoints),
         closing(trace),
         closing(

@@ -17,6 +17,7 @@ from etils import epath
 from localglobal_jax.checkpoints import bucket_lock, gcs, gcs_file_system, manager, reader, store
 from localglobal_jax.cli.main import main
 from localglobal_jax.config import schema
+from localglobal_jax.parallel import multihost
 
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "experiments" / "stress" / "faults"))
@@ -72,9 +73,8 @@ def test_small_files_pass_a_fault(faults, bucket, name):
 
 
 @pytest.fixture
-def impatient():
-    with store.patience(0.5):
-        yield
+def impatient(monkeypatch):
+    monkeypatch.setattr(store.LIMITS, "patience", 0.5)
 
 
 @pytest.mark.usefixtures("impatient")
@@ -509,6 +509,47 @@ def test_a_mirror_of_a_lost_workdir_uploads_nothing(bucket):
     lock.release()
     assert files().exists(f"{bucket}/.lock")
     assert not files().exists(f"{bucket}/metrics.jsonl")
+
+
+def test_after_a_stop_request_all_waits_have_one_end(faults, bucket, monkeypatch):
+    """A beat under way, the upload, the last upload and the deletion of the lock."""
+    monkeypatch.setattr(store, "LEAST", 0.5)
+    monkeypatch.setattr(bucket_lock, "BEAT", 0.2)
+    monkeypatch.setattr(bucket_lock, "LAST_PATIENCE", 0.5)
+    mirror = gcs.LocalMirror(bucket)
+    lock = bucket_lock.BucketLock(mirror.lock)
+    lock.take()
+    mirror.confirm = lock.confirm
+    rule = faults.add("stall", seconds=100.0)
+    while not rule.hits:
+        time.sleep(0.05)
+    begin = time.monotonic()
+    with store.one_end() as end_soon:
+        end_soon()
+        with pytest.raises(store.StoreFailed, match=f"{bucket}/.lock"), mirror.kept(True):
+            mirror.push()
+        lock.release()
+    assert time.monotonic() - begin < store.LIMITS.patience + 5
+    assert store.LIMITS.end == float("inf")
+
+
+def test_a_signal_is_told_at_once(caplog):
+    """The loop need not reach its next step; the first signal is told, once."""
+    ended = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        caplog.clear()
+        ended.clear()
+        with multihost.stop_requests(lambda: ended.append(1)) as stopping:
+            assert not stopping(0)
+            signal.raise_signal(number)
+            signal.raise_signal(signal.SIGTERM)
+            for _ in range(100):
+                if caplog.messages:
+                    break
+                time.sleep(0.05)
+            assert stopping(0)
+        assert (len(ended), len(caplog.messages)) == (1, 1)
+        assert ("SIGTERM" in caplog.messages[0]) == (number == signal.SIGTERM)
 
 
 def test_an_answer_that_is_lost_does_not_lose_the_lock(faults, bucket):
