@@ -25,9 +25,8 @@ from localglobal_jax.checkpoints import store
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 try:
     import aiohttp
-    import gcsfs
     import google.auth.exceptions
-    from gcsfs import retry
+    from gcsfs import core, retry
 
     from localglobal_jax.checkpoints import credentials
 except ImportError as error:
@@ -35,13 +34,17 @@ except ImportError as error:
         f"paths on gs:// need the extra gcs ({error}): pip install 'localglobal_jax[gcs]'"
     ) from None
 
-_once = inspect.unwrap(gcsfs.GCSFileSystem._request)  # without the retries of gcsfs
-_get_once = inspect.unwrap(gcsfs.GCSFileSystem._get_file_request)
+_once = inspect.unwrap(core.GCSFileSystem._request)  # without the retries of gcsfs
+_get_once = inspect.unwrap(core.GCSFileSystem._get_file_request)
 LOGIN = 10.0  # seconds of retries while credentials are rejected
 
 
-class FileSystem(gcsfs.GCSFileSystem):
-    """File system whose errors are `store.StoreFailed`, FileNotFoundError and FileExistsError."""
+class FileSystem(core.GCSFileSystem):
+    """File system whose errors are `store.StoreFailed`, FileNotFoundError and FileExistsError.
+
+    It is not ``gcsfs.GCSFileSystem``, which is another class where gcsfs was imported before this
+    module.
+    """
 
     def __init__(self, *args: Any, patience: float | None = None, **options: Any):
         """Takes the options of gcsfs, and the seconds of retries (default `store.LIMITS`)."""

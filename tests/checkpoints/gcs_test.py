@@ -3,6 +3,7 @@
 
 import csv
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -336,3 +337,17 @@ def test_the_server_of_the_page_has_a_bucket_for_a_command(gcs, tmp_path):
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (3, "z\n"), done.stderr
     assert gcs not in done.stderr  # one of its own
+
+
+def test_a_gcsfs_that_was_imported_before_does_not_ask_for_the_type_of_a_bucket():
+    code = """
+        import gcsfs
+        from localglobal_jax.checkpoints import gcs_file_system
+        print(gcsfs.GCSFileSystem in gcs_file_system.FileSystem.__mro__)
+    """
+    environment = {**os.environ, "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "true"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == "False"
