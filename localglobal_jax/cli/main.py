@@ -52,6 +52,11 @@ COMMANDS: tuple[Command, ...] = (
 # Loggers of which only warnings are shown.
 NOISY = ("absl", "fsspec", "gcsfs", "httpx", "httpx2", "jax", "matplotlib", "orbax")
 
+EXHAUSTED = {  # words of an error, and what to do
+    "RESOURCE_EXHAUSTED": "Give a smaller batch_size or eval.batch_size, or more devices",  # XLA
+    "can't start new thread": "Allow more memory or threads (ulimit -v, ulimit -u)",  # Python
+}
+
 # metavars of the help that stand for files and for directories
 FILES = (
     *("FILE", "FILE[:ARG]", "FILE.csv", "FILE.html", "FILE.png", "DICT", "HYP", "REF", "SRC"),
@@ -122,10 +127,10 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has ended
         return _closed_pipe()
     except (ValueError, OSError, RuntimeError) as error:
-        if not debugging() and "RESOURCE_EXHAUSTED" in str(error):  # of XLA
+        advice = [advice for words, advice in EXHAUSTED.items() if words in str(error)]
+        if advice and not debugging():
             what = f"out of memory: {_first_line(error)}"
-            advice = "Give a smaller batch_size or eval.batch_size, or more devices"
-            print(f"localglobal {args.command}: {what}. {advice}", file=sys.stderr)
+            print(f"localglobal {args.command}: {what}. {advice[0]}", file=sys.stderr)
             return ExitCode.FAILED
         if debugging() or not is_expected(error):
             raise
