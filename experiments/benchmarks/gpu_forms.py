@@ -4,17 +4,19 @@
     python experiments/benchmarks/gpu_forms.py       # compiles what is not there yet
 
 A module with its gradient, at the size that it has in a model, compiled for one H100: by the
-reference implementation, by the fused one without the formulation, and with it. Needs the extra
-[cuda], no GPU and no driver; a quarter of a minute of a core each. The numbers are of the compiled
-program, without autotuning; no GPU was measured.
+reference implementation, by the fused one without the formulation, and with it. The last rows try
+the forms for CPU on the GPU, which are not chosen. Needs the extra [cuda], no GPU and no driver; a
+quarter of a minute of a core each. The numbers are of the compiled program, without autotuning; no
+GPU was measured.
 """
 
-import csv
 import dataclasses
 import functools
 import os
 import pathlib
 from typing import Any
+
+import plans
 
 from localglobal_jax.profiling import compiler_process, gpu_kernels, hlo, topologies
 
@@ -28,6 +30,7 @@ from jax.sharding import SingleDeviceSharding
 
 from localglobal_jax.blocks.convolution import MBConvBlock
 from localglobal_jax.blocks.transformer import FocalAttentionBlock, RelativeAttentionBlock
+from localglobal_jax.operators.convolution import DynamicConv
 from localglobal_jax.operators.dense import wide_product
 from localglobal_jax.operators.muse import MuseSequence
 from localglobal_jax.parallel import context
@@ -37,7 +40,6 @@ TABLE = pathlib.Path(__file__).parent / "gpu_forms.csv"
 H100 = topologies.parse("h100-1")
 HALF = "bfloat16"
 SIDES = ("plain", "without", "with")
-COLUMNS = ("formulation", "module", "side", "roofline_ms", "estimated_ms", "temporary", "kernels")
 
 
 class Logits(nn.Module):
@@ -51,22 +53,27 @@ class Logits(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A formulation by the names of its functions, and a module that contains it."""
+    """A formulation by the names of its functions, and a module that contains it.
+
+    `of_cpu`: the formulation is that for CPU, and "without" is as chosen for GPUs.
+    """
 
     name: str
     functions: tuple[str, ...]
     module: nn.Module
     shape: tuple[int, ...]
     mask: bool = False
+    of_cpu: bool = False
 
     @property
-    def described(self):
-        return f"{type(self.module).__name__} {list(self.shape)}"
+    def forms(self):
+        return {side: side for side in SIDES}
 
 
 MUSE = MuseSequence(
     768, 16, 3072, attention_dropout=0.1, dropout=0.3, input_dropout=0.1, dtype=HALF
 )
+DYNAMIC = DynamicConv(768, 16, 15, dtype=HALF)
 HALVING = MBConvBlock(features=96, stride=2, dtype=HALF)
 ROWS = (
     Row(
@@ -103,18 +110,37 @@ ROWS = (
         HALVING,
         (64, 112, 112, 64),
     ),
+    Row(
+        "not chosen: dynamic convolution as band matrices",
+        ("dynamic",),
+        DYNAMIC,
+        (32, 256, 768),
+        mask=True,
+        of_cpu=True,
+    ),
+    Row(
+        "not chosen: depthwise convolution as shifts",
+        ("depthwise",),
+        MBConvBlock(features=96, dtype=HALF),
+        (64, 56, 56, 96),
+        of_cpu=True,
+    ),
 )
 
 
-def without(names, select):
-    """Returns `lax.platform_dependent` without the forms for CUDA that these functions make."""
+def chosen(row, side, select):
+    """Returns `lax.platform_dependent` with the forms for CUDA of a side of a row."""
 
     def dependent(*args, default, **forms):
-        form = forms.get("cuda")
+        kind = "cpu" if row.of_cpu else "cuda"
+        form = forms.get(kind)
         while isinstance(form, functools.partial):
             form = form.func
-        if form is not None and form.__qualname__.split(".")[0] in names:
-            del forms["cuda"]
+        if form is not None and form.__qualname__.split(".")[0] in row.functions:
+            if row.of_cpu and side == "with":
+                forms["cuda"] = forms["cpu"]
+            elif not row.of_cpu and side == "without":
+                del forms["cuda"]
         return select(*args, default=default, **forms)
 
     return dependent
@@ -122,6 +148,7 @@ def without(names, select):
 
 def measure(row, side):
     """Returns the numbers of one line."""
+    jax.clear_caches()  # of what another side has traced
     x = jax.ShapeDtypeStruct(row.shape, jnp.bfloat16)
     options: dict[str, Any] = {"mask": jnp.ones(row.shape[:2], bool)} if row.mask else {}
     rngs = {"dropout": jax.random.key(1)}
@@ -141,8 +168,7 @@ def measure(row, side):
         return row.module.init({"params": jax.random.key(0), **rngs}, x, train=False, **options)
 
     select = jax.lax.platform_dependent
-    if side == "without":
-        jax.lax.platform_dependent = without(row.functions, select)
+    jax.lax.platform_dependent = chosen(row, side, select)
     try:
         with context.implementation("reference" if side == "plain" else "fused"):
             variables = jax.eval_shape(init, x)
@@ -155,6 +181,7 @@ def measure(row, side):
     kernels = gpu_kernels.kernels(hlo.Program(compiled.as_text()), H100.chip)
     rows = gpu_kernels.rows(kernels)
     return {
+        "module": f"{type(row.module).__name__} {list(row.shape)}",
         "roofline_ms": round(sum(kind["roofline_ms"] for kind in rows), 4),
         "estimated_ms": round(sum(kind["estimated_ms"] for kind in rows), 4),
         "temporary": compiled.memory_analysis().temp_size_in_bytes,
@@ -169,31 +196,5 @@ def on_gpu(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
 
 
-def read():
-    """Reads the lines, by formulation and side."""
-    if not TABLE.is_file():
-        return {}
-    with TABLE.open(newline="") as file:
-        return {(line["formulation"], line["side"]): line for line in csv.DictReader(file)}
-
-
-def main():
-    """Makes every missing line."""
-    for row in ROWS:
-        for side in SIDES:
-            if (row.name, side) in read():
-                continue
-            print(row.name, side, flush=True)
-            jax.clear_caches()  # of what another side has traced
-            line = {"formulation": row.name, "module": row.described, "side": side}
-            line |= measure(row, side)
-            new = not TABLE.is_file()
-            with TABLE.open("a", newline="") as file:
-                writer = csv.DictWriter(file, COLUMNS)
-                if new:
-                    writer.writeheader()
-                writer.writerow(line)
-
-
 if __name__ == "__main__":
-    main()
+    plans.make(TABLE, ROWS, measure, ("jax", "flax"), __doc__.splitlines()[0])

@@ -104,12 +104,12 @@ def gpu_forms():
     """Tabulates each formulation for GPUs over the reference implementation."""
     head = ["formulation", "module, with its gradient", "measure", "plain", "without", "with"]
     body = []
-    for rows in study.grouped(read("gpu_forms.csv"), "formulation").values():
-        sides = {row["side"]: row for row in rows}
+    for rows in study.grouped(read("gpu_forms.csv"), "row").values():
+        sides = {row["formulation"]: row for row in rows}
         plain = sides["plain"]
         for i, (key, unit, form, measure) in enumerate(FORM_MEASURES):
             ratios = [ratio(sides[side][key], plain[key]) for side in ("without", "with")]
-            first = (plain["formulation"], plain["module"]) if i == 0 else ("", "")
+            first = (plain["row"], plain["module"]) if i == 0 else ("", "")
             body.append((*first, measure, scaled(plain[key], unit, form, ""), *ratios))
     return study.table(head, body)
 
