@@ -66,6 +66,7 @@ def mix(
     *,
     mixup: float,
     cutmix: float,
+    partners: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Mixes each example with its partner, the batch read backwards.
 
@@ -76,6 +77,8 @@ def mix(
 
     ``images: [b, h, w, c]`` floating, ``labels: [b, classes]``, ``mask: [b]``. An example whose
     partner is masked stays as it is: the partner's pixels may be padding and its label is void.
+    ``partners`` are the images and labels read backwards, if the caller can do that with fewer
+    bytes between devices (uint8 images, class numbers).
     """
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(f"mix takes normalised floating images, not {images.dtype}")
@@ -90,8 +93,9 @@ def mix(
     part = part[None, :, :, None].astype(images.dtype)
     weight = part.mean(dtype=labels.dtype)
     live = mask * mask[::-1] > 0  # [b]; the others are their own partner
-    other_images = jnp.where(live[:, None, None, None], images[::-1], images)
-    other_labels = jnp.where(live[:, None], labels[::-1], labels)
+    other_images, other_labels = partners or (images[::-1], labels[::-1])
+    other_images = jnp.where(live[:, None, None, None], other_images, images)
+    other_labels = jnp.where(live[:, None], other_labels, labels)
     return (
         images + part * (other_images - images),
         labels + weight * (other_labels - labels),

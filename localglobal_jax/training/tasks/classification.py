@@ -199,11 +199,21 @@ def loss(
     ("mix_box"), the target of the class logits is the mixture of both labels.
     """
     mix_key, dropout_key = jax.random.split(key)
-    image, mask = normalize(batch["image"], run.data), batch["mask"]
-    target = jax.nn.one_hot(batch["label"], model.classes)
+
+    def inputs(image: jax.Array, label: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return normalize(image, run.data), jax.nn.one_hot(label, model.classes)
+
+    mask = batch["mask"]
+    image, target = inputs(batch["image"], batch["label"])
     if run.task.mixup or run.task.cutmix:
         image, target = device_ops.mix(
-            mix_key, image, target, mask, mixup=run.task.mixup, cutmix=run.task.cutmix
+            mix_key,
+            image,
+            target,
+            mask,
+            mixup=run.task.mixup,
+            cutmix=run.task.cutmix,
+            partners=inputs(batch["image"][::-1], batch["label"][::-1]),
         )
     (logits, found), collections = model.apply(
         variables,
