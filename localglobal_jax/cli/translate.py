@@ -69,6 +69,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--temperature", type=float, help="of --sample; default: 1")
     add("--top_k", type=int, help="of --sample: only among so many tokens; default: all")
     add("--top_p", type=float, help="of --sample: only among this probability; default: 1")
+    add("--dtype", choices=("float32", "bfloat16"),
+        help="of the computation; default: that of the run")  # fmt: skip
     options.add_checkpoint(parser)
 
 
@@ -85,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         heat_map.check(args.attention)
     from localglobal_jax.inference.translator import Sampling, defaults, load
 
-    translator = load(args.workdir, args.step, args.average)
+    translator = load(args.workdir, args.step, args.average, dtype=args.dtype)
     chosen = {
         **defaults(args.workdir[0]),
         "nbest": 1 if args.nbest is None else args.nbest,

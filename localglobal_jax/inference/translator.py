@@ -32,6 +32,7 @@ from localglobal_jax.parallel import context
 SHORTEST = 16  # tokens of the first length bucket; each next one is twice as long
 BATCH = 2048  # tokens
 LONGEST = 1024  # tokens of a source
+DTYPES = ("float32", "bfloat16")
 ONE_LINE = str.maketrans("\n\r\t\0", "    ")  # a model with a byte vocabulary can output these
 
 
@@ -318,12 +319,15 @@ def load(
     path: str | pathlib.Path | Sequence[str | pathlib.Path],
     step: int | str | None = None,
     average: int = 1,
+    *,
+    dtype: str | None = None,
 ) -> Translator:
     """Loads a translator from a workdir, or from the directory of a converted checkpoint.
 
     Several paths make an ensemble. `step` and `average`: see `inference.load.load`; they hold for
-    every path. Raises ValueError if there is no such checkpoint, no tokenizer beside it, or if the
-    tokenizers differ.
+    every path. `dtype` is that of the computation, one of `DTYPES`; None: that of the run. Decoding
+    reads all weights for every token, with bfloat16 half the bytes. Raises ValueError if there is
+    no such checkpoint, no tokenizer beside it, or if the tokenizers differ.
 
     >>> translator = lg.load_translator("runs/muse")
     >>> found = translator.translate(["Click the button."], beam=2)
@@ -334,9 +338,12 @@ def load(
     paths = [path] if isinstance(path, str | pathlib.Path) else [*path]
     if not paths:
         raise ValueError("load_translator(()): give at least one path")
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype={dtype!r}: give one of {', '.join(DTYPES)}")
     models, tokenizers = [], None
     for one in map(hub.local, paths):
-        models.append(inference_load.load(one, step, average))
+        module, variables = inference_load.load(one, step, average)
+        models.append((module.clone(dtype=dtype) if dtype else module, variables))
         found = load_tokenizers(gcs.LocalMirror(one).local / DIRECTORY)
         if found is None:
             raise ValueError(

@@ -106,6 +106,15 @@ def test_json_says_everything(run, expected):
             assert hypothesis["pieces"][-1] == "</s>"
 
 
+def test_bfloat16_keeps_the_scores_to_its_digits(run, expected):
+    code, out, _ = run("\n".join(LINES).encode(), SHORT, "--dtype=bfloat16", "--json")
+    found = json.loads(out)["translations"]
+    ours = [h["score"] for t in found for h in t["hypotheses"]]
+    theirs = [t.hypotheses[0].score for t in expected if t.hypotheses]
+    assert code == 0 and ours != theirs
+    np.testing.assert_allclose(ours, theirs, rtol=2**-6)
+
+
 def test_lines_that_are_too_long(run, expected):
     code, out, error = run("\n".join(LINES).encode(), SHORT, "--max_source=3")
     assert code == 2
