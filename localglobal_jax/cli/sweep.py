@@ -82,24 +82,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Starts the runs, or does what ``--status``, ``--dry_run`` and the like name."""
     looks = args.status or args.collect or args.summary or args.prune
-    for option, kind in (("collect", "file"), ("out", "folder")):
-        if given := getattr(args, option):
-            workdir.check_local(f"--{option}", given, kind)
-    if args.yes and not args.prune:
-        raise ValueError("--yes belongs to --prune, which is not given")
+    _check_options(args)
     wrong: list[str] | None = None if looks else []  # the others are checked too
     look = not args.dry_run and not args.out  # those use no network
     if args.sampler:
         return _search(args, looks)
-    if args.trials is not None or args.halving:
-        raise ValueError("--trials and --halving belong to --sampler, which is not given")
     sweep = expand.expand(
         args.config, args.workdir, args.sweep, args.overrides, look=look, wrong=wrong
     )
     runs = expand.select(sweep.runs, args.only)
     if looks:
         return _look(args, sweep, runs)
-    _refuse_alone(args)
     backends.check(args)
     backend = backends.BACKENDS[args.backend]
     request = Request(args, sweep, runs, shell.environment(args.env))
@@ -135,21 +128,59 @@ def run(args: argparse.Namespace) -> int:
     return started.code
 
 
+def _check_options(args: argparse.Namespace) -> None:
+    """Raises ValueError for an option without the one that reads it: a sweep would be started."""
+    given = {name for name, value in vars(args).items() if value is not None and value is not False}
+    table: tuple[str, ...] = ("metric", "group", "baseline", "sort", "top", "format")
+    if args.prune:
+        if other := next((n for n in ("status", "summary", "collect") if n in given), None):
+            raise ValueError(f"--prune and --{other}: give one of them")
+        table = table[:-1]  # its list has a format too
+    owners = {
+        **({} if args.summary else dict.fromkeys(table, "summary")),
+        **({} if args.prune else {"yes": "prune"}),
+        **({} if args.sampler else {"trials": "sampler", "halving": "sampler"}),
+    }
+    for option, owner in owners.items():
+        if option in given:
+            raise ValueError(f"--{option} belongs to --{owner}, which is not given")
+    if args.baseline and not args.group:
+        raise ValueError("--baseline needs --group FIELD, the field that pairs the runs (seed)")
+    if args.top is not None and args.top < 1:
+        raise ValueError(f"--top {args.top}: at least 1")
+    if args.sampler and args.backend != "local":
+        raise ValueError(f"--sampler draws runs on this machine, not with --backend {args.backend}")
+    if args.sampler and args.only:
+        raise ValueError("--only takes runs of a list: a search starts one after the other")
+    for option, kind in (("collect", "file"), ("out", "folder")):
+        if option in given:
+            workdir.check_local(f"--{option}", getattr(args, option), kind)
+    if args.collect:
+        _check_file(args.collect)
+
+
+def _check_file(given: str) -> None:
+    """Raises ValueError unless ``--collect`` names a file that can be written, in a known form."""
+    from localglobal_jax.launch import summary
+
+    file = pathlib.Path(given).absolute()
+    if not file.parent.is_dir():
+        raise ValueError(f"--collect {given}: there is no such folder")
+    if file.suffix not in summary.FILES:
+        known = " ".join(filter(None, summary.FILES))
+        raise ValueError(f"--collect {given}: give a name in {known}")
+
+
 def _search(args: argparse.Namespace, looks: bool) -> int:
     """Draws and starts the runs of a search, or does what ``--status`` and the like name."""
     from localglobal_jax.launch import local, pool, search
 
-    if args.backend != local.NAME:
-        raise ValueError(f"--sampler draws runs on this machine, not with --backend {args.backend}")
-    if args.only:
-        raise ValueError("--only takes runs of a list: a search starts one after the other")
     space = search.read_space(args.config, args.workdir, args.sweep, args.overrides)
     if looks:
         found = search.Study(space).sweep()
         if not found.runs:
             raise ValueError(f"{space.root}: no trial has been drawn yet")
         return _look(args, found, found.runs)
-    _refuse_alone(args)
     backends.check(args)
     if args.trials is None or args.trials < 1:
         raise ValueError("--sampler needs --trials N, at least 1")
@@ -203,30 +234,12 @@ def _prune(args: argparse.Namespace, runs: Sequence[expand.Description]) -> int:
     return ExitCode.DONE
 
 
-def _refuse_alone(args: argparse.Namespace) -> None:
-    """Raises ValueError for an option of ``--summary`` without it: a sweep would be started."""
-    for name in ("metric", "group", "baseline", "sort", "top", "format"):
-        if getattr(args, name) is not None:
-            raise ValueError(f"--{name} belongs to --summary, which is not given")
-
-
 def _look(args: argparse.Namespace, sweep: expand.Sweep, runs: Sequence[expand.Description]) -> int:
     """Prints or writes the state, the metrics and the summary of the runs."""
     from localglobal_jax.launch import status, summary
 
     if args.prune:
         return _prune(args, runs)
-    file = pathlib.Path(args.collect or "none.csv").absolute()
-    if not file.parent.is_dir():
-        raise ValueError(f"--collect {args.collect}: there is no such folder")
-    if file.suffix not in summary.FILES:
-        raise ValueError(f"--collect {args.collect}: give a name in {' '.join(summary.FILES)}")
-    if args.baseline and not args.group:
-        raise ValueError("--baseline needs --group FIELD, the field that pairs the runs (seed)")
-    if args.top is not None and args.top < 1:
-        raise ValueError(f"--top {args.top}: at least 1")
-    if not args.summary:
-        _refuse_alone(args)
     fields = status.override_fields(sweep.runs)
 
     def read(run: expand.Description) -> dict[str, Any]:
@@ -235,8 +248,9 @@ def _look(args: argparse.Namespace, sweep: expand.Sweep, runs: Sequence[expand.D
     with ThreadPoolExecutor(16) as pool:  # in a bucket, reading is waiting
         rows = list(pool.map(read, runs))
     if args.collect:
-        form = summary.FILES[file.suffix]
-        workdir.write_atomically(file, summary.shown(status.records(rows), form) + "\n")
+        file = pathlib.Path(args.collect).absolute()
+        text = summary.shown(status.records(rows), summary.FILES[file.suffix])
+        workdir.write_atomically(file, text + "\n")
         _say(f"wrote {args.collect}: {len(rows)} runs")
     records = _summary(args, sweep, rows) if args.summary else None
     if args.json:

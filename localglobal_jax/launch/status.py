@@ -2,6 +2,7 @@
 """Reads the state of a sweep from its workdirs, at any time, also while it runs."""
 
 import json
+import math
 import os
 import pathlib
 import time
@@ -123,20 +124,23 @@ def _reason(events: Sequence[Mapping[str, Any]], logs: pathlib.Path) -> str:
 
 
 def _extremes(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Returns last, smallest and largest value of every metric ``split/name``, and their steps."""
+    """Returns last, smallest and largest value of every metric ``split/name``, and their steps.
+
+    The last value may be a text, "nan" or "inf", which the smallest and the largest are not.
+    """
     found: dict[str, dict[str, Any]] = {}
     for line in lines:
         for name, value in line.items():
-            if name in ("step", "split") or not isinstance(value, int | float):
+            if name in ("step", "split"):
                 continue
+            known = found.setdefault(f"{line['split']}/{name}", {})
             at = line["step"]
-            known = found.setdefault(
-                f"{line['split']}/{name}", {"min": value, "max": value, "min_at": at, "max_at": at}
-            )
             known |= {"last": value, "last_at": at}
-            if value < known["min"]:
+            if not isinstance(value, int | float):
+                continue
+            if value < known.get("min", math.inf):
                 known |= {"min": value, "min_at": at}
-            if value > known["max"]:
+            if value > known.get("max", -math.inf):
                 known |= {"max": value, "max_at": at}
     return found
 

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables of a sweep: one line per run or per setting, from the rows of `status.read`. Pure."""
 
+import ast
 import csv
 import io
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +18,7 @@ from localglobal_jax.training.reporting import verdicts
 FILES = {"": "csv", ".csv": "csv", ".md": "markdown", ".tex": "latex", ".json": "json"}
 Row = Mapping[str, Any]  # of `status.read`
 Record = dict[str, Any]  # a line of a table, by column
+NOT_FINITE = ("nan", "inf", "-inf")  # as ``metrics.jsonl`` has them
 
 
 class Metric:
@@ -28,7 +31,7 @@ class Metric:
         self.name, self.smaller = metrics.direction(given)
 
     def last(self, row: Row) -> Any:
-        """Returns the last value of a run; None if it has none."""
+        """Returns the last value of a run, which may be "nan" or "inf"; None if it has none."""
         return row["extremes"].get(self.name, {}).get("last")
 
     def best(self, row: Row) -> tuple[Any, Any]:
@@ -91,14 +94,13 @@ def groups(
 
     Of the last value: n, mean, standard deviation and the 95 % interval; of the best, the mean.
     With a `baseline` (see `find`), also the paired difference to that setting over the values of
-    `by` that both have, its interval and its side. Raises ValueError for a field that does not
-    vary.
+    `by` that both have, its interval and its side. Raises ValueError for a field that no run of the
+    sweep overrides.
     """
-    fields = varying(rows)
     for field in by:
-        if field not in fields:
-            raise validation.unknown("field in --group:", field, fields)
-    kept = [field for field in fields if field not in by]
+        if field not in rows[0]["settings"]:
+            raise validation.unknown("field in --group:", field, rows[0]["settings"])
+    kept = [field for field in varying(rows) if field not in by]
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(repr([row["settings"][f] for f in kept]), []).append(row)
@@ -157,9 +159,10 @@ def find(
     members: Mapping[str, Sequence[Row]],
     words: Sequence[str],
 ) -> str:
-    """Returns the key of the setting that `words` name: ``FIELD=VALUE`` each, or the name of a run.
+    """Returns the key of the setting that `words` name.
 
-    Raises ValueError unless it is exactly one.
+    A word is ``FIELD=VALUE``, or the name or the number of a run. Raises ValueError unless the
+    words name exactly one setting.
     """
     asked = dict(word.partition("=")[::2] for word in words)
     if all("=" in word for word in words):
@@ -169,10 +172,14 @@ def find(
         found = [
             key
             for key, setting in settings.items()
-            if all(_text(setting[f]) == text for f, text in asked.items())
+            if all(_is_value(setting[f], text) for f, text in asked.items())
         ]
     else:
-        found = [k for k, rows in members.items() if any(r["name"] in words for r in rows)]
+        found = [
+            key
+            for key, rows in members.items()
+            if any(row["name"] in words or str(row["index"]) in words for row in rows)
+        ]
     if len(found) != 1:
         shown = "; ".join(
             " ".join(f"{f}={_text(v)}" for f, v in s.items()) for s in settings.values()
@@ -183,13 +190,27 @@ def find(
     return found[0]
 
 
+def _is_value(value: Any, text: str) -> bool:
+    """Returns whether `text` is `value`: as it is printed, or as Python writes it (8e-3)."""
+    if _text(value) == text:
+        return True
+    try:
+        read = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return False
+    read = tuple(read) if isinstance(read, list) else read
+    value = tuple(value) if isinstance(value, list) else value
+    return read == value and isinstance(read, bool) == isinstance(value, bool)
+
+
 # ---------------------------------------------------------------------------- order and output
 
 
 def ordered(records: Sequence[Record], by: str | None, top: int | None) -> list[Record]:
     """Returns the first `top` records by a column, ascending, or descending for ``-COLUMN``.
 
-    A column may be named by its first word ("best", "mean"). Records without a value come last.
+    A column may be named by its first word ("best", "mean"). "20/100" counts as 20. Records without
+    a value, or with "nan" or "inf", come last.
     """
     found = list(records)
     if by and found:
@@ -199,10 +220,12 @@ def ordered(records: Sequence[Record], by: str | None, top: int | None) -> list[
             raise validation.unknown("column in --sort:", name, columns)
 
         def has(record: Record) -> bool:
-            return record[match[0]] not in (None, "")
+            return record[match[0]] not in (None, "", *NOT_FINITE)
 
         def key(record: Record) -> tuple[bool, Any]:
             value = record[match[0]]
+            if part := re.fullmatch(r"(\d+)/\d+", str(value)):
+                return True, int(part[1])
             return (True, value) if _is_number(value) else (False, str(value))
 
         some = sorted(filter(has, found), key=key, reverse=by.startswith("-"))
@@ -224,7 +247,7 @@ def shown(records: Sequence[Record], form: str) -> str:
     columns = [c for c in columns if any(record.get(c) not in (None, "") for record in records)]
     cells = [[_cell(c, record.get(c)) for c in columns] for record in records]
     right = [
-        all(_is_number(record.get(c)) or record.get(c) in (None, "") for record in records)
+        all(_is_number(v := record.get(c)) or v in (None, "", *NOT_FINITE) for record in records)
         or c in ("steps", "runs")
         for c in columns
     ]

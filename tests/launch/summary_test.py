@@ -111,6 +111,43 @@ def test_settings_with_intervals_and_verdicts(sweep, capsys):
     assert [r["side"] for r in of_loss] == ["worse", "baseline"]
 
 
+def test_a_baseline_is_named_by_value_number_or_name(sweep, capsys):
+    command, runs = sweep
+    for words in (["optim.learning_rate=5e-1"], ["0"], [runs[2].name], [runs[0].name, "4"]):
+        found = records(capsys, command, "--group", "seed", "--baseline", *words)
+        assert [g["side"] for g in found] == ["baseline", "better"], words
+
+
+def test_the_last_value_may_be_no_number(sweep, capsys):
+    """The value of an earlier step does not stand for it, and no mean has it."""
+    command, runs = sweep
+    with open(pathlib.Path(runs[0].workdir) / "metrics.jsonl", "a") as file:
+        file.write('{"step": 21, "split": "test", "accuracy": "nan", "loss": "inf"}\n')
+    words = ("--metric=test/accuracy", "--sort=last")
+    found = records(capsys, command, *words)
+    assert (found[-1]["last test/accuracy"], found[-1]["best test/accuracy"]) == ("nan", "0.8")
+    base, _ = records(capsys, command, words[0], "--group", "seed")
+    assert (base["runs"], base["n"]) == ("3/3", "2")
+    assert float(base["mean test/accuracy"]) == pytest.approx(0.85)
+    table = printed(capsys, command, "--metric=test/loss", "--format=markdown").splitlines()
+    assert table[1].split("|")[5].strip() == "---:" and " inf " in table[2]
+
+
+def test_a_few_runs_of_one_seed_have_groups(sweep, capsys):
+    command, _ = sweep
+    found = records(capsys, command, "--only", "0-1", "--group", "seed")
+    assert [(g["optim.learning_rate"], g["n"]) for g in found] == [("0.5", "1"), ("0.25", "1")]
+
+
+def test_steps_are_sorted_as_numbers():
+    found = [{"steps": f"{step}/100"} for step in (20, 100, 3)]
+    assert [r["steps"] for r in summary.ordered(found, "steps", None)] == [
+        "3/100",
+        "20/100",
+        "100/100",
+    ]
+
+
 def test_unfinished_and_failed_runs_are_named_and_left_out(sweep, capsys):
     command, runs = sweep
     folder = pathlib.Path(runs[1].workdir)
@@ -156,7 +193,10 @@ def test_the_help_of_mistakes(sweep, capsys):
         (("--sort=best",), "--summary"),
         (("--status", "--group", "seed"), "--summary"),
         (("--status", "--format=csv"), "--summary"),
-        (("--collect=x.xlsx",), ".md"),
+        (("--collect=x.xlsx",), "in .csv .md"),
+        (("--prune", "--summary"), "--summary"),
+        (("--prune", "--collect=x.csv"), "--collect"),
+        (("--prune", "--metric=test/loss"), "--metric"),
     ):
         assert main([*command, *words]) == 2, words
         assert named in capsys.readouterr().err
