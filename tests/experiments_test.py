@@ -12,7 +12,7 @@ import pytest
 
 from experiments import protocol, study
 from experiments.benchmarks import make as benchmarks
-from localglobal_jax.launch import expand
+from localglobal_jax.launch import expand, summary
 
 FOLDER = pathlib.Path(study.__file__).parent
 STUDIES = sorted(
@@ -42,6 +42,31 @@ def test_a_page_has_no_verdict_but_the_one_from_its_csv(name):
     # how to read the lines; no number, no list and no emphasis of its own
     assert len(outside) < 400
     assert not re.search(r"\d\.\d|\*\*|^- ", outside, re.MULTILINE), outside
+
+
+def test_the_summary_of_a_sweep_gives_the_numbers_of_the_page():
+    """Study pages and ``sweep --summary`` have one mean, one interval and one verdict."""
+    rows = [
+        {
+            "name": row["name"],
+            "state": "done",
+            "settings": {"seed": row["seed"], "model.layout": row["model.layout"]},
+            "extremes": {"test/accuracy": {"last": 100 * float(row["test/accuracy"])}},
+        }
+        for row in study.read(FOLDER / "beyond" / "results.csv")
+    ]
+    metric = summary.Metric("test/accuracy")
+    found = summary.groups(rows, metric, ["seed"], ["model.layout=CCTT"])
+    page = (FOLDER / "beyond" / "README.md").read_text()
+    for line in found:
+        half = (line["high"] - line["low"]) / 2
+        mean = f"{line['mean test/accuracy']:.2f} ± {half:.2f}"
+        assert f"| {line['model.layout']} | {mean} |" in page
+        if line["side"] != "baseline":
+            ends = (line["difference"], line["diff low"], line["diff high"])
+            shown = "{:+.2f} ({:+.2f} to {:+.2f}, 3 pairs): **{}**".format(*ends, line["side"])
+            assert f"- {line['model.layout']} against CCTT, test accuracy, points: {shown}" in page
+    assert len(found) == 4
 
 
 def test_benchmarks_show_what_was_measured():
