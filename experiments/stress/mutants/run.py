@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Changes the core in 300 random places, one at a time, and counts the changes that tests notice.
+
+nice python experiments/stress/mutants/run.py --work /tmp/mutants           resumes
+nice python experiments/stress/mutants/run.py --work /tmp/mutants --again   the survivors once more
+python experiments/stress/mutants/run.py --table                            tables of results.jsonl
+
+First it records which lines each test runs (`record.py`), once, in WORK. Then every mutant
+(`mutations.py`) is written into a copy of the tree. Tests that ran its lines are started until one
+fails: one case of each test first, cheap ones first, up to --budget CPU seconds. results.jsonl gets
+a line a mutant. A survivor is either explained there by hand ("equivalent" or "left"), or a test is
+written and it is tried --again.
+
+Not mutmut 3, which leaves out every decorated function (``@nn.compact``, ``@jax.custom_vjp``), and
+not cosmic-ray, which has one command for all mutants: the whole suite of the core, half an hour.
+"""
+
+import argparse
+import collections
+import contextlib
+import csv
+import json
+import multiprocessing
+import os
+import pathlib
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+
+import mutations
+
+HERE = pathlib.Path(__file__).parent
+ROOT = HERE.parents[2]
+RESULTS = HERE / "results.jsonl"
+SEED, COUNT = 0, 300
+CORE = ("operators", "models", "training", "checkpoints", "inference/decoding")
+MARKUP = ("training/reporting/html/", "training/reporting/plots.py")  # pages to look at
+TESTS = ("operators", "models", "blocks", "training", "checkpoints", "inference")
+LONG = 13  # CPU seconds: tests that took longer in the suite's list are not recorded
+LIBRARIES = ("beartype", "flax.linen", "gcsfs", "jax", "optax", "orbax.checkpoint", "pytest")
+KILLED = ("killed", "timeout")
+KEY = ("kind", "file", "line", "column", "was", "becomes", "text")
+
+
+def git(*arguments: str) -> str:
+    command = ["git", *arguments]
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+
+def copy_tree(work: pathlib.Path) -> pathlib.Path:
+    """Returns a fresh copy of the files of the checkout, without git's own."""
+    tree = work / "tree"
+    shutil.rmtree(tree, ignore_errors=True)
+    names = git("ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
+    for name in filter(None, names):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, tree / name)
+    return tree
+
+
+def record(tree: pathlib.Path, out: pathlib.Path) -> None:
+    """Runs the tests of the core once and records their lines; continues an unfinished record."""
+    with (ROOT / "experiments/benchmarks/suite.csv").open(encoding="utf-8") as file:
+        listed = [row for row in csv.DictReader(file) if row["when"] == "after"]
+    long = [row["test"] for row in listed if float(row["cpu_seconds"]) > LONG]
+    options = [f"--deselect=tests/{test}" for test in long]
+    path = os.pathsep.join((str(tree), str(HERE)))
+    environment = {**os.environ, "PYTHONPATH": path, "MUTANTS_RECORD": str(out)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "record", *options]
+    command += [f"tests/{folder}" for folder in TESTS]
+    subprocess.run(command, check=False, cwd=tree, env=environment)
+
+
+def read_lines(file: pathlib.Path) -> list[dict]:
+    if not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def every_mutant() -> list[dict]:
+    """Returns the mutants of all files of CORE."""
+    package, found = ROOT / "localglobal_jax", []
+    for file in sorted(path for name in CORE for path in (package / name).rglob("*.py")):
+        name, source = str(file.relative_to(package)), file.read_bytes()
+        if not name.startswith(MARKUP):
+            found += [described(name, source, m) for m in mutations.mutants(source)]
+    return found
+
+
+def described(name: str, source: bytes, mutant: mutations.Mutant) -> dict:
+    """Returns a mutant as it is in results.jsonl, and its bytes."""
+    first = source.rfind(b"\n", 0, mutant.start) + 1
+    last = source.find(b"\n", mutant.end)
+    before, changed = source[first : mutant.start], source[mutant.start : mutant.end].decode()
+    line, column = source.count(b"\n", 0, mutant.start) + 1, len(before)
+    text = (before + mutant.new.encode() + source[mutant.end : last]).decode()
+    short = {"kind": mutant.kind, "file": name, "line": line, "column": column}
+    return {**short, "was": changed, "becomes": mutant.new, "text": text.strip(), "mutant": mutant}
+
+
+def key(result: dict) -> tuple:
+    """Returns the identity of a mutant, which stays when other lines move."""
+    return tuple(result[name] for name in KEY if name != "line")
+
+
+def choose(mutant: dict, records: list[dict], budget: float) -> list[str]:
+    """Returns the tests that ran the mutant's lines, in the order in which they are to run."""
+    file, seen, keyed = mutant["file"], collections.Counter(), []
+    own = "tests/" + file.removesuffix(".py") + "_test.py"
+    for first, last in mutant["mutant"].ranges:
+        ran = [
+            r for r in records if any(first <= line <= last for line in r["lines"].get(file, ()))
+        ]
+        if ran:
+            break
+    else:  # a file of constants: the tests of its package
+        if len(mutant["mutant"].ranges) == 1:
+            return []
+        ran = [r for r in records if r["test"].startswith(f"tests/{file.split('/')[0]}/")]
+    for test in sorted(ran, key=lambda r: r["cpu"]):
+        function = test["test"].split("[")[0]
+        keyed.append((seen[function], not test["test"].startswith(own), test["cpu"], test["test"]))
+        seen[function] += 1
+    chosen, left = [], budget
+    for *_, cpu, test in sorted(keyed):
+        if (left := left - cpu) < 0 and chosen:
+            break
+        chosen.append(test)
+    order = list(dict.fromkeys(test.split("::")[0] for test in chosen))  # fixtures of a file: once
+    return sorted(chosen, key=lambda test: order.index(test.split("::")[0]))
+
+
+class FirstFailure:
+    """Pytest plugin that notes the first test, or file, that fails."""
+
+    test = None
+
+    def pytest_runtest_logreport(self, report):
+        self.note(report)
+
+    def pytest_collectreport(self, report):
+        self.note(report)
+
+    def note(self, report):
+        if report.failed and self.test is None:
+            self.test = report.nodeid
+
+
+def run_tests(tree, tests, limit, log, sender):
+    """Runs tests in this process, a child of one that has imported the libraries, not the package.
+
+    Sends the first that fails, the exit code of pytest and CPU seconds. The child's CPU time is
+    limited: an endless loop ends by a signal on a slow machine too.
+    """
+    import pytest  # noqa: PLC0415, not in the parent
+
+    os.setsid()
+    os.chdir(tree)
+    os.environ["PYTHONPATH"] = tree
+    sys.path.insert(0, tree)
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    failure = FirstFailure()
+    code = pytest.main(["-q", "-x", *tests], plugins=[failure])
+    sender.send((failure.test, int(code), sum(os.times()[:4])))
+    os._exit(0)  # threads of a mutant may never end
+
+
+def attempt(tree: pathlib.Path, mutant: dict, tests: list[str], budget: float) -> dict:
+    """Returns what the tests made of a mutant, which is in the tree only meanwhile."""
+    if not tests:
+        return {"result": "no test", "tests": 0}
+    file, change = tree / "localglobal_jax" / mutant["file"], mutant["mutant"]
+    source, context = file.read_bytes(), multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(LIBRARIES))
+    receiver, sender = context.Pipe(duplex=False)
+    limit = int(40 + 4 * budget)
+    arguments = (str(tree), tests, limit, str(tree.parent / "last.log"), sender)
+    child = context.Process(target=run_tests, args=arguments)
+    try:
+        file.write_bytes(source[: change.start] + change.new.encode() + source[change.end :])
+        for compiled in (file.parent / "__pycache__").glob(f"{file.stem}.*"):
+            compiled.unlink()  # of the same second and size, it would be taken for this one
+        child.start()
+        sender.close()
+        child.join(4 * limit)
+        answer = receiver.recv() if receiver.poll() else None
+        if child.is_alive() or answer is None:
+            overdue = child.is_alive() or child.exitcode == -signal.SIGXCPU
+            found = {"result": "timeout" if overdue else "killed", "by": f"exit {child.exitcode}"}
+        else:
+            test, code, cpu = answer
+            found = {"result": "killed" if code else "survived", "by": test, "cpu": round(cpu, 1)}
+        return {**found, "tests": len(tests)}
+    except EOFError:  # the process ended within pytest
+        child.join()
+        return {"result": "killed", "by": f"exit {child.exitcode}", "tests": len(tests)}
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # processes that the tests left behind
+            os.killpg(child.pid, signal.SIGKILL)
+        file.write_bytes(source)
+        for compiled in (file.parent / "__pycache__").glob(f"{file.stem}.*"):
+            compiled.unlink()
+
+
+def trials(args) -> None:
+    """Records, draws and tries; every result is written as soon as it is there."""
+    args.work.mkdir(parents=True, exist_ok=True)
+    tree, recorded = copy_tree(args.work), args.work / "record.jsonl"
+    if not args.recorded:
+        record(tree, recorded)
+    version = git("log", "-1", "--format=%h", "--", "localglobal_jax").strip()
+    mutants = {key(m): m for m in every_mutant()}
+    if not RESULTS.exists():
+        drawn = random.Random(SEED).sample(list(mutants.values()), COUNT)
+        write([{**m, "result": "not tried"} for m in drawn])
+    results = read_lines(RESULTS)
+    for number, result in enumerate(results):
+        wanted = args.again and result["result"] not in KILLED and "equivalent" not in result
+        if result["result"] != "not tried" and not wanted:
+            continue
+        if (mutant := mutants.get(key(result))) is None:
+            found = {"result": "gone"}  # its line has been changed since it was drawn
+        else:
+            tests = choose(mutant, read_lines(recorded), args.budget)
+            found = attempt(tree, mutant, tests, args.budget)
+        results[number] = {name: result[name] for name in KEY} | found | {"commit": version}
+        write(results)
+        print(*results[number].values(), flush=True)
+
+
+def write(results: list[dict]) -> None:
+    lines = [{k: v for k, v in result.items() if k != "mutant"} for result in results]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    RESULTS.with_suffix(".new").write_text(text, encoding="utf-8")
+    RESULTS.with_suffix(".new").replace(RESULTS)
+
+
+def tables() -> str:
+    """Returns the counts by package, and the survivors with what is known of them."""
+    results = [r for r in read_lines(RESULTS) if r["result"] not in ("not tried", "gone")]
+    columns = ("killed", "timeout", "survived", "no test")
+    heads = ("mutants", "killed", "by a time limit", "survived", "no test", "equivalent")
+    lines = [f"| package | {' | '.join(heads)} | noticed |", "|---|" + "---:|" * 7]
+    for package in (*CORE, ""):
+        of = [r for r in results if r["file"].startswith(package)]
+        equivalent = sum("equivalent" in r for r in of)
+        counts = [sum(r["result"] == c and "equivalent" not in r for r in of) for c in columns]
+        share = sum(counts[:2]) / max(len(of) - equivalent, 1)
+        cells = " | ".join(map(str, (len(of), *counts, equivalent)))
+        lines.append(f"| {package or 'all'} | {cells} | {100 * share:.0f} % |")
+    lines += ["", "| survivor | becomes | |", "|---|---|---|"]
+    for r in results:
+        if r["result"] not in KILLED:
+            why = f"equivalent: {r['equivalent']}" if "equivalent" in r else r.get("left", "")
+            lines.append(f"| `{r['file']}:{r['line']}` | `{r['text']}` | {why} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=pathlib.Path, help="where the tree is copied and recorded")
+    parser.add_argument("--again", action="store_true", help="try the survivors again")
+    parser.add_argument("--recorded", action="store_true", help="do not look for unrecorded tests")
+    parser.add_argument("--budget", type=float, default=60, help="CPU seconds of tests a mutant")
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    if args.work:
+        trials(args)
+    print(tables())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
