@@ -14,6 +14,7 @@ from tensorboardX.proto.event_pb2 import Event
 from localglobal_jax.data.tfds import tfrecord
 from localglobal_jax.training.reporting import log_reason
 
+PRUNED = "pruned"  # the last event of a run that a search has stopped
 SAVED = 42  # exit code of a run that was stopped and whose state is saved
 
 
@@ -25,10 +26,9 @@ def attempts(directory: pathlib.Path, steps: int) -> list[dict[str, str]]:
     found = [_session(file) for file in sorted((directory / "tensorboard").glob("events.out.*"))]
     sessions = [session for session in found if session]
     rows = [{**session, "code": None} for session in sessions]
-    events = directory / "attempts.jsonl"
-    if events.exists():
+    if events := _events(directory):
         rows = []
-        for line in map(_event, events.read_text("utf-8", "replace").splitlines()):
+        for line in events:
             if line.get("event") == "start":
                 rows.append({"began": line["time"], "ended": math.inf, "code": None})
             elif line.get("event") == "end" and rows:
@@ -46,9 +46,7 @@ def failure(directory: pathlib.Path) -> str:
 
     Only a sweep records how an attempt ended.
     """
-    events = directory / "attempts.jsonl"
-    lines = events.read_text("utf-8", "replace").splitlines() if events.exists() else []
-    found = [line for line in map(_event, lines) if line]
+    found = _events(directory)
     if not found or found[-1].get("event") != "end" or not isinstance(found[-1].get("code"), int):
         return ""
     code = found[-1]["code"]
@@ -59,6 +57,19 @@ def failure(directory: pathlib.Path) -> str:
         directory / "log.txt", code, begins[-1] if begins else 0
     )
     return f"exit code {code}" + (f": {known}" if known else "")
+
+
+def is_pruned(directory: pathlib.Path) -> bool:
+    """Returns whether a search has stopped the run for good."""
+    found = _events(directory)
+    return bool(found) and found[-1].get("event") == PRUNED
+
+
+def _events(directory: pathlib.Path) -> list[dict[str, Any]]:
+    """Returns the events of ``attempts.jsonl``, without damaged lines; [] without the file."""
+    file = directory / "attempts.jsonl"
+    lines = file.read_text("utf-8", "replace").splitlines() if file.exists() else []
+    return [line for line in map(_event, lines) if line]
 
 
 def _event(text: str) -> dict[str, Any]:

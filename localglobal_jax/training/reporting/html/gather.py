@@ -28,7 +28,7 @@ from localglobal_jax.models import registry
 from localglobal_jax.training import divergence, early_stopping
 from localglobal_jax.training.reporting import metrics_log
 from localglobal_jax.training.reporting.html import sweep
-from localglobal_jax.training.reporting.html.attempts import attempts, failure
+from localglobal_jax.training.reporting.html.attempts import attempts, failure, is_pruned
 from localglobal_jax.training.reporting.html.facts import Run
 from localglobal_jax.training.reporting.html.page import page
 from localglobal_jax.training.reporting.html.predictions import (
@@ -111,7 +111,8 @@ def gather(
     newest = found is not None and found[0] == max(saved)
     stopped = newest and found is not None and early_stopping.has_stopped(config, found[2])
     run.state = _state(mirror.local, config, run.metrics, max(saved), stopped)
-    run.attempts, run.reason = attempts(mirror.local, config.steps), failure(mirror.local)
+    run.attempts = attempts(mirror.local, config.steps)
+    run.reason = "" if run.finished else failure(mirror.local)
     if found is None:
         return run
     run.step, variables, metadata = found
@@ -172,5 +173,7 @@ def _state(
             return f"done: stopped early at step {saved:,} of {config.steps:,}"
         if saved >= config.steps:
             return "done"
+        if is_pruned(directory):
+            return f"pruned at step {step:,} of {config.steps:,}"
         unsaved = f", saved at step {saved:,}" if step > saved > 0 else ""
         return f"step {step:,} of {config.steps:,}{unsaved}"

@@ -46,7 +46,8 @@ def add_classifications(
     @jax.jit
     def predict(variables: Variables, image: jax.Array) -> jax.Array:
         with context.implementation("fused"):  # as in training
-            return module.apply(variables, normalize(image, options), train=False)[0].argmax(-1)
+            logits = module.apply(variables, normalize(image, options), train=False)[0]
+        return jnp.where(jnp.isfinite(logits).all(-1), logits.argmax(-1), -1)
 
     chosen = spread(len(source), MOST)
     rows = min(ROWS, len(chosen))
@@ -55,6 +56,8 @@ def add_classifications(
         batch = source.batch(np.resize(part, rows), None)  # one shape, compiled once
         predicted = np.asarray(predict(variables, jnp.asarray(batch["image"])))
         real = (batch["mask"] > 0) & (np.arange(rows) < len(part))
+        if (predicted[real] < 0).any():
+            raise ValueError("the outputs of this checkpoint are NaN or infinite")
         np.add.at(counts, (batch["label"][real], predicted[real]), 1)
     whole = f" of {len(source):,}, evenly spread" if len(source) > MOST else ""
     run.confusion = Confusion(split, f"{counts.sum():,} images{whole}", classes, counts)

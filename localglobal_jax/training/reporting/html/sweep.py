@@ -45,7 +45,7 @@ class Sweep:
     settings: Sequence[Mapping[str, Any]]  # by run
     metric: str
     smaller: bool  # whether smaller values are better
-    best: Run | None
+    best: Run | None  # of the finished runs, if there are any
     values: list[tuple[float | None, float | None]]  # last and best value, by run
     groups: list[Group]
     failures: list[Failure]
@@ -122,7 +122,10 @@ def gather(root: str, runs: Sequence[Run], failures: Sequence[Failure]) -> Sweep
     metric, smaller = _metric(runs)
     found = [_values(run, metric, smaller) for run in runs]
     known = [(v[1], i) for i, v in enumerate(found) if v[1] is not None]
-    which = (min if smaller else max)(known, key=lambda pair: pair[0], default=(None, None))[1]
+    finished = [(value, i) for value, i in known if runs[i].finished]
+    which = (min if smaller else max)(
+        finished or known, key=lambda pair: pair[0], default=(None, None)
+    )[1]
     return Sweep(
         root=root,
         fields=fields,
@@ -149,14 +152,12 @@ def _metric(runs: Sequence[Run]) -> tuple[str, bool]:
 
 
 def _values(run: Run, metric: str, smaller: bool) -> tuple[float | None, float | None]:
-    """Returns the last and the best value of the metric."""
+    """Returns the last and the best value of the metric; None for one that is no number."""
     split, _, name = metric.rpartition("/")
-    found = [
-        value
-        for line in run.metrics
-        if line["split"] == split and (value := number(line.get(name))) is not None
-    ]
-    return (found[-1], (min if smaller else max)(found)) if found else (None, None)
+    found = [number(line[name]) for line in run.metrics if line["split"] == split and name in line]
+    known = [value for value in found if value is not None]
+    best = (min if smaller else max)(known) if known else None
+    return (found[-1] if found else None), best
 
 
 def _groups(
@@ -185,7 +186,7 @@ def _groups(
 
 
 def charts(sweep: Sweep, runs: Sequence[Run]) -> list[curves.Scatter]:
-    """Returns the charts of the metric's last value against every field but the seed.
+    """Returns the charts of the finished runs' last value against every field but the seed.
 
     Of two fields, each value of the other is a line; of more, the line is the mean over the others.
     """
@@ -197,7 +198,7 @@ def charts(sweep: Sweep, runs: Sequence[Run]) -> list[curves.Scatter]:
             (text(v) if isinstance(v := s[field], list | tuple | bool) or v is None else v,
              label({f: s[f] for f in others}, sweep.names), last, f"{run.name}: {last:.5g}")
             for run, s, (last, _) in zip(runs, sweep.settings, sweep.values, strict=True)
-            if last is not None
+            if last is not None and run.finished
         ]  # fmt: skip
         if points:
             found.append(curves.scatter(field, points))

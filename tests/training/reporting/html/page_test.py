@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from localglobal_jax.checkpoints import workdir as workdirs
 from localglobal_jax.cli.main import main
-from localglobal_jax.training.reporting.html import curves, gather, predictions
+from localglobal_jax.training.reporting.html import curves, gather, predictions, sweep
 from localglobal_jax.training.reporting.html.facts import (
     Confusion,
     Picture,
@@ -307,6 +307,51 @@ def test_a_sweep(root, tmp_path, capsys):
     text = out.read_text()
     first = text.index('class="matrix')
     assert text.rfind("<details", 0, first) <= text.rfind("</details>", 0, first)
+
+
+def test_a_sweep_compares_its_finished_runs():
+    """Neither the best nor a chart has the value of a run that failed, is pruned or goes on."""
+    runs = [
+        Run(
+            f"x-{i:03d}-0",
+            "r",
+            state,
+            {"optim": {"learning_rate": 0.1 * i}, "checkpoint": {"best": "test/accuracy"}},
+            metrics=[
+                {"step": 1, "split": "test", "accuracy": 0.5},
+                {"step": 2, "split": "test", "accuracy": last},
+            ],
+            reason=reason,
+        )
+        for i, (state, last, reason) in enumerate(
+            [
+                ("done", 0.6, ""),
+                ("done", "nan", ""),
+                ("diverged at step 2 of 9", 0.9, "exit code 3"),
+                ("pruned at step 2 of 9", 0.8, ""),
+            ]
+        )
+    ]
+    found = sweep.gather("r", runs, [])
+    assert found.best is runs[0] and found.values[:2] == [(0.6, 0.6), (None, 0.5)]
+    assert [group.last.n for group in found.groups] == [1, 0, 0, 0]
+    (chart,) = sweep.charts(found, runs)
+    assert sum(len(curve.dots) for curve in chart.curves) == 1
+    assert sweep.gather("r", runs[2:], []).best is runs[2]  # while none is finished
+
+
+def test_states_of_the_page(root, workdir, tmp_path, capsys):
+    """A run that a search pruned says so; one that failed, and was finished by hand, is done."""
+    for number, event in ((0, {"event": "end", "code": 1}), (1, {"event": "pruned", "step": 4})):
+        run = tmp_path / f"digits-{number:03d}-{number:08x}"
+        shutil.copytree(root / run.name, run)
+        with open(run / "attempts.jsonl", "a") as file:
+            file.write(json.dumps({**event, "time": 9}) + "\n")
+    shutil.rmtree(run / "checkpoints")
+    assert main(["report", str(tmp_path), f"--out={tmp_path / 'x.html'}"]) == 0
+    said = capsys.readouterr().out
+    assert "seed=0: done" in said and "seed=1: pruned at step 8 of 8" in said
+    assert "Without a result" not in (tmp_path / "x.html").read_text()
 
 
 def test_a_sweep_of_which_nothing_is_there_yet(tmp_path, capsys):
