@@ -197,11 +197,11 @@ def _search(args: argparse.Namespace, looks: bool) -> int:
         launch = local.launch(dataclasses.replace(request, env=masked))
         return _dry_run(args, rows, launch, masked)
     study = search.Study(space, args.sampler, args.trials, halving=args.halving)
-    done = len(study.finished())
     slots = local.machine_slots(args, {**outside, **env})
-    started = pool.run_jobs(
-        [], slots, args.retries, {**outside, **env}, _say, done=done, source=study
-    )
+    started = pool.run_jobs([], slots, args.retries, {**outside, **env}, _say, source=study)
+    if reasons := study.left_out():
+        count = len(reasons) + len(study.states())
+        _say(f"left out {len(reasons)} of {count} draws, with an invalid config: {reasons[-1]}")
     if args.json:
         print(json.dumps({"code": started.code, "runs": started.runs}))
     return started.code

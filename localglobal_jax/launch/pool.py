@@ -80,7 +80,10 @@ class Job:
 
 @dataclasses.dataclass
 class JobResult:
-    """Result of a job. State: "done", "failed", "stopped", "not started" or "busy" (elsewhere)."""
+    """Result of a job.
+
+    State: "done", "failed", "pruned", "stopped", "not started" or "busy" (elsewhere).
+    """
 
     state: str = "not started"
     code: int | None = None
@@ -90,6 +93,15 @@ class JobResult:
     idle: int = 0  # consecutive attempts that were preempted and saved nothing
     ready: float = 0.0  # when it may start again
     reason: str = ""  # of the last failure
+
+    def delay(self, lasted: float) -> None:
+        """Sets when a preempted job starts again: first at once, later with growing delays.
+
+        `lasted`: the seconds of its last attempt.
+        """
+        self.short = self.short + 1 if lasted < SHORT else 0
+        pause = min(2.0**self.short, LONGEST) if self.short > 1 else 0.0
+        self.ready = time.monotonic() + pause
 
 
 class Source(Protocol):
@@ -103,6 +115,9 @@ class Source(Protocol):
 
     def ended(self, job: Job, outcome: JobResult) -> None:
         """Takes the outcome of a job that is not started again by this pool."""
+
+    def states(self) -> list[str]:
+        """Returns the state of every job of the source, also of earlier and other pools."""
 
 
 class Pool:
@@ -124,34 +139,28 @@ class Pool:
         """Runs all jobs, and those of a `source`, and returns once no child is left."""
         outcomes = {job.name: JobResult() for job in jobs}
         waiting, free, children = deque(jobs), deque(self._slots), list[_Child]()
+        drawing = source is not None
         with self._signals(children):
             try:
-                more = source is not None
-                while children or ((waiting or more) and not self._stops):
+                while children or ((waiting or drawing) and not self._stops):
                     while free and not self._stops:
-                        ready = [j for j in waiting if outcomes[j.name].ready <= time.monotonic()]
-                        if not ready and more and source:
-                            drawn = source.next_job()
-                            more = drawn is not None
-                            if drawn:
-                                outcomes[drawn.name] = JobResult()
-                                waiting.append(drawn)
-                                ready = [drawn]
-                        if not ready:
+                        job = _next_ready(waiting, outcomes)
+                        if job is None and source and drawing:
+                            job = source.next_job()
+                            drawing = job is not None
+                            outcomes |= {job.name: JobResult()} if job else {}
+                        if job is None:
                             break
-                        job, slot = ready[0], free.popleft()
-                        waiting.remove(job)
-                        child = self._start(job, slot, outcomes[job.name])
-                        if not child:
-                            free.append(slot)
-                            if outcomes[job.name].state == "busy":
-                                waiting.append(job)
-                            elif source:
-                                source.ended(job, outcomes[job.name])
-                            continue
-                        children.append(child)
-                        if self._stops:  # asked for between the start and here
-                            child.process.terminate()
+                        child = self._start(job, free[0], outcomes[job.name])
+                        if child:
+                            free.popleft()
+                            children.append(child)
+                            if self._stops:  # asked for between the start and here
+                                child.process.terminate()
+                        elif outcomes[job.name].state == "busy":
+                            waiting.append(job)
+                        elif source:
+                            source.ended(job, outcomes[job.name])
                     time.sleep(PAUSE)
                     for child in [c for c in children if c.process.poll() is not None]:
                         children.remove(child)
@@ -189,7 +198,7 @@ class Pool:
         taken_over = ", taken over" if outcome.state == "busy" else ""
         if _over(job, outcome, self._began):
             log.close()
-            said = "" if outcome.state == "done" else f": {outcome.reason}"
+            said = f": {outcome.reason}" if outcome.reason else ""
             self._say(f"{outcome.state:<8} {job.name}: ended under another launcher{said}")
             return None
         outcome.attempts += 1
@@ -232,52 +241,51 @@ class Pool:
     def _ended(self, child: "_Child") -> bool:
         """Records how a child ended; returns True if its job has to be started again."""
         code, job, outcome = child.process.returncode, child.job, child.outcome
-        kills = log_reason.memory_kills() - child.kills
-        outcome.reason = (
-            log_reason.of_attempt(job.directory / LOG, code, child.begin, kills) if code else ""
-        )
-        reason = {"reason": outcome.reason} if outcome.reason else {}
-        self._record(job, {"event": "end", "code": code, **reason})
-        child.log.close()
-        outcome.code = code
-        outcome.crashes += code not in (ExitCode.DONE, ExitCode.PREEMPTED)
-        saved = job.saved_step() if code == ExitCode.PREEMPTED else None
-        idle = code == ExitCode.PREEMPTED and job.saved is not None and saved == child.saved
-        outcome.idle = outcome.idle + 1 if idle else 0
-        following = exit_codes.what_next(code, outcome.crashes, self._retries)
-        if outcome.idle >= MOST_IDLE:
-            following = "failed"
         lasted = time.monotonic() - child.since
-        if following == "restart":  # the first at once, later ones with growing delays
-            outcome.short = outcome.short + 1 if lasted < SHORT else 0
-            pause = min(2.0**outcome.short, LONGEST) if outcome.short > 1 else 0.0
-            outcome.ready = time.monotonic() + pause
-        said = f"after {lasted:.0f} s: {exit_codes.explained(code)}"
-        if saved is not None and not idle:
-            said += f", saved at step {saved:,}"
-        elif idle:
-            times = f" for {outcome.idle} times" if outcome.idle > 1 else ""
-            said += f", nothing new was saved{times}"
+        self._close(child)
+        saved = _count(child)
         if child.pruned and code in (ExitCode.PREEMPTED, -signal.SIGTERM):
-            outcome.state = "pruned"
+            outcome.state = PRUNED
             self._record(job, {"event": PRUNED, "step": job.saved_step() or 0})
             self._say(f"pruned   {job.name}  after {lasted:.0f} s")
             return False
+        said = f"after {lasted:.0f} s: {exit_codes.explained(code)}"
+        if outcome.idle:
+            times = f" for {outcome.idle} times" if outcome.idle > 1 else ""
+            said += f", nothing new was saved{times}"
+        elif saved is not None:
+            said += f", saved at step {saved:,}"
         if self._stops and code not in (ExitCode.DONE, *FINAL):
             outcome.state = "stopped"
             self._say(f"stopped  {job.name}  {said}")
             return False
-        if following == "retry":
+        following = exit_codes.what_next(code, outcome.crashes, self._retries)
+        following = "failed" if outcome.idle >= MOST_IDLE else following
+        if following == "restart":
+            outcome.delay(lasted)
+        elif following == "retry":
             said += f", {outcome.crashes} of {self._retries} retries"
         else:
-            outcome.state = following if following != "restart" else outcome.state
-        if code == ExitCode.DONE:
-            said = f"after {lasted:.0f} s"
-        elif following == "failed":
-            said += f"; see {job.directory / LOG}"
+            outcome.state = following
+            said = (
+                f"after {lasted:.0f} s"
+                if code == ExitCode.DONE
+                else f"{said}; see {job.directory / LOG}"
+            )
         below = f"\n         {outcome.reason}" if outcome.reason else ""
         self._say(f"{following:<8} {job.name}  {said}{below}")
         return following in ("restart", "retry")
+
+    def _close(self, child: "_Child") -> None:
+        """Records the exit code of a child and its reason, then gives up the lock of its log."""
+        code, job, outcome = child.process.returncode, child.job, child.outcome
+        kills = log_reason.memory_kills() - child.kills
+        outcome.code, outcome.reason = code, ""
+        if code:
+            outcome.reason = log_reason.of_attempt(job.directory / LOG, code, child.begin, kills)
+        reason = {"reason": outcome.reason} if outcome.reason else {}
+        self._record(job, {"event": "end", "code": code, **reason})
+        child.log.close()
 
     def _record(self, job: Job, line: Mapping[str, Any]) -> None:
         """Appends an event to ``attempts.jsonl``, which `status` reads; an OSError is a line."""
@@ -320,6 +328,31 @@ class _Child:
     pruned: bool = False  # whether its source has given it up
 
 
+def _next_ready(waiting: deque[Job], outcomes: Mapping[str, JobResult]) -> Job | None:
+    """Removes and returns the first job that may start now; None if there is none."""
+    for job in waiting:
+        if outcomes[job.name].ready <= time.monotonic():
+            waiting.remove(job)
+            return job
+    return None
+
+
+def _count(child: _Child) -> int | None:
+    """Counts crashes, and preempted attempts that saved nothing; returns the step that is saved.
+
+    The step is None, and not looked up, for an attempt that was not preempted.
+    """
+    code, job, outcome = child.process.returncode, child.job, child.outcome
+    outcome.crashes += code not in (ExitCode.DONE, ExitCode.PREEMPTED)
+    if code != ExitCode.PREEMPTED:
+        outcome.idle = 0
+        return None
+    saved = job.saved_step()
+    idle = job.saved is not None and saved == child.saved
+    outcome.idle = outcome.idle + 1 if idle else 0
+    return saved
+
+
 def _over(job: Job, outcome: JobResult, began: float) -> bool:
     """Returns whether a job whose lock is free needs no start; sets its state.
 
@@ -330,6 +363,9 @@ def _over(job: Job, outcome: JobResult, began: float) -> bool:
         outcome.state, outcome.code = "done", int(ExitCode.DONE)
         return True
     last = (events(job.directory / ATTEMPTS) or [{}])[-1]
+    if last.get("event") == PRUNED:
+        outcome.state = PRUNED
+        return True
     meanwhile = outcome.attempts == 0 and last.get("time", 0.0) >= began
     if outcome.state != "busy" and not meanwhile:
         return False
@@ -384,10 +420,9 @@ def run_jobs(
     """
     pool = Pool(slots, DEFAULT_RETRIES if retries is None else retries, environment, say)
     outcomes = pool.run(jobs, source)
-    states = [outcome.state for outcome in outcomes.values()]
-    finished = states.count("done") + done
-    pruned = f", {states.count('pruned')} pruned" if "pruned" in states else ""
-    say(f"{finished} of {len(states) + done} done, {states.count('failed')} failed{pruned}")
+    states = source.states() if source else [o.state for o in outcomes.values()] + ["done"] * done
+    counts = f"{states.count('done')} of {len(states)} done, {states.count('failed')} failed"
+    say(counts + (f", {states.count(PRUNED)} pruned" if PRUNED in states else ""))
     code = ExitCode.FAILED if "failed" in states else ExitCode.DONE
     if pool.stopped:
         code = ExitCode.PREEMPTED

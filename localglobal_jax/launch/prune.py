@@ -14,7 +14,7 @@ from localglobal_jax.launch import pool
 
 
 class Candidate(NamedTuple):
-    """A folder to delete: a step of a finished run (`step`), or the workdir of a failed one."""
+    """A folder to delete: a step of a run that is over (`step`), or the workdir of a failed one."""
 
     run: str
     workdir: str
@@ -31,18 +31,19 @@ class Candidate(NamedTuple):
 def candidates(rows: Sequence[Mapping[str, Any]]) -> list[Candidate]:
     """Returns the folders that may be deleted, by the rows of `status.read`.
 
-    Of runs that are done, the checkpoints but the newest and the best by ``checkpoint.best``. Of
-    runs that failed, the workdir. All other runs keep everything.
+    Of runs that are done or pruned, the checkpoints but the newest and the best by
+    ``checkpoint.best``. Of runs that failed, the workdir. All other runs keep everything.
     """
     found = []
     for row in rows:
         directory = workdir.absolute(row["workdir"])
-        sizes = objects.sizes(directory) if row["state"] in ("done", "failed") else {}
+        over = row["state"] in ("done", pool.PRUNED)
+        sizes = objects.sizes(directory) if over or row["state"] == "failed" else {}
         if row["state"] == "failed":
             found.append(
                 Candidate(row["name"], row["workdir"], None, sum(sizes.values()), row["note"])
             )
-        elif row["state"] == "done":
+        elif over and row["saved"] is not None:
             kept = _kept(row["workdir"])
             for step in steps.scan(directory / "checkpoints"):
                 inside = f"checkpoints/{step}/"

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import inspect
+import math
 import pathlib
 import warnings
 from collections.abc import Mapping
@@ -101,9 +102,7 @@ class Study:
         self._metric, self._smaller = metrics.direction(best)
         self._study = self._opened(sampler, stored)
         self._names: dict[str, int] = {}
-        self._waiting = [
-            t.number for t in self._study.trials if t.state == optuna.trial.TrialState.RUNNING
-        ]
+        self._taken: set[int] = set()  # numbers of the trials whose jobs were returned
 
     def _opened(self, sampler: str, stored: bool) -> Any:
         optuna, root = self._optuna, pathlib.Path(self._space.root)
@@ -136,17 +135,26 @@ class Study:
 
     def sweep(self) -> Sweep:
         """Returns the runs of all trials so far, without those whose config is invalid."""
-        runs = [
-            self._described(trial.number, trial.params)
+        runs = tuple(self._described(trial.number, trial.params) for trial in self._trials())
+        return Sweep(self._space.prefix, self._space.base, runs)
+
+    def states(self) -> list[str]:
+        """Returns the states of all trials: "done", "pruned", "failed" or "running"."""
+        names = {"COMPLETE": "done", "PRUNED": "pruned", "FAIL": "failed"}
+        return [names.get(trial.state.name, "running") for trial in self._trials()]
+
+    def left_out(self) -> list[str]:
+        """Returns the reasons of the draws whose config is invalid."""
+        found = (trial.user_attrs.get(WRONG, "") for trial in self._study.trials)
+        return [reason for reason in found if reason]
+
+    def _trials(self) -> list[Any]:
+        """Returns the trials that are runs: without invalid ones, and those being drawn."""
+        return [
+            trial
             for trial in self._study.trials
             if WRONG not in trial.user_attrs and len(trial.params) == len(self._space.fields)
         ]
-        return Sweep(self._space.prefix, self._space.base, tuple(runs))
-
-    def finished(self) -> list[int]:
-        """Returns the numbers of the trials that are complete."""
-        complete = self._optuna.trial.TrialState.COMPLETE
-        return [trial.number for trial in self._study.trials if trial.state == complete]
 
     def draw(self) -> Description | None:
         """Returns the run of a new trial; None once there are as many as asked for.
@@ -156,6 +164,8 @@ class Study:
         while len(self._study.trials) < self._limit:
             trial = self._study.ask(self._distributions())
             try:
+                if trial.number >= self._limit:
+                    raise ValueError("another start has drawn the last trial at the same time")
                 return self._described(trial.number, trial.params)
             except ValueError as error:
                 trial.set_user_attr(WRONG, str(error))
@@ -190,42 +200,47 @@ class Study:
     # ------------------------------------------------------------------ `pool.Source`
 
     def next_job(self) -> pool.Job | None:
-        """Returns the job of a trial that had started earlier, else that of a new one."""
+        """Returns the job of a trial that an earlier or another start has drawn, or of a new one.
+
+        The pool waits for a run of another start, which then has the lock of its workdir.
+        """
         run = None
-        while self._waiting and run is None:
-            trial = self._study.trials[self._waiting.pop(0)]
-            if len(trial.params) < len(self._space.fields):  # killed while it was drawn
-                self._tell(trial.number, self._optuna.trial.TrialState.FAIL)
-                continue
-            with contextlib.suppress(ValueError):  # the file has changed: see `--status`
-                run = self._described(trial.number, trial.params)
+        for trial in self._trials():
+            if run is None and trial.number not in self._taken and not trial.state.is_finished():
+                with contextlib.suppress(ValueError):  # the file has changed: see `--status`
+                    run = self._described(trial.number, trial.params)
         run = run or self.draw()
         if run is None:
             return None
+        self._taken.add(run.index)
         self._names[run.name] = run.index
         return local.job(run)
 
     def gives_up(self, job: pool.Job) -> bool:
-        """Reports the evaluations of a running trial; returns whether its pruner stops it."""
+        """Reports the new evaluations of a trial, in order; returns whether its pruner stops it."""
         known = self._study.trials[self._names[job.name]]
         trial = self._optuna.trial.Trial(self._study, known._trial_id)
         for step, value in self._values(job):
-            if step not in known.intermediate_values:
-                with contextlib.suppress(RuntimeError):  # another launcher has ended it
-                    trial.report(value, step)
-        return self._halving and trial.should_prune()
+            if step in known.intermediate_values or known.state.is_finished():
+                continue
+            with contextlib.suppress(RuntimeError):  # another launcher ends it at this moment
+                trial.report(value, step)
+                if self._halving and trial.should_prune():
+                    return True
+        return False
 
     def ended(self, job: pool.Job, outcome: pool.JobResult) -> None:
         """Takes the outcome: the best value of the metric, or that there is none."""
         states = self._optuna.trial.TrialState
-        if outcome.state not in ("done", "pruned", "failed"):
+        if outcome.state not in ("done", pool.PRUNED, "failed"):
             return  # stopped: it goes on with the next start
-        found = [value for _, value in self._values(job)]
+        self.gives_up(job)  # reports the evaluations since the last look
+        found = [value for _, value in self._values(job) if math.isfinite(value)]
         number = self._names[job.name]
-        if outcome.state == "failed" or not found:
-            self._tell(number, states.FAIL)
-        elif outcome.state == "pruned":
+        if outcome.state == pool.PRUNED:
             self._tell(number, states.PRUNED)
+        elif outcome.state == "failed" or not found:
+            self._tell(number, states.FAIL)
         else:
             self._tell(number, states.COMPLETE, min(found) if self._smaller else max(found))
 
@@ -233,9 +248,10 @@ class Study:
         self._study.tell(number, value, state, skip_if_finished=True)
 
     def _values(self, job: pool.Job) -> list[tuple[int, float]]:
+        """Returns step and value of every evaluation; the value may be NaN or infinite."""
         split, _, name = self._metric.rpartition("/")
         return [
             (line["step"], float(line[name]))
             for line in metrics_log.read_metrics(job.directory)
-            if line["split"] == split and isinstance(line.get(name), int | float)
+            if line["split"] == split and name in line
         ]

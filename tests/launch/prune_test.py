@@ -96,6 +96,21 @@ def test_it_lists_first_and_deletes_with_yes(sweep, capsys):
     assert "0 B" in capsys.readouterr().out
 
 
+def test_a_pruned_run_keeps_its_newest_and_best_checkpoint(sweep, capsys):
+    command, (_, _, stopped, absent) = sweep
+    event = json.dumps({"event": "pruned", "step": 3, "time": 2})
+    with open(stopped / "attempts.jsonl", "a") as file:
+        file.write(f"{event}\n")
+    absent.mkdir()  # pruned before it saved
+    shutil.copy(stopped / "attempts.jsonl", absent)
+    config = json.loads((stopped / "config.json").read_text()) | {"seed": 3}
+    (absent / "config.json").write_text(json.dumps(config))
+    assert main([*command, "--yes", "--json", "--only", "2-3"]) == 0
+    gone = [folder["folder"] for folder in json.loads(capsys.readouterr().out)["folders"]]
+    left = steps(stopped)
+    assert 3 in left and len(left) <= 2 and len(gone) == 3 - len(left)
+
+
 def test_a_run_that_is_being_written_stays(sweep, capsys):
     command, (done, failed, *_) = sweep
     (failed / "log.txt").touch()

@@ -47,10 +47,13 @@ def search_wrong():
 def search_none():
     return {{"seed": [1, 2]}}
 """
-# The loss is the distance of the rate from 0.01, in decades; every evaluation takes 0.2 s.
+# The loss is the distance of the rate from 0.01, in decades; every evaluation takes 0.2 s. With
+# eval.patience the run stops at step 20: its loss does not change.
 RUN = """
 import json, math, os, pathlib, signal, sys, time
 rate, folder, steps = float(sys.argv[1]), pathlib.Path(sys.argv[2]), 40
+patience = json.loads(sys.argv[3])["eval"]["patience"]
+steps = 20 if patience else steps
 signal.signal(signal.SIGTERM, lambda *_: os._exit(42))
 (folder / "config.json").write_text(sys.argv[3])
 for step in range(10, steps + 1, 10):
@@ -61,7 +64,10 @@ for step in range(10, steps + 1, 10):
     if step == 10 and line["loss"] > 0.3:
         time.sleep(float(os.environ.get("SLOW", 0)))
 done = folder / "checkpoints" / str(steps)
-done.mkdir(parents=True)
+(done / "metadata").mkdir(parents=True)
+stopped = {"metric": "-test[:8]/loss", "best": 0.0, "step": 10, "waited": patience}
+metadata = {"early_stopping": stopped} if patience else {}
+(done / "metadata" / "metadata").write_text(json.dumps({"metadata": metadata}))
 (done / "files.json").touch()
 """
 
@@ -143,6 +149,76 @@ def test_successive_halving_prunes_and_ends_with_0(file, tmp_path, stand_ins, ca
     assert [row["state"] for row in rows(capsys, words)] == states
 
 
+def test_halving_beside_patience(file, tmp_path, stand_ins, capsys, monkeypatch):
+    """A run that patience stopped is done, with its best value; it is in no later rung."""
+    monkeypatch.setattr(pool, "LOOK", 0.1)
+    monkeypatch.setattr(search, "FACTOR", 2)  # rungs at 10, 20 and 40 steps
+    words = [*command(file, tmp_path / "r"), "--config.eval.patience=1", "--sampler=random"]
+    assert main([*words, "--trials=5", "--halving", "--slots=2"]) == 0
+    last = capsys.readouterr().err.splitlines()[-1]
+    found = rows(capsys, words)
+    states = [row["state"] for row in found]
+    assert set(states) == {"done", "pruned"} and len(states) == 5
+    counted = f"{states.count('done')} of 5 done, 0 failed, {states.count('pruned')} pruned"
+    assert last == counted
+    assert {row["steps"] for row in found if row["state"] == "done"} == {"20/20"}
+    space = search.read_space(file, str(tmp_path / "r"), "sweep", {"eval.patience": "1"})
+    for trial, row in zip(search.Study(space)._study.trials, found, strict=True):
+        assert trial.state.name == {"done": "COMPLETE", "pruned": "PRUNED"}[row["state"]]
+        if row["state"] == "done":
+            assert trial.value == float(row["best test[:8]/loss"])
+            assert {"completed_rung_0", "completed_rung_1"} <= trial.system_attrs.keys()
+        assert "completed_rung_2" not in trial.system_attrs
+    assert main([*words, "--trials=5", "--halving"]) == 0  # nothing starts, all are counted
+    assert capsys.readouterr().err.splitlines() == [counted]
+
+
+def test_every_evaluation_is_a_rung_of_its_own(file, tmp_path, monkeypatch):
+    """However many there are at a look; NaN is given up."""
+    monkeypatch.setattr(search, "FACTOR", 2)
+    space = search.read_space(file, str(tmp_path / "r"), "sweep", {})
+    study = search.Study(space, "random", 3, halving=True)
+    jobs = [study.next_job() for _ in range(3)]
+    for job, losses in zip(jobs, ([1, 3], [2, 0.5], [0.1, "nan"]), strict=True):
+        job.directory.mkdir()
+        lines = [{"step": 10 * i, "split": "test[:8]", "loss": x} for i, x in enumerate(losses, 1)]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (job.directory / "metrics.jsonl").write_text(text)
+    # the second is worse than the first after 10 steps: what it has after 20 comes too late
+    assert [study.gives_up(job) for job in jobs] == [False, True, True]
+
+
+def test_two_starters_share_the_trials_and_count_all(file, tmp_path, stand_ins, capsys):
+    """The second finds a trial that the first has pruned, and one that it has drawn."""
+    space = search.read_space(file, str(tmp_path / "r"), "sweep", {})
+    other = search.Study(space, "random", 3)
+    pruned, running = other.next_job(), other.next_job()
+    pruned.directory.mkdir()
+    event = {"event": pool.PRUNED, "step": 10, "time": time.time()}
+    (pruned.directory / "attempts.jsonl").write_text(json.dumps(event) + "\n")
+    words = command(file, tmp_path / "r", "--trials=3")
+    assert main(words) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1] == "2 of 3 done, 0 failed, 1 pruned"
+    assert not any(line.startswith(f"start    {pruned.name}") for line in said)
+    assert any(line.startswith(f"done     {running.name}") for line in said)
+    assert other.next_job() is None and other.states() == ["pruned", "done", "done"]
+
+
+@pytest.mark.parametrize("sampler", search.SAMPLERS)
+def test_every_sampler_draws_from_the_space(sampler, file, tmp_path, capfd):
+    space = search.read_space(file, str(tmp_path / "r"), "sweep", {})
+    drawn = []
+    for trials in (3, 6):  # and goes on after a restart, with other values
+        study = search.Study(space, sampler, trials)
+        drawn += [study.draw().run.optim for _ in range(3)]
+    assert len({optim.learning_rate for optim in drawn}) == 6
+    assert all(1e-4 <= optim.learning_rate <= 1e-1 for optim in drawn)
+    assert {optim.accumulate for optim in drawn} <= {1, 2}
+    assert {optim.schedule for optim in drawn} <= {"cosine", "constant"}
+    assert capfd.readouterr() == ("", "")
+
+
 def test_invalid_draws_are_left_out_and_said(file, tmp_path, stand_ins, capsys):
     words = [*command(file, tmp_path / "r"), "--sweep=wrong"]
     study = search.Study(search.read_space(file, str(tmp_path / "r"), "wrong", {}), "random", 9)
@@ -153,6 +229,7 @@ def test_invalid_draws_are_left_out_and_said(file, tmp_path, stand_ins, capsys):
         t.user_attrs[search.WRONG] for t in study._study.trials if search.WRONG in t.user_attrs
     ]
     assert len(reasons) + len(kept) == 9 and all("batch_size" in reason for reason in reasons)
+    assert study.left_out() == reasons and len(study.states()) == len(kept)
     assert main([*words, "--trials=0"]) == 2
     assert "--trials" in capsys.readouterr().err
 
@@ -217,7 +294,8 @@ def test_real_runs_are_killed_and_go_on(file, tmp_path, capsys):
         assert launcher.poll() is None, launcher.communicate()
         time.sleep(0.1)
     launcher.send_signal(signal.SIGTERM)
-    assert launcher.wait(300) == 42 and "same command" in launcher.stderr.read()
+    said = launcher.communicate(timeout=300)[1]
+    assert launcher.returncode == 42 and "same command" in said
     assert main(words) == 0
     found = rows(capsys, words)
     assert [row["state"] for row in found] == ["done", "done"]
