@@ -29,40 +29,36 @@ log = logging.getLogger(__name__)
 
 
 class Evaluation:
-    """The evaluators of a task, compiled once per shape of a batch."""
+    """The evaluators of a task, compiled once per function and shape of a batch."""
 
     def __init__(self, task: Task, partitioner: Partitioner):
         self._partitioner = partitioner
-        self._evaluators: dict[str, tuple[Evaluator, Any, Any]] = {}
-        for name, evaluator in task.evaluators.items():
-            predict = evaluator.predict or (lambda variables, batch: None)
-            self._evaluators[name] = (
-                evaluator,
-                partitioner.compile_eval(evaluator.metrics),
-                partitioner.compile_eval(predict),
-            )
+        self._evaluators = task.evaluators
+        # By function: splits that share one share its programs.
+        functions = {f for e in task.evaluators.values() for f in (e.metrics, e.predict) if f}
+        self._compiled = {f: partitioner.compile_eval(f) for f in functions}
 
     def check_metric(self, best: str | None) -> None:
         """Raises ValueError unless `best` is one of the metrics, see `metrics.check_best`."""
-        known = [f"{s}/{m}" for s, (e, *_) in self._evaluators.items() for m in e.metric_names]
+        known = [f"{s}/{m}" for s, e in self._evaluators.items() for m in e.metric_names]
         metrics.check_best(best, known)
 
     def __call__(self, variables: Variables) -> dict[str, dict[str, float]]:
         """Returns ``{split: {metric: value}}``."""
         return {
-            name: self._run(name, evaluator, step, predict, variables)
-            for name, (evaluator, step, predict) in self._evaluators.items()
+            name: self._run(name, evaluator, variables)
+            for name, evaluator in self._evaluators.items()
         }
 
-    def _run(
-        self, name: str, evaluator: Evaluator, step: Any, predict: Any, variables: Variables
-    ) -> dict[str, float]:
+    def _run(self, name: str, evaluator: Evaluator, variables: Variables) -> dict[str, float]:
         total, predicted = None, []
+        measure = self._compiled[evaluator.metrics]
         for host_batch in evaluator.batches():
             batch = self._partitioner.global_batch(host_batch)
-            sums = jax.device_get(step(variables, batch))
+            sums = jax.device_get(measure(variables, batch))
             total = sums if total is None else metrics.merge(total, sums)
             if evaluator.predict:
+                predict = self._compiled[evaluator.predict]
                 predicted.append(jax.device_get(predict(variables, batch)))
         result = metrics.compute(total or {})
         if result["count"] != evaluator.size():

@@ -90,10 +90,7 @@ def create(
         inputs=(example,),
         loss=lambda variables, batch, key: loss(model, run, variables, batch, key, weights=factors),
         train_batches=train_batches,
-        evaluators={
-            split: create_evaluator(model, run, split, shard=shard)
-            for split in run.data.eval_splits
-        },
+        evaluators=create_evaluators(model, run, shard=shard),
         items="images",
         order=source.order if source else size,
         records=lambda: source.records if source else (),
@@ -146,17 +143,10 @@ def _shown(weights: Sequence[float] | None) -> str:
     return f", weights {', '.join(f'{w:.4g}' for w in weights[:20])}{more}"
 
 
-def create_evaluator(
-    model: nn.Module, run: schema.ClassificationRun, split: str, *, shard: tuple[int, int]
-) -> Evaluator:
-    """Creates the evaluator of `split`: loss and accuracy."""
-    source = pipeline.open_split(run.data, split, train=False)
-    batch_size = run.eval.batch_size or run.batch_size
-
-    def batches() -> Iterator[HostBatch]:
-        return loader.eval_batches(
-            source, batch_size=batch_size, shard=shard, workers=run.data.workers
-        )
+def create_evaluators(
+    model: nn.Module, run: schema.ClassificationRun, *, shard: tuple[int, int]
+) -> dict[str, Evaluator]:
+    """Creates the evaluator of every split: loss and accuracy, by one function."""
 
     def measure(variables: Variables, batch: Batch) -> metrics.Sums:
         logits, _ = model.apply(variables, normalize(batch["image"], run.data), train=False)
@@ -174,7 +164,21 @@ def create_evaluator(
     row = jax.ShapeDtypeStruct((1, model.classes), jnp.float32)
     one = jax.ShapeDtypeStruct((1,), jnp.int32)
     names = (*jax.eval_shape(measured, row, one, one), "count")
-    return Evaluator(batches, measure, names, size=lambda: len(source) - source.skipped)
+
+    def create_evaluator(split: str) -> Evaluator:
+        source = pipeline.open_split(run.data, split, train=False)
+
+        def batches() -> Iterator[HostBatch]:
+            return loader.eval_batches(
+                source,
+                batch_size=run.eval.batch_size or run.batch_size,
+                shard=shard,
+                workers=run.data.workers,
+            )
+
+        return Evaluator(batches, measure, names, size=lambda: len(source) - source.skipped)
+
+    return {split: create_evaluator(split) for split in run.data.eval_splits}
 
 
 def loss(

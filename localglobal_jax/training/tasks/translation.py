@@ -4,7 +4,7 @@
 import logging
 import math
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -96,10 +96,7 @@ def create(
         inputs=(example, example),
         loss=lambda variables, batch, key: loss(model, run, variables, batch, key),
         train_batches=train_batches,
-        evaluators={
-            split: create_evaluator(model, run, split, text, budget, shard=shard)
-            for split, text in evaluated.items()
-        },
+        evaluators=create_evaluators(model, run, evaluated, budget, shard=shard),
         items="tokens",
         order=source.order if source else "",
         use=USE,
@@ -176,36 +173,21 @@ def loss(
     return Loss(total, weight, sums, collections)
 
 
-def create_evaluator(
+def create_evaluators(
     model: nn.Module,
     run: schema.TranslationRun,
-    split: str,
-    source: pipeline.TextSource,
+    sources: Mapping[str, pipeline.TextSource],
     budget: bucketing.Budget,
     *,
     shard: tuple[int, int],
-) -> Evaluator:
-    """Creates the evaluator of a split.
+) -> dict[str, Evaluator]:
+    """Creates the evaluator of every split, which measure and translate by the same functions.
 
     Per token: the training loss, the loss without label smoothing ("nll"), its perplexity, and
     accuracy. Unless ``task.beam`` is 0, also BLEU and chrF of the translations.
     """
     names: tuple[str, ...] = ("loss", "nll", "accuracy", "perplexity", "count")
     smoothing = run.task.label_smoothing
-    summary = f"{run.data.name}/{split}: {source.summary}"
-    options: dict[str, Any] = {}
-    if run.task.beam:
-        options = _bleu_options(run, source)
-        summary += f"; BLEU {bleu.signature(**options)}"
-
-    def batches() -> Iterator[HostBatch]:
-        return pipeline.eval_batches(
-            source,
-            budget=budget,
-            shard=shard,
-            threads=run.data.threads,
-            workers=run.data.workers,
-        )
 
     def measure(variables: Variables, batch: Batch) -> metrics.Sums:
         logits, _ = model.apply(variables, batch["source"], batch["target_input"], train=False)
@@ -225,19 +207,37 @@ def create_evaluator(
         real = batch["mask"].any(1)  # rows that pad the last batch have an empty mask
         return {"index": jnp.where(real, batch["index"], -1), "tokens": found.tokens[:, 0]}
 
-    def finish(means: dict[str, float], predicted: list[PyTree]) -> dict[str, float]:
-        means = {**means, "perplexity": math.exp(min(means["nll"], 700))}
-        return means | (score(source, predicted, options) if predicted else {})
+    def create_evaluator(split: str, source: pipeline.TextSource) -> Evaluator:
+        summary = f"{run.data.name}/{split}: {source.summary}"
+        options: dict[str, Any] = {}
+        if run.task.beam:
+            options = _bleu_options(run, source)
+            summary += f"; BLEU {bleu.signature(**options)}"
 
-    return Evaluator(
-        batches,
-        measure,
-        (*names, "bleu", "chrf") if run.task.beam else names,
-        size=lambda: source.tokens,
-        predict=translate if run.task.beam else None,
-        finish=finish,
-        summary=summary,
-    )
+        def batches() -> Iterator[HostBatch]:
+            return pipeline.eval_batches(
+                source,
+                budget=budget,
+                shard=shard,
+                threads=run.data.threads,
+                workers=run.data.workers,
+            )
+
+        def finish(means: dict[str, float], predicted: list[PyTree]) -> dict[str, float]:
+            means = {**means, "perplexity": math.exp(min(means["nll"], 700))}
+            return means | (score(source, predicted, options) if predicted else {})
+
+        return Evaluator(
+            batches,
+            measure,
+            (*names, "bleu", "chrf") if run.task.beam else names,
+            size=lambda: source.tokens,
+            predict=translate if run.task.beam else None,
+            finish=finish,
+            summary=summary,
+        )
+
+    return {split: create_evaluator(split, source) for split, source in sources.items()}
 
 
 def _bleu_options(run: schema.TranslationRun, source: pipeline.TextSource) -> dict[str, Any]:
