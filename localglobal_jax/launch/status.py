@@ -61,6 +61,7 @@ def read(
     # A lock on another machine cannot be seen; a run writes to a bucket only when it saves.
     locked = pool.is_locked(logs) or (None if is_remote(run.workdir) else False)
     steps = steps_of(run.run, run.workdir, saved)
+    about = metrics_log.about_run(run.run.model_dump())
     state, note = _state(run, saved, last, age, locked, steps=steps)
     if state == "failed":
         note += f": {reason}" if (reason := _reason(events, logs)) else ""
@@ -79,8 +80,8 @@ def read(
         "saved": saved,
         "age": age,
         "attempts": sum(event.get("event") == "start" for event in events),
-        "tags": " ".join(run.run.log.tags),
-        "note_of_run": run.run.log.note,
+        "tags": about.get("tags", ""),
+        "note_of_run": about.get("note", ""),
         "overrides": dict(run.overrides),
         "settings": {field: in_force(run.run, field) for field in fields},
         "metrics": metrics,

@@ -13,7 +13,7 @@ from typing import Any
 from localglobal_jax.config import validation
 from localglobal_jax.launch import status
 from localglobal_jax.training import metrics
-from localglobal_jax.training.reporting import verdicts
+from localglobal_jax.training.reporting import metrics_log, verdicts
 
 FILES = {"": "csv", ".csv": "csv", ".md": "markdown", ".tex": "latex", ".json": "json"}
 Row = Mapping[str, Any]  # of `status.read`
@@ -90,7 +90,7 @@ def runs(rows: Sequence[Row], of: Metric) -> list[Record]:
 def groups(
     rows: Sequence[Row], of: Metric, by: Sequence[str], baseline: Sequence[str] = ()
 ) -> list[Record]:
-    """Returns one record per setting of all fields but `by`, over its finished runs.
+    """Returns one record per setting of all fields but `by`, notes and tags; of its finished runs.
 
     Of the last value: n, mean, standard deviation and the 95 % interval; of the best, the mean.
     With a `baseline` (see `find`), also the paired difference to that setting over the values of
@@ -100,7 +100,7 @@ def groups(
     for field in by:
         if field not in rows[0]["settings"]:
             raise validation.unknown("field in --group:", field, rows[0]["settings"])
-    kept = [field for field in varying(rows) if field not in by]
+    kept = [f for f in varying(rows) if f not in by and f not in metrics_log.ABOUT]
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(repr([row["settings"][f] for f in kept]), []).append(row)

@@ -146,4 +146,4 @@ def test_notes_and_tags_are_in_the_table(sweep, tmp_path):
     command, _ = sweep
     assert main([*command[:3], f"--collect={tmp_path / 'x.json'}"]) == 0
     assert json.loads((tmp_path / "x.json").read_text())[0]["note"] == "why"
-    assert json.loads((tmp_path / "x.json").read_text())[0]["tags"] == "a b c"
+    assert json.loads((tmp_path / "x.json").read_text())[0]["tags"] == "a b, c"

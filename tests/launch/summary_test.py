@@ -133,6 +133,16 @@ def test_the_last_value_may_be_no_number(sweep, capsys):
     assert table[1].split("|")[5].strip() == "---:" and " inf " in table[2]
 
 
+def test_a_note_makes_no_setting(tmp_path, capsys):
+    text = CONFIG.replace(
+        '{"seed": range(3)}', '[{"seed": s, "log.note": f"{s}"} for s in range(3)]'
+    )
+    (tmp_path / "c.py").write_text(text)
+    command = ["sweep", f"--config={tmp_path / 'c.py'}", f"--workdir={tmp_path / 'runs'}"]
+    assert [g["runs"] for g in records(capsys, command, "--group", "seed")] == ["0/3", "0/3"]
+    assert [r["log.note"] for r in records(capsys, command)] == ["0", "0", "1", "1", "2", "2"]
+
+
 def test_a_few_runs_of_one_seed_have_groups(sweep, capsys):
     command, _ = sweep
     found = records(capsys, command, "--only", "0-1", "--group", "seed")

@@ -17,6 +17,7 @@ from localglobal_jax.checkpoints.workdir import shown
 from localglobal_jax.training.reporting import wandb as wandb_run
 
 log = logging.getLogger(__name__)
+ABOUT = ("log.tags", "log.note")  # fields that describe a run and change nothing in it
 
 
 class Writer:

@@ -31,6 +31,22 @@ def test_wandb_is_one_run_however_often_it_is_resumed(tmp_path, monkeypatch):
     assert {path.stem for path in runs} == {f"run-{(tmp_path / 'wandb_id').read_text()}"}
 
 
+def test_wandb_gets_the_note_and_the_tags_of_a_run(tmp_path, monkeypatch):
+    given = {}
+    started = types.SimpleNamespace(define_metric=lambda *names, **words: None)
+    fake = types.SimpleNamespace(
+        init=lambda **words: given.update(words) or started, Image=None, Html=None
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for log, expected in (
+        ({"tags": ("a b", "c"), "note": "why so"}, (["a b", "c"], "why so")),
+        ({"tags": (), "note": ""}, ([], None)),
+        ({}, ([], None)),
+    ):
+        wandb.WandbRun("p", tmp_path, {"log": log}, "name")
+        assert (given["tags"], given["notes"]) == expected
+
+
 def test_wandb_without_a_key_is_refused_and_one_that_fails_is_left_out(
     tmp_path, monkeypatch, caplog
 ):

@@ -13,6 +13,7 @@ from localglobal_jax.training import metrics
 from localglobal_jax.training.reporting import verdicts
 from localglobal_jax.training.reporting.html import attempts, curves
 from localglobal_jax.training.reporting.html.facts import Run, number, shown
+from localglobal_jax.training.reporting.metrics_log import ABOUT
 
 SEED = "seed"  # the field whose values make a group
 FILES = ("config.json", "attempts.jsonl", "log.txt")  # one of them makes a folder a run
@@ -75,9 +76,9 @@ def without_config(path: str) -> Failure | None:
 
 
 def differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns the fields in which the configs differ, the seed last."""
+    """Returns the fields in which the configs differ, the seed last; without notes and tags."""
     flat = [values.flatten(config) for config in configs]
-    fields = dict.fromkeys(field for config in flat for field in config)
+    fields = dict.fromkeys(field for config in flat for field in config if field not in ABOUT)
     found = [f for f in fields if len({repr(config.get(f)) for config in flat}) > 1]
     return sorted(found, key=lambda field: field == SEED)
 

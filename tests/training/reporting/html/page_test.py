@@ -340,6 +340,22 @@ def test_a_sweep_compares_its_finished_runs():
     assert sweep.gather("r", runs[2:], []).best is runs[2]  # while none is finished
 
 
+def test_notes_and_tags_are_on_the_page_of_a_run_and_of_a_sweep():
+    """And a note of its own makes no run a setting of its own."""
+
+    def noted(seed, note):
+        log = {"tags": ["a b", "c"], "note": note}
+        return run_of(["x"], name=f"x-{seed:03d}-0", config={"seed": seed, "log": log})
+
+    assert "why so [a b, c]" in "".join(check(page([noted(0, "why so")], "now")).text)
+    runs = [noted(0, "first"), noted(1, "second"), noted(2, "second")]
+    found = sweep.gather("r", runs, [])
+    said = " ".join("".join(check(page(runs, "now", found)).text).split())
+    assert "000 seed=0: first [a b, c]" in said
+    assert "001 seed=1, 002 seed=2: second [a b, c]" in said
+    assert [len(group.runs) for group in found.groups] == [3]
+
+
 def test_states_of_the_page(root, workdir, tmp_path, capsys):
     """A run that a search pruned says so; one that failed, and was finished by hand, is done."""
     for number, event in ((0, {"event": "end", "code": 1}), (1, {"event": "pruned", "step": 4})):
