@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pytest plugin that writes one JSON line a test: its CPU seconds, its result and the lines it ran.
+"""Pytest plugin that writes a JSON line a test: its cases, CPU seconds and the lines that it ran.
 
-Only lines of the package, in the process of the test; `run.py` starts it. Python's own tracing is
-enough: frames of other packages are left at their first event.
+Only the first case of a test is run; the others run much the same lines. Only lines of the package
+in the test's process are seen. `run.py` starts it. Python's own tracing is enough: frames of other
+packages are left at their first event.
 """
 
 import collections
@@ -11,7 +12,6 @@ import os
 import pathlib
 import sys
 import threading
-import time
 
 import pytest
 
@@ -29,12 +29,24 @@ def trace(frame, event, arg):
     return trace
 
 
+def function_of(test):
+    """Returns the identifier of a test without the case."""
+    return test.split("[")[0]
+
+
+@pytest.hookimpl(trylast=True)  # after the slow ones are left out
 def pytest_collection_modifyitems(items):
-    """Leaves out the tests that an earlier, interrupted recording wrote."""
+    """Keeps the first case of each test, unless an earlier, interrupted recording has it."""
+    written = set()
     if OUT.exists():
         lines = OUT.read_text(encoding="utf-8").splitlines()
-        written = {json.loads(line)["test"] for line in lines}
-        items[:] = [item for item in items if item.nodeid not in written]
+        written = {function_of(json.loads(line)["test"]) for line in lines}
+    cases = collections.defaultdict(list)
+    for item in items:
+        cases[function_of(item.nodeid)].append(item)
+    items[:] = [found[0] for function, found in cases.items() if function not in written]
+    for item in items:
+        item.cases = len(cases[function_of(item.nodeid)])
 
 
 def cpu_seconds():
@@ -45,18 +57,18 @@ def cpu_seconds():
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_protocol(item):
     seen.clear()
-    began, clock = cpu_seconds(), time.monotonic()
+    began = cpu_seconds()
     sys.settrace(trace)
     threading.settrace(trace)
     yield
     sys.settrace(None)
     threading.settrace(None)
     lines = collections.defaultdict(list)
-    for file, line in sorted(set(seen)):
+    for file, line in sorted(seen.copy()):
         lines[file.removeprefix(PACKAGE)].append(line)
-    spent = round(cpu_seconds() - began, 3), round(time.monotonic() - clock, 3)
-    failed = bool(getattr(item, "failed", False))
-    record = {"test": item.nodeid, "cpu": spent[0], "wall": spent[1], "failed": failed}
+    spent = round(cpu_seconds() - began, 3)
+    passed = not getattr(item, "failed", False)
+    record = {"test": item.nodeid, "cases": item.cases, "cpu": spent, "passed": passed}
     with OUT.open("a", encoding="utf-8") as out:
         out.write(json.dumps({**record, "lines": lines}) + "\n")
 

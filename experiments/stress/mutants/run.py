@@ -7,18 +7,18 @@ python experiments/stress/mutants/run.py --table                            tabl
 
 First it records which lines each test runs (`record.py`), once, in WORK. Then every mutant
 (`mutations.py`) is written into a copy of the tree. Tests that ran its lines are started until one
-fails: one case of each test first, cheap ones first, up to --budget CPU seconds. results.jsonl gets
-a line a mutant. A survivor is either explained there by hand ("equivalent" or "left"), or a test is
-written and it is tried --again.
+fails: those of the module first, cheap ones first, one case of each and then all, up to --budget
+CPU seconds. results.jsonl gets a line a mutant. A survivor is either explained there by hand
+("equivalent" or "left"), or a test is written and it is tried --again.
 
 Not mutmut 3, which leaves out every decorated function (``@nn.compact``, ``@jax.custom_vjp``), and
 not cosmic-ray, which has one command for all mutants: the whole suite of the core, half an hour.
 """
 
 import argparse
-import collections
 import contextlib
 import csv
+import itertools
 import json
 import multiprocessing
 import os
@@ -38,7 +38,8 @@ RESULTS = HERE / "results.jsonl"
 SEED, COUNT = 0, 300
 CORE = ("operators", "models", "training", "checkpoints", "inference/decoding")
 MARKUP = ("training/reporting/html/", "training/reporting/plots.py")  # pages to look at
-TESTS = ("operators", "models", "blocks", "training", "checkpoints", "inference")
+TESTS = ("operators", "models", "blocks", "training", "checkpoints", "inference/decoding_test.py")
+TESTS += ("inference/load_test.py", "inference/translator_test.py", "convert", "examples_test.py")
 LONG = 13  # CPU seconds: tests that took longer in the suite's list are not recorded
 LIBRARIES = ("beartype", "flax.linen", "gcsfs", "jax", "optax", "orbax.checkpoint", "pytest")
 KILLED = ("killed", "timeout")
@@ -51,11 +52,12 @@ def git(*arguments: str) -> str:
 
 
 def copy_tree(work: pathlib.Path) -> pathlib.Path:
-    """Returns a fresh copy of the files of the checkout, without git's own."""
+    """Returns a fresh clone of the checkout, with the files that are not committed."""
     tree = work / "tree"
     shutil.rmtree(tree, ignore_errors=True)
-    names = git("ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
-    for name in filter(None, names):
+    git("clone", "--quiet", "--shared", str(ROOT), str(tree))
+    changed = git("ls-files", "-z", "--modified", "--others", "--exclude-standard").split("\0")
+    for name in filter(None, changed):
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, tree / name)
     return tree
@@ -108,29 +110,28 @@ def key(result: dict) -> tuple:
 
 def choose(mutant: dict, records: list[dict], budget: float) -> list[str]:
     """Returns the tests that ran the mutant's lines, in the order in which they are to run."""
-    file, seen, keyed = mutant["file"], collections.Counter(), []
-    own = "tests/" + file.removesuffix(".py") + "_test.py"
-    for first, last in mutant["mutant"].ranges:
-        ran = [
-            r for r in records if any(first <= line <= last for line in r["lines"].get(file, ()))
-        ]
+    file, ranges = mutant["file"], mutant["mutant"].ranges
+    for first, last in ranges:
+        ran = [r for r in records if any(first <= n <= last for n in r["lines"].get(file, ()))]
         if ran:
             break
-    else:  # a file of constants: the tests of its package
-        if len(mutant["mutant"].ranges) == 1:
-            return []
-        ran = [r for r in records if r["test"].startswith(f"tests/{file.split('/')[0]}/")]
-    for test in sorted(ran, key=lambda r: r["cpu"]):
-        function = test["test"].split("[")[0]
-        keyed.append((seen[function], not test["test"].startswith(own), test["cpu"], test["test"]))
-        seen[function] += 1
-    chosen, left = [], budget
-    for *_, cpu, test in sorted(keyed):
-        if (left := left - cpu) < 0 and chosen:
-            break
-        chosen.append(test)
-    order = list(dict.fromkeys(test.split("::")[0] for test in chosen))  # fixtures of a file: once
-    return sorted(chosen, key=lambda test: order.index(test.split("::")[0]))
+    folder, own, keyed = f"tests/{file.split('/')[0]}/", f"/{pathlib.Path(file).stem}_test.py", []
+    if not ran and len(ranges) > 1:  # a file of constants: the tests of its package
+        ran = [r for r in records if r["test"].startswith(folder)]
+    for r in ran:  # one case of each test, then all
+        other = not (r["test"].startswith(folder) and own in r["test"])
+        cost = r["cpu"] * r["cases"]
+        keyed.append((False, other, r["cpu"], r["test"]))
+        if r["cases"] > 1:
+            keyed.append((True, other, cost, r["test"].split("[")[0]))
+    costs = itertools.accumulate(cost for *_, cost, _ in sorted(keyed))
+    chosen = [
+        test
+        for number, (cost, (*_, test)) in enumerate(zip(costs, sorted(keyed), strict=True))
+        if cost < budget or number == 0
+    ]
+    files = list(dict.fromkeys(test.split("::")[0] for test in chosen))
+    return sorted(chosen, key=lambda test: files.index(test.split("::")[0]))  # fixtures: made once
 
 
 class FirstFailure:
@@ -221,15 +222,20 @@ def trials(args) -> None:
         write([{**m, "result": "not tried"} for m in drawn])
     results = read_lines(RESULTS)
     for number, result in enumerate(results):
-        wanted = args.again and result["result"] not in KILLED and "equivalent" not in result
-        if result["result"] != "not tried" and not wanted:
+        place = f"{result['file']}:{result['line']}"
+        if args.again:
+            settled = result["result"] in (*KILLED, "not tried") or "equivalent" in result
+            if settled or (args.only and place not in args.only):
+                continue
+        elif result["result"] != "not tried":
             continue
         if (mutant := mutants.get(key(result))) is None:
             found = {"result": "gone"}  # its line has been changed since it was drawn
         else:
-            tests = choose(mutant, read_lines(recorded), args.budget)
+            tests = args.tests or choose(mutant, read_lines(recorded), args.budget)
             found = attempt(tree, mutant, tests, args.budget)
-        results[number] = {name: result[name] for name in KEY} | found | {"commit": version}
+        kept = {name: result[name] for name in (*KEY, "left") if name in result}
+        results[number] = kept | found | {"commit": version}
         write(results)
         print(*results[number].values(), flush=True)
 
@@ -268,6 +274,8 @@ def main() -> int:
     )
     parser.add_argument("--work", type=pathlib.Path, help="where the tree is copied and recorded")
     parser.add_argument("--again", action="store_true", help="try the survivors again")
+    parser.add_argument("--only", nargs="+", metavar="FILE:LINE", help="with --again: these")
+    parser.add_argument("--tests", nargs="+", help="these tests, not those that ran the lines")
     parser.add_argument("--recorded", action="store_true", help="do not look for unrecorded tests")
     parser.add_argument("--budget", type=float, default=60, help="CPU seconds of tests a mutant")
     parser.add_argument("--table", action="store_true")

@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of models: every one can be made, and a bare name has the sizes of a paper."""
+
+from localglobal_jax.models.registry import MODELS, create_model
+
+
+def test_the_fields_of_every_name_are_allowed():
+    for name, (_, fields) in MODELS.items():
+        assert create_model(name, **fields) == create_model(name)  # fields given are checked
+
+
+def test_a_bare_name_has_sizes_of_its_paper():
+    assert create_model("coatnet", head_hidden=768) == create_model("coatnet_0")
+    assert create_model("volo") == create_model("volo_d1")
+    assert create_model("focal") == create_model("focal_tiny")
+    base = create_model("transformer_base")  # arXiv 1706.03762
+    muse = create_model("muse")
+    assert (muse.depths, muse.widths, muse.heads) == (base.depths, base.widths, base.heads)
