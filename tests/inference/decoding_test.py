@@ -12,8 +12,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from localglobal_jax.inference import decoding
+from localglobal_jax.models.registry import create_model
+from localglobal_jax.profiling import collectives, hlo
 
 PAD, END, VOCABULARY, STATES = 1, 2, 5, 4001
 MAX = 4
@@ -332,3 +336,27 @@ def test_members_of_other_vocabularies():
         decoding.Ensemble((Table(), Table(end=3)))
     with pytest.raises(ValueError, match="0 models"):
         decoding.Ensemble(())
+
+
+@pytest.mark.parametrize("operator", ["S", "T", "A", "E", "D", "M"])
+def test_a_split_batch_passes_no_cache_between_devices(operator):
+    """Each device has the hypotheses of its sentences: none is read from another for a token."""
+    module = create_model(
+        "muse", layout=f"S{operator}", depths=(1, 1), widths=(16, 16), heads=(2, 2),
+        hidden=(16, 16), source_vocab=20, target_vocab=20,
+    )  # fmt: skip
+    source = jnp.ones((4, 6), jnp.int32)
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), source, source, train=False))
+    everywhere, split = (NamedSharding(Mesh(jax.devices(), ("data",)), P(*axes))
+                         for axes in ((), ("data",)))  # fmt: skip
+    search = jax.jit(
+        lambda variables, source: decoding.beam_search(
+            module, variables, source, beam=3, max_length=8
+        ),
+        in_shardings=(everywhere, split),
+        out_shardings=split,
+    )
+    program = hlo.Program(search.lower(shapes, source).compile().as_text())
+    sent = {c.shape for c in collectives.collectives(program)}
+    # Whether all are done, the step, and the scores: XLA on CPU does not split `top_k`.
+    assert sent == {(), (1,), (4, 3 * 20)}

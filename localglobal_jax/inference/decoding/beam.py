@@ -145,7 +145,7 @@ def _beam_search(
         # stable: the alive in their order, then the ended ones, which continue with a score of -inf
         order = jnp.argsort(ends, axis=1, stable=True)[:, :beam]
         total = jnp.where(pick(ends, order), LOWEST, pick(total, order))
-        rows = (jnp.arange(b)[:, None] * beam + pick(parent, order)).reshape(-1)
+        parent = pick(parent, order)
         full = found == beam
         if not early_stop:
             full &= ended.scores.min(1) >= total.max(1) / jnp.float32(max_length) ** penalty
@@ -155,7 +155,7 @@ def _beam_search(
             pick(token, order),
             total,
             # the only hypothesis keeps its row; XLA would copy the cache without this case
-            cache if beam == 1 else jax.tree.map(lambda x: x[rows], cache),
+            cache if beam == 1 else jax.tree.map(lambda x: _reordered(x, parent), cache),
             jax.tree.map(lambda x: pick(x, order), candidates),
             ended,
             found,
@@ -165,6 +165,15 @@ def _beam_search(
     search = lax.while_loop(lambda s: (s.step <= max_length) & ~s.done.all(), advance, search)
     best = jnp.argsort(-search.ended.scores, axis=1, stable=True)
     return jax.tree.map(lambda x: pick(x, best), search.ended)
+
+
+def _reordered(x: Shaped[Array, "r ..."], parent: Int[Array, "b k"]) -> Shaped[Array, "r ..."]:
+    """Returns the rows of the hypotheses that go on, of each sentence for itself.
+
+    Rows numbered over the whole batch would be gathered from all devices for every token.
+    """
+    own = x.reshape(*parent.shape, *x.shape[1:])
+    return jax.vmap(lambda rows, index: rows[index])(own, parent).reshape(x.shape)
 
 
 def _add(
