@@ -74,7 +74,8 @@ def _on_disk(directory: str) -> Iterator[tuple[str, int]]:
     for folder, _, files in os.walk(directory):
         for name in files:
             path = os.path.join(folder, name)
-            yield os.path.relpath(path, directory), os.stat(path).st_size
+            with contextlib.suppress(FileNotFoundError):  # a run deletes its old checkpoints
+                yield os.path.relpath(path, directory), os.stat(path).st_size
 
 
 def contents(directory: epath.Path, files: Mapping[str, int]) -> Iterator[tuple[str, bytes]]:

@@ -7,6 +7,7 @@ follows it. With neither of them the save is under way, or was interrupted: ther
 With `WRITTEN` alone the manifest was lost, and the step is damaged.
 """
 
+import contextlib
 from collections.abc import Iterable
 
 from etils import epath
@@ -29,8 +30,9 @@ def scan(directory: epath.Path) -> dict[int, bool]:
                 found[step] = digests.MANIFEST in names
     elif directory.is_dir():
         for path in directory.iterdir():
-            if path.name.isdigit() and path.is_dir() and any(path.iterdir()):
-                found[int(path.name)] = (path / digests.MANIFEST).exists()
+            with contextlib.suppress(FileNotFoundError):  # a run deletes its old checkpoints
+                if path.name.isdigit() and path.is_dir() and any(path.iterdir()):
+                    found[int(path.name)] = (path / digests.MANIFEST).exists()
     return dict(sorted(found.items()))
 
 

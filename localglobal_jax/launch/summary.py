@@ -268,7 +268,7 @@ def _plain(columns: list[str], cells: list[list[str]], right: list[bool]) -> str
 
 def _markdown(columns: list[str], cells: list[list[str]], right: list[bool]) -> str:
     marks = ["---:" if flush else "---" for flush in right]
-    safe = [[text.replace("|", "\\|").replace("\n", " ") for text in line] for line in cells]
+    safe = [[text.replace("|", "\\|") for text in line] for line in cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in (columns, marks, *safe))
 
 
@@ -294,6 +294,7 @@ LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
+    "[": "{[}",  # which is an option after the end of a line
     "<": r"\textless{}",
     ">": r"\textgreater{}",
 }
@@ -312,7 +313,7 @@ def _cell(column: str, value: Any) -> str:
         return size(value)
     if _is_number(value) and isinstance(value, float):
         return f"{value:.4g}"
-    return _text(value)
+    return " ".join(_text(value).splitlines())
 
 
 def size(count: float) -> str:

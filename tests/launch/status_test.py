@@ -6,9 +6,11 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 
 import pytest
 
+from localglobal_jax.checkpoints import workdir
 from localglobal_jax.cli.main import main
 from localglobal_jax.config import loading
 from localglobal_jax.launch import expand, status
@@ -60,6 +62,27 @@ def test_states(files, state, note, tmp_path):
     assert (row["state"], row["steps"]) == (state, 20)
     assert note in row["note"]
     assert row["saved"] == max(files.get("saved", []), default=None)
+
+
+def test_a_run_that_deletes_checkpoints_meanwhile_is_read(tmp_path, monkeypatch):
+    """As `checkpoint.keep` does: a folder, and a file, that are gone after they were listed."""
+    run = expand.expand(f"{LAYOUTS}:size=tiny", str(tmp_path)).runs[0]
+    make(run, saved=[5, 10], lines=[LINE], events=[START])
+    there, walk = os.path.isdir, os.walk
+    kind = type(workdir.absolute(tmp_path))
+    is_dir = kind.is_dir
+
+    def vanishing(path, **options):
+        found = is_dir(path, **options)
+        if path.name == "5":
+            shutil.rmtree(path, ignore_errors=True)
+        return found
+
+    monkeypatch.setattr(kind, "is_dir", vanishing)
+    monkeypatch.setattr(os, "walk", lambda top: [*walk(top), (str(top), [], ["gone"])])
+    row = status.read(run, NOW, whole=True)
+    assert (row["saved"], row["state"]) == (10, "running") and row["disk"] > 100
+    assert not there(tmp_path / run.name / "checkpoints" / "5")
 
 
 def test_an_empty_checkpoint_is_none(tmp_path):

@@ -149,6 +149,14 @@ def test_a_few_runs_of_one_seed_have_groups(sweep, capsys):
     assert [(g["optim.learning_rate"], g["n"]) for g in found] == [("0.5", "1"), ("0.25", "1")]
 
 
+def test_a_value_breaks_no_table():
+    """LaTeX reads a "[" after the end of a line as an option of that line's end."""
+    found = [{"model.depths": [1, 2], "log.note": "two\nlines"}]
+    assert len(summary.shown(found, "text").splitlines()) == 2
+    latex = summary.shown(found, "latex").splitlines()
+    assert latex[4] == r"{[}1, 2] & two lines \\" and len(latex) == 7
+
+
 def test_steps_are_sorted_as_numbers():
     found = [{"steps": f"{step}/100"} for step in (20, 100, 3)]
     assert [r["steps"] for r in summary.ordered(found, "steps", None)] == [
