@@ -7,7 +7,8 @@ import pytest
 
 from localglobal_jax.checkpoints.manager import Restored
 from localglobal_jax.config import loading, validation
-from localglobal_jax.training.setup import prepare_setup
+from localglobal_jax.parallel import host_memory
+from localglobal_jax.training.setup import batch_bytes, prepare_setup
 
 TEXTS = {"muse_lohelp.py": "pairs of lengths", "coatnet_digits.py": "images"}
 
@@ -44,3 +45,14 @@ def test_changed_data_is_accepted_when_told_to(tmp_path, caplog):
     caplog.clear()
     setup.restore(Saved(order=setup.task.order))
     assert not caplog.text
+
+
+def test_what_fits_into_no_memory_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    run = validation.check(loading.load("configs/coatnet_digits.py:size=tiny,data=mock"))
+    monkeypatch.setattr(host_memory, "total", lambda: batch_bytes(run))  # no more than a batch
+    with pytest.raises(ValueError, match=r"config\.model"):
+        prepare_setup(run, tmp_path / "run")
+    monkeypatch.setattr(host_memory, "total", lambda: batch_bytes(run) // 2)
+    with pytest.raises(ValueError, match=f"batch_size={run.batch_size}"):
+        prepare_setup(run, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

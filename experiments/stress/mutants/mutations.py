@@ -27,9 +27,9 @@ UNTOUCHED = (ast.Assert, ast.Import, ast.ImportFrom, ast.JoinedStr, ast.Raise)
 class Mutant(NamedTuple):
     """Replacement of the bytes ``start:end`` by `new`.
 
-    `ranges` are the lines (first, last) to look for in the record of the tests, in this order: a
-    test that ran one of them may notice. Statements of functions have one range, their own; lines
-    that are executed at import have those of the function, the class and the file around them.
+    `ranges` are lines (first, last): of the statement, of the function, class and file around it.
+    A test that ran the first of them that any test ran may notice: the statement may be executed at
+    import, or by another case of the test than the one that was recorded.
     """
 
     kind: str
@@ -88,20 +88,18 @@ class _Finder:
             for child in value if isinstance(value, list) else [value]:
                 if isinstance(child, ast.AST):
                     outer = self.ranges
-                    self.ranges = self.inside(node, name, child)
+                    self.ranges = self.inside(child)
                     yield from self.at(child)
                     self.ranges = outer
 
-    def inside(self, node: ast.AST, name: str, child: ast.AST) -> tuple[tuple[int, int], ...]:
-        """Returns the ranges for `child`, in the field `name` of `node`."""
-        if isinstance(child, (ast.FunctionDef, ast.ClassDef)):  # its header is run at import
+    def inside(self, child: ast.AST) -> tuple[tuple[int, int], ...]:
+        """Returns the ranges of lines for a node below those of `self.ranges`."""
+        if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
             return ((child.lineno, child.end_lineno), *self.ranges)
         if isinstance(child, ast.stmt):
             body = getattr(child, "body", None)
             last = body[0].lineno - 1 if body else child.end_lineno
-            own = (child.lineno, max(child.lineno, last))
-            importing = isinstance(node, (ast.Module, ast.ClassDef))
-            return (own, *self.ranges) if importing else (own,)
+            return ((child.lineno, max(child.lineno, last)), *self.ranges)
         return self.ranges
 
     def at(self, node: ast.AST) -> Iterator[Mutant]:

@@ -110,13 +110,13 @@ def key(result: dict) -> tuple:
 
 def choose(mutant: dict, records: list[dict], budget: float) -> list[str]:
     """Returns the tests that ran the mutant's lines, in the order in which they are to run."""
-    file, ranges = mutant["file"], mutant["mutant"].ranges
-    for first, last in ranges:
+    file = mutant["file"]
+    for first, last in mutant["mutant"].ranges:
         ran = [r for r in records if any(first <= n <= last for n in r["lines"].get(file, ()))]
         if ran:
             break
     folder, own, keyed = f"tests/{file.split('/')[0]}/", f"/{pathlib.Path(file).stem}_test.py", []
-    if not ran and len(ranges) > 1:  # a file of constants: the tests of its package
+    if not ran:  # a file of constants: the tests of its package
         ran = [r for r in records if r["test"].startswith(folder)]
     for r in ran:  # one case of each test, then all
         other = not (r["test"].startswith(folder) and own in r["test"])
@@ -174,8 +174,6 @@ def run_tests(tree, tests, limit, log, sender):
 
 def attempt(tree: pathlib.Path, mutant: dict, tests: list[str], budget: float) -> dict:
     """Returns what the tests made of a mutant, which is in the tree only meanwhile."""
-    if not tests:
-        return {"result": "no test", "tests": 0}
     file, change = tree / "localglobal_jax" / mutant["file"], mutant["mutant"]
     source, context = file.read_bytes(), multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(LIBRARIES))
@@ -250,9 +248,9 @@ def write(results: list[dict]) -> None:
 def tables() -> str:
     """Returns the counts by package, and the survivors with what is known of them."""
     results = [r for r in read_lines(RESULTS) if r["result"] not in ("not tried", "gone")]
-    columns = ("killed", "timeout", "survived", "no test")
-    heads = ("mutants", "killed", "by a time limit", "survived", "no test", "equivalent")
-    lines = [f"| package | {' | '.join(heads)} | noticed |", "|---|" + "---:|" * 7]
+    columns = (*KILLED, "survived")
+    heads = ("mutants", "killed", "by a time limit", "survived", "equivalent")
+    lines = [f"| package | {' | '.join(heads)} | noticed |", "|---|" + "---:|" * 6]
     for package in (*CORE, ""):
         of = [r for r in results if r["file"].startswith(package)]
         equivalent = sum("equivalent" in r for r in of)
