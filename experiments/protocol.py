@@ -99,13 +99,28 @@ def text_sweeps(
         rows = [row for file in files for row in read(folder / file)]
         return chosen(rows, models_of(None), TEXT_METRIC, smaller_is_better=True)
 
+    def further() -> list[float]:
+        """Returns the rates of grid.csv, and those that rule 3 adds to a complete one."""
+        rows = read(folder / "grid.csv")
+        known = [cell(row).rate for row in rows]
+        return known + (extension(best("grid.csv"), known) if is_complete(rows) else [])
+
     def sweep_grid(arg: str | None = None) -> Iterator[Overrides]:
-        optim = config_of(arg).optim
-        options = {"rate": optim.learning_rate, "warmup": optim.warmup_steps}
-        yield from grid(list(models_of(arg).values()), TEXT_CHOICE, **options)
+        optim, models = config_of(arg).optim, list(models_of(arg).values())
+        rate, steps = optim.learning_rate, optim.warmup_steps
+        yield from grid(models, TEXT_CHOICE, rate=rate, warmup=steps)
+        first = {round(factor * rate, 10) for factor in FACTORS}
+        for added in dict.fromkeys(found for found in further() if found not in first):
+            yield from grid(models, TEXT_CHOICE, rate=added, warmup=steps, factors=(1.0,))
 
     def sweep_warmup(arg: str | None = None) -> Iterator[Overrides]:
-        yield from warmup(models_of(arg), TEXT_CHOICE, best("grid.csv"))
+        chosen_cells = best("grid.csv")
+        if missing := set(further()) - {cell(row).rate for row in read(folder / "grid.csv")}:
+            raise ValueError(
+                f"{folder.name}: a model chose an end of the grid, which lacks the rates "
+                f"{sorted(missing)}: start --sweep grid again, and collect it"
+            )
+        yield from warmup(models_of(arg), TEXT_CHOICE, chosen_cells)
 
     def sweep_final(arg: str | None = None) -> Iterator[Overrides]:
         yield from final(models_of(arg), best("grid.csv", "warmup.csv"))

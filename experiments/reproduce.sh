@@ -39,7 +39,7 @@ if [ "$what" = length ]; then
 fi
 if [ "$what" = protocol ]; then # each stage reads the CSV file of the one before
   prepare configs/muse_lohelp.py
-  for stage in grid warmup final; do
+  for stage in grid grid grid warmup final; do # the grid grows where a model chose its end
     sweep muse_results sweep.py "results_$stage" "$stage.csv" --sweep "$stage"
   done
   measure muse_results.make

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Committed tables equal those that make.py draws from results.csv; every sweep is valid."""
 
+import csv
 import importlib
+import math
 import os
 import pathlib
 import re
 import subprocess
+import types
 
 import numpy as np
 import pytest
@@ -208,6 +211,40 @@ def test_the_choice_is_the_best_of_validation_and_needs_the_whole_grid():
     last = list(protocol.final(MODELS, best))
     assert len(last) == 6
     assert protocol.CHOICE not in {run["seed"] for run in last}
+
+
+def test_a_grid_grows_for_all_models_until_none_chooses_its_end(tmp_path):
+    optim = types.SimpleNamespace(learning_rate=2e-3, warmup_steps=100)
+    sweeps = protocol.text_sweeps(
+        tmp_path, lambda arg: types.SimpleNamespace(optim=optim), lambda arg: MODELS
+    )
+    grid, warmup, _ = sweeps
+
+    def collect(score):
+        runs = list(grid())
+        rows = collected(runs, [score(run) for run in runs])
+        with open(tmp_path / "grid.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        return runs
+
+    def distance(best):  # x is best at the given rate, y at 2e-3
+        return lambda run: abs(
+            math.log(run["optim.learning_rate"] / (best if run["model.layout"] == "SS" else 2e-3))
+        )
+
+    first = collect(distance(9e-3))
+    assert len(first) == 12
+    with pytest.raises(ValueError, match=r"0\.008"):
+        list(warmup())
+    second = collect(distance(9e-3))
+    assert second[:12] == first
+    assert [run["optim.learning_rate"] for run in second[12:]] == [8e-3] * 4
+    third = collect(distance(9e-3))
+    assert {run["optim.learning_rate"] for run in third[16:]} == {16e-3}
+    assert list(grid()) == third  # 8e-3 is better than 16e-3
+    assert {run["optim.learning_rate"] for run in warmup()} == {8e-3, 2e-3}
 
 
 def test_a_part_of_a_grid_gives_no_state_but_its_number_of_runs(tmp_path):
