@@ -185,8 +185,9 @@ def _search(args: argparse.Namespace, looks: bool) -> int:
     if args.trials is None or args.trials < 1:
         raise ValueError("--sampler needs --trials N, at least 1")
     env, outside = shell.environment(args.env), dict(os.environ)
+    search.Study(space).check()
     # The first trials of a study that is forgotten are checked as a launch would check them.
-    drawn = search.Study(space, args.sampler, args.trials, stored=False)
+    drawn = search.Study(space, args.sampler, args.trials, halving=args.halving, stored=False)
     runs = [run for _ in range(args.trials if args.dry_run else 1) if (run := drawn.draw())]
     if not runs:
         raise ValueError(f"no valid run among {args.trials} that were drawn: see the space")

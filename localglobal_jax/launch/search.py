@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from localglobal_jax.checkpoints import workdir
 from localglobal_jax.checkpoints.workdir import absolute, is_remote
 from localglobal_jax.config import loading, schema, sweeps, validation
 from localglobal_jax.launch import expand, local, pool
@@ -99,6 +100,8 @@ class Study:
         best = space.base.checkpoint.best
         if not best:
             raise ValueError("a search needs config.checkpoint.best, the metric that it improves")
+        if halving and not space.base.eval.every:
+            raise ValueError("--halving compares evaluations: config.eval.every is 0")
         self._metric, self._smaller = metrics.direction(best)
         self._study = self._opened(sampler, stored)
         self._names: dict[str, int] = {}
@@ -131,6 +134,24 @@ class Study:
         }[sampler](seed=seed)
         return study
 
+    def check(self) -> None:
+        """Raises ValueError if the trials are of another space, or their runs of another config.
+
+        The range of a field may change, its kind and its choices may not.
+        """
+        now = {field: _kind(part) for field, part in self._distributions().items()}
+        for trial in self._study.trials:
+            before = {field: _kind(part) for field, part in trial.distributions.items()}
+            other = {f for f in before if before[f] != now.get(f)}
+            other |= now.keys() - before.keys() if trial.state.is_finished() else set()
+            if other:
+                raise ValueError(
+                    f"{', '.join(sorted(other))}: the trials there, in {self._space.root}, are of "
+                    "another space: give another --workdir, or search() as it was"
+                )
+        for run in self.sweep().runs:
+            workdir.refuse_other(run.run, pathlib.Path(run.workdir))
+
     # ------------------------------------------------------------------ trials as runs
 
     def sweep(self) -> Sweep:
@@ -153,7 +174,7 @@ class Study:
         return [
             trial
             for trial in self._study.trials
-            if WRONG not in trial.user_attrs and len(trial.params) == len(self._space.fields)
+            if WRONG not in trial.user_attrs and trial.params.keys() == self._space.fields.keys()
         ]
 
     def draw(self) -> Description | None:
@@ -193,9 +214,9 @@ class Study:
                 value = {repr(v): v for v in part.values}.get(value, value)
             overrides[field] = float(f"{value:.6g}") if isinstance(value, float) else value
         run, applied, texts = expand.apply(space.spec, space.given, overrides)
-        workdir = f"{space.root}/{sweeps.name(space.prefix, number, applied)}"
+        folder = f"{space.root}/{sweeps.name(space.prefix, number, applied)}"
         texts = {**space.given, **texts}
-        return expand.describe(space.spec, workdir, number, texts, applied, run)
+        return expand.describe(space.spec, folder, number, texts, applied, run)
 
     # ------------------------------------------------------------------ `pool.Source`
 
@@ -255,3 +276,9 @@ class Study:
             for line in metrics_log.read_metrics(job.directory)
             if line["split"] == split and name in line
         ]
+
+
+def _kind(distribution: Any) -> tuple[Any, ...]:
+    """Returns the parts of an Optuna distribution that all trials of a study share."""
+    parts = (getattr(distribution, name, None) for name in ("choices", "log"))
+    return (type(distribution), *parts)

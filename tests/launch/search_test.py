@@ -17,7 +17,7 @@ import time
 import pytest
 
 from localglobal_jax.cli.main import main
-from localglobal_jax.config import sweeps
+from localglobal_jax.config import loading, sweeps
 from localglobal_jax.launch import pool, search, status
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -251,11 +251,36 @@ def test_a_dry_run_writes_nothing(file, tmp_path, capsys):
         (("--trials=1", "--only", "0"), "--only"),
         (("--summary",), "no trial"),
         (("--trials=1", "--workdir=gs://b/x"), "gs://b/x"),
+        (("--trials=1", "--halving", "--config.eval.every=0"), "eval.every"),
     ],
 )
 def test_mistakes(words, named, file, tmp_path, capsys):
     assert main(command(file, tmp_path / "r", *words)) == 2
     assert named in capsys.readouterr().err and not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("named", "before", "after"),
+    [
+        ("optim.schedule", '"constant"', '"linear"'),
+        ("optim.accumulate", '"optim.accumulate": integers(1, 2),', ""),
+        ("optim.learning_rate", "log=True", "log=False"),
+        ("steps", "= 40, 4, 1", "= 50, 4, 1"),
+    ],
+)
+def test_another_search_needs_another_root(named, before, after, file, capsys):
+    """Nothing is drawn where the study has trials of another space, or runs of another config."""
+    root = pathlib.Path(file).parent / "r"
+    run = search.Study(search.read_space(file, str(root), "sweep", {}), "random", 1).draw()
+    pathlib.Path(run.workdir).mkdir()
+    (pathlib.Path(run.workdir) / "config.json").write_text(loading.to_json(run.run))
+    pathlib.Path(file).write_text(CONFIG.replace(before, after))
+    assert main(command(file, root, "--trials=2")) == 2
+    assert named in capsys.readouterr().err.partition("there")[0]
+    pathlib.Path(file).write_text(CONFIG.replace("uniform(1e-4", "uniform(1e-5"))
+    wider = search.Study(search.read_space(file, str(root), "sweep", {}), "random", 2)
+    wider.check()
+    assert wider.draw().index == 1  # a range may change
 
 
 def test_without_optuna_the_extra_is_named(file, tmp_path, capsys, monkeypatch):

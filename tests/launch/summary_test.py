@@ -6,6 +6,8 @@ import io
 import json
 import os
 import pathlib
+import re
+import shlex
 
 import gcs_server
 import pytest
@@ -48,12 +50,15 @@ def sweep(tmp_path):
 
 
 def make(run, *accuracies, events=(0.0, 90.0)):
-    folder = pathlib.Path(run.workdir)
-    (folder / "checkpoints" / "20").mkdir(parents=True)
-    (folder / "checkpoints" / "20" / "files.json").touch()
+    folder, steps = pathlib.Path(run.workdir), run.run.steps
+    metadata = folder / "checkpoints" / str(steps) / "metadata" / "metadata"
+    metadata.parent.mkdir(parents=True)
+    about = {"environment": {"devices": "1 x cpu (cpu), 1 host"}}
+    metadata.write_text(json.dumps({"metadata": about}))
+    (metadata.parents[1] / "files.json").touch()
     (folder / "config.json").write_text(loading.to_json(run.run))
     lines = [
-        {"step": 10 * i, "split": split, **values}
+        {"step": steps * i // len(accuracies), "split": split, **values}
         for i, accuracy in enumerate(accuracies, 1)
         for split, values in (
             ("train", {"loss": 1.0 / i, "learning_rate": 0.0, "images_per_second": 10.0}),
@@ -259,6 +264,53 @@ def test_before_anything_has_started(tmp_path, capsys):
     groups = records(capsys, command, "--group", "seed")
     assert [(g["runs"], g["n"]) for g in groups] == [("0/3", "0")] * 2
     assert not (tmp_path / "runs").exists()
+
+
+def page_commands(root):
+    """The commands of the page's example, by their first words, and the text around them."""
+    text = (ROOT / "configs/sweeps.md").read_text()
+    section = text[text.index("## From a sweep to a conclusion") : text.index("## Searches")]
+    blocks = re.findall(r"```sh\n(localglobal .*?)```", section, re.DOTALL)
+    commands = [shlex.split(block.replace("\\\n", " "))[1:] for block in blocks]
+    swap = {"runs/layouts": str(root), "layouts.html": f"{root}.html"}
+    return [[swap.get(word, word) for word in words] for words in commands], section
+
+
+def test_the_tables_of_the_page_have_the_columns_that_are_printed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    (start, by_run, by_setting, _), section = page_commands(tmp_path / "r")
+    given = dict(w.removeprefix("--config.").split("=") for w in start if w.startswith("--config."))
+    for run in expand.expand(start[2], str(tmp_path / "r"), "layouts", given).runs:
+        better = (run.run.model["layout"] == "CC") / 10 + run.run.optim.learning_rate
+        make(run, *(better + 0.01 * run.run.seed + 0.1 * i for i in range(4)))
+    assert main(by_run) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert re.sub(" {2,}", "  ", printed[0].strip()) in re.sub(" {2,}", "  ", section)
+    assert len(printed) == 4 and printed[1].split()[:2] == ["5", "CC"]
+    assert main(by_setting) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert "\n".join(printed[:2]) in section and len(printed) == 6
+    assert [line.split("|")[-2].strip() for line in printed[2:]] == [
+        *("worse", "baseline", "worse", "worse")
+    ]
+
+
+@pytest.mark.slow
+def test_the_example_of_the_page(tmp_path, monkeypatch, capsys):
+    """From the config to the page of the sweep, in fewer steps."""
+    monkeypatch.chdir(ROOT)
+    commands, section = page_commands(tmp_path / "r")
+    less = {
+        "--config.steps=200": "--config.steps=6",
+        "--config.eval.every=50": "--config.eval.every=3",
+    }
+    less |= {"--config.checkpoint.every=50": "--config.checkpoint.every=3"}
+    for words in commands:
+        assert main([less.get(word, word) for word in words]) == 0, words
+    said = capsys.readouterr()
+    assert "12 of 12 done, 0 failed" in said.err and "| --- | ---: |" in section
+    assert said.out.count("| CC |") == said.out.count("| CT |") == 2
+    assert "12 runs, 12 done" in " ".join((tmp_path / "r.html").read_text().split())
 
 
 def test_in_a_bucket(sweep, gcs, tmp_path, capsys, monkeypatch):
