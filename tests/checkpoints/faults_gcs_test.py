@@ -105,8 +105,9 @@ def test_a_store_that_fails_does_not_lack_a_directory(faults, bucket, status):
 def test_connections_that_are_lost_for_good(faults, bucket, fault):
     files().pipe_file(f"{bucket}/one.txt", b"1" * 1000)
     faults.add(fault, "one.txt")
-    with pytest.raises(store.StoreFailed, match=f"{bucket}/one.txt"):
+    with pytest.raises(store.StoreFailed, match=f"{bucket}/one.txt") as error:
         files().cat_file(f"{bucket}/one.txt")
+    assert error.value.status == 0  # there was no answer
 
 
 def test_an_answer_that_stalls_is_asked_again(faults, bucket, monkeypatch):

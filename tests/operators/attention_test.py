@@ -50,6 +50,20 @@ def test_relative_bias_depends_on_the_displacement_only():
         np.testing.assert_array_equal(bias[:, qy, qx, ky, kx], expected)
 
 
+def test_weights_are_sown_as_attention():
+    q, k, v = arrays((2, 3, 4, 8), (2, 5, 4, 8), (2, 5, 4, 8))
+    y, sown = attention.Attend().apply({}, q, k, v, mutable=["intermediates"])
+    (weights,) = sown["intermediates"]["attention"]
+    np.testing.assert_allclose(
+        y, jnp.einsum("bnlm,bmnc->blnc", weights, v).reshape(2, 3, 32), atol=1e-6
+    )
+    (x,) = arrays((1, 4, 5, 8))
+    module = attention.RelativeAttention(heads=2)
+    _, sown = module.apply(module.init(jax.random.key(1), x), x, mutable=["intermediates"])
+    (weights,) = sown["intermediates"]["attention"]
+    assert weights.shape == (1, 2, 20, 20)
+
+
 @pytest.mark.parametrize("bias", ["table", "mlp", "none"])
 def test_global_reach_is_what_the_jacobian_says(bias):
     module = attention.RelativeAttention(heads=2, bias=bias, bias_hidden=8)
