@@ -128,7 +128,7 @@ def gather(root: str, runs: Sequence[Run], failures: Sequence[Failure]) -> Sweep
         finished or known, key=lambda pair: pair[0], default=(None, None)
     )[1]
     return Sweep(
-        root=root,
+        root=root.rstrip("/") or "/",
         fields=fields,
         names=names,
         settings=settings,
@@ -189,6 +189,7 @@ def _groups(
 def charts(sweep: Sweep, runs: Sequence[Run]) -> list[curves.Scatter]:
     """Returns the charts of the finished runs' last value against every field but the seed.
 
+    A field has one if it differs between the finished runs.
     Of two fields, each value of the other is a line; of more, the line is the mean over the others.
     """
     fields = [field for field in sweep.fields if field != SEED]
@@ -201,7 +202,7 @@ def charts(sweep: Sweep, runs: Sequence[Run]) -> list[curves.Scatter]:
             for run, s, (last, _) in zip(runs, sweep.settings, sweep.values, strict=True)
             if last is not None and run.finished
         ]  # fmt: skip
-        if points:
+        if len({str(point[0]) for point in points}) > 1:
             found.append(curves.scatter(field, points))
     return found
 

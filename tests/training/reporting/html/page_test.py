@@ -329,15 +329,17 @@ def test_a_sweep_compares_its_finished_runs():
                 ("done", "nan", ""),
                 ("diverged at step 2 of 9", 0.9, "exit code 3"),
                 ("pruned at step 2 of 9", 0.8, ""),
+                ("done", 0.4, ""),
             ]
         )
     ]
-    found = sweep.gather("r", runs, [])
+    found = sweep.gather("r/", runs, [])
     assert found.best is runs[0] and found.values[:2] == [(0.6, 0.6), (None, 0.5)]
-    assert [group.last.n for group in found.groups] == [1, 0, 0, 0]
+    assert [group.last.n for group in found.groups] == [1, 0, 0, 0, 1] and found.root == "r"
     (chart,) = sweep.charts(found, runs)
-    assert sum(len(curve.dots) for curve in chart.curves) == 1
-    assert sweep.gather("r", runs[2:], []).best is runs[2]  # while none is finished
+    assert sum(len(curve.dots) for curve in chart.curves) == 2
+    assert sweep.charts(sweep.gather("r", runs[:4], []), runs[:4]) == []  # one value
+    assert sweep.gather("r", runs[2:4], []).best is runs[2]  # while none is finished
 
 
 def test_notes_and_tags_are_on_the_page_of_a_run_and_of_a_sweep():
