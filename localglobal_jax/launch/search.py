@@ -9,7 +9,9 @@ import contextlib
 import dataclasses
 import importlib.util
 import inspect
+import json
 import math
+import os
 import pathlib
 import warnings
 from collections.abc import Mapping
@@ -113,8 +115,14 @@ class Study:
         file = root / f"{self._space.prefix}.optuna"
         if stored and (file.exists() or self._limit):
             root.mkdir(parents=True, exist_ok=True)
-            backend = optuna.storages.journal.JournalFileBackend(str(file))
+            lock = optuna.storages.journal.JournalFileSymlinkLock(str(file))
+            _check_journal(file, lock if self._limit else None)
+            backend = optuna.storages.journal.JournalFileBackend(str(file), lock_obj=lock)
             storage = optuna.storages.JournalStorage(backend)
+            if not self._limit:  # only read, also where nothing may be written
+                with contextlib.suppress(KeyError):
+                    return optuna.load_study(study_name=self._space.prefix, storage=storage)
+                storage = None
         every = self._space.base.eval.every or self._space.base.steps
         pruner: Any = optuna.pruners.NopPruner()
         if self._halving:
@@ -276,6 +284,29 @@ class Study:
             for line in metrics_log.read_metrics(job.directory)
             if line["split"] == split and name in line
         ]
+
+
+def _check_journal(file: pathlib.Path, lock: Any = None) -> None:
+    """Raises ValueError for a damaged line of a study's file.
+
+    With a `lock` of Optuna a torn last line, as of a full disk, is dropped: the next one would be
+    appended to it.
+    """
+    with contextlib.ExitStack() as held:
+        if lock:
+            lock.acquire()
+            held.callback(lock.release)
+        text = file.read_bytes() if file.exists() else b""
+        whole = text[: text.rfind(b"\n") + 1]
+        for number, line in enumerate(whole.split(b"\n")[:-1], 1):
+            try:
+                json.loads(line)
+            except ValueError:
+                raise ValueError(
+                    f"{file}: line {number} is damaged: restore the file, or give another --workdir"
+                ) from None
+        if lock and whole != text:
+            os.truncate(file, len(whole))
 
 
 def _kind(distribution: Any) -> tuple[Any, ...]:

@@ -133,6 +133,36 @@ def test_a_killed_search_goes_on_with_the_same_runs(file, tmp_path, stand_ins, c
     assert {row["state"] for row in rows(capsys, words[:-1])} == {"done"}
 
 
+def test_a_study_whose_last_line_is_torn_goes_on(file, tmp_path):
+    """As after a full disk. Damage elsewhere is named, and nothing is lost."""
+    space = search.read_space(file, str(tmp_path / "r"), "sweep", {})
+    study = search.Study(space, "random", 9)
+    first = [study.draw().name for _ in range(2)]
+    journal = tmp_path / "r" / "c-search.optuna"
+    whole = journal.read_bytes()
+    for torn in (whole[:-10], whole[:-1], whole + b"\0" * 50, whole + b'{"op_code": 4, "wor'):
+        journal.write_bytes(torn)
+        study = search.Study(space, "random", 9)
+        assert [run.name for run in study.sweep().runs] == first[: 1 + (len(torn) > len(whole))]
+        assert study.draw() and study.draw()
+    damaged = whole.replace(b"{", b"(", 2)
+    journal.write_bytes(damaged)
+    for trials in (0, 9):
+        with pytest.raises(ValueError, match=r"c-search\.optuna: line 1 "):
+            search.Study(space, "random", trials)
+    assert journal.read_bytes() == damaged
+
+
+def test_a_study_is_read_without_writing(file, tmp_path):
+    space = search.read_space(file, str(tmp_path / "r"), "sweep", {})
+    run = search.Study(space, "random", 1).draw()
+    journal = tmp_path / "r" / "c-search.optuna"
+    for text in (journal.read_bytes(), journal.read_bytes() + b"{"):
+        journal.write_bytes(text)
+        assert [r.name for r in search.Study(space).sweep().runs] == [run.name]
+        assert journal.read_bytes() == text
+
+
 def test_successive_halving_prunes_and_ends_with_0(file, tmp_path, stand_ins, capsys, monkeypatch):
     monkeypatch.setenv("SLOW", "5")
     monkeypatch.setattr(pool, "LOOK", 0.1)
