@@ -6,6 +6,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import pytest
+import small
 
 from localglobal_jax.config import loading, validation
 from localglobal_jax.parallel import placement
@@ -15,27 +16,11 @@ from localglobal_jax.training.tasks import create_task
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
 
-IMAGES = {
-    "model.layout": "T",
-    "model.depths": "(1,)",
-    "model.widths": "(16,)",
-    "model.strides": "(1,)",
-}
-TEXT = {
-    "model.depths": "(1, 1)",
-    "model.widths": "(16, 16)",
-    "model.hidden": "(16, 16)",
-    "task.beam": "1",
-    "data.buckets": "1",
-    "data.max_length": "16",
-}
-
-
 @pytest.mark.parametrize(
     ("config", "fields", "splits", "functions"),
     [
-        ("coatnet_digits", IMAGES, ("test", "train[:50%]"), 1),
-        ("muse_iwslt14", TEXT, ("valid", "test"), 2),  # the loss, and the translations
+        ("coatnet_digits", small.IMAGES, ("test", "train[:50%]"), 1),
+        ("muse_iwslt14", small.TEXT, ("valid", "test"), 2),  # the loss, and the translations
     ],
 )
 def test_splits_share_their_programs(config, fields, splits, functions):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole little runs through the classification task, with everything turned on, on other sets."""
 
+import functools
 import math
 import pathlib
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 import tensorflow_datasets as tfds
 
 from localglobal_jax.config import loading, validation
@@ -23,7 +25,12 @@ CONFIG = pathlib.Path(__file__).parents[3] / "configs" / "coatnet_digits.py"
 
 def make_run(data_dir, **overrides):
     base = {"steps": "2", "optim.warmup_steps": "1", "data.dir": str(data_dir), "eval.every": "0"}
-    return validation.check(loading.load(f"{CONFIG}:size=tiny", {**base, **overrides}))
+    fields = {**small.IMAGES, **base, **overrides}
+    return validation.check(loading.load(f"{CONFIG}:size=tiny", fields))
+
+
+def variables_of(task, image):
+    return jax.jit(lambda: task.model.init(jax.random.key(0), jnp.zeros(image), train=False))()
 
 
 EVERYTHING = {
@@ -53,7 +60,7 @@ def test_bfloat16_follows_float32(data_dir):
     for dtype in ("float32", "bfloat16"):
         task = create_task(make_run(data_dir, dtype=dtype, **{"model.drop_path": "0"}))
         batch = next(task.train_batches(0, 1))
-        variables = task.model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), train=False)
+        variables = variables_of(task, (1, 8, 8, 1))
         loss = jax.jit(task.loss)(variables, batch, jax.random.key(0))
         losses[dtype] = float(loss.total / loss.weight)
     assert losses["float32"] != losses["bfloat16"]
@@ -91,7 +98,7 @@ def test_two_devices_give_the_loss_and_gradient_of_one(data_dir):
     run = make_run(data_dir, **{"model.drop_path": "0"})
     task = create_task(run)
     batch = next(task.train_batches(0, 1))
-    variables = task.model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), train=False)
+    variables = variables_of(task, (1, 8, 8, 1))
 
     def gradient(params, batch):
         loss = task.loss({**variables, "params": params}, batch, jax.random.key(0))
@@ -108,7 +115,7 @@ def test_devices_send_each_other_the_partners_of_mixup_as_bytes(data_dir):
     """Four times fewer than as float32; only they and a few sums pass between the devices."""
     task = create_task(make_run(data_dir, **{"task.mixup": "0.8", "model.drop_path": "0"}))
     batch = next(task.train_batches(0, 1))
-    variables = task.model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), train=False)
+    variables = variables_of(task, (1, 8, 8, 1))
     both = placement.Partitioner().global_batch(batch)
     program = hlo.Program(
         jax.jit(task.loss).lower(variables, both, jax.random.key(0)).compile().as_text()
@@ -131,7 +138,8 @@ def test_normalize_is_per_channel():
 
 
 def test_tokens_are_classified_too_and_mixed_tokens_meet_both_labels(tmp_path):
-    fields = {"depths": (1, 1, 1, 1), "widths": (24, 48, 48, 48), "heads": (2, 4, 4, 4), "stem": 8}
+    fields = {"depths": (1, 1), "widths": (24, 24), "heads": (2, 2), "strides": (1, 2), "stem": 8}
+    fields |= {"layout": "OS", "position": 2}
     run = validation.check(
         {
             "model": {"name": "volo", "mix_token": True, **fields},
@@ -151,12 +159,12 @@ def test_tokens_are_classified_too_and_mixed_tokens_meet_both_labels(tmp_path):
     found, gradient = jax.jit(jax.value_and_grad(total))(variables["params"])
     assert all(np.any(g) for g in jax.tree.leaves(gradient["head"]))
 
-    (logits, out), _ = task.model.apply(
+    (logits, out), _ = jax.jit(
+        functools.partial(task.model.apply, train=True, mutable=["batch_stats"])
+    )(
         variables,
         device_ops.normalize(batch["image"], run.data),
-        train=True,
         rngs={"dropout": jax.random.split(key)[1]},
-        mutable=["batch_stats"],
     )
     top, left, bottom, right = np.asarray(out["mix_box"])
     assert bottom > top, "take another key: this one mixes nothing"
@@ -186,12 +194,13 @@ def test_a_volo_that_classifies_no_tokens_has_the_plain_loss(mix_token):
     task = create_task(run)
     batch = {k: jnp.asarray(v[:4]) for k, v in next(task.train_batches(0, 1)).items()}
     variables = jax.jit(task.model.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
-    (logits, _), _ = task.model.apply(
+    (logits, _), _ = jax.jit(
+        functools.partial(task.model.apply, train=True, mutable=["batch_stats"])
+    )(
         variables,
         device_ops.normalize(batch["image"], run.data),
-        train=True,
         rngs={"dropout": jax.random.key(0)},
-        mutable=["batch_stats"],
     )
     expected = -jax.nn.log_softmax(logits)[jnp.arange(4), batch["label"]].sum()
-    np.testing.assert_allclose(task.loss(variables, batch, jax.random.key(3)).total, expected, 1e-5)
+    found = jax.jit(task.loss)(variables, batch, jax.random.key(3)).total
+    np.testing.assert_allclose(found, expected, 1e-5)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 
 from localglobal_jax import load
 from localglobal_jax.config import loading, validation
@@ -24,23 +25,25 @@ CONFIG = pathlib.Path(__file__).parents[3] / "configs" / "muse_lohelp.py"
 
 
 def make_run(**overrides):
+    """Of the smallest model, with one shape of batches."""
     base = {"steps": "4", "optim.warmup_steps": "1", "eval.every": "0", "batch_size": "512"}
-    return validation.check(loading.load(f"{CONFIG}:size=tiny,data=mock", {**base, **overrides}))
+    fields = {**small.TEXT, **base, **overrides}
+    return validation.check(loading.load(f"{CONFIG}:size=tiny,data=mock", fields))
 
 
 def started(run):
     """The task, its variables at step 0, and its first batch."""
     task = create_task(run)
     inputs = [jnp.zeros(x.shape, x.dtype) for x in task.inputs]
-    variables = task.model.init(jax.random.key(0), *inputs, train=False)
+    variables = jax.jit(lambda: task.model.init(jax.random.key(0), *inputs, train=False))()
     return task, variables, jax.tree.map(jnp.asarray, next(task.train_batches(0, 1)))
 
 
 def test_the_loss_is_label_smoothing_per_token_as_fairseq_has_it():
     """(1 - e - e / v) nll + (e / v) sum over all others, in the sum over tokens."""
     task, variables, batch = started(make_run(**QUIET))
-    loss = task.loss(variables, batch, jax.random.key(0))
-    logits, _ = task.model.apply(variables, batch["source"], batch["target_input"], train=False)
+    loss = jax.jit(task.loss)(variables, batch, jax.random.key(0))
+    logits, _ = jax.jit(task.model.apply)(variables, batch["source"], batch["target_input"])
     log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
     mask = np.asarray(batch["mask"], bool)
     gold = np.take_along_axis(log_p, batch["target"][..., None], -1)[..., 0]
@@ -52,16 +55,17 @@ def test_the_loss_is_label_smoothing_per_token_as_fairseq_has_it():
 
 def test_without_dropout_the_loss_is_exact():
     task, variables, batch = started(make_run(**QUIET))
-    loss = task.loss(variables, batch, jax.random.key(0))
-    means = task.evaluators["validation"].metrics(variables, batch)
+    loss = jax.jit(task.loss)(variables, batch, jax.random.key(0))
+    means = jax.jit(task.evaluators["validation"].metrics)(variables, batch)
     for name in ("loss", "nll"):
         np.testing.assert_allclose(loss.metrics[name][0], means[name][0], rtol=1e-6)
 
 
 def test_micro_batches_with_other_numbers_of_tokens_give_the_gradient_of_the_whole():
     task, variables, batch = started(make_run(**QUIET))
-    whole, _ = accumulated_gradient(task.loss, variables, batch, jax.random.key(0), 1)
-    parts, loss = accumulated_gradient(task.loss, variables, batch, jax.random.key(0), 4)
+    gradient = jax.jit(accumulated_gradient, static_argnums=(0, 4))
+    whole, _ = gradient(task.loss, variables, batch, jax.random.key(0), 1)
+    parts, loss = gradient(task.loss, variables, batch, jax.random.key(0), 4)
     assert loss.weight == batch["mask"].sum()
     shares = np.asarray(batch["mask"]).sum(1).reshape(-1, 4).sum(0)
     assert len(set(shares)) > 1  # else this would not tell tokens from sentences
@@ -69,7 +73,7 @@ def test_micro_batches_with_other_numbers_of_tokens_give_the_gradient_of_the_who
 
 
 def test_every_sentence_is_scored_once_against_its_own_reference():
-    task = create_task(make_run())
+    task = create_task(make_run(**{"data.buckets": "2", "data.max_length": "48"}))
     evaluator = task.evaluators["validation"]
     batches = list(evaluator.batches())
     rows = sum(int(batch["mask"].any(1).sum()) for batch in batches)
@@ -102,7 +106,6 @@ def test_one_endless_line_in_the_validation_split_does_not_take_all_memory(tmp_p
         "data.files": f"('{tmp_path}/{{split}}.tsv',)",
         "data.tokenizer": "dict",
         "data.dicts": f"('{tmp_path}/dict.txt',)",
-        "task.beam": "2",
     })  # fmt: skip
     shapes = [b["source"].shape for b in create_task(run).evaluators["validation"].batches()]
     assert max(rows * length for rows, length in shapes) <= 512
@@ -187,7 +190,7 @@ def test_two_vocabularies_do_not_share_embeddings(tmp_path):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("translation") / "run"
-    run = make_run(**{"checkpoint.every": "1", "checkpoint.keep": "4"})
+    run = make_run(**{"task.beam": "2", "checkpoint.every": "1", "checkpoint.keep": "4"})
     loop.train(run, workdir)
     return workdir
 
@@ -257,7 +260,7 @@ def test_another_vocabulary_than_it_began_with_is_refused(trained, tmp_path):
     """It is read, not made anew; and with other words, batches would hold other ids."""
     copy = tmp_path / "copy"
     shutil.copytree(trained, copy)
-    run = make_run(**{"checkpoint.every": "1", "checkpoint.keep": "4"})
+    run = make_run(**{"task.beam": "2", "checkpoint.every": "1", "checkpoint.keep": "4"})
     before = (copy / "tokenizer" / "joint.txt").read_bytes()
     words = tokenizers.Dictionary([f"other{i}" for i in range(396)])
     tokenizers.save(tokenizers.Tokenizers(words, words), copy / "tokenizer")
@@ -267,7 +270,9 @@ def test_another_vocabulary_than_it_began_with_is_refused(trained, tmp_path):
 
 
 def test_fine_tuning_takes_weights_and_vocabulary(trained, tmp_path, monkeypatch):
-    run = make_run(**{"steps": "4", "optim.learning_rate": "1e-9", "init": str(trained)})
+    untouched = {"optim.learning_rate": "1e-9", "task.beam": "0", "checkpoint.best": "None"}
+    lengths = {"data.buckets": "2", "data.max_length": "48"}
+    run = make_run(**{"init": str(trained), **lengths, **untouched})
     compiled = []
     real = placement.Partitioner.compile_step
 
@@ -278,7 +283,7 @@ def test_fine_tuning_takes_weights_and_vocabulary(trained, tmp_path, monkeypatch
     monkeypatch.setattr(placement.Partitioner, "compile_step", remember)
     loop.train(run, tmp_path / "run")
     shapes = {batch["source"].shape for batch in create_task(run).train_batches(0, 4)}
-    assert compiled[0]._cache_size() == len(shapes)  # each shape is compiled once
+    assert compiled[0]._cache_size() == len(shapes) == 2  # each shape is compiled once
     (_, old), (_, new) = load(trained), load(tmp_path / "run")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), old, new)
     step = make_run(init=str(trained / "checkpoints" / "4"))
