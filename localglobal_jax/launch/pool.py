@@ -290,8 +290,12 @@ class Pool:
     def _record(self, job: Job, line: Mapping[str, Any]) -> None:
         """Appends an event to ``attempts.jsonl``, which `status` reads; an OSError is a line."""
         try:
-            with open(job.directory / ATTEMPTS, "a", encoding="utf-8") as file:
-                file.write(json.dumps({**line, "time": round(time.time(), 3)}) + "\n")
+            with open(job.directory / ATTEMPTS, "a+b") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - 1))
+                end = b"" if file.read(1) in (b"", b"\n") else b"\n"  # of a torn line
+                text = json.dumps({**line, "time": round(time.time(), 3)})
+                file.write(end + text.encode() + b"\n")
         except OSError as error:
             self._say(f"not kept {job.name}: {job.directory / ATTEMPTS}: {error.strerror}")
 

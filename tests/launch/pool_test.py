@@ -258,6 +258,16 @@ def test_the_reason_of_a_failure_is_that_of_its_own_attempt(tmp_path):
     assert ends[0]["reason"] == "ValueError: first" and "memory" in ends[1]["reason"]
 
 
+def test_a_torn_event_spoils_no_other(tmp_path):
+    """As of a full disk: the next event is a line of its own."""
+    found = job(tmp_path, "j", "")
+    found.directory.mkdir()
+    (found.directory / "attempts.jsonl").write_text('{"event": "start"}\n{"event": "en')
+    pool.Pool([pool.Slot()], 0, say=lambda line: None).run([found])
+    kept = pool.events(found.directory / "attempts.jsonl")
+    assert [event["event"] for event in kept] == ["start", "start", "end"]
+
+
 def test_a_full_disk_ends_no_other_job(tmp_path):
     """The events of one job cannot be written (EFBIG), and another's folder cannot be made."""
     full, other = job(tmp_path, "full", ""), job(tmp_path, "other", "time.sleep(0.3)")
