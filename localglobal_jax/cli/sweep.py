@@ -135,6 +135,8 @@ def _check_options(args: argparse.Namespace) -> None:
     if args.prune:
         if other := next((n for n in ("status", "summary", "collect") if n in given), None):
             raise ValueError(f"--prune and --{other}: give one of them")
+        if args.yes and args.dry_run:
+            raise ValueError("--yes deletes, --dry_run does not: give one of them")
         table = table[:-1]  # its list has a format too
     owners = {
         **({} if args.summary else dict.fromkeys(table, "summary")),

@@ -136,10 +136,15 @@ def test_in_a_bucket(sweep, gcs, monkeypatch, capsys):
     assert reader.read(root / done.name, 4)[0] == 4
 
 
-def test_yes_alone_starts_nothing(sweep, capsys):
-    command, _ = sweep
+def test_yes_alone_starts_nothing_and_a_dry_run_deletes_nothing(sweep, capsys):
+    command, (done, *_) = sweep
     assert main([*command[:3], "--yes"]) == 2
     assert "--prune" in capsys.readouterr().err
+    before = names(done.parent)
+    assert main([*command, "--yes", "--dry_run"]) == 2
+    assert "--dry_run" in capsys.readouterr().err
+    assert main([*command, "--dry_run"]) == 0
+    assert names(done.parent) == before
 
 
 def test_notes_and_tags_are_in_the_table(sweep, tmp_path):

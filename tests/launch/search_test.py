@@ -279,6 +279,7 @@ def test_a_dry_run_writes_nothing(file, tmp_path, capsys):
         (("--trials=1", "--config.checkpoint.best=None"), "checkpoint.best"),
         (("--trials=1", "--backend=slurm"), "--backend slurm"),
         (("--trials=1", "--only", "0"), "--only"),
+        (("--trials=1", "--out=scripts"), "--out"),
         (("--summary",), "no trial"),
         (("--trials=1", "--workdir=gs://b/x"), "gs://b/x"),
         (("--trials=1", "--halving", "--config.eval.every=0"), "eval.every"),
