@@ -6,6 +6,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import fsspec
@@ -181,6 +182,16 @@ def test_arrays_that_take_long_are_told(faults, bucket, monkeypatch, caplog):
     faults.add("stall", "checkpoints/1/state/.*tensorstore", times=1, seconds=2.0)
     same(checkpoints(bucket).restore(state(0)), 1)
     assert f"reading {bucket}/checkpoints/1: 0 s so far, at http://127.0.0.1:" in caplog.text
+
+
+@pytest.mark.parametrize(("path", "threads"), [("gs://bucket/one", 1), ("/one", 0)])
+def test_no_process_waits_for_the_thread_that_tells(path, threads):
+    with store.told(path, "reading"):
+        found = [thread for thread in threading.enumerate() if thread.name == "long transfers"]
+        assert len(found) == threads and all(thread.daemon for thread in found)
+    for thread in found:
+        thread.join(60)
+        assert not thread.is_alive()
 
 
 def test_orbax_writes_nothing_after_the_list_of_files(faults, bucket):

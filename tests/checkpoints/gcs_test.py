@@ -282,6 +282,16 @@ def test_names_that_the_clients_read_differently(name):
         gcs.LocalMirror(f"gs://bucket/{name}/run")
 
 
+def test_folders_of_a_bucket_have_the_names_of_those_on_a_disk(bucket, tmp_path):
+    for name in ("b/x/one.txt", "a/one.txt", "one.txt"):
+        put(f"{bucket}/{name}", b"1")
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"1")
+    for root in (bucket, tmp_path):
+        assert objects.folders(epath.Path(root)) == ["a", "b"]
+        assert objects.folders(epath.Path(root) / "nothing") == []
+
+
 def test_status_and_collect_look_there(bucket, tmp_path, capsys):
     """Of six runs one is done, one half way."""
     sweep = ["sweep", "--config=experiments/coatnet_layouts/sweep.py:size=tiny"]

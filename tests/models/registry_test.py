@@ -16,3 +16,14 @@ def test_a_bare_name_has_sizes_of_its_paper():
     base = create_model("transformer_base")  # arXiv 1706.03762
     muse = create_model("muse")
     assert (muse.depths, muse.widths, muse.heads) == (base.depths, base.widths, base.heads)
+
+
+def test_sizes_of_focal_transformers_are_those_of_table_1():
+    for family, fields in (("focal_{}", {}), ("focal_{}_useconv", {"conv_embed": True})):
+        names = [family.format(size) for size in ("tiny", "small", "base")]
+        tiny, small, base = (create_model(name) for name in names)
+        assert tiny.depths == (2, 2, 6, 2)
+        assert small == create_model(names[0], depths=(2, 2, 18, 2))
+        wider = {"widths": (128, 256, 512, 1024), "heads": (4, 8, 16, 32)}
+        assert base == create_model(names[1], **wider)
+        assert small == create_model("focal", depths=small.depths, **fields)

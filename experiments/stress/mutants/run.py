@@ -110,7 +110,7 @@ def key(result: dict) -> tuple:
 
 def choose(mutant: dict, records: list[dict], budget: float) -> list[str]:
     """Returns the tests that ran the mutant's lines, in the order in which they are to run."""
-    file = mutant["file"]
+    file, records = mutant["file"], [r for r in records if r["passed"]]
     for first, last in mutant["mutant"].ranges:
         ran = [r for r in records if any(first <= n <= last for n in r["lines"].get(file, ()))]
         if ran:
@@ -178,7 +178,7 @@ def attempt(tree: pathlib.Path, mutant: dict, tests: list[str], budget: float) -
     source, context = file.read_bytes(), multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(LIBRARIES))
     receiver, sender = context.Pipe(duplex=False)
-    limit = int(40 + 4 * budget)
+    limit = int(30 + 3 * budget)
     arguments = (str(tree), tests, limit, str(tree.parent / "last.log"), sender)
     child = context.Process(target=run_tests, args=arguments)
     try:
@@ -187,18 +187,20 @@ def attempt(tree: pathlib.Path, mutant: dict, tests: list[str], budget: float) -
             compiled.unlink()  # of the same second and size, it would be taken for this one
         child.start()
         sender.close()
-        child.join(4 * limit)
-        answer = receiver.recv() if receiver.poll() else None
-        if child.is_alive() or answer is None:
-            overdue = child.is_alive() or child.exitcode == -signal.SIGXCPU
+        child.join(10 * limit)
+        try:
+            answer = receiver.recv() if receiver.poll() else None
+        except EOFError:  # the process ended within pytest
+            answer = None
+        if child.is_alive():  # it waits for something, or the machine is slow: nobody can tell
+            found = {"result": "unfinished"}
+        elif answer is None:
+            overdue = child.exitcode == -signal.SIGXCPU
             found = {"result": "timeout" if overdue else "killed", "by": f"exit {child.exitcode}"}
         else:
             test, code, cpu = answer
             found = {"result": "killed" if code else "survived", "by": test, "cpu": round(cpu, 1)}
         return {**found, "tests": len(tests)}
-    except EOFError:  # the process ended within pytest
-        child.join()
-        return {"result": "killed", "by": f"exit {child.exitcode}", "tests": len(tests)}
     finally:
         with contextlib.suppress(ProcessLookupError):  # processes that the tests left behind
             os.killpg(child.pid, signal.SIGKILL)
@@ -248,9 +250,9 @@ def write(results: list[dict]) -> None:
 def tables() -> str:
     """Returns the counts by package, and the survivors with what is known of them."""
     results = [r for r in read_lines(RESULTS) if r["result"] not in ("not tried", "gone")]
-    columns = (*KILLED, "survived")
-    heads = ("mutants", "killed", "by a time limit", "survived", "equivalent")
-    lines = [f"| package | {' | '.join(heads)} | noticed |", "|---|" + "---:|" * 6]
+    columns = (*KILLED, "survived", "unfinished")
+    heads = ("mutants", "killed", "by a time limit", "survived", "unfinished", "equivalent")
+    lines = [f"| package | {' | '.join(heads)} | noticed |", "|---|" + "---:|" * 7]
     for package in (*CORE, ""):
         of = [r for r in results if r["file"].startswith(package)]
         equivalent = sum("equivalent" in r for r in of)
