@@ -175,11 +175,18 @@ def find(
             if all(_is_value(setting[f], text) for f, text in asked.items())
         ]
     else:
-        found = [
-            key
+        names = {
+            key: {name for row in rows for name in (row["name"], str(row["index"]))}
             for key, rows in members.items()
-            if any(row["name"] in words or str(row["index"]) in words for row in rows)
-        ]
+        }
+        for word in words:
+            if not any(word in each for each in names.values()):
+                every = sorted(row["name"] for rows in members.values() for row in rows)
+                raise ValueError(
+                    f"--baseline {word}: no such run among {len(every)}, {every[0]} to "
+                    f"{every[-1]}: give FIELD=VALUE, or the name or the number of a run"
+                )
+        found = [key for key, each in names.items() if not each.isdisjoint(words)]
     if len(found) != 1:
         shown = "; ".join(
             " ".join(f"{f}={_text(v)}" for f, v in s.items()) for s in settings.values()

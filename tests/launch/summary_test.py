@@ -212,6 +212,8 @@ def test_the_help_of_mistakes(sweep, capsys):
         (("--summary", "--top=0"), "--top"),
         (("--summary", "--group", "seed", "--baseline", "seed=0"), "--baseline"),
         (("--summary", "--group", "seed", "--baseline", "optim.learning_rate=9"), "0.25"),
+        (("--summary", "--group", "seed", "--baseline", "c-000-0"), runs[0].name),
+        (("--summary", "--group", "seed", "--baseline", "0", "seed=0"), "--baseline seed=0"),
         (("--summary", "--baseline", "seed=0"), "--group"),
         (("--sort=best",), "--summary"),
         (("--status", "--group", "seed"), "--summary"),
