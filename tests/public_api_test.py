@@ -87,6 +87,7 @@ def test_the_typed_project_uses_every_public_name():
 
 def test_train_takes_a_config_or_a_checked_run(tmp_path):
     config = lg.load_config(DIGITS, steps=1, batch_size=4, optim=dict(warmup_steps=0))
+    config.model.update(layout="T", depths=(1,), widths=(16,), strides=(1,))
     config.eval.every = config.checkpoint.every = 0
     of_config = lg.train(config, tmp_path / "config")
     of_run = lg.train(validation.check(config), workdir=tmp_path / "run")

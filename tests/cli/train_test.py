@@ -6,11 +6,13 @@ import pathlib
 import shutil
 
 import pytest
+import small
 
 from localglobal_jax.cli.main import main
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 DIGITS = f"--config={CONFIGS / 'coatnet_digits.py'}:size=tiny"
+SMALL = [f"--config.{field}={value}" for field, value in small.IMAGES.items()]
 
 
 @pytest.mark.parametrize(
@@ -88,7 +90,7 @@ def test_wrong_workdirs(tmp_path, capsys):
 
 
 def test_a_workdir_of_another_config_is_refused_and_left_alone(data_dir, tmp_path, capsys):
-    command = ["train", DIGITS, f"--workdir={tmp_path}", f"--config.data.dir={data_dir}"]
+    command = ["train", DIGITS, *SMALL, f"--workdir={tmp_path}", f"--config.data.dir={data_dir}"]
     assert main([*command, "--config.steps=2", "--config.optim.warmup_steps=1"]) == 0
 
     def files():
@@ -124,7 +126,7 @@ def test_a_corrupt_record_is_named_or_skipped(data_dir, tmp_path, capsys):
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     workdir = tmp_path / "run"
-    command = ["train", DIGITS, f"--workdir={workdir}", f"--config.data.dir={root}"]
+    command = ["train", DIGITS, *SMALL, f"--workdir={workdir}", f"--config.data.dir={root}"]
     command += ["--config.steps=2", "--config.optim.warmup_steps=1"]
     assert main(command) == 2
     error = capsys.readouterr().err

@@ -13,6 +13,7 @@ import cv2
 import jax
 import numpy as np
 import pytest
+import small
 from etils import epath
 
 import localglobal_jax as lg
@@ -149,13 +150,13 @@ def lines_of(directory):
 
 
 RUNS = {
-    "coatnet": ("coatnet_digits", {"data.name": "digits"}),
+    "coatnet": ("coatnet_digits", {**small.IMAGES, "data.name": "digits"}),
     "muse": (
         "muse_lohelp",
         {
+            **small.TEXT,
             "data.name": "sentences/de-en",
             "data.vocab": 300,
-            "data.buckets": 1,
             "data.train_split": "train",
             "data.eval_splits": ("validation",),
         },

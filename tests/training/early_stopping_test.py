@@ -5,6 +5,7 @@ import json
 import pathlib
 
 import pytest
+import small
 
 from localglobal_jax.checkpoints import reader
 from localglobal_jax.cli.main import main
@@ -14,6 +15,7 @@ from localglobal_jax.training import early_stopping, loop
 
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "coatnet_digits.py"
 STILL = {  # nothing changes: the first evaluation is the best
+    **small.IMAGES,
     "steps": "40",
     "optim.learning_rate": "1e-12",
     "optim.ema": "0",

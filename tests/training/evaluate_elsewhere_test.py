@@ -33,6 +33,10 @@ STAGES = dict(depths=(1, 1), widths=(16, 32), stem=(4, 8))
 NARROW = {"head_width": 8}
 FAMILIES = {
     "coatnet": ("coatnet", dict(layout="CT", blocks={"T": NARROW}, **STAGES)),
+    "coatnet, one block": (  # where the family is not the subject
+        "coatnet",
+        dict(layout="T", depths=(1,), widths=(16,), stem=(4, 8), blocks={"T": NARROW}),
+    ),
     "coatnet, bias by an MLP": (
         "coatnet",
         dict(layout="CT", blocks={"T": {**NARROW, "bias": "mlp"}}, **STAGES),
@@ -56,7 +60,8 @@ FAMILIES = {
         dict(depths=(1, 1, 1, 1), widths=(12, 24, 24, 24), heads=(2, 2, 2, 2)),
     ),
 }
-RESIZED = [family for family in FAMILIES if family != "CE"]
+SMALL = "coatnet, one block"
+RESIZED = [family for family in FAMILIES if family not in ("CE", SMALL)]
 PREPARED = dict(image_size=SIZE, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), eval_crop=0.9)
 
 
@@ -173,7 +178,7 @@ def test_a_table_that_fits_one_size_is_refused_by_the_field(evaluate, given, tmp
 
 def test_classes_in_another_order_and_some_of_them(evaluate, given, pictures, tmp_path):
     labels = ["red", "yellow", "green", "blue"]
-    out = save(tmp_path / "out", *model("coatnet", 4), labels=labels)
+    out = save(tmp_path / "out", *model(SMALL, 4), labels=labels)
     code, found, said = evaluate(out, *given)
     assert code == 0 and "3 of the checkpoint's 4" in said
     same(found, by_classify(out, pictures))
@@ -191,14 +196,14 @@ def test_classes_in_another_order_and_some_of_them(evaluate, given, pictures, tm
 
 def test_names_in_another_unicode_form_are_the_same(evaluate, given, pictures, tmp_path):
     known, labels = ["cafe\u0301", "owl"], ["owl", "caf\u00e9"]
-    before, after = start(tmp_path / "start", "coatnet", known, labels)
+    before, after = start(tmp_path / "start", SMALL, known, labels)
     for path in before:
         np.testing.assert_array_equal(after[path], before[path][..., ::-1])
     for split in SPLITS:
         (tmp_path / "data" / split).mkdir(parents=True)
         for label, colour in zip(labels, COLOURS, strict=False):
             (tmp_path / "data" / split / label).symlink_to(pictures / split / colour)
-    out = save(tmp_path / "out", *model("coatnet", 2), labels=known)
+    out = save(tmp_path / "out", *model(SMALL, 2), labels=known)
     code, found, _ = evaluate(out, *given, f"--config.data.dir={tmp_path / 'data'}")
     assert code == 0 and found["count"] == 8
 
@@ -213,13 +218,13 @@ def test_names_in_another_unicode_form_are_the_same(evaluate, given, pictures, t
 )
 def test_classes_that_cannot_be_matched_are_named(request, classes, labels, says):
     evaluate, given, tmp_path = map(request.getfixturevalue, ("evaluate", "given", "tmp_path"))
-    out = save(tmp_path / "out", *model("coatnet", classes), labels=labels)
+    out = save(tmp_path / "out", *model(SMALL, classes), labels=labels)
     code, _, error = evaluate(out, *given)
     assert code == 2 and says in error and "Traceback" not in error
 
 
 def test_without_names_the_order_is_taken_and_said(evaluate, given, tmp_path):
-    code, _, said = evaluate(save(tmp_path / "out", *model("coatnet", 3)), *given)
+    code, _, said = evaluate(save(tmp_path / "out", *model(SMALL, 3)), *given)
     assert code == 0 and "no names" in said
 
 
@@ -239,14 +244,16 @@ def test_without_names_the_order_is_taken_and_said(evaluate, given, tmp_path):
     ],
 )
 def test_what_is_missing_or_wrong_is_named(options, says, evaluate, given, tmp_path):
-    out = save(tmp_path / "out", *model("coatnet", 3), labels=list(COLOURS))
+    out = save(tmp_path / "out", *model(SMALL, 3), labels=list(COLOURS))
     options = [*given, *options[1:]] if options[:1] == ["CONFIG"] else options
     code, _, error = evaluate(out, *options)
     assert code == 2 and says in error and error.count("localglobal evaluate") == 1
 
 
 def test_a_run_is_evaluated_at_another_size_and_on_a_config(evaluate, given, pictures, tmp_path):
-    fields = {"name": "coatnet", "layout": "CT", **STAGES}
+    name, fields = FAMILIES[SMALL]
+    blocks = {"blocks.T.head_width": fields["blocks"]["T"]["head_width"]}
+    fields = {"name": name, **{k: v for k, v in fields.items() if k != "blocks"}, **blocks}
     model = [f"--config.model.{name}={value}" for name, value in fields.items()]
     run = tmp_path / "run"
     assert main(["train", f"--workdir={run}", *given, *model]) == 0
@@ -276,11 +283,12 @@ def test_a_converted_checkpoint_of_text_is_evaluated_too(evaluate, given, tmp_pa
     code, found, said = evaluate(out, *text)
     assert code == 0, said
     module, variables = lg.load(out)
+    apply = jax.jit(module.apply)
     vocabularies, total = tokenizers.load(out / "tokenizer"), 0.0
     for source, target in pairs:
         ids = vocabularies.target.encode([target])[0]
         inputs = vocabularies.source.encode([source])[0] + [EOS], [EOS, *ids]
-        logits, _ = module.apply(variables, *(jnp.asarray([x]) for x in inputs))
+        logits, _ = apply(variables, *(jnp.asarray([x]) for x in inputs))
         chosen = jax.nn.log_softmax(logits[0])[jnp.arange(len(ids) + 1), jnp.asarray([*ids, EOS])]
         total -= float(chosen.sum())
     assert found["count"] == 18
@@ -352,19 +360,19 @@ def test_a_backbone_without_a_classifier_gets_one(family, tmp_path, caplog):
 
 def test_without_names_the_same_number_is_kept_and_another_is_not(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
-        before, after = start(tmp_path / "a", "coatnet", [], ["cat", "dog"], old=2)
+        before, after = start(tmp_path / "a", SMALL, [], ["cat", "dog"], old=2)
         assert "no names" in caplog.text
     for path in before:
         np.testing.assert_array_equal(before[path], after[path])
-    _, after = start(tmp_path / "b", "coatnet", [], ["cat", "dog", "owl"], old=2)
+    _, after = start(tmp_path / "b", SMALL, [], ["cat", "dog", "owl"], old=2)
     assert all(not np.any(leaf) for leaf in after.values())
 
 
 def test_fine_tuning_a_run_on_other_classes(pictures, tmp_path, capsys):
     """The command line: (blue, green, red) weights on (blue, green, violet), and on a backbone."""
     folder = ROOT / "configs" / "finetune_folder.py"
-    out = save(tmp_path / "out", *model("coatnet", 3), labels=list(COLOURS))
-    bare = save(tmp_path / "bare", *model("coatnet", 0))
+    out = save(tmp_path / "out", *model(SMALL, 3), labels=list(COLOURS))
+    bare = save(tmp_path / "bare", *model(SMALL, 0))
     other = tmp_path / "other"
     for split in SPLITS:
         for ours, theirs in (("blue", "blue"), ("green", "green"), ("red", "violet")):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 
 from localglobal_jax.checkpoints import reader
 from localglobal_jax.config import loading, schema, validation
@@ -110,8 +111,10 @@ def test_what_is_frozen_stays_and_has_no_moments(name):
 
 
 @functools.cache
-def digits(**options):
-    given = {"model.drop_path": "0", "task.label_smoothing": "0", **options}
+def digits():
+    """One convolution block: its BatchNorms have moved averages."""
+    given = {**small.IMAGES, "model.layout": "C", "model.drop_path": "0"}
+    given |= {"task.label_smoothing": "0"}
     run = validation.check(loading.load(str(CONFIGS / DIGITS), given))
     task = create_task(run)
     variables = jax.jit(task.model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
@@ -153,6 +156,7 @@ def test_one_frozen_norm_among_others_is_the_same_in_the_fused_kernels(frozen):
 
 def test_a_run_says_what_it_trains_and_resumes_as_if_nothing_had_happened(tmp_path, caplog):
     overrides = {
+        **small.IMAGES,
         "steps": "6",
         "optim.freeze": "*,!head",
         "optim.layer_decay": "0.8",
@@ -210,7 +214,8 @@ def test_values_that_are_no_patterns(value):
 
 def test_a_config_written_before_the_field_existed(tmp_path):
     """It resumes: the guard of a workdir reads the field's default."""
-    overrides = {"steps": "2", "checkpoint.best": "None", "optim.warmup_steps": "0"}
+    overrides = {"steps": "1", "checkpoint.best": "None", "optim.warmup_steps": "0"}
+    overrides |= small.IMAGES
     run = validation.check(loading.load(str(CONFIGS / DIGITS), overrides))
     loop.train(run, tmp_path)
     file = tmp_path / "config.json"

@@ -12,6 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
+import small
 
 from localglobal_jax import load
 from localglobal_jax.checkpoints import reader
@@ -96,7 +97,7 @@ def test_what_a_run_says_of_the_machine(reference, data_dir, tmp_path, monkeypat
 
     monkeypatch.setitem(chips.KINDS, jax.devices()[0].device_kind, "v5e")
     overrides = {"data.dir": data_dir, "steps": "4", "log.every": "2"}
-    overrides |= {"optim.warmup_steps": "0", "log.tensorboard": "false"}
+    overrides |= {"optim.warmup_steps": "0", "log.tensorboard": "false", **small.IMAGES}
     run = validation.check(loading.load(f"{CONFIG}:size=tiny", overrides))
     loop.train(run, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

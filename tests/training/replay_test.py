@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 
 from localglobal_jax.checkpoints import reader
 from localglobal_jax.config import loading, validation
@@ -24,7 +25,7 @@ FIRST, STEPS = 5, 12
 def make_run(**overrides):
     given = {"steps": STEPS, "checkpoint.every": 2, "log.every": 3, "log.tensorboard": False}
     given |= {"eval.every": 0, "checkpoint.best": None, "batch_size": 16, "eval.batch_size": 64}
-    texts = {name: str(value) for name, value in (given | overrides).items()}
+    texts = {name: str(value) for name, value in (small.IMAGES | given | overrides).items()}
     return validation.check(loading.load(f"{CONFIG}:size=tiny,data=mock", texts))
 
 

@@ -6,6 +6,7 @@ import json
 import cv2
 import numpy as np
 import pytest
+import small
 
 from localglobal_jax.cli.main import main
 from localglobal_jax.config.schema import Images
@@ -177,7 +178,9 @@ def test_what_is_no_folder_of_classes(root, directory, message):
 def test_it_trains(root, tmp_path, capsys):
     workdir = tmp_path / "run"
     given = ["--config", CONFIG, f"--config.data.dir={root}", "--config.steps=2"]
-    small = ["--config.data.image_size=(32, 32)", "--config.eval.every=0"]
-    assert main(["train", *given, *small, "--workdir", str(workdir)]) == 0
+    given += ["--config.data.image_size=(32, 32)", "--config.eval.every=0"]
+    given += [f"--config.{field}={value}" for field, value in small.IMAGES.items()]
+    given += ["--config.model.widths=(32,)"]  # a head
+    assert main(["train", *given, "--workdir", str(workdir)]) == 0
     last = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()][-1]
     assert last["split"] == "validation" and 0 <= last["accuracy"] <= 1

@@ -10,6 +10,7 @@ import sys
 import cv2
 import numpy as np
 import pytest
+import small
 
 from localglobal_jax.checkpoints import workdir as workdirs
 from localglobal_jax.cli.main import main
@@ -67,6 +68,8 @@ def test_prepare_counts_and_names_what_it_cannot_read(root):
 def test_a_run_inside_its_data(root, capfd):
     given = ["--config", CONFIG, "--config.data.dir=.", "--config.steps=2", "--config.eval.every=0"]
     given += ["--config.data.image_size=(32, 32)", "--config.batch_size=8"]
+    given += [f"--config.{field}={value}" for field, value in small.IMAGES.items()]
+    given += ["--config.model.widths=(32,)"]  # a head
     command = ["train", *given, "--workdir", "runs/mine"]
     assert main(command) == 0
     labels = ["cat", r"d\xf6g", r"e\nel"]

@@ -3,8 +3,10 @@
 
 import pathlib
 
+import jax
 import numpy as np
 import pytest
+import small
 
 from localglobal_jax.config import loading, schema, validation
 from localglobal_jax.training import optim
@@ -15,18 +17,34 @@ from localglobal_jax.training.tasks import create_task
 CONFIGS = pathlib.Path(__file__).parents[3] / "configs"
 
 
-def shown(config, tmp_path, count):
-    overrides = {"log.samples": str(count), "log.tensorboard": "true"}
+SMALL_FOCAL = {
+    "model.layout": "FF",
+    "model.depths": "(1, 1)",
+    "model.widths": "(16, 32)",
+    "model.heads": "(2, 2)",
+    "model.expand": "(2, 2)",
+    "model.levels": "(2, 2)",
+    "model.focal_windows": "(3, 1)",
+}
+
+
+def shown(config, tmp_path, count, model=small.IMAGES):
+    overrides = {"log.samples": str(count), "log.tensorboard": "true", **model}
     run = validation.check(loading.load(f"{CONFIGS / config}:size=tiny,data=mock", overrides))
     task = create_task(run, workdir=tmp_path)
     task.save(tmp_path)
-    state = init_state(task, optim.make_optimizer(run.optim, run.steps), run)
+    optimizer = optim.make_optimizer(run.optim, run.steps)
+    state = jax.jit(lambda: init_state(task, optimizer, run))()
     return task, examples.ExampleLogger(run, tmp_path)(task, state.variables)
 
 
-@pytest.mark.parametrize("config", ["coatnet_digits.py", "focal_imagenet.py"])
-def test_pictures_and_where_the_model_looked(config, tmp_path):
-    task, found = shown(config, tmp_path, 3)
+@pytest.mark.parametrize(
+    ("config", "model"),
+    [("coatnet_digits.py", small.IMAGES), ("focal_imagenet.py", SMALL_FOCAL)],
+    ids=["coatnet", "focal"],
+)
+def test_pictures_and_where_the_model_looked(config, model, tmp_path):
+    task, found = shown(config, tmp_path, 3, model)
     split, evaluator = next(iter(task.evaluators.items()))
     height, width = next(evaluator.batches())["image"].shape[1:3]
     picture = found.pop(f"{split}/looked_at")
@@ -36,7 +54,7 @@ def test_pictures_and_where_the_model_looked(config, tmp_path):
 
 
 def test_sentences_and_what_became_of_them(tmp_path):
-    task, found = shown("muse_lohelp.py", tmp_path, 4)
+    task, found = shown("muse_lohelp.py", tmp_path, 4, small.TEXT)
     split = next(iter(task.evaluators))
     rows = found[f"{split}/translations"].splitlines()
     assert len(rows) == 2 + 4 and all(row.count(" | ") == 2 for row in rows)

@@ -11,11 +11,14 @@ import shutil
 import subprocess
 
 import cv2
+import jax
 import numpy as np
 import pytest
+import small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from localglobal_jax import load
 from localglobal_jax.checkpoints import workdir as workdirs
 from localglobal_jax.cli.main import main
 from localglobal_jax.training.reporting.html import curves, gather, predictions, sweep
@@ -185,6 +188,7 @@ def workdir(tmp_path_factory, data_dir):
     command = ["train", f"--config={CONFIGS / 'coatnet_digits.py'}:size=tiny"]
     command += [f"--workdir={directory}", f"--config.data.dir={data_dir}", "--config.steps=8"]
     command += ["--config.eval.every=4", "--config.log.every=2", "--config.checkpoint.every=4"]
+    command += [f"--config.{field}={value}" for field, value in small.IMAGES.items()]
     assert main(command) == 0
     return directory
 
@@ -193,8 +197,8 @@ def workdir(tmp_path_factory, data_dir):
 def text_workdir(tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs") / "text"
     command = ["train", f"--config={CONFIGS / 'muse_lohelp.py'}:size=tiny,data=mock"]
-    command += [f"--workdir={directory}", "--config.steps=6", "--config.task.beam=1"]
-    command += ["--config.data.buckets=1", "--config.eval.every=0"]
+    command += [f"--workdir={directory}", "--config.steps=6", "--config.eval.every=0"]
+    command += [f"--config.{field}={value}" for field, value in small.TEXT.items()]
     assert main(command) == 0
     return directory
 
@@ -228,7 +232,8 @@ def test_a_finished_run(workdir, tmp_path, capsys):
     assert counts.sum() == 360 and found["confusion"]["classes"] == [str(i) for i in range(10)]
     # the matrix is of the very model that was evaluated
     assert np.trace(counts) / 360 == pytest.approx(found["results"]["test/accuracy"])
-    assert found["parameters"]["all parameters"]["numbers"] > 10_000
+    params = jax.tree.leaves(load(workdir)[1]["params"])
+    assert found["parameters"]["all parameters"]["numbers"] == sum(x.size for x in params)
     assert {"images_per_second", "input_wait"} <= found["speed"].keys()
     assert {"jax", "python", "devices"} <= found["environment"].keys()
     (attempt,) = found["attempts"]
