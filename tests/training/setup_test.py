@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run goes on only where it would see what it would have seen."""
 
+import dataclasses
 import re
 
 import pytest
@@ -45,6 +46,11 @@ def test_changed_data_is_accepted_when_told_to(tmp_path, caplog):
     caplog.clear()
     setup.restore(Saved(order=setup.task.order))
     assert not caplog.text
+    task = dataclasses.replace(setup.task, labels=("cat", "dog"))
+    setup = setup._replace(task=task)
+    assert setup.restore(Saved(order=task.order, labels=["cat", "dog"])).step == 7
+    with pytest.raises(ValueError, match="cat, owl"):  # other classes are not other records
+        setup.restore(Saved(order=task.order, labels=["cat", "owl"]))
 
 
 def test_what_fits_into_no_memory_is_refused_before_anything_is_written(tmp_path, monkeypatch):
