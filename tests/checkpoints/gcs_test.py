@@ -16,6 +16,7 @@ import gcs_server
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 from etils import epath
 
 from localglobal_jax.checkpoints import digests, gcs, manager, objects, reader, steps, workdir
@@ -114,6 +115,7 @@ def test_what_a_run_wrote_is_there_after_an_error(bucket, data_dir, capsys):
     command += [f"--config.data.dir={data_dir}", "--config.optim.learning_rate=1e30"]
     command += ["--config.optim.clip_norm=0", "--config.optim.warmup_steps=4"]
     command += ["--config.optim.name=sgd", "--config.log.every=1"]
+    command += [f"--config.{field}={value}" for field, value in small.IMAGES.items()]
     assert main(command) == 3
     found = objects.sizes(epath.Path(bucket))
     assert found["diverged.json"] and found["metrics.jsonl"]

@@ -4,11 +4,14 @@
 import json
 
 import pytest
+import small
 
 from localglobal_jax.cli.main import main
 
 DIGITS = ("--config", "configs/coatnet_digits.py:size=tiny")
 MUSE = ("--config", "configs/muse_lohelp.py:size=tiny,data=mock")
+SMALL_DIGITS = (*DIGITS, *(f"--config.{k}={v}" for k, v in small.IMAGES.items()))
+SMALL_MUSE = (*MUSE, *(f"--config.{k}={v}" for k, v in small.TEXT.items()))
 
 
 def bench(capsys, *args):
@@ -17,7 +20,7 @@ def bench(capsys, *args):
 
 
 def test_a_training_step(capsys):
-    found = bench(capsys, *DIGITS)
+    found = bench(capsys, *SMALL_DIGITS)
     step, there = found["step_ms"], found["with_input"]
     assert 0 < step["low"] <= step["median"] <= step["high"]
     assert found["items"] == "images"
@@ -31,7 +34,7 @@ def test_a_training_step(capsys):
 
 
 def test_two_configs_in_turns(capsys):
-    first, second = bench(capsys, *DIGITS, "--compare.optim.accumulate=2", "--step", "train")
+    first, second = bench(capsys, *SMALL_DIGITS, "--compare.optim.accumulate=2", "--step", "train")
     assert first["config"] == DIGITS[1]
     assert second["config"] == f"{DIGITS[1]} optim.accumulate=2"
     ratio = second["times_as_fast_as_first"]
@@ -40,7 +43,7 @@ def test_two_configs_in_turns(capsys):
 
 @pytest.mark.parametrize("step", ["eval", "decode"])
 def test_text_and_the_other_steps(step, capsys):
-    found = bench(capsys, *MUSE, "--step", step)
+    found = bench(capsys, *SMALL_MUSE, "--step", step)
     assert found["step"] == step
     assert found["items"] == "tokens"
     assert (found["flops_per_device"] is None) == (step == "decode")

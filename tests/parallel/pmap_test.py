@@ -22,7 +22,8 @@ RUNS = {
     "coatnet": (
         "coatnet_digits.py:size=tiny,data=mock",
         {
-            **{"model.drop_path": "0.0", "model.layout": "CT", "model.depths": "(1, 1)"},
+            **{"model.drop_path": "0.0", "model.layout": "C", "model.depths": "(1,)"},
+            **{"model.widths": "(16,)", "model.strides": "(1,)"},
             "batch_size": "16",
         },
     ),

@@ -10,6 +10,7 @@ import time
 import gcs_server
 import numpy as np
 import pytest
+import small
 from etils import epath
 
 from localglobal_jax.checkpoints import store
@@ -156,6 +157,7 @@ def test_a_store_that_fails_makes_no_folder_of_a_workdir(bucket, faults):
 
 TRAIN = ["train", f"--config={ROOT / 'configs' / 'coatnet_digits.py'}:size=tiny"]
 SHORT = {"steps": 1, "optim.warmup_steps": 1, "eval.every": 1, "data.in_memory": "false"}
+SHORT |= small.IMAGES
 
 
 def overrides(root):

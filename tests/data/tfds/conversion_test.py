@@ -11,6 +11,7 @@ import textwrap
 
 import numpy as np
 import pytest
+import small
 from array_record.python import array_record_module
 from etils import epath
 
@@ -287,7 +288,7 @@ def test_other_bytes_under_a_name_are_replaced(bucket):
 
 def test_training_prepares_the_embedded_digits_in_a_bucket(bucket, tmp_path):
     command = ["train", "--config=configs/coatnet_digits.py:size=tiny", f"--workdir={tmp_path}"]
-    fields = {"data.dir": bucket, "steps": 1, "eval.every": 1, "batch_size": 8}
+    fields = {**small.IMAGES, "data.dir": bucket, "steps": 1, "eval.every": 1, "batch_size": 8}
     fields["optim.warmup_steps"] = 0
     assert main(command + [f"--config.{key}={value}" for key, value in fields.items()]) == 0
     assert names(bucket) == ["1.0.0"]

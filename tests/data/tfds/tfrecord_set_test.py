@@ -7,6 +7,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+import small
 from etils import epath
 
 from localglobal_jax.checkpoints import reader
@@ -125,7 +126,8 @@ def test_batches_of_texts_are_those_of_the_twin(root, tmp_path, sentences):
 def trained(workdir, root):
     """Returns the metrics of a run, clocks left out, and the state of its last checkpoint."""
     command = ["train", "--config=configs/coatnet_digits.py:size=tiny", f"--workdir={workdir}"]
-    changes = ("steps=6", "log.every=1", f"data.dir={root}", "data.in_memory=False")
+    changes = ["steps=6", "log.every=1", f"data.dir={root}", "data.in_memory=False"]
+    changes += [f"{field}={value}" for field, value in small.IMAGES.items()]
     assert main([*command, *(f"--config.{change}" for change in changes)]) == 0
     return metrics_of(workdir), reader.read(workdir)[1]
 
