@@ -53,7 +53,7 @@ FAMILIES = {
     "CE": ("coatnet", dict(layout="CE", **STAGES)),
     "volo": (
         "volo",
-        dict(depths=(1, 1, 1, 1), widths=(24, 48, 48, 48), heads=(2, 4, 4, 4), stem=16),
+        dict(layout="OS", depths=(1, 1), widths=(24, 48), heads=(2, 4), strides=(1, 2), stem=16),
     ),
     "focal": (
         "focal_tiny",
