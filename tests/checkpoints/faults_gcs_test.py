@@ -184,6 +184,21 @@ def test_arrays_that_take_long_are_told(faults, bucket, monkeypatch, caplog):
     assert f"reading {bucket}/checkpoints/1: 0 s so far, at http://127.0.0.1:" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("text", "status"),
+    [
+        ("UNAVAILABLE: Error reading gs://b/x: reset [curl_code='56']", 0),  # there was no answer
+        ("DEADLINE_EXCEEDED: Error reading gs://b/x", 0),
+        ("UNAVAILABLE: Error reading gs://b/x: busy [http_response_code='503']", 503),
+        ("FAILED_PRECONDITION: gs://b/x: other [http_response_code='412']", None),
+        ("DATA_LOSS: Error reading gs://b/x: bad checksum", None),  # the store is not at fault
+    ],
+)
+def test_an_error_of_tensorstore_has_the_status_of_the_answer(text, status):
+    found = store.of_tensorstore(ValueError(text), "gs://b/x")
+    assert (found.status if found else None) == status
+
+
 @pytest.mark.parametrize(("path", "threads"), [("gs://bucket/one", 1), ("/one", 0)])
 def test_no_process_waits_for_the_thread_that_tells(path, threads):
     with store.told(path, "reading"):

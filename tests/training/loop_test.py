@@ -81,6 +81,8 @@ def test_a_run_leaves_what_the_readme_says(reference):
     assert [line["step"] for line in metrics(reference) if line["split"] == "train"] == [
         *(7, 14, 21, 28, 35, 42, 45)
     ]
+    steps = {int(path.name) for path in (reference / "checkpoints").iterdir()}
+    assert {40, 45} <= steps <= {10, 20, 30, 40, 45}  # the two newest, and the best
     module, variables = load(reference)
     logits, _ = module.apply(variables, np.zeros((1, 8, 8, 1), np.float32), train=False)
     assert logits.shape == (1, 10)

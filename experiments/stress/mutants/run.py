@@ -199,7 +199,8 @@ def attempt(tree: pathlib.Path, mutant: dict, tests: list[str], budget: float) -
             found = {"result": "timeout" if overdue else "killed", "by": f"exit {child.exitcode}"}
         else:
             test, code, cpu = answer
-            found = {"result": "killed" if code else "survived", "by": test, "cpu": round(cpu, 1)}
+            word = {0: "survived", 5: "unfinished"}.get(code, "killed")  # 5: no test was found
+            found = {"result": word, "by": test, "cpu": round(cpu, 1)}
         return {**found, "tests": len(tests)}
     finally:
         with contextlib.suppress(ProcessLookupError):  # processes that the tests left behind
