@@ -4,7 +4,7 @@
 Compiling is most of a small run's time: use these wherever the model is not the subject.
 """
 
-IMAGES = {  # one attention block behind the stem, whose norms are BatchNorm
+IMAGES = {  # one attention block behind the stem; for images of at most 32 pixels
     "model.layout": "T",
     "model.depths": "(1,)",
     "model.widths": "(16,)",

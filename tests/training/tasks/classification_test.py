@@ -76,6 +76,7 @@ def test_standard_names_train_on_tfds_mock_data(name, size, classes, tmp_path):
         tmp_path / "data",
         batch_size="4",
         **{
+            "model.layout": "C",  # attention would be over every pixel
             "data.name": name,
             "data.image_size": f"({size}, {size})",
             "data.crop": "resized",
