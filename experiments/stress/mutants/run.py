@@ -258,6 +258,8 @@ def tables() -> str:
         of = [r for r in results if r["file"].startswith(package)]
         equivalent = sum("equivalent" in r for r in of)
         counts = [sum(r["result"] == c and "equivalent" not in r for r in of) for c in columns]
+        if not of:
+            continue
         share = sum(counts[:2]) / max(len(of) - equivalent, 1)
         cells = " | ".join(map(str, (len(of), *counts, equivalent)))
         lines.append(f"| {package or 'all'} | {cells} | {100 * share:.0f} % |")
