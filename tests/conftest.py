@@ -6,6 +6,7 @@ import fnmatch
 import gc
 import os
 import pathlib
+import signal
 import tomllib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -17,6 +18,9 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
     + " --xla_cpu_parallel_codegen_split_count=1"
 )
+# Where a shell starts the suite in the background, processes that it starts ignore Ctrl-C too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tracing makes many objects that live for long; looking through them all was a quarter of its time.
 gc.set_threshold(100_000, 50, 1000)
 # Fake devices meet in collectives on one pool of as many threads as the machine has cores. On two

@@ -15,6 +15,7 @@ import resource
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
@@ -25,6 +26,7 @@ from jax.experimental import multihost_utils
 from localglobal_jax.parallel import chips, private_names, watch
 
 BARRIER = 600.0  # seconds; longer than any host may lag behind another between two steps
+FIRST_WAITS = 0.5  # seconds of host 0 for the others to end before it
 log = logging.getLogger(__name__)
 _watches: list[watch.Watch] = []  # of the other hosts: one, if there are any
 _broadcasts: collections.Counter[str] = collections.Counter()  # calls so far, by name
@@ -116,8 +118,12 @@ def finished(code: int) -> None:
 
 
 def _client() -> Any:
-    # jax has no public barrier with a timeout
-    return private_names.find("jax._src.distributed.global_state").client
+    return _state().client
+
+
+def _state() -> Any:
+    # jax has no public barrier with a timeout, and its public rank initializes the devices
+    return private_names.find("jax._src.distributed.global_state")
 
 
 @contextlib.contextmanager
@@ -145,11 +151,13 @@ def leave(code: int) -> NoReturn:
     Not at once: the others may be about to say the same, and our end would be theirs.
     """
     finished(code)
-    with contextlib.suppress(Exception):
-        barrier("leaving", 5.0)  # less than the 6 s by which `watch` delays an abort of jax
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
+    with contextlib.suppress(Exception):
+        barrier("leaving", 5.0)  # less than the 6 s by which `watch` delays an abort of jax
+        if _state().process_id == 0:  # jax aborts every host that outlives this one
+            time.sleep(FIRST_WAITS)
     os._exit(code)
 
 
