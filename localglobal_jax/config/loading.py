@@ -10,6 +10,7 @@ that names the field, the given value and the allowed ones.
 import contextlib
 import dataclasses
 import functools
+import importlib.machinery
 import importlib.util
 import json
 import logging
@@ -196,6 +197,7 @@ def _import(file: pathlib.Path) -> types.ModuleType:
         raise unknown("config file", str(file), [str(p) for p in known] or ours)
     if spec is None or spec.loader is None:
         raise ValueError(f"--config {file}: want a Python file, NAME.py, with get_config(arg)")
+    spec.loader = _FromSource(spec.name, str(file))
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look up the names of their annotations
     try:
@@ -205,6 +207,16 @@ def _import(file: pathlib.Path) -> types.ModuleType:
         line = f":{error.lineno}" if isinstance(error, SyntaxError) else ""
         raise ValueError(f"{file}{line}: {type(error).__name__}: {error}") from error
     return module
+
+
+class _FromSource(importlib.machinery.SourceFileLoader):
+    """Loads a file without cached bytecode, and leaves none beside the user's configs.
+
+    Python takes the bytecode of a file that was changed within a second, to the same size.
+    """
+
+    def path_stats(self, path: str) -> Any:
+        raise OSError(f"{path}: no bytecode")
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -421,3 +422,14 @@ def test_placeholders_take_values_and_required_ones_are_named(tmp_path):
     assert (run.steps, run.optim.b1, run.optim.eps) == (10, 0.5, 1e-3)
     with pytest.raises(ValueError, match=r"--config\.optim\.eps=.*--config\.steps="):
         validation.check(loading.load(spec))
+
+
+def test_a_config_that_changed_within_a_second_is_read_again(tmp_path, monkeypatch):
+    """Python's bytecode is that of the time in seconds and the size of a file."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    file = tmp_path / "same_size.py"
+    for number in (1, 2):
+        file.write_text(f"NUMBER = {number}\n")
+        os.utime(file, (1e9, 1e9))
+        assert number == loading.import_file(file).NUMBER
+    assert [path.name for path in tmp_path.iterdir()] == ["same_size.py"]
