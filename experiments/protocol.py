@@ -156,6 +156,13 @@ def is_complete(rows: Sequence[Row]) -> bool:
     return bool(rows) and all(row["state"] == "done" for row in rows)
 
 
+def reported(folder: pathlib.Path) -> list[Row]:
+    """Returns the rows of a study's reported runs: the tuned ones, if all of them are done."""
+    final = read(folder / "final.csv")
+    rows = final if is_complete(final) else read(folder / "results.csv")
+    return [row for row in rows if row["state"] == "done"]
+
+
 def model_of(row: Row, models: Mapping[str, Overrides]) -> str:
     """Returns the name of the model whose overrides the row has. Raises ValueError without one."""
     for name, overrides in models.items():
@@ -219,9 +226,17 @@ WITHOUT_TRAINING = ("operator_properties",)
 
 
 def state(folder: pathlib.Path) -> str:
-    """Returns the state of a study: "tuned" if all of its final runs are done."""
+    """Returns the state of a study: "tuned" if all of its final runs are done.
+
+    A study of `RUNS_OF` is tuned if each run that it measured is a final one of the other study.
+    """
     if folder.name in WITHOUT_TRAINING:
         return UNTRAINED
+    if other := RUNS_OF.get(folder.name):
+        final = {row["name"] for row in reported(folder.parent / other)}
+        own = {row["name"] for row in read(folder / "results.csv")}
+        tuned = own and own <= final and state(folder.parent / other) == TUNED
+        return TUNED if tuned else ONE_SETTING
     return TUNED if is_complete(read(folder / "final.csv")) else ONE_SETTING
 
 
@@ -230,12 +245,12 @@ def state_lines(folder: pathlib.Path) -> list[str]:
     found = state(folder)
     if found == UNTRAINED:
         return ["Nothing is trained here, so no [protocol](../PROTOCOL.md) of tuning applies."]
+    name = RUNS_OF.get(folder.name)
+    source = [f"The models are those of [{name}](../{name}/README.md)."] if name else []
     if found == TUNED:
-        return ["**Tuned**: the comparison was run under the [protocol](../PROTOCOL.md)."]
-    lines = ["**One setting**, not run under the [protocol](../PROTOCOL.md) yet."]
-    if folder.name in RUNS_OF:
-        name = RUNS_OF[folder.name]
-        lines.append(f"The models are those of [{name}](../{name}/README.md).")
+        tuned = "**Tuned**: the comparison was run under the [protocol](../PROTOCOL.md)."
+        return [tuned, *source]
+    lines = ["**One setting**, not run under the [protocol](../PROTOCOL.md) yet.", *source]
     lines.append("The verdicts hold for this setting only: tuned models may be in another order.")
     rows = read(folder / "grid.csv") + read(folder / "warmup.csv")
     if rows:

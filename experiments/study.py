@@ -84,6 +84,51 @@ def ranked(scores: Scores) -> str:
     return text + names[-1] if len(names) > 1 else "not run"
 
 
+def compared(
+    scores: Scores,
+    measure: str,
+    pairs: Iterable[tuple[str, str]] | None = None,
+    *,
+    smaller_is_better: bool = False,
+) -> dict[str, verdicts.Verdict]:
+    """Returns the verdict on each pair of models by its name, "A against B, MEASURE".
+
+    Args:
+      measure: the metric with its unit, such as "BLEU".
+      pairs: (model, baseline); None: every two models, in their order.
+    """
+    return {
+        f"{ours} against {other}, {measure}": verdicts.verdict(
+            scores[ours], scores[other], smaller_is_better=smaller_is_better
+        )
+        for ours, other in (itertools.combinations(scores, 2) if pairs is None else pairs)
+    }
+
+
+def sentences(
+    found: Mapping[str, verdicts.Verdict],
+    digits: int = 2,
+    sides: tuple[str, str] = ("better", "worse"),
+) -> list[str]:
+    """Returns a sentence for each verdict: difference, interval, side.
+
+    Args:
+      sides: words for the two sides of a difference that is decided.
+    """
+    words = dict(zip(("better", "worse"), sides, strict=True))
+    lines = []
+    for name, verdict in found.items():
+        if verdict.n < 2:
+            lines.append(f"- {name}: no verdict ({verdict.n} pairs)")
+            continue
+        difference, low, high = (f"{x:+.{digits}f}" for x in verdict[1:4])
+        lines.append(
+            f"- {name}: {difference} ({low} to {high}, {verdict.n} pairs): "
+            f"**{words.get(verdict.side, verdict.side)}**"
+        )
+    return lines
+
+
 def verdict_lines(
     scores: Scores,
     measure: str,
@@ -93,26 +138,29 @@ def verdict_lines(
     smaller_is_better: bool = False,
     sides: tuple[str, str] = ("better", "worse"),
 ) -> list[str]:
-    """Returns a sentence for each pair of models: difference, interval, side.
+    """Returns the `sentences` of `compared`."""
+    found = compared(scores, measure, pairs, smaller_is_better=smaller_is_better)
+    return sentences(found, digits, sides)
+
+
+def earlier(folder: pathlib.Path) -> dict[str, str]:
+    """Returns the side of each verdict before the study was tuned, by its name: earlier.csv."""
+    return {row["verdict"]: row["side"] for row in protocol.read(folder / "earlier.csv")}
+
+
+def changed(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
+    """Returns a sentence on the verdicts of two evaluations, and one for each that differs.
 
     Args:
-      measure: the metric with its unit, such as "BLEU".
-      pairs: (model, baseline); None: every two models, in their order.
-      sides: words for the two sides of a difference that is decided.
+      before, after: the side of each verdict by its name. Names that only one has are left out.
     """
-    words = dict(zip(("better", "worse"), sides, strict=True))
-    lines = []
-    for ours, other in itertools.combinations(scores, 2) if pairs is None else pairs:
-        found = verdicts.verdict(scores[ours], scores[other], smaller_is_better=smaller_is_better)
-        if found.n < 2:
-            lines.append(f"- {ours} against {other}, {measure}: no verdict ({found.n} pairs)")
-            continue
-        difference, low, high = (f"{x:+.{digits}f}" for x in (found.difference, *found[2:4]))
-        lines.append(
-            f"- {ours} against {other}, {measure}: {difference} ({low} to {high}, "
-            f"{found.n} pairs): **{words.get(found.side, found.side)}**"
-        )
-    return lines
+    shared = [name for name in after if name in before]
+    lines = [
+        f"- {name}: {before[name]}, tuned {after[name]}"
+        for name in shared
+        if before[name] != after[name]
+    ]
+    return [f"{len(lines)} of {len(shared)} verdicts differ.", *([""] if lines else []), *lines]
 
 
 def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:

@@ -257,6 +257,35 @@ def test_a_part_of_a_grid_gives_no_state_but_its_number_of_runs(tmp_path):
     assert protocol.state(tmp_path) == protocol.TUNED
 
 
+def test_a_study_of_another_ones_runs_is_tuned_if_it_measured_the_final_ones(tmp_path):
+    folder, other = tmp_path / "bleu_by_length", tmp_path / "muse_results"
+    for each in (folder, other):
+        each.mkdir()
+    (other / "results.csv").write_text("name,state\none,done\n")
+    (folder / "results.csv").write_text("name,bleu\none,1\none,2\n")
+    assert protocol.state(folder) == protocol.ONE_SETTING
+    assert [row["name"] for row in protocol.reported(other)] == ["one"]
+    (other / "final.csv").write_text("name,state\ntuned,done\nlast,running\n")
+    (folder / "results.csv").write_text("name,bleu\ntuned,1\n")
+    assert protocol.state(folder) == protocol.ONE_SETTING
+    assert [row["name"] for row in protocol.reported(other)] == ["one"]
+    (other / "final.csv").write_text("name,state\ntuned,done\nlast,done\n")
+    assert protocol.state(folder) == protocol.TUNED
+    assert [row["name"] for row in protocol.reported(other)] == ["tuned", "last"]
+    for rows in ("tuned,1\none,1\n", ""):
+        (folder / "results.csv").write_text("name,bleu\n" + rows)
+        assert protocol.state(folder) == protocol.ONE_SETTING
+
+
+def test_verdicts_that_changed_are_named():
+    before = {"a against b": "better", "c against d": "worse", "gone": "worse"}
+    after = {"a against b": "undecided", "c against d": "worse", "new": "better"}
+    count, _, *lines = study.changed(before, after)
+    assert count.startswith("1 of 2 ")
+    assert lines == ["- a against b: better, tuned undecided"]
+    assert len(study.changed(before, before)) == 1
+
+
 def test_ranked_says_what_is_certain():
     near, far = {"0": 1.0, "1": 1.1, "2": 0.9}, {"0": 3.0, "1": 3.1, "2": 2.9}
     same = {"0": 1.0, "1": 1.0, "2": 1.1}
