@@ -8,6 +8,7 @@ warmup.csv and final.csv beside the study.
 
 import ast
 import csv
+import functools
 import itertools
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,8 +23,32 @@ FACTORS = (1.0, 2.0, 0.5)  # of the study's learning rate
 WARMUPS = (0.5, 2.0)  # of the study's warm-up, tried at the best norm and rate
 NORM, RATE, WARMUP = "model.pre_norm", "optim.learning_rate", "optim.warmup_steps"
 NORMS = ((True, True), (False, False))  # of encoder and decoder; images: the blocks' own norms
-TEXT_METRIC = "validation/nll"  # of the choice: a BLEU of ten varies more between seeds
-TEXT_CHOICE = {"data.eval_splits": ("validation",), "task.beam": 0}
+
+
+class Kind(NamedTuple):
+    """A kind of study: the norms and the metric of its choice.
+
+    Attributes:
+      norms: placements of the norm in the grid; () if the models have no choice of them.
+      choice: overrides of the runs of the choice, which keep the test set out of it.
+      metric: column of the collected sweep that chooses.
+    """
+
+    norms: Sequence[Any]
+    choice: Overrides
+    metric: str
+    smaller_is_better: bool
+
+
+# A BLEU of ten varies more between seeds than the loss
+TEXT = Kind(NORMS, {"data.eval_splits": ("validation",), "task.beam": 0}, "validation/nll", True)
+HELD_OUT = "train[90%:]"  # image sets of TFDS have no validation split: a tenth of the training set
+IMAGES = Kind(
+    (),
+    {"data.train_split": "train[:90%]", "data.eval_splits": (HELD_OUT,)},
+    f"{HELD_OUT}/accuracy",
+    False,
+)
 
 
 class Cell(NamedTuple):
@@ -82,14 +107,16 @@ def final(models: Mapping[str, Overrides], best: Mapping[str, Cell]) -> Iterator
         yield {"seed": seed, **model, **_of(best[name])}
 
 
-def text_sweeps(
+def sweeps(
+    kind: Kind,
     folder: pathlib.Path,
     config_of: Callable[[str | None], Any],
     models_of: Callable[[str | None], Mapping[str, Overrides]],
 ) -> tuple[Callable[..., Iterator[Overrides]], ...]:
-    """Returns ``sweep_grid``, ``sweep_warmup`` and ``sweep_final`` of a study of translation.
+    """Returns ``sweep_grid``, ``sweep_warmup`` and ``sweep_final`` of a study.
 
     Args:
+      kind: `TEXT` or `IMAGES`.
       folder: of the study, which holds the CSV files of the runs so far.
       config_of: ``get_config`` of the study.
       models_of: the overrides of each model by its name; the argument is that of ``get_config``.
@@ -97,7 +124,7 @@ def text_sweeps(
 
     def best(*files: str) -> Mapping[str, Cell]:
         rows = [row for file in files for row in read(folder / file)]
-        return chosen(rows, models_of(None), TEXT_METRIC, smaller_is_better=True)
+        return chosen(rows, models_of(None), kind.metric, smaller_is_better=kind.smaller_is_better)
 
     def further() -> list[float]:
         """Returns the rates of grid.csv, and those that rule 3 adds to a complete one."""
@@ -108,10 +135,11 @@ def text_sweeps(
     def sweep_grid(arg: str | None = None) -> Iterator[Overrides]:
         optim, models = config_of(arg).optim, list(models_of(arg).values())
         rate, steps = optim.learning_rate, optim.warmup_steps
-        yield from grid(models, TEXT_CHOICE, rate=rate, warmup=steps)
+        run = functools.partial(grid, models, kind.choice, warmup=steps, norms=kind.norms)
+        yield from run(rate=rate)
         first = {round(factor * rate, 10) for factor in FACTORS}
         for added in dict.fromkeys(found for found in further() if found not in first):
-            yield from grid(models, TEXT_CHOICE, rate=added, warmup=steps, factors=(1.0,))
+            yield from run(rate=added, factors=(1.0,))
 
     def sweep_warmup(arg: str | None = None) -> Iterator[Overrides]:
         chosen_cells = best("grid.csv")
@@ -120,9 +148,14 @@ def text_sweeps(
                 f"{folder.name}: a model chose an end of the grid, which lacks the rates "
                 f"{sorted(missing)}: start --sweep grid again, and collect it"
             )
-        yield from warmup(models_of(arg), TEXT_CHOICE, chosen_cells)
+        yield from warmup(models_of(arg), kind.choice, chosen_cells)
 
     def sweep_final(arg: str | None = None) -> Iterator[Overrides]:
+        if not read(folder / "warmup.csv"):
+            raise ValueError(
+                f"{folder.name}: the choice needs warmup.csv, which is missing: run "
+                "--sweep warmup, and collect it"
+            )
         yield from final(models_of(arg), best("grid.csv", "warmup.csv"))
 
     return sweep_grid, sweep_warmup, sweep_final

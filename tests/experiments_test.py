@@ -15,6 +15,8 @@ import pytest
 
 from experiments import protocol, study
 from experiments.benchmarks import make as benchmarks
+from localglobal_jax.data import loader
+from localglobal_jax.data.images import pipeline
 from localglobal_jax.launch import expand, summary
 
 FOLDER = pathlib.Path(study.__file__).parent
@@ -166,45 +168,52 @@ def test_verdict_lines_give_difference_interval_and_side():
 # ------------------------------------------------------------------------------------ the protocol
 
 MODELS = {"x": {"model.layout": "SS"}, "y": {"model.layout": "MM"}}
+KINDS = {"text": (protocol.TEXT, 2), "images": (protocol.IMAGES, 1)}  # and their norm placements
+both_kinds = pytest.mark.parametrize(("kind", "norms"), KINDS.values(), ids=KINDS)
 
 
-def collected(runs, scores, state="done"):
-    """Rows of a CSV file, as `sweep --collect` writes them."""
+def collected(kind, runs, costs, state="done"):
+    """Rows of a CSV file, as `sweep --collect` writes them; the lowest cost is the best score."""
+    sign = 1 if kind.smaller_is_better else -1
     return [
-        {"name": f"run{i}", "state": state, "validation/nll": str(score)}
+        {"name": f"run{i}", "state": state, kind.metric: str(sign * cost)}
         | {field: str(value) for field, value in run.items()}
-        for i, (run, score) in enumerate(zip(runs, scores, strict=True))
+        for i, (run, cost) in enumerate(zip(runs, costs, strict=True))
     ]
 
 
-def test_the_grid_gives_every_model_the_same_budget():
-    runs = list(protocol.grid(list(MODELS.values()), {}, rate=2e-3, warmup=100))
+def choose(kind, rows):
+    return protocol.chosen(rows, MODELS, kind.metric, smaller_is_better=kind.smaller_is_better)
+
+
+@both_kinds
+def test_the_grid_gives_every_model_the_same_budget(kind, norms):
+    runs = list(protocol.grid(list(MODELS.values()), {}, rate=2e-3, warmup=100, norms=kind.norms))
     settings = {
         name: [{k: v for k, v in run.items() if k != "model.layout"} for run in runs
                if run["model.layout"] == model["model.layout"]]
         for name, model in MODELS.items()
     }  # fmt: skip
     assert settings["x"] == settings["y"]
-    assert len(settings["x"]) == 6
+    assert len(settings["x"]) == 3 * norms
     assert sorted({run["optim.learning_rate"] for run in runs}) == [1e-3, 2e-3, 4e-3]
     assert {run["seed"] for run in runs} == {protocol.CHOICE}
-    assert len(list(protocol.grid(list(MODELS.values()), {}, rate=1, warmup=1, norms=()))) == 6
 
 
-def test_the_choice_is_the_best_of_validation_and_needs_the_whole_grid():
-    runs = list(protocol.grid(list(MODELS.values()), {}, rate=2e-3, warmup=100))
-    rows = collected(runs, [3, 3, 2, 3, 3, 1, 3, 3, 3, 3, 3, 3])  # pairs of x and y
-    best = protocol.chosen(rows, MODELS, "validation/nll", smaller_is_better=True)
-    assert best == {
-        "x": protocol.Cell("post", 2e-3, 100),
-        "y": protocol.Cell("pre", 4e-3, 100),
-    }
+@both_kinds
+def test_the_choice_is_the_best_of_validation_and_needs_the_whole_grid(kind, norms):
+    runs = list(protocol.grid(list(MODELS.values()), {}, rate=2e-3, warmup=100, norms=kind.norms))
+    costs = [3] * len(runs)
+    costs[2 * norms - 2 : 2 * norms + 2] = (2, 3, 3, 1)  # pairs of x and y
+    rows = collected(kind, runs, costs)
+    best = choose(kind, rows)
+    x, y = {1: ("", ""), 2: ("post", "pre")}[norms]
+    assert best == {"x": protocol.Cell(x, 2e-3, 100), "y": protocol.Cell(y, 4e-3, 100)}
     assert protocol.extension(best, [1e-3, 2e-3, 4e-3]) == [8e-3]
-    with pytest.raises(ValueError, match="0 of 12"):
-        protocol.chosen(collected(runs, [1] * 12, "running"), MODELS, "validation/nll",
-                        smaller_is_better=True)  # fmt: skip
-    with pytest.raises(ValueError, match="'x': 6, 'y': 5"):
-        protocol.chosen(rows[:-1], MODELS, "validation/nll", smaller_is_better=True)
+    with pytest.raises(ValueError, match=f"0 of {len(runs)}"):
+        choose(kind, collected(kind, runs, [1] * len(runs), "running"))
+    with pytest.raises(ValueError, match=f"'x': {3 * norms}, 'y': {3 * norms - 1}"):
+        choose(kind, rows[:-1])
     more = list(protocol.warmup(MODELS, {}, best))
     assert {run["optim.warmup_steps"] for run in more} == {50, 200}
     assert [run["optim.learning_rate"] for run in more] == [2e-3, 4e-3] * 2
@@ -213,38 +222,61 @@ def test_the_choice_is_the_best_of_validation_and_needs_the_whole_grid():
     assert protocol.CHOICE not in {run["seed"] for run in last}
 
 
-def test_a_grid_grows_for_all_models_until_none_chooses_its_end(tmp_path):
+@both_kinds
+def test_a_grid_grows_for_all_models_until_none_chooses_its_end(kind, norms, tmp_path):
     optim = types.SimpleNamespace(learning_rate=2e-3, warmup_steps=100)
-    sweeps = protocol.text_sweeps(
-        tmp_path, lambda arg: types.SimpleNamespace(optim=optim), lambda arg: MODELS
+    grid, warmup, final = protocol.sweeps(
+        kind, tmp_path, lambda arg: types.SimpleNamespace(optim=optim), lambda arg: MODELS
     )
-    grid, warmup, _ = sweeps
 
-    def collect(score):
-        runs = list(grid())
-        rows = collected(runs, [score(run) for run in runs])
-        with open(tmp_path / "grid.csv", "w", newline="") as file:
+    def collect(name, sweep, cost):
+        runs = list(sweep())
+        rows = collected(kind, runs, [cost(run) for run in runs])
+        with open(tmp_path / f"{name}.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
         return runs
 
-    def distance(best):  # x is best at the given rate, y at 2e-3
-        return lambda run: abs(
-            math.log(run["optim.learning_rate"] / (best if run["model.layout"] == "SS" else 2e-3))
-        )
+    def distance(run):  # x is best at 9e-3, y at 2e-3, and both with a short warm-up
+        best = 9e-3 if run["model.layout"] == "SS" else 2e-3
+        return abs(math.log(run["optim.learning_rate"] / best)) + run["optim.warmup_steps"] / 1e4
 
-    first = collect(distance(9e-3))
-    assert len(first) == 12
+    first = collect("grid", grid, distance)
+    assert len(first) == 6 * norms
     with pytest.raises(ValueError, match=r"0\.008"):
         list(warmup())
-    second = collect(distance(9e-3))
-    assert second[:12] == first
-    assert [run["optim.learning_rate"] for run in second[12:]] == [8e-3] * 4
-    third = collect(distance(9e-3))
-    assert {run["optim.learning_rate"] for run in third[16:]} == {16e-3}
+    second = collect("grid", grid, distance)
+    assert second[: len(first)] == first
+    assert [run["optim.learning_rate"] for run in second[len(first) :]] == [8e-3] * 2 * norms
+    third = collect("grid", grid, distance)
+    assert {run["optim.learning_rate"] for run in third[len(second) :]} == {16e-3}
     assert list(grid()) == third  # 8e-3 is better than 16e-3
-    assert {run["optim.learning_rate"] for run in warmup()} == {8e-3, 2e-3}
+    with pytest.raises(ValueError, match=r"warmup\.csv"):
+        list(final())
+    tried = collect("warmup", warmup, distance)
+    assert {run["optim.learning_rate"] for run in tried} == {8e-3, 2e-3}
+    reported = list(final())
+    assert {run["optim.warmup_steps"] for run in reported} == {50}
+    # The test set is seen by the reported runs only, which train on the whole training set
+    assert all(kind.choice.items() <= run.items() for run in third + tried)
+    assert not any(kind.choice.keys() & run.keys() for run in reported)
+
+
+def test_the_choice_looks_at_pictures_that_it_does_not_train_on(tmp_path):
+    spec = f"{FOLDER / 'beyond' / 'sweep.py'}:size=tiny"
+    data = expand.expand(spec, str(tmp_path), "grid", {}).runs[0].run.data
+    (held,) = data.eval_splits
+    assert protocol.IMAGES.metric == f"{held}/accuracy"
+
+    def pictures(split):
+        source = pipeline.open_split(data, split, train=False)
+        batches = list(loader.eval_batches(source, batch_size=512))
+        return np.concatenate([batch["image"][batch["mask"] > 0] for batch in batches])
+
+    trained, whole = pictures(data.train_split), pictures("train")
+    assert 0.89 < len(trained) / len(whole) < 0.91
+    np.testing.assert_array_equal(np.concatenate([trained, pictures(held)]), whole)
 
 
 def test_a_part_of_a_grid_gives_no_state_but_its_number_of_runs(tmp_path):

@@ -5,8 +5,9 @@
 
 Stages 3 and 4 of CCTT with content-adaptive convolution (CCAA) or translation-equivariant attention
 (CCEE) in place of relative attention, and MUSE's parallel block in stages 2 and 3 (CMMT), at equal
-size and steps on Fashion-MNIST; `measure.py` then shifts the test images. ``:size=paper``:
-ImageNet-1k at the size of CoAtNet-0; ``:size=tiny``: digits, one seed. Text: `sweep_text.py`.
+size and steps on Fashion-MNIST; `measure.py` then shifts the test images. `sweep` is one setting;
+`sweep_grid`, `sweep_warmup` and `sweep_final` are the protocol's. ``:size=paper``: ImageNet-1k at
+the size of CoAtNet-0; ``:size=tiny``: digits, one seed. Text: `sweep_text.py`.
 """
 
 import pathlib
@@ -14,7 +15,9 @@ import pathlib
 from localglobal_jax.config import loading
 from localglobal_jax.config.sweeps import product
 
-LAYOUTS = pathlib.Path(__file__).parents[1] / "coatnet_layouts" / "sweep.py"
+HERE = pathlib.Path(__file__).parent
+LAYOUTS = HERE.parent / "coatnet_layouts" / "sweep.py"
+protocol = loading.import_file(HERE.parent / "protocol.py")
 # Depths that make the sizes equal: 498,576 to 499,216 parameters at laptop size, 24,990,260 to
 # 25,118,104 at the paper's.
 DEPTHS = {
@@ -51,8 +54,18 @@ def parse(arg):
     return loading.parse_arg(arg, size=("laptop", "paper", "tiny"), data=("real", "mock"))
 
 
+def models_of(arg):
+    """Returns the overrides of each model, by its layout."""
+    depths = DEPTHS[parse(arg).size]
+    return {name: {"model.layout": name, "model.depths": own} for name, own in depths.items()}
+
+
 def sweep(arg=None):
     """Yields every layout with every seed."""
-    size = parse(arg).size
-    found = [{"model.layout": name, "model.depths": d} for name, d in DEPTHS[size].items()]
-    yield from product({"seed": (0,) if size == "tiny" else (0, 1, 2)}, found)
+    seeds = (0,) if parse(arg).size == "tiny" else protocol.SEEDS
+    yield from product({"seed": seeds}, list(models_of(arg).values()))
+
+
+sweep_grid, sweep_warmup, sweep_final = protocol.sweeps(
+    protocol.IMAGES, HERE, get_config, models_of
+)

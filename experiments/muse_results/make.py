@@ -69,7 +69,7 @@ def other_settings():
 def grid():
     """Returns head and body of the table of the protocol's grid: the loss on validation."""
     rows = protocol.read(HERE / "grid.csv") + protocol.read(HERE / "warmup.csv")
-    found = protocol.scores(rows, SWEEP.models("laptop"), protocol.TEXT_METRIC)
+    found = protocol.scores(rows, SWEEP.models("laptop"), protocol.TEXT.metric)
     cells = list(dict.fromkeys(protocol.cell(row) for row in rows))
     body = [
         (

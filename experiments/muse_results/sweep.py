@@ -91,4 +91,4 @@ def models_of(arg):
     return models(parse(arg).size)
 
 
-sweep_grid, sweep_warmup, sweep_final = protocol.text_sweeps(HERE, get_config, models_of)
+sweep_grid, sweep_warmup, sweep_final = protocol.sweeps(protocol.TEXT, HERE, get_config, models_of)
