@@ -4,7 +4,7 @@
 #
 #     experiments/reproduce.sh laptop|length|protocol [RUNS] [SLOTS]
 #
-# laptop: the nine studies; length: length_or_difficulty; protocol: the tuning of muse_results.
+# laptop: all studies; length: length_or_difficulty; protocol: the tuning of muse_results.
 # RUNS: a folder for the runs (default: runs, in the repository); SLOTS: runs at a time (default 2).
 set -euo pipefail
 what=${1:-}
@@ -67,11 +67,11 @@ measure bleu_by_length.measure runs "$runs/results"
 measure attention_dispersion.measure "$runs/results"
 sweep muse_kernels sweep.py kernels results.csv
 measure muse_kernels.measure "$runs/kernels" "$runs/results"
-localglobal sweep --config experiments/beyond/sweep_text.py --workdir "$runs/beyond_text" --slots "$slots"
-measure beyond.measure_text "$runs/beyond_text"
+localglobal sweep --config experiments/beyond_text/sweep.py --workdir "$runs/beyond_text" --slots "$slots"
+measure beyond_text.measure "$runs/beyond_text"
 
 # lohelp trains by its own run.sh (six runs of 45 minutes); here only its page is drawn
 for study in lohelp length_or_difficulty operator_properties attention_dispersion bleu_by_length muse_results muse_kernels \
-  coatnet_layouts coatnet_transfer vision_comparison beyond; do
+  coatnet_layouts coatnet_transfer vision_comparison beyond beyond_text; do
   measure "$study.make"
 done

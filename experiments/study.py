@@ -12,6 +12,7 @@ import pathlib
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -61,6 +62,11 @@ def shown(numbers: Sequence[float], digits: int = 2) -> str:
     if math.isnan(mean):
         return "not run"
     return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
+
+
+def where(rows: Iterable[Row], **values: str) -> list[Row]:
+    """Returns the rows that have these values in these columns."""
+    return [row for row in rows if all(row[key] == value for key, value in values.items())]
 
 
 def by_seed(rows: Iterable[Row], column: str) -> dict[str, float]:
@@ -171,6 +177,23 @@ def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
 def figure(columns: int = 1, rows: int = 1, *, width: float = 4.5, height: float = 3.2) -> Figure:
     """Returns an empty figure; ``figure.subplots(rows, columns)`` gives its axes."""
     return Figure(figsize=(width * columns, height * rows), dpi=130, layout="constrained")
+
+
+def curves(axes: Axes, names: Sequence[str], found: Mapping[str, Scores]) -> None:
+    """Draws a line with 95 % intervals for each model over the keys of ``{key: scores}``."""
+    for i, name in enumerate(names):
+        measured = [
+            (place + 0.06 * (i - 1.5), *point(list(scores[name].values())))  # side by side
+            for place, scores in enumerate(found.values())
+            if scores[name]
+        ]
+        if measured:
+            places, means, halves = zip(*measured, strict=True)
+            axes.errorbar(places, means, halves, label=name, color=COLORS[i], capsize=2)
+    axes.set_xticks(range(len(found)), list(found))
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.lines:
+        axes.legend(frameon=False, fontsize=8)
 
 
 def document(text: str, made: Mapping[str, list[str]]) -> str:

@@ -24,7 +24,7 @@ FOLDER = pathlib.Path(study.__file__).parent
     [
         ("muse_results/sweep", 1e-3),
         ("muse_kernels/sweep", 0.021),
-        ("beyond/sweep_text", 1e-3),
+        ("beyond_text/sweep", 1e-3),
         ("length_or_difficulty/sweep", 1e-3),
     ],
 )

@@ -7,7 +7,7 @@ Stages 3 and 4 of CCTT with content-adaptive convolution (CCAA) or translation-e
 (CCEE) in place of relative attention, and MUSE's parallel block in stages 2 and 3 (CMMT), at equal
 size and steps on Fashion-MNIST; `measure.py` then shifts the test images. `sweep` is one setting;
 `sweep_grid`, `sweep_warmup` and `sweep_final` are the protocol's. ``:size=paper``: ImageNet-1k at
-the size of CoAtNet-0; ``:size=tiny``: digits, one seed. Text: `sweep_text.py`.
+the size of CoAtNet-0; ``:size=tiny``: digits, one seed. Text: `beyond_text`.
 """
 
 import pathlib

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Translation with A and E, beside Transformer, relative attention and MUSE.
 
-    localglobal sweep --config experiments/beyond/sweep_text.py --workdir runs/beyond_text --dry_run
+    localglobal sweep --config experiments/beyond_text/sweep.py --workdir runs/beyond_text --dry_run
 
 Five models of equal size, three seeds, trained on pairs of up to 96 tokens and of up to 24, to
-measure the second kind on longer sentences. T, A and E use displacements and
-get no positions. ``measure_text.py`` reads the runs.
+measure the second kind on longer sentences. T, A and E use displacements and get no positions.
+`measure.py` reads the runs.
 """
 
 import pathlib
@@ -43,7 +43,7 @@ def get_config(arg=None):
     config.data.eval_splits = ("valid" if parse(arg).size == "paper" else "validation",)
     if parse(arg).size == "laptop":
         config.steps, config.optim.warmup_steps = 1200, 200
-        config.task.beam = 0  # measure_text.py translates
+        config.task.beam = 0  # measure.py translates
         config.model.depths = (2, 2)
         config.data.update(vocab=2000, buckets=3)
     return config

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures the runs of `sweep_text.py` on sentences longer than those of training -> lengths.csv.
+"""Measures the runs of `sweep.py` on sentences longer than those of training -> lengths.csv.
 
-    python -m experiments.beyond.measure_text runs/beyond_text
+    python -m experiments.beyond_text.measure runs/beyond_text
 
 A row is a run and a bucket of lengths of the test set (tokens of the longer side, the end included;
 "all" is the whole set): loss per target token, and BLEU and chrF of greedy translations. Continues
