@@ -174,6 +174,47 @@ def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body)]
 
 
+def setting(rows: Sequence[Row]) -> list[str]:
+    """Returns the cells of norm (if chosen), learning rate and warm-up of a model's runs."""
+    if not rows or protocol.RATE not in rows[0]:
+        return ["not chosen"] * 2
+    norm, rate, warmup = protocol.cell(rows[0])
+    return [*([f"{norm}-norm"] if norm else []), f"{rate:g}", str(warmup)]
+
+
+def grid(
+    folder: pathlib.Path,
+    models: Mapping[str, protocol.Overrides],
+    kind: protocol.Kind,
+    *,
+    scale: float = 1,
+    digits: int = 3,
+) -> list[str]:
+    """Returns the table of the choice: a line for each setting, a column for each model.
+
+    Args:
+      scale: factor of the metric, such as 100 for per cent.
+    """
+    rows = protocol.read(folder / "grid.csv") + protocol.read(folder / "warmup.csv")
+    found = protocol.scores(rows, models, kind.metric)
+    body = [
+        (
+            *setting(own),
+            *(f"{scale * found[m][cell]:.{digits}f}" if cell in found[m] else "" for m in models),
+        )
+        for cell, own in _by_cell(rows).items()
+    ]
+    head = (*(["norm"] if kind.norms else []), "learning rate", "warm-up", *models)
+    return table(head, body or [("not run", *[""] * (len(head) - 1))])
+
+
+def _by_cell(rows: Iterable[Row]) -> dict[protocol.Cell, list[Row]]:
+    found: dict[protocol.Cell, list[Row]] = {}
+    for row in rows:
+        found.setdefault(protocol.cell(row), []).append(row)
+    return found
+
+
 def figure(columns: int = 1, rows: int = 1, *, width: float = 4.5, height: float = 3.2) -> Figure:
     """Returns an empty figure; ``figure.subplots(rows, columns)`` gives its axes."""
     return Figure(figsize=(width * columns, height * rows), dpi=130, layout="constrained")

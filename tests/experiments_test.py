@@ -58,7 +58,7 @@ def test_the_summary_of_a_sweep_gives_the_numbers_of_the_page():
             "settings": {"seed": row["seed"], "model.layout": row["model.layout"]},
             "extremes": {"test/accuracy": {"last": 100 * float(row["test/accuracy"])}},
         }
-        for row in study.read(FOLDER / "beyond" / "results.csv")
+        for row in protocol.reported(FOLDER / "beyond")
     ]
     metric = summary.Metric("test/accuracy")
     found = summary.groups(rows, metric, ["seed"], ["model.layout=CCTT"])
@@ -182,6 +182,13 @@ def collected(kind, runs, costs, state="done"):
     ]
 
 
+def write(file, rows):
+    with open(file, "w", newline="") as opened:
+        writer = csv.DictWriter(opened, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def choose(kind, rows):
     return protocol.chosen(rows, MODELS, kind.metric, smaller_is_better=kind.smaller_is_better)
 
@@ -231,11 +238,7 @@ def test_a_grid_grows_for_all_models_until_none_chooses_its_end(kind, norms, tmp
 
     def collect(name, sweep, cost):
         runs = list(sweep())
-        rows = collected(kind, runs, [cost(run) for run in runs])
-        with open(tmp_path / f"{name}.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write(tmp_path / f"{name}.csv", collected(kind, runs, [cost(run) for run in runs]))
         return runs
 
     def distance(run):  # x is best at 9e-3, y at 2e-3, and both with a short warm-up
@@ -261,6 +264,22 @@ def test_a_grid_grows_for_all_models_until_none_chooses_its_end(kind, norms, tmp
     # The test set is seen by the reported runs only, which train on the whole training set
     assert all(kind.choice.items() <= run.items() for run in third + tried)
     assert not any(kind.choice.keys() & run.keys() for run in reported)
+
+
+@both_kinds
+def test_the_table_of_the_grid_has_a_line_for_each_setting(kind, norms, tmp_path):
+    runs = list(protocol.grid(list(MODELS.values()), {}, rate=2e-3, warmup=9, norms=kind.norms))
+    rows = collected(kind, runs[:-1], [0.25] * (len(runs) - 1))
+    assert study.grid(tmp_path, MODELS, kind)[-1].startswith("| not run | ")
+    write(tmp_path / "grid.csv", rows)
+    head, _, *body = study.grid(tmp_path, MODELS, kind, scale=100, digits=1)
+    own = ["norm", "learning rate", "warm-up", "x", "y"]
+    assert head == f"| {' | '.join(own[norms == 1 :])} |"
+    score = "25.0" if kind.smaller_is_better else "-25.0"
+    first = ["pre-norm", "0.002", "9", score, score][norms == 1 :]
+    assert body[0] == f"| {' | '.join(first)} |"
+    assert body[-1].endswith(f"| 0.001 | 9 | {score} |  |")
+    assert len(body) == 3 * norms
 
 
 def test_the_choice_looks_at_pictures_that_it_does_not_train_on(tmp_path):

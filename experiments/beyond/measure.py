@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures trained models of this study on shifted test images -> shifts.csv. Continues if stopped.
+"""Measures trained models of this study on shifted test images. Continues if stopped.
 
-    python -m experiments.beyond.measure runs/beyond [size=laptop]
+    python -m experiments.beyond.measure runs/beyond             # sweep: shifts.csv
+    python -m experiments.beyond.measure runs/beyond_final final # sweep_final: final_shifts.csv
 
 Every image is moved by 0 to 4 pixels up, down, left or right (its number decides, for all models
 alike), and zeros fill the gap. Accuracy, and agreement: the share of images whose answer is the one
@@ -73,19 +74,26 @@ def measure(run: expand.Description) -> list[dict[str, object]]:
     ]
 
 
-def main(root: str, arg: str = "size=laptop", out: pathlib.Path = HERE / "shifts.csv") -> None:
-    """Measures every run that is done and not yet in `out`."""
-    rows = study.read(out) if out.exists() else []
+def main(root: str, sweep: str = "", size: str = "laptop", out: pathlib.Path = HERE) -> None:
+    """Measures every run that is done and not yet in the CSV file.
+
+    Args:
+      sweep: "" or "final".
+      out: folder of the CSV file.
+    """
+    name = f"sweep_{sweep}" if sweep else "sweep"
+    file = out / (f"{sweep}_shifts.csv" if sweep else "shifts.csv")
+    rows = study.read(file)
     known = {(row["layout"], str(row["seed"])) for row in rows}
-    for run in expand.expand(f"{HERE / 'sweep.py'}:{arg}", root).runs:
+    for run in expand.expand(f"{HERE / 'sweep.py'}:size={size}", root, name).runs:
         if (run.run.model["layout"], str(run.run.seed)) in known:
             continue
         if (status.latest_step(run.workdir) or 0) < run.run.steps:
             print(f"{run.name} is not done")
             continue
         rows += measure(run)
-        with open(out, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        with open(file, "w", newline="") as opened:
+            writer = csv.DictWriter(opened, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
         print(f"{run.name}: measured", flush=True)
