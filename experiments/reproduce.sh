@@ -4,7 +4,7 @@
 #
 #     experiments/reproduce.sh laptop|length|protocol [RUNS] [SLOTS]
 #
-# laptop: all studies; length: length_or_difficulty; protocol: the tuning of muse_results.
+# laptop: all studies; length: length_or_difficulty; protocol: the tuning of beyond and muse_results.
 # RUNS: a folder for the runs (default: runs, in the repository); SLOTS: runs at a time (default 2).
 set -euo pipefail
 what=${1:-}
@@ -38,6 +38,13 @@ if [ "$what" = length ]; then
   exit
 fi
 if [ "$what" = protocol ]; then # each stage reads the CSV file of the one before
+  prepare configs/coatnet_fashion_mnist.py
+  for stage in grid grid grid warmup final; do
+    sweep beyond sweep.py "beyond_$stage" "$stage.csv" --sweep "$stage"
+  done
+  measure beyond.measure "$runs/beyond_final" final
+  measure beyond.measure_kernels "$runs/beyond_final"
+  measure beyond.make
   prepare configs/muse_lohelp.py
   for stage in grid grid grid warmup final; do # the grid grows where a model chose its end
     sweep muse_results sweep.py "results_$stage" "$stage.csv" --sweep "$stage"

@@ -2,6 +2,7 @@
 """Committed tables equal those that make.py draws from results.csv; every sweep is valid."""
 
 import csv
+import functools
 import importlib
 import math
 import os
@@ -10,11 +11,15 @@ import re
 import subprocess
 import types
 
+import jax
 import numpy as np
 import pytest
 
+import localglobal_jax as lg
 from experiments import protocol, study
 from experiments.benchmarks import make as benchmarks
+from experiments.beyond import make as beyond
+from experiments.beyond import measure_kernels
 from localglobal_jax.data import loader
 from localglobal_jax.data.images import pipeline
 from localglobal_jax.launch import expand, summary
@@ -353,6 +358,38 @@ def test_shifted_images_move_into_four_directions():
     found = [tuple(int(n) for n in np.argwhere(one)[0]) for one in shifted(image, 1)]
     assert found == [(2, 2, 0), (0, 2, 0), (1, 3, 0), (1, 1, 0), (2, 2, 0)]
     assert shifted(image, 2)[1].max() == 0  # over the edge, and not in again
+
+
+def test_a_kernel_moves_only_if_it_depends_on_the_image():
+    module = lg.create_model("coatnet", classes=2, layout="CA", depths=(1, 1), widths=(16, 16),
+                             strides=(1, 2), stem=(8, 8), stem_stride=2,
+                             blocks={"A": {"head_width": 8, "window": 3}})  # fmt: skip
+    image = jax.random.normal(jax.random.key(0), (4, 16, 16, 1))
+    variables = jax.jit(module.init)(jax.random.key(1), image)
+    kernels = jax.jit(functools.partial(measure_kernels.kernels, module))
+    (block, kernel), = kernels(variables, image).items()  # fmt: skip
+    assert (block, kernel.shape) == ("stage2/block1", (4, 4, 4, 2, 9))
+    np.testing.assert_allclose(kernel.sum(-1), 1, rtol=1e-5)
+    assert (np.asarray(kernel)[:, 0, :, :, :3] == 0).all()  # beyond the upper border
+    own = measure_kernels.described(np.asarray(kernel))
+    assert own["moved"] > 0.01
+    qkv = variables["params"]["stage2"]["block1"]["attention"]["qkv"]
+    qkv["kernel"] *= 0  # only the bias of the displacement is left
+    (fixed,) = kernels(variables, image).values()
+    found = measure_kernels.described(np.asarray(fixed))
+    assert found["moved"] < 1e-6
+    assert found["effective"] == pytest.approx((4 * 9 + 8 * 6 + 4 * 4) / 16, rel=0.01)
+
+
+def test_a_mosaic_has_every_kernel_at_its_position():
+    rows = [
+        {"row": str(i // 2), "column": str(i % 2), "kernel": " ".join(map(str, kernel))}
+        for i, kernel in enumerate(np.arange(36).reshape(4, 9))
+    ]  # fmt: skip
+    found = beyond.mosaic(rows)
+    assert found.shape == (7, 7)
+    np.testing.assert_array_equal(found[4:, :3], np.arange(18, 27).reshape(3, 3))
+    assert np.isnan(found[3]).all() and np.isnan(found[:, 3]).all()
 
 
 def test_document_needs_its_marks():

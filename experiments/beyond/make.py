@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CSV files here -> table.md, figure.png and the README's tables.
+"""The CSV files here -> table.md, figure.png, kernels.png and the README's tables.
 
     python -m experiments.beyond.make
 
 results.csv and shifts.csv are of one setting; grid.csv, warmup.csv, final.csv and final_shifts.csv
-are of the protocol.
+are of the protocol; kernels.csv, pictures.csv and picture_kernels.csv are of `measure_kernels.py`.
 """
 
 import pathlib
+
+import numpy as np
 
 from experiments import protocol, study
 from localglobal_jax.config import loading
@@ -18,6 +20,10 @@ SWEEP = loading.import_file(HERE / "sweep.py")
 LAYOUTS = ("CCTT", "CCAA", "CCEE", "CMMT")
 PAIRS = [(layout, "CCTT") for layout in LAYOUTS[1:]]
 COMPARED = ("3", "4")  # pixels of a shift that has verdicts
+NAMES = (  # of the classes: arXiv 1708.07747, table 2
+    *("T-shirt", "trouser", "pullover", "dress", "coat"),
+    *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
+)
 
 
 def percent(found):
@@ -98,10 +104,63 @@ def tables(rows):
         "shifts": [*moved, *(["", *best[1:]] if best else [])],
         "agreement": agreement,
         "verdict": study.sentences(after),
+        "kernels": kernels(),
         "grid": study.grid(HERE, SWEEP.models_of(None), protocol.IMAGES, scale=100, digits=2),
         "one setting": study.table(("layout", "test accuracy"), one),
         "changed": study.changed(*sides) if tuned() else ["not run"],
     }
+
+
+def kernels():
+    """Returns the table of how the kernels of each block depend on the image."""
+    found = study.grouped(study.read(HERE / "kernels.csv"), "block")
+    columns = (("centre", 3), ("effective", 2), ("moved", 3))
+    body = [
+        (
+            block,
+            str(len(own)),
+            *(study.shown(study.values(own, c), digits) for c, digits in columns),
+        )
+        for (block,), own in found.items()
+    ]
+    head = ("block", "runs", "weight of the position itself", "effective positions")
+    return study.table((*head, "distance from the mean kernel"), body)
+
+
+def mosaic(rows):
+    """Returns the kernels [h, w, k, k] of a picture as one image, with a gap between positions."""
+    side = 1 + max(int(row["row"]) for row in rows)
+    window = round(len(rows[0]["kernel"].split()) ** 0.5)
+    image = np.full((side * (window + 1) - 1,) * 2, np.nan)
+    for row in rows:
+        y, x = (int(row[name]) * (window + 1) for name in ("row", "column"))
+        weights = np.asarray(row["kernel"].split(), float)
+        image[y : y + window, x : x + window] = weights.reshape(window, window)
+    return image
+
+
+def draw_kernels():
+    """Plots pictures, and for each block the kernel of every position."""
+    pictures = study.read(HERE / "pictures.csv")
+    found = study.grouped(study.read(HERE / "picture_kernels.csv"), "image", "block")
+    blocks = list(dict.fromkeys(block for _, block in found))
+    figure = study.figure(1 + len(blocks), len(pictures), width=1.7, height=1.7)
+    grid = figure.subplots(len(pictures), 1 + len(blocks), squeeze=False)
+    for place, name in zip(grid[0], ("image", *blocks), strict=True):
+        place.set_title(name, fontsize=9)
+    for axes, picture in zip(grid, pictures, strict=True):
+        side = int(picture["height"])
+        pixels = np.frombuffer(bytes.fromhex(picture["pixels"]), np.uint8).reshape(side, side)
+        axes[0].imshow(pixels, cmap="gray")
+        axes[0].set_ylabel(NAMES[int(picture["label"])], fontsize=9)
+        for place, block in zip(axes[1:], blocks, strict=True):
+            image = mosaic(found[picture["image"], block])
+            shown = place.imshow(image, cmap="Blues", vmin=0, vmax=0.6)
+        for place in axes:
+            place.set(xticks=(), yticks=())
+            place.spines[:].set_visible(False)
+    figure.colorbar(shown, ax=grid, shrink=0.3, label="weight")
+    return figure
 
 
 def draw(_):
@@ -118,3 +177,4 @@ def draw(_):
 
 if __name__ == "__main__":
     study.main(__file__, tables, draw)
+    study.save(draw_kernels(), HERE / "kernels.png")
