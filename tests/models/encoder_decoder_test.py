@@ -218,7 +218,7 @@ def test_without_positions_an_encoder_moves_along(letter):
     options = {"T": {"furthest": 3}, "E": {"furthest": 2}, "A": {"window": 5}}
     fields = {"layout": letter, "positions": "none", "pre_norm": (False,), "blocks": options}
     module = create_model("muse", source_vocab=13, **{**one, **fields})
-    variables = module.init(jax.random.key(0), SOURCE)
+    variables = jax.jit(module.init)(jax.random.key(0), SOURCE)
     leaves, structure = jax.tree.flatten(variables)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     leaves = [v + 0.3 * jax.random.normal(k, v.shape) for v, k in zip(leaves, keys, strict=True)]
@@ -309,8 +309,8 @@ def test_bfloat16_activations_float32_parameters_and_logits():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_matrices_rounded_once_change_no_bit_of_a_step(name):
-    module = create_model("muse_iwslt", **TINY | MODELS[name], dtype="bfloat16")
-    variables = module.init(jax.random.key(0), SOURCE, TARGET)
+    module, variables = made(name)
+    module = module.clone(dtype="bfloat16")
     rounded = module.narrowed(variables)
     types = {
         path[-1].key: leaf.dtype for path, leaf in jax.tree_util.tree_leaves_with_path(rounded)
