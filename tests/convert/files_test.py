@@ -40,6 +40,7 @@ def test_a_converted_file_loads_and_gives_the_references_logits(converted):
     np.testing.assert_allclose(logits, golden["output"], atol=2e-5 * np.abs(golden["output"]).max())
 
 
+@pytest.mark.slow  # training/evaluate_elsewhere_test.py fine-tunes a smaller model
 def test_fine_tuning_starts_from_it_at_another_size_with_other_classes(converted, tmp_path, capsys):
     model = json.loads(next(converted.glob("checkpoints/0/metadata/metadata")).read_text())[
         "metadata"

@@ -132,6 +132,7 @@ EVERYTHING = {  # every letter, every optional parameter
 }
 
 
+@pytest.mark.slow  # operators/differentiation_test.py compares forward with reverse mode
 def test_a_gradient_step_equals_numerical_differentiation():
     """All parameters, in training mode (batch statistics), float64."""
     with jax.enable_x64(True):
