@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole runs, in real processes: asked to stop, resumed, finished (killed: faults_test.py)."""
 
+import functools
 import json
 import os
 import pathlib
@@ -16,6 +17,7 @@ import small
 
 from localglobal_jax import load
 from localglobal_jax.checkpoints import reader
+from localglobal_jax.cli.main import main
 from localglobal_jax.config import loading, validation
 from localglobal_jax.parallel import chips
 from localglobal_jax.profiling import bench
@@ -26,17 +28,32 @@ CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "coatnet_digits.py"
 TIMES = {"images_per_second", "steps_per_second", *OF_THE_MACHINE}
 
 
-def start(workdir, data_dir, *overrides):
-    command = [
-        *(sys.executable, "-m", "localglobal_jax", "train", "--json"),
+@pytest.fixture(scope="module")
+def start(tmp_path_factory, data_dir):
+    """``(workdir, *overrides) -> process`` of a run; the runs share their compiled programs."""
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return functools.partial(started, data_dir, cache)
+
+
+def arguments(workdir, data_dir, *overrides):
+    """The command line of a run of 45 steps."""
+    return [
+        *("train", "--json"),
         *(f"--config={CONFIG}:size=tiny", f"--workdir={workdir}", f"--config.data.dir={data_dir}"),
         *("--config.steps=45", "--config.log.every=7", "--config.log.tensorboard=false"),
         *("--config.model.layout=C", "--config.model.depths=(1,)"),  # every process compiles
         *("--config.model.widths=(8,)", "--config.model.strides=(1,)"),
         *overrides,
     ]
+
+
+def started(data_dir, cache, workdir, *overrides):
+    command = [sys.executable, "-m", "localglobal_jax", *arguments(workdir, data_dir, *overrides)]
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
-    environment = {**os.environ, "XLA_FLAGS": flags}
+    environment = {**os.environ, **cache, "XLA_FLAGS": flags}
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -67,10 +84,10 @@ def metrics(workdir):
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory, data_dir):
+def reference(tmp_path_factory, start):
     """A run that nobody disturbed."""
     workdir = tmp_path_factory.mktemp("reference")
-    finish(start(workdir, data_dir))
+    finish(start(workdir))
     return workdir
 
 
@@ -109,50 +126,57 @@ def test_what_a_run_says_of_the_machine(reference, data_dir, tmp_path, monkeypat
     assert work == pytest.approx([counted / 197e12 / jax.device_count()] * 2)
 
 
-def test_asked_to_stop_it_saves_and_exits_with_42(reference, data_dir, tmp_path):
-    process = start(tmp_path, data_dir)
-    wait_for(process, lambda: reached(tmp_path, 14))
-    process.terminate()
-    _, err = process.communicate()
-    assert process.returncode == 42, err
-    assert "the state is saved" in err
-    stopped = max(reader.inspect(tmp_path)["steps"], key=lambda s: s["step"])["step"]
-    assert 14 <= stopped < 45
-    result = finish(start(tmp_path, data_dir, "--config.checkpoint.keep=2"))
+def test_asked_to_stop_it_saves_and_exits_with_42(reference, start, tmp_path):
+    """By Ctrl-C while the profiler traces, then by SIGTERM; the third process ends the run."""
+    profile = "--config.log.profile=(8, 30)"
+    wanted, stopped = 7, []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = start(tmp_path, profile)
+        try:
+            wait_for(process, lambda step=wanted: reached(tmp_path, step))
+            process.send_signal(number)
+            _, err = process.communicate()
+        finally:
+            process.kill()
+        assert process.returncode == 42, err
+        assert "the state is saved" in err
+        stopped.append(max(reader.inspect(tmp_path)["steps"], key=lambda s: s["step"])["step"])
+        assert wanted <= stopped[-1] < 45
+        wanted = stopped[-1] + 1
+    check_trace(tmp_path)
+    result = finish(start(tmp_path, profile, "--config.checkpoint.keep=2"))
     assert result["test"]["count"] == 360
     assert metrics(reference) == metrics(tmp_path)
 
 
-def test_finished_it_only_says_so_again(reference, data_dir):
+def check_trace(workdir):
+    """Asserts that every trace names programs and no calls of Python, see `Trace.OPTIONS`."""
+    traces = list((workdir / "profile").rglob("*.xplane.pb"))
+    assert traces
+    for trace in traces:
+        planes = jax.profiler.ProfileData.from_file(str(trace)).planes
+        names = [event.name for plane in planes for line in plane.lines for event in line.events]
+        assert any("Execute" in name for name in names)
+        assert not any(name.startswith("$") for name in names)
+
+
+def test_finished_it_only_says_so_again(reference, data_dir, capsys):
     before = (reference / "metrics.jsonl").read_text()
-    assert finish(start(reference, data_dir))["test"]["step"] == 45
+    assert main(arguments(reference, data_dir)) == 0
+    assert json.loads(capsys.readouterr().out)["test"]["step"] == 45
     assert (reference / "metrics.jsonl").read_text() == before
 
 
-def test_ctrl_c_saves_too_and_tracing_survives_it(data_dir, tmp_path):
-    process = start(tmp_path, data_dir, "--config.log.profile=(8, 30)")
-    wait_for(process, lambda: reached(tmp_path, 14))
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
-    assert process.returncode == 42, err
-    (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
-    planes = jax.profiler.ProfileData.from_file(str(trace)).planes
-    names = [event.name for plane in planes for line in plane.lines for event in line.events]
-    assert any("Execute" in name for name in names)
-    assert not any(name.startswith("$") for name in names)  # Python's calls, see Trace.OPTIONS
-    finish(start(tmp_path, data_dir, "--config.log.profile=(8, 30)", "--config.log.every=5"))
-
-
-def test_divergence_is_exit_code_3_and_never_becomes_a_checkpoint(data_dir, tmp_path):
-    process = start(
+def test_divergence_is_exit_code_3_and_never_becomes_a_checkpoint(data_dir, tmp_path, capsys):
+    command = arguments(
         tmp_path,
         data_dir,
         *("--config.optim.learning_rate=1e30", "--config.optim.clip_norm=0"),
         *("--config.optim.warmup_steps=12", "--config.optim.name=sgd"),
         *("--config.checkpoint.every=1", "--config.eval.every=0", "--config.log.every=40"),
     )
-    _, err = process.communicate()
-    assert process.returncode == 3, err
+    assert main(command) == 3
+    err = capsys.readouterr().err
     step, state, _ = reader.read(tmp_path)
     assert f"the checkpoint of step {step} is kept" in err and "--replay" in err
     found = json.loads((tmp_path / "diverged.json").read_text())
