@@ -79,13 +79,17 @@ class Harness:
     def chain(self, kind, plan, rng, note, patience=1.0):
         """One training under the `plan`, a list of (moment, signal); returns the last line.
 
-        A preparation that was over before its kill is made and killed again, sooner.
+        A preparation that was over before its kill is made and killed again, sooner. Without a kill
+        of the preparation, the data set is a copy of the reference's.
         """
         reference, reference_data = self.reference(kind)
         workdir, data_dir = self.work / f"{kind}-killed", self.work / f"{kind}-killed-data"
         for folder in (workdir, data_dir):
             shutil.rmtree(folder, ignore_errors=True)
-        data_dir.mkdir()
+        if "preparation" in dict(plan):
+            data_dir.mkdir()
+        else:
+            shutil.copytree(reference_data, data_dir)
         stopped, problems, kills, newest, lives = set(), [], 0, 0, 0
         plan = list(plan)
         while True:
