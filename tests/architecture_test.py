@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import jax
-import numpy as np
 import pytest
 
 import localglobal_jax
@@ -113,26 +112,17 @@ def test_light_imports_stay_light(statement, absent):
     assert found.stdout.strip() == "[]"
 
 
-def test_every_submodule_has_a_name():
+@pytest.mark.parametrize("name", registry.list_models())
+def test_every_submodule_has_a_name(name):
     """Automatic names (Dense_0) would make the parameter tree a matter of statement order."""
-    seen = set()  # one model of those that differ only in widths, depths and the like
-    for name in registry.list_models():
-        module = registry.create_model(name)
-        inputs = registry.example(name)
-        sizes = ("depths", "widths", "heads", "hidden", "stem", "classes", "drop_path", "name")
-        fields = {k: v for k, v in vars(module).items() if k not in sizes and k[0] != "_"}
-        kind = f"{type(module)} {fields} {np.shape(getattr(module, 'stem', 0))}"
-        if kind in seen:
-            continue
-        seen.add(kind)
-        stages = zip(module.layout, module.depths, strict=True)
-        module = module.clone(depths=tuple(min(2, d) if len(s) == 1 else d for s, d in stages))
-        if not isinstance(module, models.EncoderDecoder):
-            inputs = (jax.ShapeDtypeStruct((1, 64, 64, 3), "float32"),)
-        shapes = jax.eval_shape(
-            lambda *x, m=module: m.init(jax.random.key(0), *x, train=False), *inputs
-        )
-        for path, _ in jax.tree_util.tree_leaves_with_path(shapes):
-            for key in path:
-                stem, _, digits = key.key.rpartition("_")
-                assert not (digits.isdigit() and stem[:1].isupper()), jax.tree_util.keystr(path)
+    module = registry.create_model(name)
+    inputs = registry.example(name)
+    stages = zip(module.layout, module.depths, strict=True)
+    module = module.clone(depths=tuple(min(2, d) if len(s) == 1 else d for s, d in stages))
+    if not isinstance(module, models.EncoderDecoder):
+        inputs = (jax.ShapeDtypeStruct((1, 64, 64, 3), "float32"),)
+    shapes = jax.eval_shape(lambda *x: module.init(jax.random.key(0), *x, train=False), *inputs)
+    for path, _ in jax.tree_util.tree_leaves_with_path(shapes):
+        for key in path:
+            stem, _, digits = key.key.rpartition("_")
+            assert not (digits.isdigit() and stem[:1].isupper()), jax.tree_util.keystr(path)

@@ -12,6 +12,7 @@ import time
 import fsspec
 import numpy as np
 import pytest
+import small
 import tensorstore
 from etils import epath
 
@@ -119,6 +120,7 @@ def test_an_answer_that_stalls_is_asked_again(faults, bucket, monkeypatch):
     begin = time.monotonic()
     assert quick.cat_file(f"{bucket}/one.txt") == b"1"
     assert rule.hits == 1 and time.monotonic() - begin < 90
+    monkeypatch.setattr(store.LIMITS, "patience", 1.0)
     faults.add("stall", "alt=media", seconds=100.0)
     with pytest.raises(store.StoreFailed, match=f"{bucket}/one.txt"):
         quick.cat_file(f"{bucket}/one.txt")
@@ -173,13 +175,13 @@ def test_a_checkpoint_passes_a_fault(faults, bucket, name):
 
 def test_arrays_that_take_long_are_told(faults, bucket, monkeypatch, caplog):
     """tensorstore retries without a word."""
-    monkeypatch.setattr(store, "TELL_EVERY", 0.5)
-    faults.add("stall", "checkpoints/1/state/.*", method="POST", times=1, seconds=2.0)
+    monkeypatch.setattr(store, "TELL_EVERY", 0.2)
+    faults.add("stall", "checkpoints/1/state/.*", method="POST", times=1, seconds=1.0)
     saved = checkpoints(bucket)
     saved.save(1, state(1), metadata={})
     saved.close()
     assert f"writing to {bucket}/checkpoints: 0 s so far, at http://127.0.0.1:" in caplog.text
-    faults.add("stall", "checkpoints/1/state/.*tensorstore", times=1, seconds=2.0)
+    faults.add("stall", "checkpoints/1/state/.*tensorstore", times=1, seconds=1.0)
     same(checkpoints(bucket).restore(state(0)), 1)
     assert f"reading {bucket}/checkpoints/1: 0 s so far, at http://127.0.0.1:" in caplog.text
 
@@ -211,7 +213,7 @@ def test_no_process_waits_for_the_thread_that_tells(path, threads):
 
 def test_orbax_writes_nothing_after_the_list_of_files(faults, bucket):
     """Its thread writes the names of the handlers: were it slow, the step would be damaged."""
-    rule = faults.add("stall", "1/_CHECKPOINT_METADATA", method="POST", seconds=2.0)
+    rule = faults.add("stall", "1/_CHECKPOINT_METADATA", method="POST", seconds=1.0)
     saved = checkpoints(bucket)
     saved.save(1, state(1), metadata={})
     saved.close()
@@ -281,10 +283,12 @@ def test_a_store_that_fails_damages_no_step(faults, bucket, fault, what):
 
 @pytest.fixture(scope="module")
 def whole(gcs_proxy, tmp_path_factory, data_dir):
-    """A bucket with an undisturbed run, and the cases of `store_faults`."""
+    """A bucket with an undisturbed run, and the cases of `store_faults`, with a smaller model."""
     gcs_proxy.clear()
-    with store_faults.prepared(tmp_path_factory.mktemp("whole"), gcs_proxy, data_dir) as bucket:
-        yield bucket
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store_faults, "STEPS", store_faults.STEPS | small.IMAGES)
+        with store_faults.prepared(tmp_path_factory.mktemp("whole"), gcs_proxy, data_dir) as bucket:
+            yield bucket
 
 
 @pytest.mark.parametrize(
@@ -311,6 +315,7 @@ def test_every_fault_in_every_place(whole, faults, place, fault):
 def test_a_real_process_prints_one_line(faults, bucket, data_dir):
     faults.add("status", "checkpoints/2/", method="POST", status=403)
     options = {**store_faults.STEPS, "optim.warmup_steps": "1", "data.dir": data_dir}
+    options |= small.IMAGES
     command = [sys.executable, "-m", "localglobal_jax", "train", f"--workdir={bucket}"]
     command += [f"--config={ROOT / 'configs' / 'coatnet_digits.py'}:size=tiny"]
     command += [f"--config.{name}={value}" for name, value in options.items()]
@@ -579,7 +584,7 @@ def test_a_signal_is_told_at_once(caplog):
         assert ("SIGTERM" in caplog.messages[0]) == (number == signal.SIGTERM)
 
 
-def test_an_answer_that_is_lost_does_not_lose_the_lock(faults, bucket):
+def test_an_answer_that_is_lost_does_not_lose_the_lock(faults, bucket, monkeypatch):
     """The server has done it, the client asks again: the precondition fails by its own doing."""
     path = epath.Path(f"{bucket}/.lock")
     files()
@@ -593,6 +598,7 @@ def test_an_answer_that_is_lost_does_not_lose_the_lock(faults, bucket):
     lock.confirm()
     lock.release()
     assert not path.exists()
+    monkeypatch.setattr(store.LIMITS, "patience", 0.5)
     faults.add("cut", r"\.lock", method="POST")
     second = bucket_lock.BucketLock(path)
     with pytest.raises(store.StoreFailed, match=str(path)):

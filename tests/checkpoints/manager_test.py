@@ -500,25 +500,36 @@ assert checkpoints.steps() == [1, 2]
 """
 
 
-def test_two_hosts_agree_on_what_is_damaged(tmp_path):
+@pytest.mark.parametrize("place", ["disk", "bucket"])
+def test_two_hosts_agree_on_what_is_damaged(place, tmp_path, request):
+    directory = epath.Path(tmp_path)
+    if place == "bucket":
+        directory = epath.Path(request.getfixturevalue("bucket")) / "checkpoints"
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     hosts = [
         subprocess.Popen(
-            [sys.executable, "-c", HOSTS, str(tmp_path), port, str(host)],
+            [sys.executable, "-c", HOSTS, str(directory), port, str(host)],
             stderr=subprocess.PIPE,
             text=True,
         )
         for host in range(2)
     ]
-    errors = [host.communicate(timeout=600)[1] for host in hosts]
+    try:
+        errors = [host.communicate(timeout=600)[1] for host in hosts]
+    finally:
+        for host in hosts:
+            host.kill()
+            host.wait()
     assert [host.returncode for host in hosts] == [0, 0], errors
     assert "unreadable on another host" in errors[0] and "stale file handle" in errors[1]
-    step, arrays, metadata = reader.read(tmp_path)
+    step, arrays, metadata = reader.read(directory)
     assert (step, metadata) == (2, {"step": 7})
     np.testing.assert_array_equal(arrays["x"], np.arange(64).reshape(8, 8) + 7)
-    assert (tmp_path / "2.damaged").is_dir()
+    assert (directory / "2.damaged").is_dir()
+    parts = {path.name for path in (directory / "1" / "state").iterdir()}
+    assert {"ocdbt.process_0", "ocdbt.process_1"} <= parts
 
 
 def test_a_damaged_step_that_was_given_names_the_others(tmp_path):

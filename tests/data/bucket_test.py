@@ -67,7 +67,7 @@ def same(there, here):
 
 
 IMAGES = {
-    "digits": dict(name="digits", crop="pad", pad=1, flip=True),
+    "digits": dict(name="digits", crop="pad", pad=1, flip=True, train_split="train[:200]"),
     "digits, not in memory": dict(name="digits", in_memory=False),
     "photos": dict(
         name="photos", image_size=(16, 16), crop="resized", randaugment_layers=1, in_memory=False
@@ -166,8 +166,9 @@ RUNS = {
 
 @pytest.mark.parametrize("family", RUNS)
 def test_a_run_on_data_in_a_bucket_is_the_run_on_disk_bit_for_bit(family, sets, bucket, tmp_path):
-    put(sets, bucket)
     file, fields = RUNS[family]
+    if family == "muse":  # the digits are prepared there by the run
+        put(sets, bucket)
     config = f"{pathlib.Path(__file__).parents[2]}/configs/{file}.py:size=tiny"
     short = {"steps": 3, "eval.every": 3, "checkpoint.every": 3, "optim.warmup_steps": 1}
     states, lines = [], []
@@ -180,6 +181,8 @@ def test_a_run_on_data_in_a_bucket_is_the_run_on_disk_bit_for_bit(family, sets, 
         states.append(state)
         lines.append(lines_of(tmp_path / name))
     assert lines[0] == lines[1] and lines[0][-1]["step"] == 3
+    if family == "coatnet":
+        assert [path.name for path in (epath.Path(bucket) / "digits").iterdir()] == ["1.0.0"]
     here, there = map(jax.tree.leaves, states)
     for x, y in zip(here, there, strict=True):
         assert x.dtype == y.dtype and x.tobytes() == y.tobytes()

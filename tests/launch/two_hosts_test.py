@@ -192,6 +192,9 @@ def saved(workdir: str) -> set[int]:
 # end, by the back end's own rule.
 
 
+# In the suite: the scripts (tpu_vm_test.py), two hosts that train and stop (multihost_test.py), and
+# two that save in a bucket (manager_test.py).
+@pytest.mark.slow
 def test_tpu_vm(desk, options):
     words, workdir, store = options("tpu-vm")
     sweep = desk.sweep(*words, workdir=workdir, **store)

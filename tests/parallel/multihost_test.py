@@ -76,7 +76,7 @@ def wait_for(workdir, step, processes):
 
 
 def end(processes):
-    return [process.wait(timeout=180) for process in processes]
+    return [process.wait(timeout=1800) for process in processes]
 
 
 def stopped_after(workdir, step, processes):
@@ -87,8 +87,19 @@ def stopped_after(workdir, step, processes):
     return max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
 
 
-def test_two_hosts_train_as_one_stop_together_and_go_on_as_another_number(tmp_path):
-    """Parameters are split over two of the four devices; then one device has all of them."""
+def trained_here(workdir, step, monkeypatch):
+    """Trains in this process, on its two devices, until a stop is asked for at `step`."""
+
+    @contextlib.contextmanager
+    def requests(seen):
+        yield lambda reached: reached >= step
+
+    monkeypatch.setattr(multihost, "stop_requests", requests)
+    assert main([*COMMAND[3:], f"--workdir={workdir}"]) == 42
+
+
+def test_two_hosts_train_as_one_stop_together_and_go_on_as_another_number(tmp_path, monkeypatch):
+    """Parameters are split over two of four devices; then each of two devices has all of them."""
     split = ("--config.parallel.strategy=fsdp", "--config.parallel.mesh={'data': 2, 'fsdp': 2}")
     with training(tmp_path / "run", 2, 2, *split) as two:
         saved = stopped_after(tmp_path / "run", 3, two)
@@ -99,10 +110,8 @@ def test_two_hosts_train_as_one_stop_together_and_go_on_as_another_number(tmp_pa
             assert process.log.with_suffix(".out").read_text() == ""  # of gloo
             assert "preemption sync point" not in text, text  # of orbax
     assert max(lines(tmp_path / "run")) == saved
-    with training(tmp_path / "run", 1, 1) as one:
-        stopped_after(tmp_path / "run", saved + 3, one)
-    with training(tmp_path / "whole", 1, 4) as one:
-        stopped_after(tmp_path / "whole", saved + 3, one)
+    for name in ("run", "whole"):
+        trained_here(tmp_path / name, saved + 3, monkeypatch)
     parts, whole = lines(tmp_path / "run"), lines(tmp_path / "whole")
     steps = range(1, saved + 4)
     np.testing.assert_allclose(

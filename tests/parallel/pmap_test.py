@@ -35,17 +35,18 @@ RUNS = {
         },
     ),
 }
-# Trains under pmap, from its third under jit, and from two thirds of that under pmap again.
+# Trains under pmap, from its third under jit, and from two thirds of that under pmap again; `ways`
+# of these.
 HOST = """
 import json, pathlib, shutil, sys
 from localglobal_jax.config import loading, validation
 from localglobal_jax.parallel import multihost, rendezvous
 from localglobal_jax.training import loop
 
-address, host, config, overrides, root = sys.argv[1:]
+address, host, config, overrides, root, ways = sys.argv[1:]
 rendezvous.start(rendezvous.Cluster(address, 2, int(host)), 60)
 for name, way, start, gone in (("pmap", "pmap", None, ()), ("on", "jit", "pmap", "46"),
-                               ("back", "pmap", "on", "6")):
+                               ("back", "pmap", "on", "6"))[:int(ways)]:
     workdir = pathlib.Path(root, name)
     if start and multihost.rank() == 0:
         shutil.copytree(pathlib.Path(root, start), workdir)
@@ -64,13 +65,14 @@ def losses(workdir):
     return {line["step"]: line["loss"] for line in lines if line["split"] == "train"}
 
 
+@pytest.mark.parametrize("ways", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", ["coatnet", pytest.param("muse", marks=pytest.mark.slow)])
-def test_two_hosts_save_under_pmap_and_go_on_under_jit_and_back(family, tmp_path):
+def test_two_hosts_save_under_pmap_and_go_on_under_jit_and_back(family, ways, tmp_path):
     config, overrides = RUNS[family]
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    words = [str(CONFIGS / config), json.dumps({**COMMON, **overrides}), str(tmp_path)]
+    words = [str(CONFIGS / config), json.dumps({**COMMON, **overrides}), str(tmp_path), str(ways)]
     env = {**os.environ, "LOCALGLOBAL_DEBUG": "1"}
     hosts = [
         subprocess.Popen(
@@ -80,14 +82,15 @@ def test_two_hosts_save_under_pmap_and_go_on_under_jit_and_back(family, tmp_path
         for host in range(2)
     ]  # fmt: skip
     try:
-        said = [host.communicate(timeout=500)[1] for host in hosts]
+        said = [host.communicate(timeout=2400)[1] for host in hosts]
     finally:
         for host in hosts:
             host.kill()
             host.wait()
     assert [host.returncode for host in hosts] == [0, 0], said
-    assert re.findall(r"^step (\d)/6", said[0], re.MULTILINE) == [*"123456", *"3456", *"56"]
-    found = {name: losses(tmp_path / name) for name in ("pmap", "on", "back")}
+    steps = [*"123456", *"3456", *"56"][: {2: 10, 3: 12}[ways]]
+    assert re.findall(r"^step (\d)/6", said[0], re.MULTILINE) == steps
+    found = {name: losses(tmp_path / name) for name in ("pmap", "on", "back")[:ways]}
     for name, by_step in found.items():
         assert sorted(by_step) == [1, 2, 3, 4, 5, 6]
         assert {p.name for p in (tmp_path / name / "checkpoints").iterdir()} >= {"2", "6"}

@@ -28,6 +28,10 @@ STRATEGIES = {
     },
 }
 RUNS = {
+    "coatnet, few": (
+        "coatnet_digits.py:size=tiny,data=mock",
+        {"model.drop_path": "0.0", "model.depths": "(1, 1)"},
+    ),
     "coatnet": (
         "coatnet_digits.py:size=tiny,data=mock",
         {"model.drop_path": "0.0", "model.depths": "(1, 3)"},
@@ -118,7 +122,9 @@ print(json.dumps(found))
 # Strategies left out: all models do the same there, and one of them shows it.
 _ALIKE = ("replicate", "reference", "pmap, statistics per device")
 LESS = {"volo": (*_ALIKE, "fsdp+tensor"), "focal": (*_ALIKE, "fsdp+tensor"), "muse": _ALIKE}
-BLOCKS = {"coatnet": 4, "volo": 4, "focal": 3, "muse": 2}
+# In the suite; the other strategies are combinations of the four that are left.
+LESS["coatnet, few"] = ("replicate", "reference", "pmap", "fsdp+tensor", "all at once")
+BLOCKS = {"coatnet, few": 2, "coatnet": 4, "volo": 4, "focal": 3, "muse": 2}
 
 
 @pytest.mark.parametrize("model", RUNS)

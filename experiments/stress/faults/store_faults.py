@@ -117,10 +117,14 @@ class Bucket:
         code, _, said = self.command("train", f"{self.root}/undisturbed/run")
         assert code == 0, said
         self.reference = self.fetch(f"{self.root}/undisturbed/run")
-        # a run whose second checkpoint fails, to be resumed
-        proxy.add("status", r"checkpoints/4/", status=403)
+
+    @functools.cached_property
+    def half(self):
+        """A run whose second checkpoint failed, to be resumed."""
+        self.proxy.add("status", r"checkpoints/4/", status=403)
         assert self.command("train", f"{self.root}/half/run")[0] == 1
-        proxy.clear()
+        self.proxy.clear()
+        return f"{self.root}/half/run"
 
     def files(self):
         """The file system of the bucket."""
@@ -167,7 +171,7 @@ class Bucket:
         self.count += 1
         workdir = f"{self.root}/case{self.count}/run"
         if phase == "resume":
-            self.files().cp(f"{self.root}/half/run/", f"{workdir}/", recursive=True)
+            self.files().cp(f"{self.half}/", f"{workdir}/", recursive=True)
         elif phase == "evaluate":
             self.files().cp(f"{self.root}/undisturbed/run/", f"{workdir}/", recursive=True)
         path = path.replace("checkpoints/2", "checkpoints/4") if phase == "evaluate" else path

@@ -11,7 +11,6 @@ import textwrap
 
 import numpy as np
 import pytest
-import small
 from array_record.python import array_record_module
 from etils import epath
 
@@ -196,6 +195,7 @@ def test_killed_while_it_gives_files_their_names(places, monkeypatch, data_dir):
     assert len(list(pathlib.Path(target, "digits/1.0.0").iterdir())) == SHARDS + 1 + 2
 
 
+@pytest.mark.slow  # in the suite two at once prepare the digits in a bucket, see below
 def test_two_at_once_into_a_bucket(places, data_dir):
     origin, target = (place("bucket") for place in places)
     code = "import sys; from localglobal_jax.data.tfds import prepare; "
@@ -284,11 +284,3 @@ def test_other_bytes_under_a_name_are_replaced(bucket):
     place.write_bytes(b"of another program")
     assert prepare.prepare("digits", bucket) == COUNTS
     assert np.mean([len(image) for image in read(bucket)["test"]]) > 50
-
-
-def test_training_prepares_the_embedded_digits_in_a_bucket(bucket, tmp_path):
-    command = ["train", "--config=configs/coatnet_digits.py:size=tiny", f"--workdir={tmp_path}"]
-    fields = {**small.IMAGES, "data.dir": bucket, "steps": 1, "eval.every": 1, "batch_size": 8}
-    fields["optim.warmup_steps"] = 0
-    assert main(command + [f"--config.{key}={value}" for key, value in fields.items()]) == 0
-    assert names(bucket) == ["1.0.0"]
