@@ -92,13 +92,14 @@ def grid(
 
 
 def warmup(
-    models: Mapping[str, Overrides], common: Overrides, best: Mapping[str, Cell]
+    models: Mapping[str, Overrides],
+    common: Overrides,
+    best: Mapping[str, Cell],
+    steps: Iterable[int],
 ) -> Iterator[Overrides]:
-    """Yields every model at its best norm and rate of the grid with the other warm-ups."""
-    for factor, (name, model) in itertools.product(WARMUPS, models.items()):
-        cell = best[name]
-        steps = max(1, round(factor * cell.warmup))
-        yield {"seed": CHOICE, **common, **model, **_of(cell._replace(warmup=steps))}
+    """Yields every model at its best norm and rate of the grid with each of the warm-ups."""
+    for number, (name, model) in itertools.product(steps, models.items()):
+        yield {"seed": CHOICE, **common, **model, **_of(best[name]._replace(warmup=number))}
 
 
 def final(models: Mapping[str, Overrides], best: Mapping[str, Cell]) -> Iterator[Overrides]:
@@ -126,11 +127,32 @@ def sweeps(
         rows = [row for file in files for row in read(folder / file)]
         return chosen(rows, models_of(None), kind.metric, smaller_is_better=kind.smaller_is_better)
 
-    def further() -> list[float]:
+    def rates() -> tuple[list[float], list[float]]:
         """Returns the rates of grid.csv, and those that rule 3 adds to a complete one."""
         rows = read(folder / "grid.csv")
         known = [cell(row).rate for row in rows]
-        return known + (extension(best("grid.csv"), known) if is_complete(rows) else [])
+        if not is_complete(rows):
+            return known, []
+        return known, extension([each.rate for each in best("grid.csv").values()], known)
+
+    def warmups(arg: str | None) -> tuple[list[int], list[int]]:
+        """Returns the warm-ups of warmup.csv, and those that it lacks, of rule 3 too."""
+        rows, longest = read(folder / "warmup.csv"), config_of(arg).steps // 2
+        known = [cell(row).warmup for row in rows]
+        study = {each.warmup for each in best("grid.csv").values()}
+        wanted = [max(1, round(factor * steps)) for factor in WARMUPS for steps in study]
+        if is_complete(rows):
+            taken = [each.warmup for each in best("grid.csv", "warmup.csv").values()]
+            wanted += [round(steps) for steps in extension(taken, [*known, *study])]
+        lacking = [steps for steps in wanted if steps not in known and 1 <= steps <= longest]
+        return list(dict.fromkeys(known)), lacking
+
+    def refuse(stage: str, missing: Sequence[float]) -> None:
+        if missing:
+            raise ValueError(
+                f"{folder.name}: {stage}.csv lacks the runs of {sorted(missing)} (PROTOCOL.md, "
+                f"rules 2 and 3): start --sweep {stage} again, and collect it"
+            )
 
     def sweep_grid(arg: str | None = None) -> Iterator[Overrides]:
         optim, models = config_of(arg).optim, list(models_of(arg).values())
@@ -138,24 +160,17 @@ def sweeps(
         run = functools.partial(grid, models, kind.choice, warmup=steps, norms=kind.norms)
         yield from run(rate=rate)
         first = {round(factor * rate, 10) for factor in FACTORS}
-        for added in dict.fromkeys(found for found in further() if found not in first):
-            yield from run(rate=added, factors=(1.0,))
+        for added in dict.fromkeys(itertools.chain(*rates())):
+            if added not in first:
+                yield from run(rate=added, factors=(1.0,))
 
     def sweep_warmup(arg: str | None = None) -> Iterator[Overrides]:
-        chosen_cells = best("grid.csv")
-        if missing := set(further()) - {cell(row).rate for row in read(folder / "grid.csv")}:
-            raise ValueError(
-                f"{folder.name}: a model chose an end of the grid, which lacks the rates "
-                f"{sorted(missing)}: start --sweep grid again, and collect it"
-            )
-        yield from warmup(models_of(arg), kind.choice, chosen_cells)
+        refuse("grid", rates()[1])
+        steps = itertools.chain(*warmups(arg))
+        yield from warmup(models_of(arg), kind.choice, best("grid.csv"), steps)
 
     def sweep_final(arg: str | None = None) -> Iterator[Overrides]:
-        if not read(folder / "warmup.csv"):
-            raise ValueError(
-                f"{folder.name}: the choice needs warmup.csv, which is missing: run "
-                "--sweep warmup, and collect it"
-            )
+        refuse("warmup", warmups(arg)[1])
         yield from final(models_of(arg), best("grid.csv", "warmup.csv"))
 
     return sweep_grid, sweep_warmup, sweep_final
@@ -239,15 +254,19 @@ def chosen(
     }
 
 
-def extension(best: Mapping[str, Cell], rates: Iterable[float]) -> list[float]:
-    """Returns the rates that the grid lacks: a factor 2 beyond each end that a model chose.
+def extension(taken: Iterable[float], tried: Iterable[float]) -> list[float]:
+    """Returns the values that a grid lacks: a factor 2 beyond each end that a model chose.
 
     All models get them, so that the tuning budgets stay equal.
+
+    Args:
+      taken: the value that each model chose.
+      tried: all values of the grid.
     """
-    known, taken = sorted(set(rates)), {each.rate for each in best.values()}
-    low = [round(known[0] / 2, 10)] if known[0] in taken else []
-    high = [round(known[-1] * 2, 10)] if known[-1] in taken else []
-    return low + high
+    low, high = min(tried := list(tried)), max(tried)
+    taken = set(taken)
+    below = [round(low / 2, 10)] if low in taken else []
+    return below + ([round(high * 2, 10)] if high in taken else [])
 
 
 # ---------------------------------------------------------------------------- state on the pages

@@ -174,10 +174,10 @@ def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body)]
 
 
-def setting(rows: Sequence[Row]) -> list[str]:
+def setting(rows: Sequence[Row], kind: protocol.Kind) -> list[str]:
     """Returns the cells of norm (if chosen), learning rate and warm-up of a model's runs."""
     if not rows or protocol.RATE not in rows[0]:
-        return ["not chosen"] * 2
+        return ["not chosen"] * (3 if kind.norms else 2)
     norm, rate, warmup = protocol.cell(rows[0])
     return [*([f"{norm}-norm"] if norm else []), f"{rate:g}", str(warmup)]
 
@@ -199,7 +199,7 @@ def grid(
     found = protocol.scores(rows, models, kind.metric)
     body = [
         (
-            *setting(own),
+            *setting(own, kind),
             *(f"{scale * found[m][cell]:.{digits}f}" if cell in found[m] else "" for m in models),
         )
         for cell, own in _by_cell(rows).items()

@@ -221,12 +221,13 @@ def test_the_choice_is_the_best_of_validation_and_needs_the_whole_grid(kind, nor
     best = choose(kind, rows)
     x, y = {1: ("", ""), 2: ("post", "pre")}[norms]
     assert best == {"x": protocol.Cell(x, 2e-3, 100), "y": protocol.Cell(y, 4e-3, 100)}
-    assert protocol.extension(best, [1e-3, 2e-3, 4e-3]) == [8e-3]
+    assert protocol.extension([2e-3, 4e-3], [1e-3, 2e-3, 4e-3]) == [8e-3]
+    assert protocol.extension([150, 300], [300, 150, 600]) == [75]
     with pytest.raises(ValueError, match=f"0 of {len(runs)}"):
         choose(kind, collected(kind, runs, [1] * len(runs), "running"))
     with pytest.raises(ValueError, match=f"'x': {3 * norms}, 'y': {3 * norms - 1}"):
         choose(kind, rows[:-1])
-    more = list(protocol.warmup(MODELS, {}, best))
+    more = list(protocol.warmup(MODELS, {}, best, (50, 200)))
     assert {run["optim.warmup_steps"] for run in more} == {50, 200}
     assert [run["optim.learning_rate"] for run in more] == [2e-3, 4e-3] * 2
     last = list(protocol.final(MODELS, best))
@@ -238,7 +239,10 @@ def test_the_choice_is_the_best_of_validation_and_needs_the_whole_grid(kind, nor
 def test_a_grid_grows_for_all_models_until_none_chooses_its_end(kind, norms, tmp_path):
     optim = types.SimpleNamespace(learning_rate=2e-3, warmup_steps=100)
     grid, warmup, final = protocol.sweeps(
-        kind, tmp_path, lambda arg: types.SimpleNamespace(optim=optim), lambda arg: MODELS
+        kind,
+        tmp_path,
+        lambda arg: types.SimpleNamespace(optim=optim, steps=900),
+        lambda arg: MODELS,
     )
 
     def collect(name, sweep, cost):
@@ -246,9 +250,10 @@ def test_a_grid_grows_for_all_models_until_none_chooses_its_end(kind, norms, tmp
         write(tmp_path / f"{name}.csv", collected(kind, runs, [cost(run) for run in runs]))
         return runs
 
-    def distance(run):  # x is best at 9e-3, y at 2e-3, and both with a short warm-up
-        best = 9e-3 if run["model.layout"] == "SS" else 2e-3
-        return abs(math.log(run["optim.learning_rate"] / best)) + run["optim.warmup_steps"] / 1e4
+    def distance(run):  # x is best at 9e-3 with a long warm-up, y at 2e-3 with one of 100
+        first = run["model.layout"] == "SS"
+        apart = abs(math.log(run["optim.learning_rate"] / (9e-3 if first else 2e-3)))
+        return apart + abs(math.log(run["optim.warmup_steps"] / (2000 if first else 100))) / 99
 
     first = collect("grid", grid, distance)
     assert len(first) == 6 * norms
@@ -264,8 +269,15 @@ def test_a_grid_grows_for_all_models_until_none_chooses_its_end(kind, norms, tmp
         list(final())
     tried = collect("warmup", warmup, distance)
     assert {run["optim.learning_rate"] for run in tried} == {8e-3, 2e-3}
+    assert {run["optim.warmup_steps"] for run in tried} == {50, 200}
+    with pytest.raises(ValueError, match=r"warmup\.csv.*400"):
+        list(final())
+    more = collect("warmup", warmup, distance)
+    assert more[: len(tried)] == tried
+    assert [run["optim.warmup_steps"] for run in more[len(tried) :]] == [400] * 2
+    assert list(warmup()) == more  # 800 would be more than half of the steps
     reported = list(final())
-    assert {run["optim.warmup_steps"] for run in reported} == {50}
+    assert {run["optim.warmup_steps"] for run in reported} == {400, 100}
     # The test set is seen by the reported runs only, which train on the whole training set
     assert all(kind.choice.items() <= run.items() for run in third + tried)
     assert not any(kind.choice.keys() & run.keys() for run in reported)

@@ -72,7 +72,7 @@ def results(rows):
     body = []
     for n, own in found.items():
         apart = "" if n == "CCTT" else study.shown(verdicts.paired(own, found["CCTT"]))
-        setting = study.setting([row for row in rows if row["model.layout"] == n])
+        setting = study.setting([r for r in rows if r["model.layout"] == n], protocol.IMAGES)
         body.append((n, study.shown(list(own.values())), apart, *setting))
     head = ("layout", "test accuracy", "minus CCTT", "learning rate", "warm-up")
     return [*study.table(head, body), "", f"Best first: {study.ranked(found)}"]
