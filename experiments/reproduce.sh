@@ -2,14 +2,16 @@
 # The studies at laptop size: trains, measures, draws; goes on where it was stopped. What the
 # committed CSV files have already is not measured again: empty them for figures of your own.
 #
-#     experiments/reproduce.sh laptop|length|protocol [RUNS] [SLOTS]
+#     experiments/reproduce.sh laptop|length|protocol|lohelp [RUNS] [SLOTS]
 #
-# laptop: all studies; length: length_or_difficulty; protocol: the tuning of beyond and muse_results.
+# laptop: the studies at one setting; length: length_or_difficulty; protocol: beyond and muse_results
+# tuned, with the two studies that measure the models of muse_results; lohelp: lohelp tuned, in 22 runs
+# of 45 minutes or more.
 # RUNS: a folder for the runs (default: runs, in the repository); SLOTS: runs at a time (default 2).
 set -euo pipefail
 what=${1:-}
-case $what in laptop | length | protocol) ;; *)
-  sed -n '2,8s/^# \{0,1\}//p' "$0"
+case $what in laptop | length | protocol | lohelp) ;; *)
+  sed -n '2,10s/^# \{0,1\}//p' "$0"
   exit 2
   ;;
 esac
@@ -26,6 +28,12 @@ sweep() {
   localglobal sweep --config "$config" --workdir "$folder" --slots "$slots" "$@"
   localglobal sweep --config "$config" --workdir "$folder" --collect "$csv" "$@"
 }
+# study, folder: each stage reads the CSV file of the one before, and grows where a model chose an end
+tune() {
+  for stage in grid grid grid warmup warmup final; do
+    sweep "$1" sweep.py "$2_$stage" "$stage.csv" --sweep "$stage"
+  done
+}
 measure() { python -m "experiments.$1" "${@:2}"; }
 
 if [ "$what" = length ]; then
@@ -37,19 +45,25 @@ if [ "$what" = length ]; then
   measure length_or_difficulty.make
   exit
 fi
-if [ "$what" = protocol ]; then # each stage reads the CSV file of the one before
+if [ "$what" = lohelp ]; then
+  prepare configs/muse_lohelp.py
+  tune lohelp lohelp
+  measure lohelp.make
+  exit
+fi
+if [ "$what" = protocol ]; then
   prepare configs/coatnet_fashion_mnist.py
-  for stage in grid grid grid warmup final; do
-    sweep beyond sweep.py "beyond_$stage" "$stage.csv" --sweep "$stage"
-  done
+  tune beyond beyond
   measure beyond.measure "$runs/beyond_final" final
   measure beyond.measure_kernels "$runs/beyond_final"
   measure beyond.make
   prepare configs/muse_lohelp.py
-  for stage in grid grid grid warmup final; do # the grid grows where a model chose its end
-    sweep muse_results sweep.py "results_$stage" "$stage.csv" --sweep "$stage"
+  tune muse_results results
+  measure bleu_by_length.measure runs "$runs/results_final"
+  measure attention_dispersion.measure "$runs/results_final"
+  for study in muse_results bleu_by_length attention_dispersion; do
+    measure "$study.make"
   done
-  measure muse_results.make
   exit
 fi
 
@@ -70,14 +84,12 @@ sweep beyond sweep.py beyond results.csv
 measure beyond.measure "$runs/beyond"
 
 sweep muse_results sweep.py results results.csv
-measure bleu_by_length.measure runs "$runs/results"
-measure attention_dispersion.measure "$runs/results"
 sweep muse_kernels sweep.py kernels results.csv
 measure muse_kernels.measure "$runs/kernels" "$runs/results"
 localglobal sweep --config experiments/beyond_text/sweep.py --workdir "$runs/beyond_text" --slots "$slots"
 measure beyond_text.measure "$runs/beyond_text"
 
-# lohelp trains by its own run.sh (six runs of 45 minutes); here only its page is drawn
+# the runs of lohelp at one setting (six of 45 minutes) are not made again
 for study in lohelp length_or_difficulty operator_properties attention_dispersion bleu_by_length muse_results muse_kernels \
   coatnet_layouts coatnet_transfer vision_comparison beyond beyond_text; do
   measure "$study.make"

@@ -154,12 +154,15 @@ def earlier(folder: pathlib.Path) -> dict[str, str]:
     return {row["verdict"]: row["side"] for row in protocol.read(folder / "earlier.csv")}
 
 
-def changed(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
-    """Returns a sentence on the verdicts of two evaluations, and one for each that differs.
+def changed(folder: pathlib.Path, before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
+    """Returns a sentence on the verdicts that tuning changed, and one for each.
 
     Args:
+      folder: of the study; "not run" unless it is tuned.
       before, after: the side of each verdict by its name. Names that only one has are left out.
     """
+    if protocol.state(folder) != protocol.TUNED:
+        return ["not run"]
     shared = [name for name in after if name in before]
     lines = [
         f"- {name}: {before[name]}, tuned {after[name]}"

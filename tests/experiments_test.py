@@ -98,6 +98,7 @@ def test_one_command_makes_every_study():
     for path in steps:
         name = path.parent.name
         said = (f"measure {name}.{path.stem}", f"sweep {name} {path.name}", f"{name}/{path.name}")
+        said += (f"tune {name} ",)
         assert any(words in script.replace('"', "") for words in said), path
     assert set(STUDIES) <= set(script.partition("for study in")[2].replace(";", " ").split())
     subprocess.run(["bash", "-n", FOLDER / "reproduce.sh"], check=True)
@@ -131,7 +132,7 @@ echo "$(basename "$0") $*" >> "$LOG"
 """
 
 
-@pytest.mark.parametrize("what", ["laptop", "length", "protocol"])
+@pytest.mark.parametrize("what", ["laptop", "length", "protocol", "lohelp"])
 def test_one_script_stops_with_a_stopped_command_and_goes_on(what, tmp_path):
     for name in ("localglobal", "python"):
         (tmp_path / name).write_text(STAND_IN)
@@ -345,13 +346,15 @@ def test_a_study_of_another_ones_runs_is_tuned_if_it_measured_the_final_ones(tmp
         assert protocol.state(folder) == protocol.ONE_SETTING
 
 
-def test_verdicts_that_changed_are_named():
+def test_verdicts_that_changed_are_named(tmp_path):
     before = {"a against b": "better", "c against d": "worse", "gone": "worse"}
     after = {"a against b": "undecided", "c against d": "worse", "new": "better"}
-    count, _, *lines = study.changed(before, after)
+    assert study.changed(tmp_path, before, after) == ["not run"]
+    (tmp_path / "final.csv").write_text("name,state\na,done\n")
+    count, _, *lines = study.changed(tmp_path, before, after)
     assert count.startswith("1 of 2 ")
     assert lines == ["- a against b: better, tuned undecided"]
-    assert len(study.changed(before, before)) == 1
+    assert len(study.changed(tmp_path, before, before)) == 1
 
 
 def test_ranked_says_what_is_certain():

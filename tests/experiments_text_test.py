@@ -23,6 +23,7 @@ FOLDER = pathlib.Path(study.__file__).parent
     ("name", "apart"),
     [
         ("muse_results/sweep", 1e-3),
+        ("lohelp/sweep", 1e-3),
         ("muse_kernels/sweep", 0.021),
         ("beyond_text/sweep", 1e-3),
         ("length_or_difficulty/sweep", 1e-3),

@@ -1,59 +1,65 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws results.csv -> table.md, figure.png and the README's tables.
+"""results.csv, grid.csv, warmup.csv, final.csv -> table.md, figure.png and the README's tables.
 
-python -m experiments.lohelp.make [runs/lohelp]     with the folder of `run.sh`: collects first
+python -m experiments.lohelp.make
 """
 
-import csv
-import json
 import pathlib
-import sys
 
-from experiments import study
+from experiments import protocol, study
+from localglobal_jax.config import loading
 
 HERE = pathlib.Path(__file__).parent
+SWEEP = loading.import_file(HERE / "sweep.py")
 BUCKETS = ("1-15", "16-30", "31-45", "46-60")  # 2,252 of 2,285; beyond, each has 19 or fewer
-NAMES = {"muse": "MUSE", "transformer": "Transformer"}
+LAYOUTS = {"MUSE": "MM", "Transformer": "SS"}
 SCORES = {"bleu": "BLEU", "chrf": "chrF", "perplexity": "perplexity"}
 COLUMNS = {**SCORES, **{f"bleu_{bucket}": f"BLEU, words {bucket}" for bucket in BUCKETS}}
-
-
-def collect(runs: pathlib.Path) -> None:
-    """Writes results.csv: the output of `localglobal evaluate` for the test split of every run."""
-    rows = []
-    for file in sorted(runs.glob("*_*.test.json")):
-        model, seed = file.name.removesuffix(".test.json").split("_")
-        found = json.loads(file.read_text())
-        values = {name: f"{found['test'][name]:.4f}" for name in COLUMNS if name in found["test"]}
-        rows.append({"model": model, "seed": seed, "steps": found["step"], **values})
-    with open(HERE / "results.csv", "w", newline="") as out:
-        writer = csv.DictWriter(out, ("model", "seed", "steps", *COLUMNS), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def scores(rows, column):
     """{model: {seed: number}} of a column."""
     return {
-        name: study.by_seed([row for row in rows if row["model"] == key], column)
-        for key, name in NAMES.items()
+        name: study.by_seed([r for r in rows if r["model.layout"] == layout], f"test/{column}")
+        for name, layout in LAYOUTS.items()
     }
 
 
-def tables(rows):
-    body, lines = [], []
+def compared(rows):
+    """Returns the verdicts on MUSE against the Transformer, by every score."""
+    found = {}
     for column, label in COLUMNS.items():
-        found = scores(rows, column)
-        body.append([label, *(study.shown(list(each.values())) for each in found.values())])
-        lines += study.verdict_lines(found, label, smaller_is_better=column == "perplexity")
-    return {"results": study.table(["", *NAMES.values()], body), "verdict": lines}
+        smaller = column == "perplexity"
+        found |= study.compared(scores(rows, column), label, smaller_is_better=smaller)
+    return found
 
 
-def draw(rows):
-    """Plots BLEU by words of the source."""
+def tables(rows):
+    tuned = protocol.reported(HERE)
+    before, after = ({n: v.side for n, v in compared(r).items()} for r in (rows, tuned))
+    body = [
+        [label, *(study.shown(list(each.values())) for each in scores(tuned, column).values())]
+        for column, label in COLUMNS.items()
+    ]
+    settings = [
+        (name, *study.setting([r for r in tuned if r["model.layout"] == layout], protocol.TEXT))
+        for name, layout in LAYOUTS.items()
+    ]
+    return {
+        "results": study.table(["", *LAYOUTS], body),
+        "setting": study.table(("model", "norm", "learning rate", "warm-up"), settings),
+        "verdict": study.sentences(compared(tuned)),
+        "changed": study.changed(HERE, before, after),
+        "grid": study.grid(HERE, SWEEP.models_of(None), protocol.TEXT),
+    }
+
+
+def draw(_):
+    """Plots the reported runs' BLEU by words of the source."""
+    rows = protocol.reported(HERE)
     figure = study.figure(width=6)
     axes = figure.subplots()
-    for offset, name, color in zip((-0.2, 0.2), NAMES.values(), study.COLORS, strict=False):
+    for offset, name, color in zip((-0.2, 0.2), LAYOUTS, study.COLORS, strict=False):
         points = [
             study.point(list(scores(rows, f"bleu_{bucket}")[name].values())) for bucket in BUCKETS
         ]
@@ -68,6 +74,4 @@ def draw(rows):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        collect(pathlib.Path(sys.argv[1]))
     study.main(__file__, tables, draw)
