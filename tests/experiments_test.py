@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Committed tables equal those that make.py draws from results.csv; every sweep is valid."""
 
+import collections
 import csv
 import functools
 import importlib
@@ -20,6 +21,7 @@ from experiments import protocol, study
 from experiments.benchmarks import make as benchmarks
 from experiments.beyond import make as beyond
 from experiments.beyond import measure_kernels
+from localglobal_jax.config import loading
 from localglobal_jax.data import loader
 from localglobal_jax.data.images import pipeline
 from localglobal_jax.launch import expand, summary
@@ -89,6 +91,29 @@ def test_benchmarks_show_what_was_measured():
 def test_every_run_of_every_sweep_is_right(name, size, tmp_path):
     runs = expand.expand(f"{FOLDER / name}:size={size}", str(tmp_path), "sweep", {})
     assert len({run.name for run in runs.runs}) == len(runs.runs) > 1
+
+
+TRIED = (protocol.NORM, protocol.RATE, protocol.WARMUP)
+TUNED = [name for name in SWEEPS if "sweep_grid" in (FOLDER / name).read_text()]
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_every_run_of_every_grid_is_right(name, tmp_path):
+    spec = f"{FOLDER / name}:size=tiny"
+    found = collections.Counter()
+    for run in expand.expand(spec, str(tmp_path), "grid", {}).runs:
+        found[str(sorted((k, v) for k, v in run.overrides.items() if k not in TRIED))] += 1
+    assert len(found) >= 4  # models
+    assert len(set(found.values())) == 1  # of equal budgets
+
+
+def test_the_reported_translations_have_both_lengths(monkeypatch):
+    sweep = loading.import_file(FOLDER / "beyond_text" / "sweep.py")
+    chosen = [{"seed": seed, protocol.RATE: 1e-3} for seed in protocol.SEEDS]
+    monkeypatch.setattr(sweep, "_final", lambda arg: iter(chosen))
+    found = [(run["seed"], run["data.max_length"]) for run in sweep.sweep_final()]
+    assert found == [(seed, length) for seed in protocol.SEEDS for length in (96, 24)]
+    assert sweep.get_config().data.max_length == 96  # of the choice
 
 
 def test_one_command_makes_every_study():

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures the runs of `sweep.py` on sentences longer than those of training -> lengths.csv.
+"""Measures the runs of `sweep.py` on sentences longer than those of training.
 
-    python -m experiments.beyond_text.measure runs/beyond_text
+    python -m experiments.beyond_text.measure runs/beyond_text        # of `sweep`: lengths.csv
+    python -m experiments.beyond_text.measure runs/final final        # final_lengths.csv
 
 A row is a run and a bucket of lengths of the test set (tokens of the longer side, the end included;
 "all" is the whole set): loss per target token, and BLEU and chrF of greedy translations. Continues
@@ -50,5 +51,5 @@ def measure(trained):
 
 
 if __name__ == "__main__":
-    runs = text_runs.finished(sys.argv[1])
-    text_runs.measured(runs, HERE / "lengths.csv", COLUMNS, measure)
+    file = HERE / "_".join((*sys.argv[2:3], "lengths.csv"))
+    text_runs.measured(text_runs.finished(sys.argv[1]), file, COLUMNS, measure)

@@ -5,7 +5,8 @@
 
 Five models of equal size, three seeds, trained on pairs of up to 96 tokens and of up to 24, to
 measure the second kind on longer sentences. T, A and E use displacements and get no positions.
-`measure.py` reads the runs.
+`sweep` is one setting; `sweep_grid`, `sweep_warmup` and `sweep_final` are the protocol's. The
+choice is made with the longer pairs; the final runs have both lengths. `measure.py` reads the runs.
 """
 
 import pathlib
@@ -13,7 +14,10 @@ import pathlib
 from localglobal_jax.config import loading
 from localglobal_jax.config.sweeps import product
 
-RESULTS = pathlib.Path(__file__).parents[1] / "muse_results" / "sweep.py"
+HERE = pathlib.Path(__file__).parent
+RESULTS = HERE.parent / "muse_results" / "sweep.py"
+protocol = loading.import_file(HERE.parent / "protocol.py")
+NAMES = ("Transformer", "MUSE", "relative", "A", "E")
 LAYOUTS = {  # and their positions
     "SS": "sinusoidal",
     "MM": "sinusoidal",
@@ -38,10 +42,12 @@ def parse(arg):
 
 def get_config(arg=None):
     config = loading.load(f"{RESULTS}:{arg or ''}")
+    size = parse(arg).size
     config.model.blocks.update(T=dict(furthest=64), E=dict(furthest=64), A=dict(window=15))
     config.model.positions = "sinusoidal"
-    config.data.eval_splits = ("valid" if parse(arg).size == "paper" else "validation",)
-    if parse(arg).size == "laptop":
+    config.data.eval_splits = ("valid" if size == "paper" else "validation",)
+    config.data.max_length = LENGTHS[size][0]
+    if size == "laptop":
         config.steps, config.optim.warmup_steps = 1200, 200
         config.task.beam = 0  # measure.py translates
         config.model.depths = (2, 2)
@@ -49,12 +55,28 @@ def get_config(arg=None):
     return config
 
 
+def models_of(arg):
+    """Returns the overrides of each model, by its name."""
+    found = (
+        {"model.layout": layout, "model.positions": positions, "model.hidden": (width, width)}
+        for (layout, positions), width in zip(LAYOUTS.items(), HIDDEN[parse(arg).size], strict=True)
+    )
+    return dict(zip(NAMES, found, strict=True))
+
+
+def lengths(arg):
+    return {"data.max_length": LENGTHS[parse(arg).size]}
+
+
 def sweep(arg=None):
     """Yields every model with every length and every seed."""
-    size = parse(arg).size
-    models = (
-        {"model.layout": layout, "model.positions": positions, "model.hidden": (width, width)}
-        for (layout, positions), width in zip(LAYOUTS.items(), HIDDEN[size], strict=True)
-    )
-    seeds = (0,) if size == "tiny" else (0, 1, 2)
-    yield from product({"seed": seeds, "data.max_length": LENGTHS[size]}, models)
+    seeds = (0,) if parse(arg).size == "tiny" else protocol.SEEDS
+    yield from product({"seed": seeds, **lengths(arg)}, list(models_of(arg).values()))
+
+
+sweep_grid, sweep_warmup, _final = protocol.sweeps(protocol.TEXT, HERE, get_config, models_of)
+
+
+def sweep_final(arg=None):
+    """Yields every model at its chosen setting with every seed and every length."""
+    yield from product(list(_final(arg)), lengths(arg))
