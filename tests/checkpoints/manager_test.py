@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
@@ -349,6 +350,21 @@ def test_a_disk_without_room_is_said_in_a_line(tmp_path):
     assert "Traceback" not in done.stderr
     assert reader.inspect(tmp_path, verify=True)["steps"][0]["verified"]
     assert open_at(tmp_path).steps() == [1]
+
+
+def test_only_large_arrays_are_cut_among_the_devices_that_hold_them(tmp_path):
+    """A cut compiles a program for each shape."""
+    everywhere = NamedSharding(placement.make_mesh({"data": 2}), PartitionSpec())
+    rows = 2 * orbax_patches.SLICE // 4096  # of 4,096 bytes: two slices
+    state = {"small": jnp.ones((4, 6)), "below": jnp.ones((rows - 2, 1024))}
+    state = jax.device_put(state | {"large": jnp.ones((rows, 1024))}, everywhere)
+    checkpoints = open_at(tmp_path)
+    assert checkpoints.save(1, state, metadata={})
+    checkpoints.close()
+    found = ocp.PyTreeCheckpointHandler().metadata(tmp_path / "1" / "state").tree
+    written = {name: leaf.storage.write_shape for name, leaf in found.items()}
+    assert written == {"small": (4, 6), "below": (rows - 2, 1024), "large": (rows // 2, 1024)}
+    same(checkpoints.restore(jax.eval_shape(lambda: state)).state, state)
 
 
 def test_a_clock_that_jumps_ahead_ends_no_save(tmp_path, monkeypatch):
