@@ -4,9 +4,9 @@
 #
 #     experiments/reproduce.sh laptop|length|protocol|lohelp [RUNS] [SLOTS]
 #
-# laptop: the studies at one setting; length: length_or_difficulty; protocol: beyond and muse_results
-# tuned, with the two studies that measure the models of muse_results; lohelp: lohelp tuned, in 22 runs
-# of 45 minutes or more.
+# laptop: the studies at one setting; length: length_or_difficulty; protocol: beyond, beyond_text and
+# muse_results tuned, with the two studies that measure the models of muse_results; lohelp: lohelp
+# tuned, in 22 runs of 45 minutes or more.
 # RUNS: a folder for the runs (default: runs, in the repository); SLOTS: runs at a time (default 2).
 set -euo pipefail
 what=${1:-}
@@ -58,6 +58,9 @@ if [ "$what" = protocol ]; then
   measure beyond.measure_kernels "$runs/beyond_final"
   measure beyond.make
   prepare configs/muse_lohelp.py
+  tune beyond_text beyond_text
+  measure beyond_text.measure "$runs/beyond_text_final" final
+  measure beyond_text.make
   tune muse_results results
   measure bleu_by_length.measure runs "$runs/results_final"
   measure attention_dispersion.measure "$runs/results_final"
