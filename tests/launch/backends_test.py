@@ -16,6 +16,7 @@ from localglobal_jax.launch.backend import Launch, Option, Request, Started, Tar
 from localglobal_jax.launch.exit_codes import ExitCode
 
 LAYOUTS = str(pathlib.Path(__file__).parents[2] / "experiments/coatnet_layouts/sweep.py")
+DIGITS = str(pathlib.Path(__file__).parents[2] / "configs/coatnet_digits.py")
 COMMAND = ("localglobal", "train", "--config.model.depths=(1, 1)", "--workdir", "gs://b/it's")
 ENV = {"NOTE": "it's a 'test'", "HF_TOKEN": "hunter 2's"}
 
@@ -161,7 +162,8 @@ TPU_VM = ("--backend=tpu-vm", "--zone=z", "--tpu_type=v5litepod-16")
 def test_secrets_are_neither_printed_nor_written(words, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", ENV["HF_TOKEN"])
     root = str(tmp_path / "root") if "slurm" in words[0] else "gs://b/r"
-    command = ["sweep", f"--config={LAYOUTS}", f"--workdir={root}", "--only", "0", *words]
+    command = ["sweep", f"--config={DIGITS}", "--sweep=layouts", f"--workdir={root}"]
+    command += ["--only", "0", *words]
     command += ["--env=HF_TOKEN", f"--env=NOTE={ENV['NOTE']}"]
     assert main([*command, "--dry_run"]) == 0
     printed = capsys.readouterr().out
@@ -193,10 +195,10 @@ def executed(script, tools, env, wait_for=None):
             assert process.poll() is None
             time.sleep(0.02)
         process.terminate()
-    return process.wait(60)
+    return process.wait(600)
 
 
-SAVES = """trap 'exit 42' TERM; touch "$PLACE/ready"; while :; do sleep 0.05; done"""
+SAVES = """trap 'exit 42' TERM; touch "$PLACE/ready"; while :; do command -p sleep 0.05; done"""
 
 
 @pytest.mark.parametrize(("code", "deleted"), [(1, True), (2, True), (78, False), (255, False)])
@@ -266,7 +268,8 @@ def described(tmp_path):
 
 
 def test_the_head_of_an_sbatch_script(tmp_path):
-    runs = [described(tmp_path)[i] for i in (0, 1, 2, 5)]
+    found = described(tmp_path)
+    runs = [found[i] for i in (0, 1, 2, 5)]
     text = slurm.script(
         runs, {run.name: COMMAND for run in runs}, prefix="p", root="/r", nodes=2, gpus=4,
         concurrent=3, options=["--time=1:00:00"], env=ENV,
@@ -285,6 +288,7 @@ def test_the_script_of_slurm(body, code, tmp_path):
     tool(tmp_path, "srun", f'echo $$ > "$PLACE/pid"\n{body}')
     tool(tmp_path, "scancel", 'kill -TERM "$(cat "$PLACE/pid")"')
     tool(tmp_path, "scontrol", 'echo "$*" > "$PLACE/requeued"')
+    tool(tmp_path, "sleep", "")  # of a script that is put back into the queue at once
     run = described(tmp_path)[5]
     text = slurm.script([run], {run.name: COMMAND}, prefix="p", root="/r")
     (tmp_path / "s.sh").write_text(text)

@@ -48,7 +48,8 @@ def search_none():
     return {{"seed": [1, 2]}}
 """
 # The loss is the distance of the rate from 0.01, in decades; every evaluation takes 0.2 s. With
-# eval.patience the run stops at step 20: its loss does not change.
+# eval.patience the run stops at step 20: its loss does not change. If SLOW is set, a bad run waits
+# until the study has its first loss, and then SLOW seconds in which it may be pruned.
 RUN = """
 import json, math, os, pathlib, signal, sys, time
 rate, folder, steps = float(sys.argv[1]), pathlib.Path(sys.argv[2]), 40
@@ -61,8 +62,10 @@ for step in range(10, steps + 1, 10):
     line = {"step": step, "split": "test[:8]", "loss": abs(math.log10(rate) + 2)}
     with open(folder / "metrics.jsonl", "a") as file:
         file.write(json.dumps(line) + "\\n")
-    if step == 10 and line["loss"] > 0.3:
-        time.sleep(float(os.environ.get("SLOW", 0)))
+    if step == 10 and line["loss"] > 0.3 and "SLOW" in os.environ:
+        while str(line["loss"]) not in (folder.parent / "c-search.optuna").read_text():
+            time.sleep(0.05)
+        time.sleep(float(os.environ["SLOW"]))
 done = folder / "checkpoints" / str(steps)
 (done / "metadata").mkdir(parents=True)
 stopped = {"metric": "-test[:8]/loss", "best": 0.0, "step": 10, "waited": patience}
@@ -164,7 +167,7 @@ def test_a_study_is_read_without_writing(file, tmp_path):
 
 
 def test_successive_halving_prunes_and_ends_with_0(file, tmp_path, stand_ins, capsys, monkeypatch):
-    monkeypatch.setenv("SLOW", "5")
+    monkeypatch.setenv("SLOW", "2")
     monkeypatch.setattr(pool, "LOOK", 0.1)
     words = command(file, tmp_path / "r")
     began = time.monotonic()
@@ -181,6 +184,7 @@ def test_successive_halving_prunes_and_ends_with_0(file, tmp_path, stand_ins, ca
 
 def test_halving_beside_patience(file, tmp_path, stand_ins, capsys, monkeypatch):
     """A run that patience stopped is done, with its best value; it is in no later rung."""
+    monkeypatch.setenv("SLOW", "2")
     monkeypatch.setattr(pool, "LOOK", 0.1)
     monkeypatch.setattr(search, "FACTOR", 2)  # rungs at 10, 20 and 40 steps
     words = [*command(file, tmp_path / "r"), "--config.eval.patience=1", "--sampler=random"]
