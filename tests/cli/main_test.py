@@ -9,6 +9,7 @@ import sys
 
 import jax
 import pytest
+import small
 
 from localglobal_jax.cli import models, sweep
 from localglobal_jax.cli.main import COMMANDS, main, take_overrides
@@ -18,6 +19,7 @@ from localglobal_jax.profiling import compiler_process
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 DIGITS = f"--config={CONFIGS / 'coatnet_digits.py'}:size=tiny"
+SMALL = [f"--config.{field}={value}" for field, value in small.IMAGES.items()]
 
 
 def test_take_overrides():
@@ -51,7 +53,7 @@ from localglobal_jax.cli import main as cli
 cli.parser()
 assert "jax" not in sys.modules
 code = cli.main(["train", {DIGITS!r}, "--workdir={tmp_path}", "--config.data.dir={data_dir}",
-                 "--config.steps=1", "--config.optim.warmup_steps=1"])
+                 "--config.steps=1", "--config.optim.warmup_steps=1", *{SMALL}])
 assert code == 0, code
 assert "tensorflow" not in sys.modules
 """

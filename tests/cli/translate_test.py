@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command: what goes in, what comes out, byte by byte. One real process, with a terminal."""
 
+import functools
 import io
 import json
 import os
@@ -292,7 +293,8 @@ def test_an_ensemble_of_workdirs(run, converted, tmp_path_factory):
         for member in members:
             source = jnp.array(member._encode([line]))
             before = jnp.array([[member.module.start, *tokens[:-1]]])
-            logits, _ = member.module.apply(member.variables, source, before, train=False)
+            apply = jax.jit(functools.partial(member.module.apply, train=False))
+            logits, _ = apply(member.variables, source, before)
             log_p = jax.nn.log_softmax(np.asarray(logits[0], np.float64))
             scores += np.asarray(log_p)[np.arange(len(tokens)), tokens] / 2
         np.testing.assert_allclose(shown["token_scores"], scores, atol=1e-4)

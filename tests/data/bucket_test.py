@@ -115,6 +115,7 @@ def test_batches_of_sentences_on_any_number_of_hosts(sets, bucket):
             np.testing.assert_array_equal(np.concatenate([one[key], other[key]]), whole[key])
 
 
+@pytest.mark.slow  # in the suite two hosts are two sources in one process, see above
 def test_two_hosts_read_their_parts_in_processes_of_their_own(sets, bucket):
     """As on a pod: each host opens the bucket itself, at the same time as the other."""
     put(sets, bucket)

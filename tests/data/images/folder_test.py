@@ -175,6 +175,7 @@ def test_what_is_no_folder_of_classes(root, directory, message):
         pipeline.describe(Images(name="folder", dir=given))
 
 
+@pytest.mark.slow  # in the suite a run trains on such a folder in wild_folder_test.py
 def test_it_trains(root, tmp_path, capsys):
     workdir = tmp_path / "run"
     given = ["--config", CONFIG, f"--config.data.dir={root}", "--config.steps=2"]

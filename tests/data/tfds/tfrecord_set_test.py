@@ -138,6 +138,7 @@ def metrics_of(workdir):
     return [{key: line[key] for key in named if key in line} for line in lines]
 
 
+@pytest.mark.slow  # a run is a function of its batches, which the tests above compare
 @pytest.mark.parametrize("root", ["bucket"], indirect=True)
 def test_a_run_is_bit_for_bit_that_on_the_twin(digits, root, data_dir, tmp_path):
     tfrecord_index.prepare(digits)
