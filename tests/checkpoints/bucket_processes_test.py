@@ -15,15 +15,25 @@ import pytest
 from etils import epath
 
 from localglobal_jax.checkpoints import objects, reader, steps
+from localglobal_jax.cli.main import main
 
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "coatnet_digits.py"
 LAST = 24
 
 
-def started(directory, data_dir, *options, devices=1):
-    """A run with a checkpoint every four steps; `devices` of its process."""
-    command = [
-        *(sys.executable, "-m", "localglobal_jax", "train", f"--workdir={directory}"),
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory):
+    """Processes share their compiled programs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        yield
+
+
+def arguments(directory, data_dir, *options):
+    """The command line of a run with a checkpoint every four steps."""
+    return [
+        *("train", f"--workdir={directory}"),
         *(f"--config={CONFIG}:size=tiny", f"--config.data.dir={data_dir}"),
         *(f"--config.steps={LAST}", "--config.log.every=4", "--config.checkpoint.every=4"),
         *("--config.checkpoint.keep=2", "--config.eval.every=12"),
@@ -32,6 +42,11 @@ def started(directory, data_dir, *options, devices=1):
         "--config.model.strides=(1,)",
         *options,
     ]
+
+
+def started(directory, data_dir, *options, devices=2):
+    """The process of a run; its fake devices."""
+    command = [sys.executable, "-m", "localglobal_jax", *arguments(directory, data_dir, *options)]
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     environment = {**os.environ, "XLA_FLAGS": flags}
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
@@ -74,9 +89,9 @@ def same(one, other, last=LAST):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, data_dir):
-    """The run, on disk."""
+    """The run, on disk, in this process."""
     directory = tmp_path_factory.mktemp("disk") / "run"
-    finished(started(directory, data_dir))
+    assert main(arguments(directory, data_dir)) == 0
     return directory
 
 
@@ -126,7 +141,7 @@ def test_two_hosts_write_one_bucket(tmp_path, bucket, data_dir):
                 options = (where, "--hosts=2", f"--host={host}", "--config.log.tensorboard=false")
                 options += ("--config.parallel.strategy=fsdp",)
                 options += ("--config.parallel.mesh={'data': 1, 'fsdp': 2}", "--config.steps=8")
-                process = started(directory, data_dir, *options)
+                process = started(directory, data_dir, *options, devices=1)
                 stack.callback(process.communicate)
                 stack.callback(process.kill)
                 runs.append(process)
