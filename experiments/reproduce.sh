@@ -2,15 +2,15 @@
 # The studies at laptop size: trains, measures, draws; goes on where it was stopped. What the
 # committed CSV files have already is not measured again: empty them for figures of your own.
 #
-#     experiments/reproduce.sh laptop|length|protocol|lohelp [RUNS] [SLOTS]
+#     experiments/reproduce.sh laptop|length|protocol|lohelp|kernels [RUNS] [SLOTS]
 #
 # laptop: the studies at one setting; length: length_or_difficulty; protocol: beyond, beyond_text and
 # muse_results tuned, with the two studies that measure the models of muse_results; lohelp: lohelp
-# tuned, in 22 runs of 45 minutes or more.
+# tuned, in 22 runs of 45 minutes or more; kernels: muse_kernels tuned, in 132 runs of 6 minutes or more.
 # RUNS: a folder for the runs (default: runs, in the repository); SLOTS: runs at a time (default 2).
 set -euo pipefail
 what=${1:-}
-case $what in laptop | length | protocol | lohelp) ;; *)
+case $what in laptop | length | protocol | lohelp | kernels) ;; *)
   sed -n '2,10s/^# \{0,1\}//p' "$0"
   exit 2
   ;;
@@ -49,6 +49,14 @@ if [ "$what" = lohelp ]; then
   prepare configs/muse_lohelp.py
   tune lohelp lohelp
   measure lohelp.make
+  exit
+fi
+if [ "$what" = kernels ]; then
+  prepare configs/muse_lohelp.py
+  tune muse_kernels kernels
+  # gates at 2,400 steps are of muse_results: none without its final runs
+  measure muse_kernels.measure "$runs/kernels_final" "$runs/results_final" final
+  measure muse_kernels.make
   exit
 fi
 if [ "$what" = protocol ]; then

@@ -1,68 +1,69 @@
 # SPDX-License-Identifier: Apache-2.0
-"""results.csv and gates.csv -> table.md, figure.png and the README's tables.
+"""The CSV files here -> table.md, figure.png and the README's tables.
 
-python -m experiments.muse_kernels.make
+    python -m experiments.muse_kernels.make
+
+results.csv and gates.csv are of one setting; grid.csv, warmup.csv, final.csv and final_gates.csv
+are of the protocol.
 """
 
-import ast
 import pathlib
 
-from experiments import study
+from experiments import protocol, study
+from localglobal_jax.config import loading
 from localglobal_jax.training.reporting import verdicts
 
 HERE = pathlib.Path(__file__).parent
-FIELDS = ("windows", "kind", "projection", "ffn")
-OWN = ("dynamic", "shared", "own")
-VARIANTS = (  # name, (windows, kind, projection, ffn), the paper's BLEU (None: not there)
-    ("adaptive (3, 15)", ("(3, 15)", *OWN), 36.3),
-    ("no convolution", ("()", *OWN), 35.8),
-    ("3", ("(3,)", *OWN), 36.2),
-    ("7", ("(7,)", *OWN), 36.2),
-    ("15", ("(15,)", *OWN), 36.0),
-    ("31", ("(31,)", *OWN), 35.8),
-    ("growing", ("growing", *OWN), 35.9),
-    ("3, own projection", ("(3,)", "dynamic", "separate", "own"), 34.9),
-    ("3, static kernel", ("(3,)", "depthwise", "shared", "own"), None),
-    ("3, standard, own projection", ("(3,)", "standard", "separate", "own"), 35.2),
-    ("adaptive, no pointwise net", ("(3, 15)", "dynamic", "shared", "off"), 33.5),
-    ("7, pointwise net shares its input", ("(7,)", "dynamic", "shared", "shared"), 35.1),
-)
-
-
-def variant(row):
-    values = {field: row[f"model.blocks.M.{field}"] for field in FIELDS}
-    windows = ast.literal_eval(values["windows"])
-    if windows and isinstance(windows[0], tuple):  # one per layer
-        values["windows"] = "growing"
-    return tuple(values.values())
+SWEEP = loading.import_file(HERE / "sweep.py")
+MODELS = SWEEP.models_of(None)
+FIRST, *OTHERS = MODELS
+PAPER = {  # BLEU, arXiv 1911.09483, tables 6 and 7
+    "adaptive (3, 15)": 36.3,
+    "no convolution": 35.8,
+    "3": 36.2,
+    "7": 36.2,
+    "15": 36.0,
+    "31": 35.8,
+    "growing": 35.9,
+    "3, own projection": 34.9,
+    "3, standard, own projection": 35.2,
+    "adaptive, no pointwise net": 33.5,
+    "7, pointwise net shares its input": 35.1,
+}
 
 
 def runs(rows):
-    """{name: {seed: row}} of the runs that are done."""
-    return {
-        name: {row["seed"]: row for row in rows if variant(row) == wanted}
-        for name, wanted, _ in VARIANTS
-    }
+    """{variant: rows} of the runs that are done."""
+    found = {name: [] for name in MODELS}
+    for row in rows:
+        found[protocol.model_of(row, MODELS)].append(row)
+    return found
 
 
-def numbers(own, column):
-    return {seed: float(row[column]) for seed, row in own.items()}
+def scores(rows, metric):
+    """{variant: {seed: number}} of a metric of the test set."""
+    return {name: study.by_seed(own, f"test/{metric}") for name, own in runs(rows).items()}
+
+
+def compared(rows):
+    """Returns the verdicts on every variant against the first, by loss."""
+    pairs = [(name, FIRST) for name in OTHERS]
+    return study.compared(scores(rows, "nll"), "loss", pairs, smaller_is_better=True)
 
 
 def tables(rows):
-    found = runs(rows)
-    reference = numbers(found[VARIANTS[0][0]], "test/nll")
+    reported = protocol.reported(HERE)
+    losses, bleus = scores(reported, "nll"), scores(reported, "bleu")
     body = []
-    for name, _, paper in VARIANTS:
-        loss, bleu = (numbers(found[name], f"test/{metric}") for metric in ("nll", "bleu"))
-        more = verdicts.paired(loss, reference)
+    for name in MODELS:
+        more = verdicts.paired(losses[name], losses[FIRST])
         body.append(
             (
                 name,
-                "" if paper is None else f"{paper}",
-                study.shown(list(bleu.values())),
-                study.shown(list(loss.values()), 3),
-                "" if name == VARIANTS[0][0] else study.shown(more, 3),
+                str(PAPER.get(name, "")),
+                study.shown(list(bleus[name].values())),
+                study.shown(list(losses[name].values()), 3),
+                "" if name == FIRST else study.shown(more, 3),
             )
         )
     head = (
@@ -72,18 +73,30 @@ def tables(rows):
         "loss",
         "more than adaptive",
     )
-    losses = {name: numbers(own, "test/nll") for name, own in found.items()}
-    first, *others = losses
-    lines = study.verdict_lines(
-        losses, "loss", [(n, first) for n in others], digits=3, smaller_is_better=True
-    )
-    tables = {"kernels": study.table(head, body), "gates": study.table(*gates())}
-    return {**tables, "verdict": lines}
+    settings = [(n, *study.setting(own, protocol.TEXT)) for n, own in runs(reported).items()]
+    before, after = compared(rows), compared(reported)
+    sides = [{name: each.side for name, each in found.items()} for found in (before, after)]
+    one = [(n, study.shown(list(own.values()), 3)) for n, own in scores(rows, "nll").items()]
+    return {
+        "kernels": study.table(head, body),
+        "gates": study.table(*gates()),
+        "verdict": study.sentences(after, 3),
+        "setting": study.table(("variant", "norm", "learning rate", "warm-up"), settings),
+        "grid": study.grid(HERE, MODELS, protocol.TEXT),
+        "one setting": study.table(("variant", "loss"), one),
+        "changed": study.changed(HERE, *sides),
+    }
+
+
+def own_gates():
+    """Returns the rows of `measure.py` of the reported runs, but those without pointwise nets."""
+    tuned = protocol.state(HERE) == protocol.TUNED
+    return study.where(study.read(HERE / f"{'final_' if tuned else ''}gates.csv"), ffn="own")
 
 
 def gates():
     """Returns head and body of the table of gates: the share of the smaller kernel by layer."""
-    rows = [row for row in study.read(HERE / "gates.csv") if row["ffn"] == "own"]
+    rows = own_gates()
     layers = sorted({row["layer"] for row in rows}, key=int) or ["1", "2", "3"]
     body = []
     for (steps, part), own in study.grouped(rows, "steps", "part").items():
@@ -92,23 +105,21 @@ def gates():
     return ["", *(f"layer {n}" for n in layers)], body or [["not run"] + [""] * len(layers)]
 
 
-def draw(rows):
+def draw(_):
     """Plots the loss of every variant minus that of the adaptive one, and the gates by depth."""
     figure = study.figure(2, 1, width=5.0, height=3.6)
     losses, shares = figure.subplots(1, 2)
-    found = runs(rows)
-    reference = numbers(found[VARIANTS[0][0]], "test/nll")
-    names = [name for name, *_ in VARIANTS[1:]]
-    for place, name in enumerate(names):
-        more = verdicts.paired(numbers(found[name], "test/nll"), reference)
+    found = scores(protocol.reported(HERE), "nll")
+    for place, name in enumerate(OTHERS):
+        more = verdicts.paired(found[name], found[FIRST])
         if more:
             mean, half = study.point(more)
             losses.errorbar(mean, place, xerr=half, marker="o", color=study.COLORS[0], capsize=2)
     losses.axvline(0, color="0.6", lw=0.8)
-    losses.set(yticks=range(len(names)), xlabel="loss more than adaptive (3, 15), nats")
-    losses.set_yticklabels(names, fontsize=7)
+    losses.set(yticks=range(len(OTHERS)), xlabel="loss more than adaptive (3, 15), nats")
+    losses.set_yticklabels(OTHERS, fontsize=7)
     losses.invert_yaxis()
-    rows = [row for row in study.read(HERE / "gates.csv") if row["ffn"] == "own"]
+    rows = own_gates()
     for color, ((steps, part), own) in zip(
         study.COLORS, study.grouped(rows, "steps", "part").items(), strict=False
     ):

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the learned gates of the runs that have them -> gates.csv. Continues where it was stopped.
+"""Reads the learned gates of the runs that have them. Continues where it was stopped.
 
-python -m experiments.muse_kernels.measure runs/kernels runs/results
+    python -m experiments.muse_kernels.measure runs/kernels runs/results [final]
+
+gates.csv has the runs at one setting; with "final", final_gates.csv has the protocol's final ones.
 """
 
 import pathlib
@@ -34,6 +36,8 @@ def gates(trained):
 
 
 if __name__ == "__main__":
-    runs = [run for root in sys.argv[1:] for run in text_runs.finished(root)]
+    roots = [root for root in sys.argv[1:] if root != "final"]
+    file = "final_gates.csv" if "final" in sys.argv[1:] else "gates.csv"
+    runs = [run for root in roots for run in text_runs.finished(root)]
     columns = ("steps", "seed", "ffn", "part", "layer", "share")
-    text_runs.measured(runs, HERE / "gates.csv", columns, gates)
+    text_runs.measured(runs, HERE / file, columns, gates)

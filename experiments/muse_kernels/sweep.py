@@ -4,7 +4,8 @@
     localglobal sweep --config experiments/muse_kernels/sweep.py --workdir runs/kernels --dry_run
 
 Twelve variants of equal size, three seeds. The pointwise nets shrink by the parameters of
-the convolution. Where they are missing or share their input, the model is wider.
+the convolution. Where they are missing or share their input, the model is wider. `sweep` is one
+setting; `sweep_grid`, `sweep_warmup` and `sweep_final` are the protocol's.
 """
 
 import pathlib
@@ -12,22 +13,24 @@ import pathlib
 from localglobal_jax.config import loading
 from localglobal_jax.config.sweeps import product
 
-RESULTS = pathlib.Path(__file__).parents[1] / "muse_results" / "sweep.py"
+HERE = pathlib.Path(__file__).parent
+RESULTS = HERE.parent / "muse_results" / "sweep.py"
+protocol = loading.import_file(HERE.parent / "protocol.py")
 # (windows, kind, projection, ffn); "growing": one window a layer, wider and wider
-VARIANTS = (
-    ((3, 15), "dynamic", "shared", "own"),
-    ((), "dynamic", "shared", "own"),
-    ((3,), "dynamic", "shared", "own"),
-    ((7,), "dynamic", "shared", "own"),
-    ((15,), "dynamic", "shared", "own"),
-    ((31,), "dynamic", "shared", "own"),
-    ("growing", "dynamic", "shared", "own"),
-    ((3,), "dynamic", "separate", "own"),
-    ((3,), "depthwise", "shared", "own"),
-    ((3,), "standard", "separate", "own"),
-    ((3, 15), "dynamic", "shared", "off"),
-    ((7,), "dynamic", "shared", "shared"),
-)
+VARIANTS = {
+    "adaptive (3, 15)": ((3, 15), "dynamic", "shared", "own"),
+    "no convolution": ((), "dynamic", "shared", "own"),
+    "3": ((3,), "dynamic", "shared", "own"),
+    "7": ((7,), "dynamic", "shared", "own"),
+    "15": ((15,), "dynamic", "shared", "own"),
+    "31": ((31,), "dynamic", "shared", "own"),
+    "growing": ("growing", "dynamic", "shared", "own"),
+    "3, own projection": ((3,), "dynamic", "separate", "own"),
+    "3, static kernel": ((3,), "depthwise", "shared", "own"),
+    "3, standard, own projection": ((3,), "standard", "separate", "own"),
+    "adaptive, no pointwise net": ((3, 15), "dynamic", "shared", "off"),
+    "7, pointwise net shares its input": ((7,), "dynamic", "shared", "shared"),
+}
 GROWING = {"laptop": ((3,), (7,), (15,)), "tiny": ((3,), (7,), (15,))}
 GROWING["paper"] = ((3,),) * 3 + ((7,),) * 3 + ((15,),) * 3 + ((31,),) * 3
 # Width of the model, with pointwise nets of their own, without, with shared ones: 1,380,248 to
@@ -54,11 +57,19 @@ def get_config(arg=None):
     return config
 
 
+def models_of(arg):
+    """Returns the overrides of each variant, by its name."""
+    size = parse(arg).size
+    return {name: overrides(size, *variant) for name, variant in VARIANTS.items()}
+
+
 def sweep(arg=None):
     """Yields every variant with every seed."""
-    size = parse(arg).size
-    models = (overrides(size, *variant) for variant in VARIANTS)
-    yield from product({"seed": (0,) if size == "tiny" else (0, 1, 2)}, models)
+    seeds = (0,) if parse(arg).size == "tiny" else protocol.SEEDS
+    yield from product({"seed": seeds}, list(models_of(arg).values()))
+
+
+sweep_grid, sweep_warmup, sweep_final = protocol.sweeps(protocol.TEXT, HERE, get_config, models_of)
 
 
 def overrides(size, windows, kind, projection, ffn):
