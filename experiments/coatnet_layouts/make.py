@@ -1,12 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables and figure from results.csv: python -m experiments.coatnet_layouts.make"""
+"""The CSV files here -> table.md, figure.png and the README's tables.
+
+    python -m experiments.coatnet_layouts.make
+
+results.csv is of one setting; grid.csv, warmup.csv and final.csv are of the protocol.
+"""
 
 import itertools
+import pathlib
 
-from experiments import study
+from experiments import protocol, study
+from localglobal_jax.config import loading
 from localglobal_jax.training.reporting import verdicts
 
-NAMES = ("CCCC", "CCCT", "CCTT", "CTTT", "TTTT", "ViT-rel")
+HERE = pathlib.Path(__file__).parent
+SWEEP = loading.import_file(HERE / "sweep.py")
+MODELS = SWEEP.models_of(None)
+NAMES = tuple(MODELS)
 PARTS = {"train[:1%]": "1 %", "train[:10%]": "10 %", "train": "100 %"}
 # where the 600 training images that are looked at were all trained on, again and again
 REPEATED = ("train[:1%]", "train[:10%]")
@@ -23,13 +33,12 @@ WRITTEN = {
 }
 
 
-def name(row):
-    """Returns the name of a run; ViT-rel is relative attention at one resolution."""
-    return "ViT-rel" if row["model.layout"] == "T" else row["model.layout"]
+def of_layout(rows, layout):
+    return [row for row in rows if protocol.model_of(row, MODELS) == layout]
 
 
 def chosen(rows, layout, part):
-    return [row for row in rows if name(row) == layout and row["data.train_split"] == part]
+    return study.where(of_layout(rows, layout), **{"data.train_split": part})
 
 
 def percent(rows, column):
@@ -60,12 +69,19 @@ def verdict(ranking, found):
     return f"{agree} agree, {against} against, {open_} undecided"
 
 
-def tables(rows):
-    accuracy = []
+def accuracy(rows):
+    """Returns the table of test accuracy by part of the training set, and the training loss."""
+    body = []
     for n in NAMES:
         cells = [percent(chosen(rows, n, part), TEST) for part in PARTS]
         loss = study.shown(study.values(chosen(rows, n, "train"), LOSS), 4)
-        accuracy.append([n, *cells, loss])
+        body.append([n, *cells, loss])
+    heads = [f"test accuracy, {share}" for share in PARTS.values()]
+    return study.table(["layout", *heads, "training loss, 100 %"], body)
+
+
+def tables(one_setting):
+    rows = protocol.reported(HERE)
     gap = [
         [
             n,
@@ -78,26 +94,34 @@ def tables(rows):
     for ranking, found in scores(rows).items():
         counted = verdict(ranking, found) if any(found.values()) else "not run"
         rankings.append([ranking, WRITTEN[ranking], study.ranked(found), counted])
-    shares = list(PARTS.values())
-    heads = [f"test accuracy, {share}" for share in shares]
+    settings = [(n, *study.setting(of_layout(rows, n), protocol.IMAGES)) for n in NAMES]
+    before, after = compared(one_setting), compared(rows)
+    sides = [{n: v.side for each in found for n, v in each.items()} for found in (before, after)]
     return {
-        "accuracy": study.table(["layout", *heads, "training loss, 100 %"], accuracy),
+        "accuracy": accuracy(rows),
         "gap": study.table(
             ["layout", "training accuracy, 1 %", *(f"gap, {PARTS[p]}" for p in REPEATED)], gap
         ),
         "rankings": study.table(["", "the paper", "ours", "the paper's pairs"], rankings),
-        "verdict": lines(rows),
+        "verdict": study.sentences(after[0]) + study.sentences(after[1], 3),
+        "setting": study.table(("layout", "learning rate", "warm-up"), settings),
+        "grid": study.grid(HERE, MODELS, protocol.IMAGES, scale=100, digits=2),
+        "one setting": accuracy(one_setting),
+        "changed": study.changed(HERE, *sides),
     }
 
 
-def lines(rows):
-    """Returns the verdicts of the pairs that the paper orders, its better layout first."""
+def compared(rows):
+    """Returns the verdicts on the pairs that the paper orders, by accuracy and by training loss.
+
+    The paper's better layout is first.
+    """
     small, loss = scores(rows).values()
     small = {n: {seed: 100 * value for seed, value in found.items()} for n, found in small.items()}
     loss = {n: {seed: -value for seed, value in found.items()} for n, found in loss.items()}
-    found = study.verdict_lines(small, "accuracy at 1 %, points", pairs("generalisation"))
-    return found + study.verdict_lines(
-        loss, "training loss at 100 %", pairs("capacity"), digits=3, smaller_is_better=True
+    return (
+        study.compared(small, "accuracy at 1 %, points", pairs("generalisation")),
+        study.compared(loss, "training loss at 100 %", pairs("capacity"), smaller_is_better=True),
     )
 
 
@@ -107,7 +131,8 @@ def pairs(ranking):
     return [pair for better, worse in groups for pair in itertools.product(better, worse)]
 
 
-def draw(rows):
+def draw(_):
+    rows = protocol.reported(HERE)
     figure = study.figure(3)
     axes = figure.subplots(1, 3)
     for i, (n, color) in enumerate(zip(NAMES, study.COLORS, strict=False)):

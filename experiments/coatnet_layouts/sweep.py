@@ -7,6 +7,8 @@ Six layouts of about 0.5 M parameters, 1 %, 10 % and 100 % of Fashion-MNIST, thr
 take 600 steps of 64 images: 64 epochs of 1 % (generalisation), 0.6 epochs of 100 %
 (capacity). ``:size=paper`` is ImageNet-1k with the layouts of 25 M, and `sweep_capacity` (``--sweep
 capacity``) five epochs of ten million images. ``:size=tiny``: one seed, digits, 20 steps each.
+`sweep` is one setting; `sweep_grid`, `sweep_warmup` and `sweep_final` are the protocol's: the
+choice is made on the whole training set, and the final runs have all three parts of it.
 """
 
 import pathlib
@@ -14,9 +16,11 @@ import pathlib
 from ml_collections import ConfigDict
 
 from localglobal_jax.config import loading
-from localglobal_jax.config.sweeps import chain, product
+from localglobal_jax.config.sweeps import product
 
-CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+HERE = pathlib.Path(__file__).parent
+CONFIGS = HERE.parents[1] / "configs"
+protocol = loading.import_file(HERE.parent / "protocol.py")
 # Depths that make the sizes equal: 499,216 to 524,008 parameters (ViT-rel: 490,810).
 DEPTHS = {
     "CCCC": (1, 1, 4, 1),
@@ -83,18 +87,34 @@ def get_config(arg=None):
     return config
 
 
+def models_of(arg):
+    """Returns the overrides of each layout, by its name."""
+    size = parse(arg).size
+    if size == "paper":
+        return {name: {"model.name": name} for name in NAMED}
+    depths = TINY if size == "tiny" else DEPTHS
+    found = {name: {"model.layout": name, "model.depths": own} for name, own in depths.items()}
+    return {**found, "ViT-rel": vit_rel(size == "tiny")}
+
+
+def parts(arg):
+    """Returns the parts of the training set, which only laptop size has."""
+    shares = ("train[:1%]", "train[:10%]", "train")
+    return {"data.train_split": shares} if parse(arg).size == "laptop" else {}
+
+
 def sweep(arg=None):
     """Yields every layout with every seed, at laptop size with three parts of the training set."""
-    size = parse(arg).size
-    seeds = {"seed": (0,) if size == "tiny" else (0, 1, 2)}
-    if size == "paper":
-        yield from product(seeds, {"model.name": NAMED})
-        return
-    parts = {"data.train_split": ("train[:1%]", "train[:10%]", "train")}
-    depths = TINY if size == "tiny" else DEPTHS
-    named = ({"model.layout": name, "model.depths": found} for name, found in depths.items())
-    layouts = chain(named, [vit_rel(size == "tiny")])
-    yield from product(seeds, layouts) if size == "tiny" else product(seeds, parts, layouts)
+    seeds = (0,) if parse(arg).size == "tiny" else protocol.SEEDS
+    yield from product({"seed": seeds}, parts(arg), list(models_of(arg).values()))
+
+
+sweep_grid, sweep_warmup, _final = protocol.sweeps(protocol.IMAGES, HERE, get_config, models_of)
+
+
+def sweep_final(arg=None):
+    """Yields every layout at its chosen setting with every seed and part of the training set."""
+    yield from product(list(_final(arg)), parts(arg))
 
 
 def sweep_capacity(arg=None):
