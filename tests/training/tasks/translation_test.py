@@ -26,7 +26,14 @@ CONFIG = pathlib.Path(__file__).parents[3] / "configs" / "muse_lohelp.py"
 
 def make_run(**overrides):
     """Of the smallest model, with one shape of batches."""
-    base = {"steps": "4", "optim.warmup_steps": "1", "eval.every": "0", "batch_size": "512"}
+    layout = "MM" if any(name.startswith("model.blocks") for name in overrides) else "TT"
+    base = {
+        "model.layout": layout,
+        "steps": "4",
+        "optim.warmup_steps": "1",
+        "eval.every": "0",
+        "batch_size": "512",
+    }
     fields = {**small.TEXT, **base, **overrides}
     return validation.check(loading.load(f"{CONFIG}:size=tiny,data=mock", fields))
 
