@@ -46,8 +46,13 @@ PLANS = {  # (moments with their signals, what they hit for certain)
 
 
 @pytest.fixture(scope="module")
-def harness(tmp_path_factory):
-    return kill.Harness(tmp_path_factory.mktemp("kills"), overrides=SHORT)
+def harness(tmp_path_factory, data_dir):
+    """Runs on a copy of the digits; its processes share their compiled programs."""
+    work = tmp_path_factory.mktemp("kills")
+    shutil.copytree(data_dir, work / "images-data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        yield kill.Harness(work, overrides=SHORT)
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -66,12 +66,13 @@ class Harness:
         return Life(command, workdir, data_dir, runs.environment(True, data_dir) | noted)
 
     def reference(self, kind):
-        """The undisturbed run, made once; and the data set it prepared."""
+        """The undisturbed run, made once; and its data set, prepared unless it is there."""
         workdir, data_dir = self.work / f"{kind}-reference", self.work / f"{kind}-data"
         if not (workdir / "model_card.md").exists():
             shutil.rmtree(workdir, ignore_errors=True)
-            prepared = self.prepare(kind, data_dir)
-            assert prepared.finish() == 0, "\n".join(prepared.lines)
+            if not list(data_dir.rglob("dataset_info.json")):
+                prepared = self.prepare(kind, data_dir)
+                assert prepared.finish() == 0, "\n".join(prepared.lines)
             trained = self.train(kind, workdir, data_dir)
             assert trained.finish() == 0, "\n".join(trained.lines)
         return workdir, data_dir
