@@ -188,27 +188,40 @@ def _compile(
     request = {"run": run.model_dump(mode="json"), "topology": topology.name, "step": step}
     (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
     command = [sys.executable, "-m", "localglobal_jax.profiling.compile"]
-    with (folder / "log").open("w") as log:
-        child = subprocess.Popen(  # nosec B603 # an argument list, no shell
-            [*command, str(folder / "request.json"), str(folder)],
-            env=environment(topology, os.environ, folder / "dump"),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        previous = None
-        if threading.current_thread() is threading.main_thread():
-            # a signal, as from `timeout` or a scheduler, leaves no compiler running
-            previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        try:
-            _watch(child, f"the {step} step for {topology.name}", timeout)
-        finally:
-            if previous is not None:
-                signal.signal(signal.SIGTERM, previous)
-            if child.poll() is None:
-                child.kill()
-                child.wait()
-            shutil.rmtree(folder / "dump", ignore_errors=True)
+    started: list[subprocess.Popen[bytes]] = []
+    asked: list[int] = []
+
+    def end(number: int, frame: Any) -> None:
+        asked.append(number)
+        if started:
+            sys.exit(143)
+
+    previous = None
+    if threading.current_thread() is threading.main_thread():
+        # A signal, as from `timeout` or a scheduler, leaves no compiler running. The handler is
+        # there before the compiler is, which a signal in between would leave behind.
+        previous = signal.signal(signal.SIGTERM, end)
+    try:
+        with (folder / "log").open("w") as log:
+            child = subprocess.Popen(  # nosec B603 # an argument list, no shell
+                [*command, str(folder / "request.json"), str(folder)],
+                env=environment(topology, os.environ, folder / "dump"),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        started.append(child)
+        if asked:
+            sys.exit(143)
+        _watch(child, f"the {step} step for {topology.name}", timeout)
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
+        for process in started:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        shutil.rmtree(folder / "dump", ignore_errors=True)
     if child.returncode != 0 or not (folder / "facts.json").is_file():
         said = (folder / "log").read_text(encoding="utf-8", errors="replace")
         kept = folder.parent / FAILED

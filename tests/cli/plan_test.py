@@ -1,23 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``localglobal plan`` as a process that starts the compiler's process; eight CPU devices."""
+"""``localglobal plan``, which starts the compiler's process; eight CPU devices."""
 
+import gzip
 import importlib.util
 import json
 import os
 import pathlib
 import shlex
+import signal
 import subprocess
 import sys
 import time
 
 import pytest
 
-from localglobal_jax.profiling import compiler_process, topologies
+from localglobal_jax.cli.main import main
+from localglobal_jax.config import loading, validation
+from localglobal_jax.profiling import (
+    collectives,
+    compile,
+    compiler_process,
+    hlo,
+    roofline,
+    topologies,
+)
 
 DIGITS = "configs/coatnet_digits.py:size=tiny"
 MUSE = "configs/muse_lohelp.py:size=tiny"
-WIDE = "--config.model.widths=(16, 128)"  # so that there is something worth splitting
-FSDP = (WIDE, "--config.parallel.strategy=fsdp", '--config.parallel.mesh={"data": 2, "fsdp": 4}')
+FSDP = (
+    # one wide stage, so that there is something worth splitting
+    *("--config.model.layout=T", "--config.model.depths=(1,)", "--config.model.strides=(1,)"),
+    *("--config.model.widths=(64,)", "--config.parallel.strategy=fsdp"),
+    '--config.parallel.mesh={"data": 2, "fsdp": 4}',
+)
 CUDA = any(map(compiler_process.version, compiler_process.CUDA_PLUGINS))
 LIBTPU = importlib.util.find_spec("libtpu") is not None
 
@@ -36,7 +51,19 @@ def plan(home, *args, code=0, **environment):
     return done.stdout, done.stderr
 
 
-def test_a_plan_and_what_is_kept_of_it(home):
+@pytest.fixture
+def planned(home, monkeypatch, capsys):
+    """``(*args, code) -> (stdout, stderr)`` of the command in this process."""
+    monkeypatch.setenv("HOME", str(home))
+
+    def planned(*args, code=0):
+        assert main(["plan", *args]) == code
+        return capsys.readouterr()
+
+    return planned
+
+
+def test_a_plan_and_what_is_kept_of_it(home, planned):
     args = ("--config", DIGITS, "--topology", "cpu:8", "--json", *FSDP)
     out, err = plan(home, *args)
     first = json.loads(out)
@@ -54,30 +81,34 @@ def test_a_plan_and_what_is_kept_of_it(home):
     fused = first["perfect_fusion"]
     assert fused["flops"] <= first["flops"] and fused["bytes"] < first["bytes_accessed"]
 
-    again, err = plan(home, *args)
+    again, err = planned(*args)
     assert "compiled before" in err and json.loads(again) == first
 
 
-def test_the_optimizer_gathers_no_moments(home):
+def test_the_optimizer_gathers_no_moments(tmp_path):
     """Under "model", whole parameters get whole gradients: one gather, not one for each moment.
 
     These gradients (of norms, tables, biases) have 3.6 kB: gathering parameters, both moments and
-    the average as well would be more than 14 kB.
+    the average as well would be more than 14 kB. Compiled here, for the two devices of the tests.
     """
-    tensor = ("--config.parallel.strategy=tensor", '--config.parallel.mesh={"data": 2, "model": 4}')
-    out, _ = plan(home, "--config", DIGITS, "--topology", "cpu:8", "--json", WIDE, *tensor)
-    found = json.loads(out)
+    tensor = {"parallel.strategy": "tensor", "parallel.mesh": '{"data": 1, "model": 2}'}
+    given = {"model.widths": "(16, 128)", "model.depths": "(1, 1)", **tensor}
+    run = validation.check(loading.load(DIGITS, given))
+    facts = compile.compile_step(run, topologies.parse("cpu:2"), "train", tmp_path)
+    with gzip.open(tmp_path / "program.txt.gz", "rt") as file:
+        sent = collectives.collectives(hlo.Program(file.read()))
     gathered = sum(
         row["payload"]
-        for row in found["collectives"]
+        for row in roofline.grouped(sent, facts["parts"])
         if row["op"] == "all-gather" and row["layer"] == "(outside the model)"
     )
     assert 0 < gathered < 6000
 
 
-def test_two_configs_side_by_side(home):
+@pytest.mark.slow  # in the suite: the table (roofline_test.py), --compare (bench_test.py)
+def test_two_configs_side_by_side(planned):
     args = ("--config", DIGITS, "--compare", MUSE, "--topology", "cpu:2", "--step", "eval")
-    out, _ = plan(home, *args)
+    out, _ = planned(*args)
     (parameters,) = [line.split() for line in out.splitlines() if line.startswith("parameters  ")][
         :1
     ]
@@ -102,8 +133,8 @@ def test_two_configs_side_by_side(home):
         ),
     ],
 )
-def test_errors_say_what_to_do(home, args, code, said):
-    out, err = plan(home, "--config", DIGITS, *args, code=code)
+def test_errors_say_what_to_do(home, planned, args, code, said):
+    out, err = planned("--config", DIGITS, *args, code=code)
     assert said in err and not out
     one_line(err)
     cache = home / ".cache/localglobal/plan"
@@ -182,6 +213,24 @@ def test_ended_from_outside_it_leaves_no_compiler_behind(tmp_path):
     assert not list(cache.iterdir())
 
 
+def test_ended_while_it_starts_the_compiler_it_leaves_none_behind(monkeypatch, tmp_path):
+    """The signal came before its handler was installed: 143 was -15, and the compiler ran on."""
+    start, started = subprocess.Popen, []
+
+    def popen(command, **options):
+        started.append(start(["sleep", "6000"]))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return started[0]
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    monkeypatch.setattr(compiler_process, "CACHE", tmp_path)
+    run = validation.check(loading.load(DIGITS))
+    with pytest.raises(SystemExit) as ended:
+        compiler_process.measure(run, topologies.parse("cpu:2"), "train", timeout=600)
+    assert ended.value.code == 143 and started[0].poll() is not None
+    assert not list(tmp_path.glob("new-*"))
+
+
 def test_without_libtpu(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"localglobal_jax\[tpu\].*cpu:8"):
@@ -204,8 +253,6 @@ def test_a_compiler_that_aborts(monkeypatch, tmp_path):
     fake.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(fake))
     monkeypatch.setattr(compiler_process, "CACHE", tmp_path)
-    from localglobal_jax.config import loading, validation
-
     run = validation.check(loading.load(DIGITS))
     with pytest.raises(compiler_process.CompilerFailed, match=r"SIGABRT.*chip_bounds"):
         compiler_process.measure(run, topologies.parse("cpu:2"), "train", timeout=600)

@@ -47,7 +47,7 @@ def console(*argv, **more):
     return done
 
 
-def test_prepare_counts_and_names_what_it_cannot_read(root):
+def test_prepare_counts_and_names_what_it_cannot_read(root, capsys):
     broken = os.path.join(os.fsencode(root), CLASSES[1], b"\xff\n.png")
     for path in (os.path.join(os.fsencode(root), CLASSES[2], b"\xfe.txt"), broken):
         with open(path, "wb"):
@@ -59,8 +59,8 @@ def test_prepare_counts_and_names_what_it_cannot_read(root):
     os.unlink(broken)
     done = console("prepare", "--config", CONFIG, "--config.data.dir=.")
     assert r"train/e\nel: " in done.stdout.decode()
-    done = console("prepare", "--config", CONFIG, "--config.data.dir=.", "--json")
-    counts = json.loads(done.stdout)
+    assert main(["prepare", "--config", CONFIG, "--config.data.dir=.", "--json"]) == 0
+    counts = json.loads(capsys.readouterr().out)
     total = sum(counts[f"{split}/" + r"d\xf6g"] for split in folder.SPLITS)
     assert total == 20
 
