@@ -298,11 +298,17 @@ def test_an_ensemble_of_workdirs(run, converted, tmp_path_factory):
             log_p = jax.nn.log_softmax(np.asarray(logits[0], np.float64))
             scores += np.asarray(log_p)[np.arange(len(tokens)), tokens] / 2
         np.testing.assert_allclose(shown["token_scores"], scores, atol=1e-4)
-    for beam in ("--beam=1", "--sample"):
-        assert run(b"w4\n", f"--workdir={other}", beam, SHORT)[0] == 0
     twice = run(b"w4\n", f"--workdir={converted}", SHORT)
     assert twice == run(b"w4\n", SHORT)
 
     foreign = convert(tmp_path_factory.mktemp("foreign"), "muse_post", WORDS[::-1])
     code, _, err = run(b"w4\n", f"--workdir={foreign}")
     assert code == 2 and str(foreign) in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["--beam=1", "--sample"])
+def test_an_ensemble_without_a_beam(run, tmp_path_factory, how):
+    other = convert(tmp_path_factory.mktemp("other"), "muse_post", WORDS)
+    code, out, _ = run(b"w4\n", f"--workdir={other}", how, SHORT)
+    assert code == 0 and out.count("\n") == 1
