@@ -2,16 +2,17 @@
 # The studies at laptop size: trains, measures, draws; goes on where it was stopped. What the
 # committed CSV files have already is not measured again: empty them for figures of your own.
 #
-#     experiments/reproduce.sh laptop|length|protocol|lohelp|kernels [RUNS] [SLOTS]
+#     experiments/reproduce.sh laptop|length|protocol|lohelp|kernels|images [RUNS] [SLOTS]
 #
 # laptop: the studies at one setting; length: length_or_difficulty; protocol: beyond, beyond_text and
 # muse_results tuned, with the two studies that measure the models of muse_results; lohelp: lohelp
-# tuned, in 22 runs of 45 minutes or more; kernels: muse_kernels tuned, in 132 runs of 6 minutes or more.
+# tuned, in 22 runs of 45 minutes or more; kernels: muse_kernels tuned, in 132 runs of 6 minutes or more;
+# images: coatnet_layouts and vision_comparison tuned.
 # RUNS: a folder for the runs (default: runs, in the repository); SLOTS: runs at a time (default 2).
 set -euo pipefail
 what=${1:-}
-case $what in laptop | length | protocol | lohelp | kernels) ;; *)
-  sed -n '2,10s/^# \{0,1\}//p' "$0"
+case $what in laptop | length | protocol | lohelp | kernels | images) ;; *)
+  sed -n '2,11s/^# \{0,1\}//p' "$0"
   exit 2
   ;;
 esac
@@ -57,6 +58,14 @@ if [ "$what" = kernels ]; then
   # gates at 2,400 steps are of muse_results: none without its final runs
   measure muse_kernels.measure "$runs/kernels_final" "$runs/results_final" final
   measure muse_kernels.make
+  exit
+fi
+if [ "$what" = images ]; then
+  prepare configs/coatnet_fashion_mnist.py
+  tune coatnet_layouts layouts
+  measure coatnet_layouts.make
+  tune vision_comparison vision
+  measure vision_comparison.make
   exit
 fi
 if [ "$what" = protocol ]; then

@@ -9,6 +9,7 @@ import math
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import types
 
@@ -126,6 +127,22 @@ def test_the_reported_layouts_have_all_parts_of_the_training_set(monkeypatch):
     assert found == [(seed, part) for seed in protocol.SEEDS for part in parts]
 
 
+def test_the_reported_models_of_images_have_equal_steps_and_equal_time(monkeypatch):
+    sweep = loading.import_file(FOLDER / "vision_comparison" / "sweep.py")
+    models = sweep.models_of(None)
+    cell = protocol.Cell("", 1e-3, 30)
+    chosen = list(protocol.final(models, dict.fromkeys(models, cell)))
+    monkeypatch.setattr(sweep, "_final", lambda arg: iter(chosen))
+
+    def settings(runs):
+        names = (protocol.RATE, protocol.WARMUP)
+        return [sorted((k, str(v)) for k, v in run.items() if k not in names) for run in runs]
+
+    runs = list(sweep.sweep_final())
+    assert {protocol.cell(run) for run in runs} == {cell}
+    assert sorted(settings(runs)) == sorted(settings([*sweep.sweep(), *sweep.sweep_time()]))
+
+
 def test_one_command_makes_every_study():
     script = (FOLDER / "reproduce.sh").read_text()
     steps = [path for path in FOLDER.glob("*/measure*.py") if path.parent.name in STUDIES]
@@ -167,7 +184,7 @@ echo "$(basename "$0") $*" >> "$LOG"
 """
 
 
-@pytest.mark.parametrize("what", ["laptop", "length", "protocol", "lohelp", "kernels"])
+@pytest.mark.parametrize("what", ["laptop", "length", "protocol", "lohelp", "kernels", "images"])
 def test_one_script_stops_with_a_stopped_command_and_goes_on(what, tmp_path):
     for name in ("localglobal", "python"):
         (tmp_path / name).write_text(STAND_IN)
@@ -379,6 +396,34 @@ def test_a_study_of_another_ones_runs_is_tuned_if_it_measured_the_final_ones(tmp
     for rows in ("tuned,1\none,1\n", ""):
         (folder / "results.csv").write_text("name,bleu\n" + rows)
         assert protocol.state(folder) == protocol.ONE_SETTING
+
+
+@pytest.mark.parametrize("name", ["coatnet_layouts", "lohelp", "muse_kernels", "vision_comparison"])
+def test_the_page_of_a_tuned_study_reports_the_final_runs(name, tmp_path, monkeypatch):
+    made = importlib.import_module(f"experiments.{name}.make")
+    folder = tmp_path / name
+    folder.mkdir()
+    for file in ("results.csv", "time_results.csv"):
+        if (FOLDER / name / file).exists():
+            shutil.copy(FOLDER / name / file, folder)
+    one_setting = study.read(folder / "results.csv")
+    monkeypatch.setattr(made, "HERE", folder)
+    before = made.tables(one_setting)
+    assert before["changed"] == ["not run"]
+    chosen = {protocol.NORM: "(True, True)", protocol.RATE: "0.004", protocol.WARMUP: "30"}
+    rows = [*one_setting, *study.read(folder / "time_results.csv")]
+    columns = dict.fromkeys(column for row in rows for column in row)
+    write(folder / "final.csv", [{**dict.fromkeys(columns, ""), **row, **chosen} for row in rows])
+    after = made.tables(one_setting)
+    assert after["verdict"] == before["verdict"]
+    assert after["changed"][0].startswith("0 of ")
+    assert all("| 0.004 | 30 |" in line for line in after["setting"][2:])
+    fewer = [row for row in protocol.read(folder / "final.csv") if row["seed"] != "2"]
+    write(folder / "final.csv", fewer)
+    found = made.tables(one_setting)
+    assert all(", 2 pairs)" in line for line in found["verdict"])
+    assert found.get("one setting") == before.get("one setting")
+    made.draw(one_setting)
 
 
 def test_verdicts_that_changed_are_named(tmp_path):

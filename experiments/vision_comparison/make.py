@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables and figure from the CSV files here: python -m experiments.vision_comparison.make"""
+"""The CSV files here -> table.md, figure.png and the README's tables.
+
+    python -m experiments.vision_comparison.make
+
+results.csv and time_results.csv are of one setting; grid.csv, warmup.csv and final.csv are of the
+protocol; speed.csv is of `measure.py`.
+"""
 
 import pathlib
 
-from experiments import study
+from experiments import protocol, study
+from localglobal_jax.config import loading
 from localglobal_jax.training.reporting import verdicts
 
 HERE = pathlib.Path(__file__).parent
-NAMES = {
-    ("coatnet", "CCCC"): "MBConv",
-    ("volo", "S"): "ViT",
-    ("coatnet", "CCTT"): "CoAtNet",
-    ("volo", "OSSS"): "VOLO",
-    ("focal", "FF"): "Focal",
-}
-PAIRS = [(n, "CoAtNet") for n in NAMES.values() if n != "CoAtNet"]
+SWEEP = loading.import_file(HERE / "sweep.py")
+MODELS = SWEEP.models_of(None)
+PAIRS = [(n, "CoAtNet") for n in MODELS if n != "CoAtNet"]
 TEST = "test/accuracy"
 
 
@@ -23,50 +25,73 @@ def beside(file):
     return study.read(HERE / file)
 
 
-def accuracies(rows, name):
-    """{seed: test accuracy of a model's runs, in per cent}."""
-    own = [row for row in rows if NAMES[row["model.name"], row["model.layout"]] == name]
-    return {seed: 100 * value for seed, value in study.by_seed(own, TEST).items()}
+def reported():
+    """Returns the rows of the reported runs, of equal steps and of equal time."""
+    tuned = protocol.state(HERE) == protocol.TUNED
+    return protocol.reported(HERE) + ([] if tuned else beside("time_results.csv"))
+
+
+def of_model(rows, name):
+    return [row for row in rows if protocol.model_of(row, MODELS) == name]
+
+
+def split(rows):
+    """{title: rows}: equal steps on 10 % and 100 %, equal time."""
+    found = study.grouped([{"data.train_split": "", **row} for row in rows], "data.train_split")
+    tenth, full, timed = (found.get((part,), []) for part in ("train[:10%]", "train", ""))
+    # CoAtNet's time is the measure: its runs of equal time are those of equal steps
+    same = of_model(full, "CoAtNet") if timed else []
+    parts = {"10 %, equal steps": tenth, "100 %, equal steps": full}
+    return {**parts, "100 %, equal time": [*timed, *same]}
 
 
 def columns(rows):
-    """{title: {model: {seed: accuracy}}}: equal steps on 10 % and 100 %, equal time."""
-    tenth = [row for row in rows if row["data.train_split"] == "train[:10%]"]
-    full = [row for row in rows if row["data.train_split"] == "train"]
-    timed = beside("time_results.csv")
-    # CoAtNet's time is the measure: its runs of equal time are those of equal steps
-    same = [row for row in full if timed and row["model.layout"] == "CCTT"]
-    parts = {"10 %, equal steps": tenth, "100 %, equal steps": full}
-    parts["100 %, equal time"] = [*timed, *same]
-    return {title: {n: accuracies(p, n) for n in NAMES.values()} for title, p in parts.items()}
+    """{title: {model: {seed: test accuracy in per cent}}}."""
+    return {
+        title: {
+            n: {seed: 100 * v for seed, v in study.by_seed(of_model(part, n), TEST).items()}
+            for n in MODELS
+        }
+        for title, part in split(rows).items()
+    }
+
+
+def compared(found):
+    """Returns the verdicts on every model against CoAtNet."""
+    all_of = {}
+    for title, each in found.items():
+        all_of |= study.compared(each, f"{title}, points", PAIRS)
+    return all_of
 
 
 def tables(rows):
-    found = columns(rows)
-    steps = {
-        NAMES[row["model.name"], row["model.layout"]]: row["steps"]
-        for row in [*rows, *beside("time_results.csv")]
-    }
+    runs = reported()
+    found, one = columns(runs), columns([*rows, *beside("time_results.csv")])
+    few, many, _ = found.values()
+    timed = split(runs)["100 %, equal time"]
     accuracy = []
-    for n in NAMES.values():
+    for n in MODELS:
         cells = [study.shown(list(each[n].values())) for each in found.values()]
-        cells.append(steps[n] if beside("time_results.csv") else "not run")
-        few, many, _ = found.values()
+        cells.append(next((row["steps"] for row in of_model(timed, n)), "not run"))
         accuracy.append([n, *cells, study.shown(verdicts.paired(many[n], few[n]))])
     measured = {row["model"]: row for row in beside("speed.csv")}
-    speed = [[n, *figures(measured[n])] for n in NAMES.values() if n in measured]
+    speed = [[n, *figures(measured[n])] for n in MODELS if n in measured]
     head = ["model", "parameters", "multiply-adds", "images/s", "times CoAtNet's", "state", "work"]
+    settings = [(n, *study.setting(of_model(runs, n), protocol.IMAGES)) for n in MODELS]
+    after = compared(found)
+    sides = [{n: v.side for n, v in each.items()} for each in (compared(one), after)]
+    body = [[n, *(study.shown(list(each[n].values())) for each in one.values())] for n in MODELS]
     return {
         "accuracy": study.table(
             ["model", *found, "steps of equal time", "100 % over 10 %"], accuracy
         ),
         "ranking": [f"- {title}: {study.ranked(each)}" for title, each in found.items()],
         "speed": study.table(head, speed or [["not run"] * len(head)]),
-        "verdict": [
-            line
-            for title, each in found.items()
-            for line in study.verdict_lines(each, f"{title}, points", PAIRS)
-        ],
+        "verdict": study.sentences(after),
+        "setting": study.table(("model", "learning rate", "warm-up"), settings),
+        "grid": study.grid(HERE, MODELS, protocol.IMAGES, scale=100, digits=2),
+        "one setting": study.table(["model", *one], body),
+        "changed": study.changed(HERE, *sides),
     }
 
 
@@ -82,13 +107,13 @@ def figures(row):
     ]
 
 
-def draw(rows):
-    found = columns(rows)
+def draw(_):
+    found = columns(reported())
     figure = study.figure(2)
     axes = figure.subplots(1, 2)
     means = []
     for j, (title, each) in enumerate(found.items()):
-        for i, n in enumerate(NAMES.values()):
+        for i, n in enumerate(MODELS):
             if each[n]:
                 mean, half = study.point(list(each[n].values()))
                 means.append(mean)
@@ -96,7 +121,7 @@ def draw(rows):
                     i + 0.27 * (j - 1), mean, 0.25, yerr=half, capsize=2, color=study.COLORS[j],
                     label=title if i == 0 else None,
                 )  # fmt: skip
-    axes[0].set_xticks(range(len(NAMES)), NAMES.values())
+    axes[0].set_xticks(range(len(MODELS)), MODELS)
     axes[0].set_title("test accuracy, %", fontsize=10)
     if means:
         axes[0].set_ylim(min(means) - 3, max(means) + 4)  # a cut axis

@@ -5,8 +5,11 @@
 
 MBConv only (CCCC), a plain ViT (S), CoAtNet (CCTT), VOLO and Focal, about 0.5 M parameters each,
 on 10 % and 100 % of Fashion-MNIST, 600 steps. `sweep_time` (``--sweep time``) gives each the steps
-that fit into the time of CoAtNet's 600, by speed.csv, which `measure.py` writes. ``:size=paper``:
-ImageNet-1k at about 25 M, all with CoAtNet's recipe; ``:size=tiny``: digits, one seed.
+that fit into the time of CoAtNet's 600, by speed.csv, which `measure.py` writes. These two are of
+one setting. `sweep_grid`, `sweep_warmup` and `sweep_final` are the protocol's: the choice is made
+with 600 steps on the whole training set, and the final runs are those of both sweeps.
+``:size=paper``: ImageNet-1k at about 25 M, all with CoAtNet's recipe; ``:size=tiny``: digits, one
+seed.
 """
 
 import csv
@@ -15,8 +18,9 @@ import pathlib
 from localglobal_jax.config import loading, values
 from localglobal_jax.config.sweeps import product
 
-HERE = pathlib.Path(__file__)
-LAYOUTS = HERE.parents[1] / "coatnet_layouts" / "sweep.py"
+HERE = pathlib.Path(__file__).parent
+LAYOUTS = HERE.parent / "coatnet_layouts" / "sweep.py"
+protocol = loading.import_file(HERE.parent / "protocol.py")
 # width, width of a head, pixels of a patch, of an image
 BASE = {"laptop": (96, 24, 4, 32), "tiny": (32, 16, 2, 8)}
 
@@ -34,39 +38,59 @@ def get_config(arg=None):
     return config
 
 
-def sweep(arg=None):
-    """Yields every model with 10 % and 100 % of the training set and every seed, in equal steps."""
+def models_of(arg):
+    """Returns the overrides of each model, field by field, by its name."""
+    size = parse(arg).size
+    flat = PAPER
+    if size != "paper":
+        flat = {name: values.flatten(found) for name, found in models(size).items()}
+    return {name: {f"model.{key}": v for key, v in found.items()} for name, found in flat.items()}
+
+
+def parts(arg):
+    """Returns the overrides of each part of the training set."""
     size = parse(arg).size
     tenth = {"data.train_split": "train[:10%]"}
     if size == "paper":  # epochs equal: 300 of a tenth are a tenth of the steps
         tenth |= {"steps": 9_383, "optim.warmup_steps": 1_000}
-    parts = [{}] if size == "tiny" else [tenth, {"data.train_split": "train"}]
-    seeds = (0,) if size == "tiny" else (0, 1, 2)
-    yield from product({"seed": seeds}, parts, fields(size))
+    return [{}] if size == "tiny" else [tenth, {"data.train_split": "train"}]
+
+
+def steps_of_equal_time(arg):
+    """Returns the steps of each model but CoAtNet that take as long as CoAtNet's."""
+    file = HERE / "speed.csv"
+    if parse(arg).size != "laptop" or not file.exists():
+        raise ValueError(f"equal time is of size=laptop, and needs {file.name}: run measure.py")
+    with open(file, newline="") as opened:
+        ratios = {row["model"]: float(row["times_as_fast"]) for row in csv.DictReader(opened)}
+    steps = get_config(arg).steps
+    return {name: round(steps * ratios[name]) for name in models_of(arg) if name != "CoAtNet"}
+
+
+def sweep(arg=None):
+    """Yields every model with 10 % and 100 % of the training set and every seed, in equal steps."""
+    seeds = (0,) if parse(arg).size == "tiny" else protocol.SEEDS
+    yield from product({"seed": seeds}, parts(arg), list(models_of(arg).values()))
 
 
 def sweep_time(arg=None):
     """Yields runs on 100 % that take as long as CoAtNet's steps (its own are in `sweep`)."""
-    parsed = parse(arg)
-    file = HERE.parent / "speed.csv"
-    if parsed.size != "laptop" or not file.exists():
-        raise ValueError(f"sweep_time is of size=laptop, and needs {file.name}: run measure.py")
-    with open(file, newline="") as opened:
-        ratios = {row["model"]: float(row["times_as_fast"]) for row in csv.DictReader(opened)}
-    found = zip(models("laptop"), fields("laptop"), strict=True)
-    steps = get_config(arg).steps
-    others = [
-        {**each, "steps": round(steps * ratios[name])} for name, each in found if name != "CoAtNet"
-    ]
-    yield from product({"seed": (0, 1, 2)}, others)
+    found = models_of(arg)
+    others = [{**found[name], "steps": n} for name, n in steps_of_equal_time(arg).items()]
+    yield from product({"seed": protocol.SEEDS}, others)
 
 
-def fields(size):
-    """Returns the overrides of the config's model, one by one."""
-    if size == "paper":
-        return [{f"model.{key}": v for key, v in found.items()} for found in PAPER.values()]
-    flat = [values.flatten(found) for found in models(size).values()]
-    return [{f"model.{key}": v for key, v in found.items()} for found in flat]
+sweep_grid, sweep_warmup, _final = protocol.sweeps(protocol.IMAGES, HERE, get_config, models_of)
+
+
+def sweep_final(arg=None):
+    """Yields the runs of `sweep` and `sweep_time` at the chosen settings."""
+    chosen = list(_final(arg))
+    yield from ({**run, **part} for run in chosen for part in parts(arg))
+    if parse(arg).size == "laptop":
+        found = models_of(arg)
+        for name, steps in steps_of_equal_time(arg).items():
+            yield from ({**r, "steps": steps} for r in chosen if found[name].items() <= r.items())
 
 
 def models(size):
