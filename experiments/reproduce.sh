@@ -7,7 +7,7 @@
 # laptop: the studies at one setting; length: length_or_difficulty; protocol: beyond, beyond_text and
 # muse_results tuned, with the two studies that measure the models of muse_results; lohelp: lohelp
 # tuned, in 22 runs of 45 minutes or more; kernels: muse_kernels tuned, in 132 runs of 6 minutes or more;
-# images: coatnet_layouts and vision_comparison tuned.
+# images: coatnet_layouts, coatnet_transfer and vision_comparison tuned.
 # RUNS: a folder for the runs (default: runs, in the repository); SLOTS: runs at a time (default 2).
 set -euo pipefail
 what=${1:-}
@@ -29,12 +29,15 @@ sweep() {
   localglobal sweep --config "$config" --workdir "$folder" --slots "$slots" "$@"
   localglobal sweep --config "$config" --workdir "$folder" --collect "$csv" "$@"
 }
-# study, folder: each stage reads the CSV file of the one before, and grows where a model chose an end
+# study, folder [, file]: each stage reads the CSV file of the one before, and grows where a model
+# chose an end
 tune() {
   for stage in grid grid grid warmup warmup final; do
-    sweep "$1" sweep.py "$2_$stage" "$stage.csv" --sweep "$stage"
+    sweep "$1" "${3:-sweep.py}" "$2_$stage" "$stage.csv" --sweep "$stage"
   done
 }
+pretrained=$runs/coatnet_transfer/pretrain # the second stage of coatnet_transfer starts from the first
+pretrain() { sweep coatnet_transfer sweep.py:stage=pretrain coatnet_transfer/pretrain pretrain.csv; }
 measure() { python -m "experiments.$1" "${@:2}"; }
 
 if [ "$what" = length ]; then
@@ -64,6 +67,10 @@ if [ "$what" = images ]; then
   prepare configs/coatnet_fashion_mnist.py
   tune coatnet_layouts layouts
   measure coatnet_layouts.make
+  prepare configs/coatnet_digits.py
+  pretrain
+  tune coatnet_transfer transfer "sweep.py:pretrained=$pretrained"
+  measure coatnet_transfer.make
   tune vision_comparison vision
   measure vision_comparison.make
   exit
@@ -93,8 +100,7 @@ prepare configs/muse_lohelp.py
 
 measure operator_properties.measure
 sweep coatnet_layouts sweep.py layouts results.csv
-pretrained=$runs/coatnet_transfer/pretrain # the second stage starts from the first
-sweep coatnet_transfer sweep.py:stage=pretrain coatnet_transfer/pretrain pretrain.csv
+pretrain
 sweep coatnet_transfer "sweep.py:pretrained=$pretrained" coatnet_transfer/finetune results.csv
 sweep vision_comparison sweep.py vision results.csv
 # its speeds decide how long the timed runs are: measured once

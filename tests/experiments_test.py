@@ -143,6 +143,30 @@ def test_the_reported_models_of_images_have_equal_steps_and_equal_time(monkeypat
     assert sorted(settings(runs)) == sorted(settings([*sweep.sweep(), *sweep.sweep_time()]))
 
 
+def test_the_choice_of_a_transfer_sees_no_test_image_and_no_reported_pre_training(monkeypatch):
+    sweep = loading.import_file(FOLDER / "coatnet_transfer" / "sweep.py")
+    models = sweep.models_of(None)
+    runs = list(sweep.sweep_grid())
+    assert all(sweep.KIND.choice.items() <= run.items() for run in runs)
+    chosen = protocol.final(models, dict.fromkeys(models, protocol.Cell("", 1e-3, 5)))
+    monkeypatch.setattr(sweep, "_final", lambda arg: chosen)
+    final = list(sweep.sweep_final())
+    assert len(final) == 12
+    assert not any("data.eval_splits" in run for run in final)  # that of the config
+    for run in final:
+        seed = run["seed"]
+        assert run["data.train_split"] == f"train[{10 * seed}%:{10 * seed + 10}%]"
+    tuned, reported = ({run["init"] for run in part if "init" in run} for part in (runs, final))
+    assert (len(tuned), len(reported)) == (2, 6)
+    assert not tuned & reported
+    one_setting = {run["init"] for run in sweep.sweep() if "init" in run}
+    assert reported == one_setting
+    for run in final:  # as a row of a CSV file
+        name = protocol.model_of({"init": "", **{k: str(v) for k, v in run.items()}}, models)
+        assert ("init" in run) == name.endswith("pre-trained")
+        assert name.startswith(run["model.layout"])
+
+
 def test_one_command_makes_every_study():
     script = (FOLDER / "reproduce.sh").read_text()
     steps = [path for path in FOLDER.glob("*/measure*.py") if path.parent.name in STUDIES]
@@ -398,12 +422,15 @@ def test_a_study_of_another_ones_runs_is_tuned_if_it_measured_the_final_ones(tmp
         assert protocol.state(folder) == protocol.ONE_SETTING
 
 
-@pytest.mark.parametrize("name", ["coatnet_layouts", "lohelp", "muse_kernels", "vision_comparison"])
+@pytest.mark.parametrize(
+    "name",
+    ["coatnet_layouts", "coatnet_transfer", "lohelp", "muse_kernels", "vision_comparison"],
+)
 def test_the_page_of_a_tuned_study_reports_the_final_runs(name, tmp_path, monkeypatch):
     made = importlib.import_module(f"experiments.{name}.make")
     folder = tmp_path / name
     folder.mkdir()
-    for file in ("results.csv", "time_results.csv"):
+    for file in ("results.csv", "time_results.csv", "pretrain.csv"):
         if (FOLDER / name / file).exists():
             shutil.copy(FOLDER / name / file, folder)
     one_setting = study.read(folder / "results.csv")
@@ -412,16 +439,18 @@ def test_the_page_of_a_tuned_study_reports_the_final_runs(name, tmp_path, monkey
     assert before["changed"] == ["not run"]
     chosen = {protocol.NORM: "(True, True)", protocol.RATE: "0.004", protocol.WARMUP: "30"}
     rows = [*one_setting, *study.read(folder / "time_results.csv")]
+    rows = [row for row in rows if row.get(protocol.RATE) != ""]  # transfer: those at 2e-3
     columns = dict.fromkeys(column for row in rows for column in row)
     write(folder / "final.csv", [{**dict.fromkeys(columns, ""), **row, **chosen} for row in rows])
     after = made.tables(one_setting)
-    assert after["verdict"] == before["verdict"]
+    lines = [line for line in before["verdict"] if " at 5e-4" not in line]
+    assert after["verdict"] == [line.replace(" at 2e-3", "") for line in lines]
     assert after["changed"][0].startswith("0 of ")
     assert all("| 0.004 | 30 |" in line for line in after["setting"][2:])
     fewer = [row for row in protocol.read(folder / "final.csv") if row["seed"] != "2"]
     write(folder / "final.csv", fewer)
     found = made.tables(one_setting)
-    assert all(", 2 pairs)" in line for line in found["verdict"])
+    assert all(", 2 pairs)" in line for line in found["verdict"] if "before" not in line)
     assert found.get("one setting") == before.get("one setting")
     made.draw(one_setting)
 

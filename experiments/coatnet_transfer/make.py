@@ -1,49 +1,83 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Table and figure from the two CSV files: python -m experiments.coatnet_transfer.make"""
+"""The CSV files here -> table.md, figure.png and the README's tables.
+
+    python -m experiments.coatnet_transfer.make
+
+pretrain.csv is of the first stage. Of the second, results.csv is of one setting, and grid.csv,
+warmup.csv and final.csv are of the protocol.
+"""
 
 import pathlib
 
-from experiments import study
+from experiments import protocol, study
+from localglobal_jax.config import loading
 from localglobal_jax.training.reporting import verdicts
 
+HERE = pathlib.Path(__file__).parent
+SWEEP = loading.import_file(HERE / "sweep.py")
+MODELS = SWEEP.models_of(None)
 LAYOUTS = ("CCTT", "CTTT")
 PAPER = {"CCTT": "82.39", "CTTT": "81.78"}
-PRETRAINED = pathlib.Path(__file__).parent / "pretrain.csv"
 RATE = "optim.learning_rate"
-DIGITS = {  # which runs of the second stage
-    "fine-tuned": lambda row: row["init"] and not row[RATE],
+ONE_SETTING = {  # runs of results.csv
+    "fine-tuned at 5e-4": lambda row: row["init"] and not row[RATE],
     "fine-tuned at 2e-3": lambda row: row["init"] and row[RATE],
     "from nothing at 2e-3": lambda row: not row["init"],
 }
-TEST, TUNED = "test/accuracy", "train[30%:]+test/accuracy"
+CHOSEN = {  # runs of final.csv
+    "fine-tuned": lambda row: row["init"],
+    "from nothing": lambda row: not row["init"],
+}
+TEST, DIGITS = "test/accuracy", "train[30%:]+test/accuracy"
 
 
-def columns(rows):
-    """{title: {layout: {seed: accuracy in per cent}}}."""
-    before = study.read(PRETRAINED) if PRETRAINED.exists() else []
+def percent(rows, column):
+    """{layout: {seed: accuracy in per cent}}."""
+    found = {n: study.by_seed(study.where(rows, **{"model.layout": n}), column) for n in LAYOUTS}
+    return {n: {seed: 100 * v for seed, v in own.items()} for n, own in found.items()}
 
-    def of(found, column):
-        return {
-            n: {
-                seed: 100 * value
-                for seed, value in study.by_seed(
-                    [row for row in found if row["model.layout"] == n], column
-                ).items()
-            }
-            for n in LAYOUTS
-        }
 
+def columns(rows, kinds):
+    """{title: {layout: {seed: accuracy in per cent}}} of the first stage and of kinds of runs."""
+    reported = [str(seed) for seed in protocol.SEEDS]
+    before = [row for row in study.read(HERE / "pretrain.csv") if row["seed"] in reported]
     return {
-        "Fashion-MNIST, before": of(before, TEST),
+        "Fashion-MNIST, before": percent(before, TEST),
         **{
-            f"digits, {title}": of([row for row in rows if chosen(row)], TUNED)
-            for title, chosen in DIGITS.items()
+            f"digits, {title}": percent([row for row in rows if of_kind(row)], DIGITS)
+            for title, of_kind in kinds.items()
         },
     }
 
 
-def tables(rows):
-    found = columns(rows)
+def compared(found, at=""):
+    """Returns the verdicts on the layouts in every column, and on pre-training.
+
+    Args:
+      at: end of the titles of the columns that have and have no pre-training.
+    """
+    every = {}
+    for title, each in found.items():
+        every |= study.compared(each, f"{title}, points")
+    trained, alone = (found[f"digits, {title}{at}"] for title in CHOSEN)
+    for n in LAYOUTS:
+        scores = {f"{n} pre-trained": trained[n], f"{n} from nothing": alone[n]}
+        every |= study.compared(scores, f"digits{at}, points")
+    return every
+
+
+def shown():
+    """Returns the columns of the reported runs, and the verdicts on them."""
+    rows = protocol.reported(HERE)
+    if protocol.state(HERE) == protocol.TUNED:
+        found = columns(rows, CHOSEN)
+        return found, compared(found)
+    found = columns(rows, ONE_SETTING)
+    return found, compared(found, " at 2e-3")
+
+
+def transfer(found):
+    """Returns the table of a line for each layout, and their difference."""
     body = [
         [n, PAPER[n], *(study.shown(list(each[n].values())) for each in found.values())]
         for n in LAYOUTS
@@ -51,23 +85,39 @@ def tables(rows):
     a, b = LAYOUTS
     differences = [study.shown(verdicts.paired(each[a], each[b])) for each in found.values()]
     body.append([f"{a} - {b}", "0.61", *differences])
-    head = ["", "the paper: JFT-300M, then ImageNet-1k", *found]
-    lines = [
-        line
-        for title, each in found.items()
-        for line in study.verdict_lines(each, f"{title}, points")
-    ]
-    trained, alone = (
-        found[f"digits, {title}"] for title in ("fine-tuned at 2e-3", "from nothing at 2e-3")
-    )
-    for n in LAYOUTS:
-        scores = {f"{n} pre-trained": trained[n], f"{n} from nothing": alone[n]}
-        lines += study.verdict_lines(scores, "digits at 2e-3, points")
-    return {"transfer": study.table(head, body), "verdict": lines}
+    return study.table(["", "the paper: JFT-300M, then ImageNet-1k", *found], body)
 
 
-def draw(rows):
-    found = columns(rows)
+def settings():
+    """Returns the table of the chosen settings."""
+    rows = study.read(HERE / "final.csv") if protocol.state(HERE) == protocol.TUNED else []
+    body = []
+    for n in MODELS:
+        own = [row for row in rows if protocol.model_of(row, MODELS) == n]
+        body.append((n, *study.setting(own, SWEEP.KIND)))
+    return study.table(("layout", "learning rate", "warm-up"), body)
+
+
+def tables(rows):
+    found, after = shown()
+    one = columns(rows, ONE_SETTING)
+    before = compared(one, " at 2e-3").items()
+    return {
+        "transfer": transfer(found),
+        "verdict": study.sentences(after),
+        "setting": settings(),
+        "grid": study.grid(HERE, MODELS, SWEEP.KIND, scale=100, digits=2),
+        "one setting": transfer(one),
+        "changed": study.changed(
+            HERE,
+            {name.replace(" at 2e-3", ""): each.side for name, each in before},
+            {name: each.side for name, each in after.items()},
+        ),
+    }
+
+
+def draw(_):
+    found, _ = shown()
     figure = study.figure(width=8)
     ax = figure.subplots()
     for i, n in enumerate(LAYOUTS):
