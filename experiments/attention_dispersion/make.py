@@ -48,10 +48,17 @@ def table(rows, part):
 
 
 def tables(rows):
-    return {**{part: table(rows, part) for part in ("encoder", "decoder")}, "verdict": lines(rows)}
+    found = compared(rows)
+    sides = dict(better="higher", worse="lower", undecided="undecided")
+    after = {name: sides[verdict.side] for name, verdict in found.items()}
+    return {
+        **{part: table(rows, part) for part in ("encoder", "decoder")},
+        "verdict": study.sentences(found, sides=("higher", "lower")),
+        "changed": study.changed(HERE, study.earlier(HERE), after),
+    }
 
 
-def lines(rows):
+def compared(rows):
     """Returns the verdicts: the encoders' last layer against the one before, and by model."""
     longest = of(rows, part="encoder", tokens=SHOWN[-1])
     scores = {
@@ -62,8 +69,7 @@ def lines(rows):
     *_, before, last = layers(rows)
     pairs = [(f"{m}, layer {last}", f"{m}, layer {before}") for m in ATTENTIVE]
     pairs += [(f"MUSE, layer {last}", f"{m}, layer {last}") for m in ATTENTIVE[:2]]
-    measure = f"entropy at {SHOWN[-1]} tokens"
-    return study.verdict_lines(scores, measure, pairs, sides=("higher", "lower"))
+    return study.compared(scores, f"entropy at {SHOWN[-1]} tokens", pairs)
 
 
 def entropies(rows):

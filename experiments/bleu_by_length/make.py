@@ -7,7 +7,7 @@ python -m experiments.bleu_by_length.make
 import pathlib
 from functools import partial
 
-from experiments import study
+from experiments import protocol, study
 from experiments.text_runs import MODELS, model_name
 from localglobal_jax.training.reporting import verdicts
 
@@ -20,7 +20,7 @@ PAIRS = [(model, "Transformer") for model in MODELS[1:]] + [("MUSE", "DynamicCon
 
 def trained():
     """{model: rows of muse_results}."""
-    rows = study.read(HERE.parent / "muse_results" / "results.csv")
+    rows = protocol.reported(HERE.parent / "muse_results")
     named = [(model_name(r["model.layout"], r["model.blocks.M.windows"]), r) for r in rows]
     return {model: [row for name, row in named if name == model] for model in MODELS}
 
@@ -82,39 +82,31 @@ def joined(rows):
 
 
 def tables(rows):
-    return {"official": official(), "ours": ours(), "joined": joined(rows), "verdict": lines(rows)}
+    lines, sides = [], {}
+    for digits, found in compared(rows):
+        lines += study.sentences(found, digits)
+        sides |= {name: verdict.side for name, verdict in found.items()}
+    return {
+        "official": official(),
+        "ours": ours(),
+        "joined": joined(rows),
+        "verdict": lines,
+        "changed": study.changed(HERE, study.earlier(HERE), sides),
+    }
 
 
-def lines(rows):
-    """Returns the verdicts: loss and BLEU of joined sentences, and loss of natural ones."""
+def compared(rows):
+    """Yields digits and verdicts: loss and BLEU of joined sentences, and loss of natural ones."""
     natural = study.read(HERE / "bylength.csv")
-    added = {"digits": 3, "smaller_is_better": True}
-    found = []
-    for name, scores, options in (
-        (
-            "loss added by eight in one input",
-            {m: excess(rows, m, "8", "inner") for m in MODELS},
-            added,
-        ),
-        ("the same, first sentence", {m: excess(rows, m, "8", "first") for m in MODELS}, added),
-        (
-            "BLEU kept of two in one input, points",
-            {m: kept(rows, m, "2") for m in MODELS},
-            {"digits": 1},
-        ),
-        (
-            "BLEU kept of eight in one input, points",
-            {m: kept(rows, m, "8") for m in MODELS},
-            {"digits": 1},
-        ),
-        (
-            "loss of 65 to 96 tokens less that of 9 to 16",
-            {m: growth(natural, m) for m in MODELS},
-            added,
-        ),
+    for name, measure, digits in (
+        ("loss added by eight in one input", partial(excess, rows, k="8", column="inner"), 3),
+        ("the same, first sentence", partial(excess, rows, k="8", column="first"), 3),
+        ("BLEU kept of two in one input, points", partial(kept, rows, k="2"), 1),
+        ("BLEU kept of eight in one input, points", partial(kept, rows, k="8"), 1),
+        ("loss of 65 to 96 tokens less that of 9 to 16", partial(growth, natural), 3),
     ):
-        found += study.verdict_lines(scores, name, PAIRS, **options)
-    return found
+        scores = {model: measure(model=model) for model in MODELS}
+        yield digits, study.compared(scores, name, PAIRS, smaller_is_better=digits == 3)
 
 
 def growth(rows, model):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""results.csv, grid.csv and pilot.csv -> table.md, figure.png and the README's tables.
+"""results.csv, grid.csv, warmup.csv, final.csv -> table.md, figure.png and the README's tables.
 
 python -m experiments.muse_results.make
 """
@@ -21,7 +21,8 @@ PAPER = {
     "DynamicConv": ("35.7", "29.4", "43.0"),
 }
 BUCKETS = ("1-15", "16-30", "31-45", "46-60")
-METRICS = (("test/bleu", 2), ("test/chrf", 2), ("test/nll", 3))
+METRICS = (("BLEU", "test/bleu", 2), ("chrF", "test/chrf", 2), ("loss", "test/nll", 3))
+COMPARED = (METRICS[0], METRICS[2])
 
 
 def runs(rows):
@@ -34,65 +35,54 @@ def numbers(own, column):
     return {seed: float(row[column]) for seed, row in own.items()}
 
 
+def compared(rows):
+    """Returns the verdicts on every two models, and their sentences."""
+    verdicts, lines = {}, []
+    for name, column, digits in COMPARED:
+        scores = {model: numbers(own, column) for model, own in runs(rows).items()}
+        found = study.compared(scores, name, smaller_is_better=name == "loss")
+        verdicts |= found
+        lines += study.sentences(found, digits)
+    return verdicts, lines
+
+
 def tables(rows):
-    found = runs(rows)
-    body = []
-    for model, own in found.items():
-        ours = [study.shown(list(numbers(own, c).values()), digits) for c, digits in METRICS]
-        body.append((model, *PAPER[model], *ours))
-    head = ("model", "IWSLT14 De-En", "WMT14 En-De", "En-Fr", "ours: BLEU", "chrF", "loss")
-    lines = []
-    for name, column, options in (
-        ("BLEU", "test/bleu", {}),
-        ("loss", "test/nll", {"digits": 3, "smaller_is_better": True}),
-    ):
-        scores = {model: numbers(own, column) for model, own in found.items()}
-        lines += study.verdict_lines(scores, name, **options)
+    tuned = protocol.reported(HERE)
+    (earlier, _), (found, lines) = compared(rows), compared(tuned)
+    before, after = ({name: v.side for name, v in each.items()} for each in (earlier, found))
+    ours = [name for name, *_ in METRICS]
+    papers = ("IWSLT14 De-En", "WMT14 En-De", "En-Fr")
     return {
-        "results": study.table(head, body),
+        "results": study.table(
+            ("model", *papers, "norm", "learning rate", "warm-up", *ours),
+            [
+                (m, *PAPER[m], *study.setting([*own.values()], protocol.TEXT), *scores(own))
+                for m, own in runs(tuned).items()
+            ],
+        ),
         "verdict": lines,
-        "other settings": study.table(*other_settings()),
-        "grid": study.table(*grid()),
+        "grid": study.grid(HERE, SWEEP.models("laptop"), protocol.TEXT),
+        "one setting": study.table(
+            ("model", *ours), [(m, *scores(own)) for m, own in runs(rows).items()]
+        ),
+        "changed": study.changed(HERE, before, after),
     }
 
 
-def other_settings():
-    """Returns head and body of the table of runs at other settings: test BLEU by seed."""
-    rows = study.grouped(protocol.read(HERE / "pilot.csv"), "norm", "learning_rate", "model")
-    body = [
-        (model, f"{norm}-norm", rate, ", ".join(row["bleu"] for row in own))
-        for (norm, rate, model), own in rows.items()
-    ]
-    return ("model", "norm", "learning rate", "BLEU, seeds 0, 1, 2 as far as run"), body
+def scores(own):
+    """Returns the cells of the metrics of a model's runs."""
+    return [study.shown(list(numbers(own, c).values()), digits) for _, c, digits in METRICS]
 
 
-def grid():
-    """Returns head and body of the table of the protocol's grid: the loss on validation."""
-    rows = protocol.read(HERE / "grid.csv") + protocol.read(HERE / "warmup.csv")
-    found = protocol.scores(rows, SWEEP.models("laptop"), protocol.TEXT.metric)
-    cells = list(dict.fromkeys(protocol.cell(row) for row in rows))
-    body = [
-        (
-            f"{cell.norm}-norm",
-            f"{cell.rate:g}",
-            str(cell.warmup),
-            *(f"{found[m][cell]:.3f}" if cell in found[m] else "not run" for m in MODELS),
-        )
-        for cell in cells
-    ]
-    empty = [("not run", *[""] * (len(MODELS) + 2))]
-    return ("norm", "learning rate", "warm-up", *MODELS), body or empty
-
-
-def draw(rows):
-    """Plots every run's BLEU, and BLEU by words of the source."""
+def draw(_):
+    """Plots every reported run's BLEU, and BLEU by words of the source."""
     figure = study.figure(2, 1)
     scores, lengths = figure.subplots(1, 2)
     scores.set(xticks=range(len(MODELS)), ylabel="BLEU, a dot for each seed")
     scores.set_xticklabels(MODELS, fontsize=8)
     lengths.set(xticks=range(len(BUCKETS)), xlabel="words of the source", ylabel="BLEU")
     lengths.set_xticklabels(BUCKETS, fontsize=8)
-    for place, (model, own) in enumerate(runs(rows).items()):
+    for place, (model, own) in enumerate(runs(protocol.reported(HERE)).items()):
         if not own:
             continue
         color = study.COLORS[place]
