@@ -67,7 +67,7 @@ def record(tree: pathlib.Path, out: pathlib.Path) -> None:
     """Runs the tests of the core once and records their lines; continues an unfinished record."""
     with (ROOT / "experiments/benchmarks/suite.csv").open(encoding="utf-8") as file:
         listed = [row for row in csv.DictReader(file) if row["when"] == "after"]
-    long = [row["test"] for row in listed if float(row["cpu_seconds"]) > LONG]
+    long = [row["test"] for row in listed if float(row["seconds"]) > LONG]
     options = [f"--deselect=tests/{test}" for test in long]
     path = os.pathsep.join((str(tree), str(HERE)))
     environment = {**os.environ, "PYTHONPATH": path, "MUTANTS_RECORD": str(out)}
