@@ -10,6 +10,7 @@ import ast
 import csv
 import functools
 import itertools
+import math
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ SEEDS = (0, 1, 2)  # of the reported runs
 FACTORS = (1.0, 2.0, 0.5)  # of the study's learning rate
 WARMUPS = (0.5, 2.0)  # of the study's warm-up, tried at the best norm and rate
 NORM, RATE, WARMUP = "model.pre_norm", "optim.learning_rate", "optim.warmup_steps"
+ENDED = ("done", "failed")  # states; a run that diverges fails
 NORMS = ((True, True), (False, False))  # of encoder and decoder; images: the blocks' own norms
 
 
@@ -131,7 +133,7 @@ def sweeps(
         """Returns the rates of grid.csv, and those that rule 3 adds to a complete one."""
         rows = read(folder / "grid.csv")
         known = [cell(row).rate for row in rows]
-        if not is_complete(rows):
+        if not is_tried(rows):
             return known, []
         return known, extension([each.rate for each in best("grid.csv").values()], known)
 
@@ -141,7 +143,7 @@ def sweeps(
         known = [cell(row).warmup for row in rows]
         study = {each.warmup for each in best("grid.csv").values()}
         wanted = [max(1, round(factor * steps)) for factor in WARMUPS for steps in study]
-        if is_complete(rows):
+        if is_tried(rows):
             taken = [each.warmup for each in best("grid.csv", "warmup.csv").values()]
             wanted += [round(steps) for steps in extension(taken, [*known, *study])]
         lacking = [steps for steps in wanted if steps not in known and 1 <= steps <= longest]
@@ -204,6 +206,11 @@ def is_complete(rows: Sequence[Row]) -> bool:
     return bool(rows) and all(row["state"] == "done" for row in rows)
 
 
+def is_tried(rows: Sequence[Row]) -> bool:
+    """Whether there are rows and all runs of them have ended."""
+    return bool(rows) and all(row["state"] in ENDED for row in rows)
+
+
 def reported(folder: pathlib.Path) -> list[Row]:
     """Returns the rows of a study's reported runs: the tuned ones, if all of them are done."""
     final = read(folder / "final.csv")
@@ -222,35 +229,42 @@ def model_of(row: Row, models: Mapping[str, Overrides]) -> str:
 def scores(
     rows: Iterable[Row], models: Mapping[str, Overrides], metric: str
 ) -> dict[str, dict[Cell, float]]:
-    """Returns the metric of the finished runs: {model: {cell: number}}."""
+    """Returns the metric of the runs that ended, nan if they failed: {model: {cell: number}}."""
     found: dict[str, dict[Cell, float]] = {name: {} for name in models}
     for row in rows:
-        if row["state"] == "done" and row.get(metric):
-            found[model_of(row, models)][cell(row)] = float(row[metric])
+        if row["state"] in ENDED:
+            done = row["state"] == "done"
+            found[model_of(row, models)][cell(row)] = float(row[metric]) if done else math.nan
     return found
 
 
 def chosen(
     rows: Sequence[Row], models: Mapping[str, Overrides], metric: str, *, smaller_is_better: bool
 ) -> dict[str, Cell]:
-    """Returns the best cell of each model; of equal ones, the first.
+    """Returns the best cell of each model; of equal ones, the first. Failed runs are the worst.
 
-    Raises ValueError for an unfinished grid, or if models do not have the same number of cells.
+    Raises ValueError for an unfinished grid, if models do not have the same number of cells, or if
+    all runs of one failed.
     """
-    if not is_complete(rows):
-        done = sum(row["state"] == "done" for row in rows)
+    if not is_tried(rows):
+        done = sum(row["state"] in ENDED for row in rows)
         raise ValueError(
-            f"{done} of {len(rows)} runs of the grid are done: the choice needs all of them. "
+            f"{done} of {len(rows)} runs of the grid have ended: the choice needs all of them. "
             "Start the sweep again (it goes on), and collect it into the CSV file"
         )
     found = scores(rows, models, metric)
     sizes = {model: len(cells) for model, cells in found.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"the tuning budgets differ: {sizes} runs. Give all models the same grid")
+    if failed := [model for model, own in found.items() if all(map(math.isnan, own.values()))]:
+        raise ValueError(f"no run of {', '.join(failed)} is done: nothing can be chosen")
     sign = 1 if smaller_is_better else -1
+
+    def cost(score: float) -> float:
+        return math.inf if math.isnan(score) else sign * score
+
     return {
-        model: min(cells, key=lambda each, cells=cells: sign * cells[each])
-        for model, cells in found.items()
+        model: min(own, key=lambda each, own=own: cost(own[each])) for model, own in found.items()
     }
 
 

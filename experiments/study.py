@@ -200,11 +200,15 @@ def grid(
     """
     rows = protocol.read(folder / "grid.csv") + protocol.read(folder / "warmup.csv")
     found = protocol.scores(rows, models, kind.metric)
+
+    def score(model: str, cell: protocol.Cell) -> str:
+        if cell not in found[model]:
+            return ""
+        number = found[model][cell]
+        return "failed" if math.isnan(number) else f"{scale * number:.{digits}f}"
+
     body = [
-        (
-            *setting(own, kind),
-            *(f"{scale * found[m][cell]:.{digits}f}" if cell in found[m] else "" for m in models),
-        )
+        (*setting(own, kind), *(score(model, cell) for model in models))
         for cell, own in _by_cell(rows).items()
     ]
     head = (*(["norm"] if kind.norms else []), "learning rate", "warm-up", *models)

@@ -361,6 +361,22 @@ def test_a_grid_grows_for_all_models_until_none_chooses_its_end(kind, norms, tmp
 
 
 @both_kinds
+def test_a_run_that_failed_is_the_worst_of_its_model(kind, norms, tmp_path):
+    runs = list(protocol.grid(list(MODELS.values()), {}, rate=2e-3, warmup=9, norms=kind.norms))
+    rows = collected(kind, runs, range(len(runs)))  # the first two are the best
+    rows[0] |= {"state": "failed", kind.metric: ""}
+    best = protocol.chosen(rows, MODELS, kind.metric, smaller_is_better=kind.smaller_is_better)
+    assert [cell.rate for cell in best.values()] == [2e-3 if norms == 2 else 4e-3, 2e-3]
+    assert best["x"] == protocol.cell(rows[2])
+    write(tmp_path / "grid.csv", rows)
+    assert "| failed | " in "".join(study.grid(tmp_path, MODELS, kind))
+    for row in rows[::2]:
+        row |= {"state": "failed", kind.metric: ""}
+    with pytest.raises(ValueError, match="x"):
+        protocol.chosen(rows, MODELS, kind.metric, smaller_is_better=kind.smaller_is_better)
+
+
+@both_kinds
 def test_the_table_of_the_grid_has_a_line_for_each_setting(kind, norms, tmp_path):
     runs = list(protocol.grid(list(MODELS.values()), {}, rate=2e-3, warmup=9, norms=kind.norms))
     rows = collected(kind, runs[:-1], [0.25] * (len(runs) - 1))
