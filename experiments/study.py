@@ -172,6 +172,49 @@ def changed(folder: pathlib.Path, before: Mapping[str, str], after: Mapping[str,
     return [f"{len(lines)} of {len(shared)} verdicts differ.", *([""] if lines else []), *lines]
 
 
+STAGES = ("grid", "warmup", "final")  # of the protocol, in their order
+
+
+def commit_lines(folder: pathlib.Path) -> list[str]:
+    """Returns the sentences that name the commits of a study's runs and of its earlier verdicts.
+
+    They are read from the column ``commit`` of the CSV files. Measurements of runs have none.
+    """
+    of_runs: dict[str, list[str]] = {}
+    without, verdicts_of, measured = [], list[str](), set[str]()
+    names = sorted(file.stem for file in folder.glob("*.csv"))
+    for name in sorted(names, key=lambda n: STAGES.index(n) if n in STAGES else len(STAGES)):
+        rows = protocol.read(folder / f"{name}.csv")
+        measured |= {row["name"] for row in rows if "name" in row}
+        if name == "earlier":
+            verdicts_of = _commits(rows)
+        elif found := _commits(rows):
+            of_runs[name] = found
+        elif rows and "state" in rows[0]:
+            without.append(f"{name}.csv")
+    if other := protocol.RUNS_OF.get(folder.name):
+        rows = [row for row in protocol.reported(folder.parent / other) if row["name"] in measured]
+        of_runs |= {other: found} if (found := _commits(rows)) else {}
+    lines = []
+    if of_runs:
+        parts = (f"{' and '.join(found)} ({name})" for name, found in of_runs.items())
+        lines.append(f"Runs of commit {', '.join(parts)}.")
+    if without:
+        lines.append(
+            f"The rows of {' and '.join(without)} name no commit: they were collected before rows "
+            "had one."
+        )
+    if verdicts_of:
+        lines.append(f"Earlier verdicts of commit {' and '.join(verdicts_of)}.")
+    return lines
+
+
+def _commits(rows: Iterable[Row]) -> list[str]:
+    """Returns the commits of rows, cut to 7 digits, each once; "-dirty" stays."""
+    found = (row.get("commit", "").partition("-") for row in rows)
+    return list(dict.fromkeys(commit[:7] + dash + dirty for commit, dash, dirty in found if commit))
+
+
 def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
     """Returns the lines of a Markdown table."""
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body)]
@@ -270,7 +313,7 @@ def main(
     here = pathlib.Path(file).parent
     out = out or here
     rows = read(here / "results.csv")
-    made = {"protocol": protocol.state_lines(here), **tables(rows)}
+    made = {"protocol": [*protocol.state_lines(here), *commit_lines(here)], **tables(rows)}
     (out / "table.md").write_text("\n\n".join("\n".join(lines) for lines in made.values()) + "\n")
     (out / "README.md").write_text(document((here / "README.md").read_text(), made))
     save(draw(rows), out / "figure.png")

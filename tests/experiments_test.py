@@ -191,6 +191,44 @@ def test_every_page_and_the_list_show_the_state_under_the_protocol():
             assert "one setting" in page.lower() and "**Counter-evidence.**" in page, name
 
 
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_page_names_the_commits_of_its_rows(name):
+    page = (FOLDER / name / "README.md").read_text()
+    block = page.partition("<!-- protocol -->")[2].partition("<!-- end -->")[0]
+    named = set(re.findall(r"\b[0-9a-f]{7}\b", block))
+    rows = [row for file in (FOLDER / name).glob("*.csv") for row in protocol.read(file)]
+    if other := protocol.RUNS_OF.get(name):
+        measured = {row["name"] for row in rows if "name" in row}
+        rows += [row for row in protocol.reported(FOLDER / other) if row["name"] in measured]
+    assert named == {row["commit"][:7] for row in rows if row.get("commit")}
+    for file in (FOLDER / name).glob("*.csv"):
+        known = protocol.read(file)
+        if known and "state" in known[0] and "commit" not in known[0]:
+            assert file.name in block
+
+
+def test_commits_of_rows(tmp_path):
+    one, two = "1" * 40, "2" * 40
+    assert study.commit_lines(tmp_path) == []
+    (tmp_path / "lengths.csv").write_text("name,bleu\na,1\n")  # measured on the runs
+    (tmp_path / "results.csv").write_text("name,state,commit\n")
+    assert study.commit_lines(tmp_path) == []
+    (tmp_path / "results.csv").write_text("name,state\na,done\n")
+    assert study.commit_lines(tmp_path) == [
+        "The rows of results.csv name no commit: they were collected before rows had one."
+    ]
+    (tmp_path / "final.csv").write_text(f"name,state,commit\na,done,{one}-dirty\nb,failed,\n")
+    (tmp_path / "grid.csv").write_text(
+        f"name,state,commit\na,done,{two}\nb,done,{one}\nc,done,{two}\n"
+    )
+    (tmp_path / "earlier.csv").write_text(f"verdict,side,commit\nx,better,{two}\n")
+    assert study.commit_lines(tmp_path) == [
+        "Runs of commit 2222222 and 1111111 (grid), 1111111-dirty (final).",
+        "The rows of results.csv name no commit: they were collected before rows had one.",
+        "Earlier verdicts of commit 2222222.",
+    ]
+
+
 @pytest.mark.parametrize("name", ["grid.csv", "warmup.csv", "final.csv", "length"])
 def test_numbers_under_the_protocol_carry_their_commit(name):
     files = FOLDER.glob(f"*/{name}")
