@@ -2,9 +2,9 @@
 """Decodes a language model that is a table, so that all its sentences can be enumerated."""
 
 import dataclasses
+import functools
 import itertools
 import math
-from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from localglobal_jax.inference import decoding
+from localglobal_jax.inference.decoding import sampling
 from localglobal_jax.models.registry import create_model
 from localglobal_jax.profiling import collectives, hlo
 
@@ -63,7 +64,7 @@ def log_p(table, sentence, prefix):
     return logits - np.log(np.exp(logits).sum())
 
 
-@cache
+@functools.cache
 def everything(seed, sentence, min_length=1):
     """Every hypothesis and its log probabilities."""
     table = tables(seed)
@@ -243,6 +244,14 @@ def test_only_what_is_inside_the_cut_is_drawn(options):
         assert set(found.tokens[sentence, :, 0].tolist()) == set(order[:inside].tolist())
 
 
+def test_a_nucleus_ends_with_the_token_that_reaches_its_mass_exactly():
+    logits = jnp.array([[0.0, 2.0, 1.0, -1.0]])
+    mass = jnp.cumsum(jax.nn.softmax(jnp.sort(logits, descending=True)), -1)[0]
+    for kept in (1, 2, 3):
+        cut = sampling._cut(logits, mass[kept - 1], sampling._Options(1, MAX, 0, nucleus=True))
+        assert jnp.isfinite(cut).sum() == kept
+
+
 def test_draws_are_a_function_of_the_key():
     jax.tree.map(np.testing.assert_array_equal, draw(4, 7, 5), draw(4, 7, 5))
     assert (draw(4, 7, 50).tokens != draw(4, 8, 50).tokens).any()
@@ -257,6 +266,16 @@ def test_draws_of_a_sentence_go_with_its_number():
     )  # fmt: skip
     for ours, theirs in zip(together, alone, strict=True):
         np.testing.assert_array_equal(ours[1], theirs[0])
+
+
+def test_hypotheses_of_a_sentence_are_drawn_under_consecutive_numbers():
+    """Hypothesis j of k, of sentence number i, has the draws of the only one of number i k + j."""
+    draw = functools.partial(
+        decoding.sample, Table(), jnp.asarray(tables(4)), key=jax.random.key(7), max_length=MAX
+    )
+    together = draw(source=jnp.array([[1]]), numbers=np.array([2]), samples=3)
+    alone = draw(source=jnp.array([[1]] * 3), numbers=np.array([6, 7, 8]))
+    assert sorted(together.tokens[0].tolist()) == sorted(alone.tokens[:, 0].tolist())
 
 
 def test_wrong_arguments():
