@@ -205,15 +205,77 @@ class Program:
             return 2 * reads[1]
         if i.opcode == "fusion":
             (called,) = self._calls(i)[:1] or [""]
-            inside = self.instructions.get(called, [])
-            for number, window in _windows(inside).items():
+            for number, window in self._windows(called).items():
                 if number < len(reads) and reads[number]:
                     reads[number] = min(reads[number], window)
-            if (update := _update(inside)) is not None:
-                number, size = update
-                if number < len(reads) and reads[number] == written:
-                    reads[number], written = 0, 2 * min(size, written)
+            for number, size in self._updates(called).items():
+                if number < len(reads) and 0 < reads[number] <= written:
+                    written += 2 * min(size, reads[number]) - reads[number]
+                    reads[number] = 0
         return written + sum(reads)
+
+    def _windows(self, fused: str) -> dict[int, int]:
+        """Returns bytes of slices by number of each parameter of a fusion that is only sliced."""
+        inside = self.instructions.get(fused, [])
+        users: dict[str, list[Instruction]] = {}
+        for i in inside:
+            for operand in set(i.operands):
+                users.setdefault(operand, []).append(i)
+
+        def sliced(name: str) -> int | None:
+            """Returns the bytes that are read of an array; None: perhaps all."""
+            total = 0
+            for user in users.get(name, []):
+                places = [n for n, operand in enumerate(user.operands) if operand == name]
+                if user.opcode in WINDOWS and places == [0]:
+                    read: int | None = sum(a.nbytes for a in user.result)
+                elif user.opcode == "bitcast":
+                    read = sliced(user.name)
+                elif user.opcode == "fusion":  # fusions hold fusions
+                    (called,) = self._calls(user)[:1] or [""]
+                    parts = self._windows(called)
+                    read = sum(parts[n] for n in places) if parts.keys() >= set(places) else None
+                else:
+                    read = None
+                if read is None:
+                    return None
+                total += read
+            return total or None
+
+        sizes = {int(i.inside): sliced(i.name) for i in inside if i.opcode == "parameter"}
+        return {number: size for number, size in sizes.items() if size is not None}
+
+    def _updates(self, fused: str) -> dict[int, int]:
+        """Returns bytes of the update by number of each parameter that a fusion updates in place.
+
+        The updates are the fusion's results, or those of a fusion inside it.
+        """
+        inside = self.instructions.get(fused, [])
+        there = {i.name: i for i in inside}
+
+        def source(name: str) -> Instruction:
+            while there[name].opcode == "bitcast":
+                name = there[name].operands[0]
+            return there[name]
+
+        found: dict[int, int] = {}
+        roots = inside[-1:]
+        if roots and roots[0].opcode == "tuple":
+            roots = [there[name] for name in roots[0].operands]
+        for root in roots:
+            last = source(root.name)
+            updates: list[tuple[str, int]] = []
+            if last.opcode == "dynamic-update-slice":
+                target, update = last.operands[:2]
+                updates = [(target, sum(a.nbytes for a in there[update].result))]
+            elif last.opcode == "fusion":
+                (called,) = self._calls(last)[:1] or [""]
+                updates = [(last.operands[n], size) for n, size in self._updates(called).items()]
+            for name, size in updates:
+                target_of = source(name)
+                if target_of.opcode == "parameter":
+                    found[int(target_of.inside)] = size
+        return found
 
 
 def _instruction(name: str, rest: str) -> Instruction:
@@ -243,34 +305,3 @@ def _close(text: str, at: int) -> int:
 
 def _called(instruction: Instruction, role: str) -> str:
     return instruction.attribute(rf"\b{role}=%?([\w.\-]+)") or ""
-
-
-def _windows(inside: list[Instruction]) -> dict[int, int]:
-    """Returns bytes of slices by number of each parameter of a fusion that is only sliced."""
-    users: dict[str, list[Instruction]] = {}
-    for i in inside:
-        for operand in i.operands:
-            users.setdefault(operand, []).append(i)
-    found = {}
-    for i in inside:
-        if i.opcode != "parameter" or not users.get(i.name):
-            continue
-        if all(u.opcode in WINDOWS and u.operands[0] == i.name for u in users[i.name]):
-            found[int(i.inside)] = sum(a.nbytes for u in users[i.name] for a in u.result)
-    return found
-
-
-def _update(inside: list[Instruction]) -> tuple[int, int] | None:
-    """Returns the parameter that a fusion updates in place at its end, and the update's bytes."""
-    there = {i.name: i for i in inside}
-    last = inside[-1] if inside else None
-    while last is not None and last.opcode == "bitcast":
-        last = there.get(last.operands[0])
-    if last is None or last.opcode != "dynamic-update-slice":
-        return None
-    target, update = (there[name] for name in last.operands[:2])
-    while target.opcode == "bitcast":
-        target = there[target.operands[0]]
-    if target.opcode != "parameter":
-        return None
-    return int(target.inside), sum(a.nbytes for a in update.result)

@@ -86,6 +86,57 @@ def test_traffic_is_what_goes_in_and_out():
     assert moved < 4 * 4 * 1000
 
 
+# One image of eight is read and replaced, as libtpu writes it: fusions that hold fusions.
+IN_PLACE = """HloModule tiles, is_scheduled=true
+
+%cut (p0: bf16[8,64], p1: s32[]) -> bf16[1,64] {
+  %p0 = bf16[8,64]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %slice = bf16[1,64]{1,0} dynamic-slice(%p0, %p1, %zero), dynamic_slice_sizes={1,64}
+}
+
+%put (p0: bf16[8,64], p1: bf16[1,64], p2: s32[]) -> bf16[8,64] {
+  %p0 = bf16[8,64]{1,0} parameter(0)
+  %p1 = bf16[1,64]{1,0} parameter(1)
+  %p2 = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  ROOT %update = bf16[8,64]{1,0} dynamic-update-slice(%p0, %p1, %p2, %zero)
+}
+
+%outer (p0: bf16[8,64], p1: s32[], p2: bf16[8,64]) -> (bf16[8,64], bf16[64]) {
+  %p0 = bf16[8,64]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %p2 = bf16[8,64]{1,0} parameter(2)
+  %part = bf16[1,64]{1,0} fusion(%p0, %p1), kind=kLoop, calls=%cut
+  %whole = bf16[8,64]{1,0} bitcast(%p2)
+  %sum = bf16[64]{0} bitcast(%part)
+  %new = bf16[8,64]{1,0} fusion(%whole, %part, %p1), kind=kLoop, calls=%put
+  ROOT %both = (bf16[8,64]{1,0}, bf16[64]{0}) tuple(%new, %sum)
+}
+
+ENTRY %main (x: bf16[8,64], i: s32[], y: bf16[8,64]) -> (bf16[8,64], bf16[64]) {
+  %x = bf16[8,64]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %y = bf16[8,64]{1,0} parameter(2)
+  ROOT %f = (bf16[8,64]{1,0}, bf16[64]{0}) fusion(%x, %i, %y), kind=kOutput, calls=%outer
+}
+"""
+
+
+def test_slices_inside_fusions_of_fusions_move_their_own_bytes():
+    ((_, moved, runs),) = hlo.Program(IN_PLACE).traffic()
+    image, index = 64 * 2, 4
+    assert runs == 1
+    assert moved == image + index + 2 * image + image  # a slice, the update, the other result
+
+
+def test_an_array_that_a_fusion_also_reads_as_a_whole_counts_as_a_whole():
+    also = IN_PLACE.replace("%sum = bf16[64]{0} bitcast(%part)", "%sum = bf16[64]{0} copy(%p0)")
+    ((_, moved, _),) = hlo.Program(also).traffic()
+    assert moved == 8 * 128 + 4 + 2 * 128 + 128
+
+
 def test_what_libtpu_wrote(stored):
     assert stored.devices == 4
     assert set(stored.trips.values()) == {5}
