@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
                 found = replay.replay(run, args.workdir, args.replay)
                 multihost.finished(ExitCode.DONE)
                 return _replayed(found, args.json)
-            results = loop.train(run, args.workdir)
+            results = loop.train(run, args.workdir, source=args.config)
     except loop.Preempted as stop:
         multihost.finished(ExitCode.PREEMPTED)
         return _say(f"{stop}; start again to resume", ExitCode.PREEMPTED)

@@ -128,16 +128,23 @@ def load_module(spec: str) -> tuple[types.ModuleType, str | None]:
     ``NAME.py`` and ``configs/NAME.py`` are also found among the `packaged` configs.
     """
     path, _, arg = spec.partition(":")
-    file = pathlib.Path(path).expanduser()
-    ours = {name: known for known in packaged() for name in (known.name, f"configs/{known.name}")}
-    with contextlib.suppress(OSError):  # not a path: reported by `_import`
-        if not file.is_file() and path in ours:
-            file = ours[path]
-            _log_packaged(file)
+    file = config_file(path)
+    if file != pathlib.Path(path).expanduser():
+        _log_packaged(file)
     module = _import(file)
     if not hasattr(module, "get_config"):
         raise ValueError(f"{path} has no get_config(arg) -> ConfigDict: it is not a config file")
     return module, arg or None
+
+
+def config_file(path: str) -> pathlib.Path:
+    """Returns the file that ``--config PATH`` loads: the one of that path, or a packaged one."""
+    file = pathlib.Path(path).expanduser()
+    ours = {name: known for known in packaged() for name in (known.name, f"configs/{known.name}")}
+    with contextlib.suppress(OSError):  # not a path: reported by `_import`
+        if not file.is_file() and path in ours:
+            return ours[path]
+    return file
 
 
 @functools.cache  # once: a sweep loads its config for every run

@@ -38,11 +38,14 @@ class Preempted(Exception):
 
 
 def train(
-    config: schema.Run | ConfigDict, workdir: str | pathlib.Path
+    config: schema.Run | ConfigDict, workdir: str | pathlib.Path, *, source: str | None = None
 ) -> dict[str, dict[str, float]]:
     """Trains, or resumes, the run `config` in `workdir`; returns its last metrics by split.
 
-    A ConfigDict is validated first, see `config.loading.load_config`.
+    Args:
+      config: a ConfigDict is validated first, see `config.loading.load_config`.
+      source: the file that `config` was loaded from, ``FILE[:arg]``; every checkpoint and the model
+        card name it.
 
     Raises:
       ValueError: the config is wrong, or does not fit the workdir; nothing was written.
@@ -57,11 +60,15 @@ def train(
     """
     run = config if isinstance(config, schema.Run) else validation.check(config)
     with store.one_end() as end_soon, Lock() as lock, named_in_errors(workdir):
-        return _train(run, workdir, lock, end_soon)
+        return _train(run, workdir, lock, end_soon, source)
 
 
 def _train(
-    run: schema.Run, directory: str | pathlib.Path, lock: Lock, end_soon: Callable[[], None]
+    run: schema.Run,
+    directory: str | pathlib.Path,
+    lock: Lock,
+    end_soon: Callable[[], None],
+    source: str | None,
 ) -> dict[str, dict[str, float]]:
     # ---- set up: everything is validated before anything is written
     setup = prepare_setup(run, directory)
@@ -88,8 +95,8 @@ def _train(
         "config": run.model_dump(mode="json"),
         "model": dict(task.model_spec),
     }
-    description |= {"versions": versions(), "environment": environment(), "order": task.order}
-    description["labels"] = task.labels
+    description |= {"versions": versions(), "environment": environment(source)}
+    description |= {"order": task.order, "labels": task.labels}
 
     # ---- loop: evaluate, save, next batch, step, report (do not change the order)
     throughput = ThroughputMeter(run, task, start, before.get("window"), setup.work_of(update))
@@ -146,7 +153,7 @@ def _train(
             if step + 1 == run.steps or due(step + 1, run.log.every):
                 monitor.settle()
                 logger.training(step + 1, throughput.close(step + 1) | monitor.line())
-    results = finish(run, task, directory, params, step)
+    results = finish(run, task, directory, params, step, source)
     if multihost.rank() == 0:
         mirror.push()
     return results

@@ -2,6 +2,7 @@
 """A workdir in a bucket of a real server."""
 
 import csv
+import functools
 import json
 import os
 import pathlib
@@ -22,6 +23,7 @@ from etils import epath
 from localglobal_jax.checkpoints import digests, gcs, manager, objects, reader, steps, workdir
 from localglobal_jax.cli.main import main
 from localglobal_jax.config import loading, schema, validation
+from localglobal_jax.launch import status
 from localglobal_jax.training import evaluation, loop
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "workdirs"
@@ -88,8 +90,10 @@ def counted(do):
 def test_a_run_is_resumed_and_evaluated_there_in_few_requests(bucket, data_dir):
     options = {"data.dir": data_dir, "steps": "6", "log.tensorboard": "false"}
     options |= {"checkpoint.every": "2", "checkpoint.keep": "3", "log.profile": "(1, 2)"}
-    config = loading.load("configs/coatnet_digits.py:size=tiny", options)
-    results, asked = counted(lambda: loop.train(validation.check(config), bucket))
+    source = "configs/coatnet_digits.py:size=tiny"
+    config = loading.load(source, options)
+    run = functools.partial(loop.train, validation.check(config), bucket, source=source)
+    results, asked = counted(run)
     there = epath.Path(bucket)
     assert {"config.json", "metrics.jsonl", "model_card.md"} <= {p.name for p in there.iterdir()}
     for step in (2, 4, 6):
@@ -98,9 +102,12 @@ def test_a_run_is_resumed_and_evaluated_there_in_few_requests(bucket, data_dir):
     assert any(name.startswith("profile/") for name in objects.sizes(there))
     others = [request for request in asked if "/checkpoints/" not in request]
     assert len(others) <= 40, others
-    again, asked = counted(lambda: loop.train(validation.check(config), bucket))
+    again, asked = counted(run)
     assert again["test"] == results["test"]  # nothing is left to do
     assert len(asked) <= 75, asked
+    assert status.environment(bucket)["config"] == source
+    card = (there / "model_card.md").read_text()
+    assert f"| config | {source} |\n" in card and "| page | configs/README.md |\n" in card
     (step, found), asked = counted(lambda: evaluation.evaluate(bucket))
     assert step == 6 and found["test"]["loss"] == pytest.approx(results["test"]["loss"], rel=1e-6)
     assert len(asked) <= 60, asked

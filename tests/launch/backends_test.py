@@ -158,6 +158,18 @@ XPK = ("--backend=xpk", "--cluster=c", "--image=i", "--tpu_type=v5litepod-16")
 TPU_VM = ("--backend=tpu-vm", "--zone=z", "--tpu_type=v5litepod-16")
 
 
+@pytest.mark.parametrize("words", [(), ("--backend=slurm",), XPK, TPU_VM], ids=str)
+def test_a_run_is_started_with_the_config_as_it_was_given(words):
+    """So that it records the file from which the sweep was started."""
+    spec = f"{LAYOUTS}:size=tiny"
+    found = expand.expand(spec, "gs://b/r")
+    args = arguments(*words)
+    launch = backends.BACKENDS[args.backend].launch(Request(args, found, found.runs[:1], {}))
+    (run,) = launch.shown
+    for text in (launch.shown[run][-1], *launch.files.values()):
+        assert f"--config {spec} --workdir gs://b/r/{run}" in text
+
+
 @pytest.mark.parametrize("words", [XPK, TPU_VM, ("--backend=slurm", "--gpus=2")])
 def test_secrets_are_neither_printed_nor_written(words, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", ENV["HF_TOKEN"])

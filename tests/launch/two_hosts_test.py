@@ -20,7 +20,9 @@ import gcs_server
 import pytest
 import standins
 
-from localglobal_jax.launch import tpu_vm
+from localglobal_jax.checkpoints import objects
+from localglobal_jax.checkpoints.workdir import absolute
+from localglobal_jax.launch import status, tpu_vm
 
 SYSTEM = "/usr/local/bin:/usr/bin:/bin"
 # What is compiled runs for a second: no time for optimisation, as in the rest of the suite.
@@ -188,6 +190,12 @@ def saved(workdir: str) -> set[int]:
     return {int(name[1]) for name in found if name}
 
 
+def config_of(root: str) -> str:
+    """Returns the config file that the only run in `root` records."""
+    (name,) = (name for name in objects.folders(absolute(root)) if "runs-000-" in name)
+    return status.environment(f"{root}/{name}")["config"]
+
+
 # Each: setup, join, train; a host that is asked to stop stops both; the restart goes on, to the
 # end, by the back end's own rule.
 
@@ -209,6 +217,7 @@ def test_tpu_vm(desk, options):
         assert text.count(f"{i} of 2: all are here") == 2 and "the state is saved" in text
     assert "resumed at step" in log.read_text() and 300 in saved(workdir)
     assert not (desk.place / "state").exists()
+    assert config_of(workdir) == "runs.py"
 
 
 @pytest.mark.slow
@@ -222,6 +231,7 @@ def test_xpk(desk, options):
     desk.wait_for((job / "ended").exists, logs)
     assert (job / "attempts").read_text() == "[42, 42]\n[0, 0]\n", desk.said(logs)
     assert "resumed at step" in desk.said(logs) and 300 in saved(workdir)
+    assert config_of(workdir) == "runs.py"
 
 
 @pytest.mark.slow
@@ -237,6 +247,7 @@ def test_slurm(desk, options):
     assert "resumed at step" in desk.said(logs) and desk.said(logs).count("of 2: all are here") == 4
     (run,) = pathlib.Path(workdir).glob("runs-000-*")
     assert (run / "checkpoints" / "300").is_dir()
+    assert config_of(workdir) == "runs.py"
 
 
 @pytest.mark.slow

@@ -12,11 +12,17 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from localglobal_jax.checkpoints.workdir import shown, write_atomically
+from localglobal_jax.checkpoints.workdir import is_remote, shown, write_atomically
 from localglobal_jax.config import preprocessing, schema
 from localglobal_jax.parallel import multihost, placement
 from localglobal_jax.training import freezing, optim
-from localglobal_jax.training.reporting import metrics_log, model_card, plots, progress
+from localglobal_jax.training.reporting import (
+    metrics_log,
+    model_card,
+    plots,
+    progress,
+    provenance,
+)
 from localglobal_jax.training.reporting.provenance import environment, versions
 from localglobal_jax.training.tasks import Task
 
@@ -135,12 +141,28 @@ def _preparation(run: schema.Run) -> dict[str, Any]:
     return preprocessing.of_checkpoint({"config": run.model_dump()})
 
 
-def finish(
-    run: schema.Run, task: Task, directory: pathlib.Path, params: PyTree, step: int
+def _environment(source: str | None, directory: pathlib.Path) -> dict[str, str]:
+    """Returns the environment and, if there is one, a link to the page about the config."""
+    found = environment(source)
+    if page := provenance.page_of(found.get("config", ""), directory):
+        path, url = page
+        found["page"] = path if is_remote(shown(directory)) else f"[{path}]({url})"
+    return found
+
+
+def finish(  # noqa: PLR0917 # parts of one run
+    run: schema.Run,
+    task: Task,
+    directory: pathlib.Path,
+    params: PyTree,
+    step: int,
+    source: str | None = None,
 ) -> dict[str, dict[str, float]]:
     """Writes `model_card.md` and the learning curve; returns the last metrics. Rank 0 only.
 
-    `step`: the last one, fewer than ``steps`` if the run stopped early.
+    Args:
+      step: the last one, fewer than ``steps`` if the run stopped early.
+      source: the config file of the run, ``FILE[:arg]``.
     """
     last: dict[str, dict[str, float]] = {}
     if multihost.rank():
@@ -158,7 +180,7 @@ def finish(
         metrics={split: model_results(line) for split, line in last.items()},
         use=task.use,
         versions=versions(),
-        environment=environment(),
+        environment=_environment(source, directory),
         command=shlex.join(["localglobal", *sys.argv[1:]]) if sys.argv[1:] else None,
         curve=curve.name,
     )

@@ -81,6 +81,7 @@ class Run:
     looks: list[Picture] = dataclasses.field(default_factory=list)
     samples: list[Sample] = dataclasses.field(default_factory=list)
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    page: tuple[str, str] | None = None  # about the config: its path in the checkout, and its URL
     attempts: list[dict[str, str]] = dataclasses.field(default_factory=list)
     reason: str = ""  # of a failure, in one line
 

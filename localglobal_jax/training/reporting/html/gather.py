@@ -26,7 +26,7 @@ from localglobal_jax.inference import load
 from localglobal_jax.inference.translator import Translator
 from localglobal_jax.models import registry
 from localglobal_jax.training import divergence, early_stopping
-from localglobal_jax.training.reporting import metrics_log
+from localglobal_jax.training.reporting import metrics_log, provenance
 from localglobal_jax.training.reporting.html import sweep
 from localglobal_jax.training.reporting.html.attempts import attempts, failure, is_pruned
 from localglobal_jax.training.reporting.html.facts import Run
@@ -69,6 +69,8 @@ def write(paths: Sequence[str], out: pathlib.Path, step: int | str | None = None
         gather(name, path, mirror, config, step)
         for name, (path, mirror), config in zip(names(chosen), known, configs, strict=True)
     ]
+    for run in runs:
+        run.page = provenance.page_of(str(run.environment.get("config", "")), out.parent)
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     made = f"Made by localglobal_jax {__version__}, {now}"
     whole = sweep.gather(paths[0], runs, failures) if inside else None

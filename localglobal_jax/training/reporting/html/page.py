@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Renders the page of ``localglobal report`` as one HTML string.
 
-The page loads nothing from a network: style, curves and pictures are in the file, there is no
-script, and its Content-Security-Policy forbids everything else. The template escapes all text of
-users (paths, names of classes, sentences, values of a config).
+The page loads nothing: style, curves and pictures are in the file, there is no script, and its
+Content-Security-Policy forbids everything else. It links to its own sections, and to the README.md
+beside the config of a run. The template escapes all text of users (paths, names of classes,
+sentences, values of a config).
 """
 
 import base64
@@ -50,6 +51,7 @@ def page(runs: Sequence[Run], made: str, whole: sweep.Sweep | None = None) -> st
             policy=policy,
             sweep=whole,
             hues=hues,
+            origins=_origins(runs),
             abouts=_abouts(runs),
             ordered=sorted(runs, key=lambda run: whole is not None and run is not whole.best),
             scatters=sweep.charts(whole, runs) if whole else [],
@@ -93,10 +95,21 @@ def _abouts(runs: Sequence[Run]) -> list[tuple[str, str]]:
         if about:
             tags = f" [{about['tags']}]" if "tags" in about else ""
             found.setdefault((about.get("note", "") + tags).strip(), []).append(run.name)
-    return [
-        (text, "all runs" if 1 < len(names) == len(runs) else ", ".join(names))
-        for text, names in found.items()
-    ]
+    return [(text, _together(names, runs)) for text, names in found.items()]
+
+
+def _origins(runs: Sequence[Run]) -> list[tuple[str, str, tuple[str, str] | None, str]]:
+    """Returns config, commit and page of the runs that have any, and the names of these runs."""
+    found: dict[Any, list[str]] = {}
+    for run in runs:
+        config, commit = (str(run.environment.get(name, "")) for name in ("config", "commit"))
+        if config or commit:
+            found.setdefault((config, commit, run.page), []).append(run.name)
+    return [(*origin, _together(names, runs)) for origin, names in found.items()]
+
+
+def _together(names: Sequence[str], runs: Sequence[Run]) -> str:
+    return "all runs" if 1 < len(names) == len(runs) else ", ".join(names)
 
 
 def _json(config: Mapping[str, Any], field: str) -> str:

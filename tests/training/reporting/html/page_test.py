@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page of runs: what is on it, that it loads nothing, that text stays text."""
+"""The page of runs: what is on it, that it loads nothing and links to nothing that is not there,
+that text stays text."""
 
 import dataclasses
 import html.parser
@@ -9,6 +10,8 @@ import pathlib
 import re
 import shutil
 import subprocess
+import tarfile
+import urllib.parse
 
 import cv2
 import jax
@@ -21,6 +24,8 @@ from hypothesis import strategies as st
 from localglobal_jax import load
 from localglobal_jax.checkpoints import workdir as workdirs
 from localglobal_jax.cli.main import main
+from localglobal_jax.launch import expand, status
+from localglobal_jax.training.reporting import provenance
 from localglobal_jax.training.reporting.html import curves, gather, predictions, sweep
 from localglobal_jax.training.reporting.html.facts import (
     Confusion,
@@ -46,6 +51,8 @@ NASTY = [
 ]
 
 VOID = {"meta", "img"}
+
+LOADED = {"src", "href", "action", "srcset", "data", "xlink:href", "poster", "ping", "background"}
 
 ANYTHING = st.floats() | st.integers() | st.just(10**400) | st.text() | st.lists(st.none())
 
@@ -77,18 +84,28 @@ class Read(html.parser.HTMLParser):
         self.text.append(data)
 
 
-def check(text):
-    """It is whole, and nothing in it is fetched or executed."""
+def check(text, folder=None):
+    """It is whole, nothing in it is fetched or executed, and every link leads to what is there.
+
+    A link is to a section of the page or to a file; a relative one is seen from `folder`.
+    """
     read = Read(text)
     assert not {"script", "link", "iframe", "object", "form", "base", "foreignobject"} & {
         *read.tags
     }
     for tag, name, value in read.attributes:
         assert not name.startswith("on") and name != "style", (tag, name, value)
-        if name in ("src", "href", "action", "srcset", "data", "xlink:href"):
-            assert value.startswith("data:image/png;base64," if tag == "img" else "#"), value
-        if name == "href":
-            assert ("h2", "id", value[1:]) in read.attributes
+        if (tag, name) == ("img", "src"):
+            assert value.startswith("data:image/png;base64,"), value
+        elif (tag, name) == ("a", "href"):
+            url = urllib.parse.urlsplit(value)
+            if value.startswith("#"):
+                assert ("h2", "id", value[1:]) in read.attributes
+            else:
+                assert url.scheme in ("", "file") and not (url.netloc or url.query or url.fragment)
+                assert pathlib.Path(folder or "/", urllib.parse.unquote(url.path)).is_file(), value
+        else:  # would be loaded, or sent
+            assert name not in LOADED, (tag, name, value)
     assert read.tags.count("h1") == 1
     assert all(dict_alt for tag, name, dict_alt in read.attributes if name in ("alt", "aria-label"))
     policies = [v for t, n, v in read.attributes if n == "content" and "default-src 'none'" in v]
@@ -123,7 +140,8 @@ def run_of(words, **changes):
         ),
         looks=[Picture(PNG, next(word), "photo")],
         samples=[Sample(next(word), next(word), next(word), Picture(PNG, next(word)))],
-        environment={next(word): next(word)},
+        environment={next(word): next(word), "config": next(word), "commit": next(word)},
+        page=(next(word), pathlib.Path(__file__).as_uri()),
         attempts=[
             {"began": next(word), "start": "0", "last": "3", "lasted": "0:01", "ended": next(word)}
         ],
@@ -205,7 +223,7 @@ def text_workdir(tmp_path_factory):
 
 def report(out, *workdirs, code=0):
     assert main(["report", *map(str, workdirs), f"--out={out}"]) == code
-    return check(out.read_text())
+    return check(out.read_text(), out.parent)
 
 
 def test_data_of_other_classes_is_a_note_and_no_matrix(workdir, tmp_path, monkeypatch, capsys):
@@ -240,6 +258,115 @@ def test_a_finished_run(workdir, tmp_path, capsys):
     assert (attempt["start"], attempt["last"], attempt["ended"]) == ("0", "8", "at the last step")
     read = check(out.read_text())
     assert read.tags.count("img") == 3 and {"loss", "accuracy", "learning_rate"} <= {*read.text}
+
+
+COMMIT = re.compile(r"[0-9a-f]{40}(-dirty)?")
+
+
+def links(read):
+    """The links of a page that lead out of it."""
+    return [value for tag, name, value in read.attributes if name == "href" and value[0] != "#"]
+
+
+def test_config_commit_and_page_of_a_run(workdir, tmp_path, monkeypatch):
+    """On its own page, and in its model card. Without the page, as text alone."""
+    config, commit = "configs/coatnet_digits.py:size=tiny", provenance.environment()["commit"]
+    assert COMMIT.fullmatch(commit)
+    recorded = status.environment(str(workdir))
+    assert recorded["config"] == config and COMMIT.fullmatch(recorded["commit"])
+    read = report(tmp_path / "page.html", workdir)
+    page = (CONFIGS / "README.md").as_uri()
+    assert links(read) == [page]
+    said = "".join(read.text)
+    assert f"digits: config {config}, page configs/README.md, commit {recorded['commit']}" in said
+    card = (workdir / "model_card.md").read_text()
+    assert f"| config | {config} |\n" in card and f"| commit | {recorded['commit']} |\n" in card
+    assert f"| page | [configs/README.md]({page}) |\n" in card
+
+    monkeypatch.setattr(provenance, "checkout", lambda: None)  # read by an installed package
+    read = report(tmp_path / "page.html", workdir)
+    assert links(read) == []
+    assert f"digits: config {config}, commit {recorded['commit']}" in "".join(read.text)
+
+
+STUDY = """
+from localglobal_jax.config import loading
+
+def get_config(arg=None):
+    config = loading.load("coatnet_digits.py:size=tiny,data=mock")
+    config.model.update(layout="T", depths=(1,), widths=(16,), strides=(1,))
+    config.data.eval_splits = ("test[:8]",)
+    config.batch_size, config.optim.warmup_steps, config.steps = 4, 1, 2
+    config.checkpoint = dict(every=1, keep=2)
+    config.log = dict(every=1, tensorboard=False)
+    return config
+
+def sweep():
+    yield {"seed": 3}
+"""
+
+
+@pytest.mark.parametrize("command", ["train", "sweep"])
+def test_a_study_is_linked_from_the_page_of_its_runs(command, tmp_path, monkeypatch):
+    """And a run goes on under another path of its config, which its page then names."""
+    root, out = tmp_path / "checkout", tmp_path / "checkout" / "runs" / "page.html"
+    study = root / "experiments" / "mine"
+    study.mkdir(parents=True)
+    (study / "sweep.py").write_text(STUDY)
+    (study / "README.md").touch()
+    monkeypatch.setattr(provenance, "checkout", lambda: root)
+    monkeypatch.chdir(study)
+    if command == "train":
+        (workdir := root / "runs" / "mine").parent.mkdir()
+        arguments = ["train", "--config", "sweep.py", "--workdir", str(workdir)]
+    else:  # the words that every back end starts a run with
+        (run,) = expand.expand("sweep.py:a", str(root / "runs" / "of")).runs
+        arguments, workdir = list(run.arguments), pathlib.Path(run.workdir)
+    assert main(arguments) == 0
+    arg = ":a" * (command == "sweep")
+    shown = workdir if command == "train" else workdir.parent
+    read = report(out, shown)
+    assert links(read) == ["../experiments/mine/README.md"]
+    said = f"config experiments/mine/sweep.py{arg}, page experiments/mine/README.md"
+    assert said in "".join(read.text)
+    up = "../" * (2 if command == "train" else 3)
+    assert f"({up}experiments/mine/README.md)" in (workdir / "model_card.md").read_text()
+    (study / "README.md").unlink()
+    read = report(out, shown)
+    assert links(read) == [] and f"config experiments/mine/sweep.py{arg}" in "".join(read.text)
+
+    if command == "train":
+        shutil.rmtree(workdir / "checkpoints" / "2")
+        shutil.copy(study / "sweep.py", tmp_path / "copy.py")
+        assert main([*arguments[:2], "../../../copy.py", *arguments[3:]]) == 0
+        assert status.environment(str(workdir))["config"] == "../../../copy.py"
+
+
+def test_a_run_of_an_earlier_version_records_no_config(tmp_path):
+    name = pathlib.Path(__file__).parents[3] / "golden" / "workdirs" / "4f09b88" / "coatnet.tar.gz"
+    with tarfile.open(name) as archive:
+        archive.extractall(tmp_path, filter="data")
+    commit = status.environment(str(tmp_path / "coatnet")).get("commit", "")
+    read = report(tmp_path / "page.html", tmp_path / "coatnet")
+    said = "".join(read.text)
+    assert links(read) == [] and "config configs" not in said
+    assert commit == "" or f"coatnet: commit {commit}" in said
+
+
+def test_origins_of_several_runs():
+    def of(i, **environment):
+        return Run(f"r{i}", "w", "done", {}, environment=environment)
+
+    def said(*runs):
+        return "".join(check(page(runs, "now")).text)
+
+    one, two = {"config": "c.py", "commit": "1"}, {"config": "c.py", "commit": "2-dirty"}
+    assert "all runs: config c.py, commit 1\n" in said(of(0, **one), of(1, **one))
+    text = said(of(0, **one), of(1, **two), of(2, **one), of(3))
+    assert "r0, r2: config c.py, commit 1\n" in text
+    assert "r1: config c.py, commit 2-dirty\n" in text and "r3:" not in text
+    assert "r0: config c.py\n" in said(of(0, config="c.py"))
+    assert "r0: commit 1\n" in said(of(0, commit="1"))
 
 
 def test_of_many_images_some_are_taken(workdir, tmp_path, capsys, monkeypatch):
