@@ -78,6 +78,11 @@ def test_nan_payload_and_negative_zero_are_bits_like_others():
     assert of(nans[:1]) != of(nans[1:])
 
 
+def test_an_array_may_have_more_than_2_32_words():
+    large = jax.ShapeDtypeStruct((2, 2**16, 2**16), jnp.uint8)  # the stride of axis 0 is 2**32
+    assert jax.eval_shape(digests.on_device, large).shape == (2,)
+
+
 @pytest.mark.parametrize("leaf", [jax.random.key(0), jnp.ones(2, jnp.complex64)])
 def test_what_has_no_digest_is_refused(leaf):
     with pytest.raises(ValueError, match="key_data"):

@@ -106,3 +106,13 @@ def test_a_checkpoint_from_before_an_option_existed_is_no_other_config(tmp_path)
     saved["optim"]["learning_rate"] = 0.5
     with pytest.raises(ValueError, match=r"optim\.learning_rate: 0\.5 .* 0\.001"):
         workdir.check_config(tmp_path, 3, {"config": saved})
+
+
+@pytest.mark.parametrize("classes", [3, 20, 21, 22])
+def test_an_error_shows_twenty_classes_and_counts_the_others(classes):
+    labels = [f"label{n}" for n in range(classes)]
+    with pytest.raises(ValueError, match="label0, label1, label2") as raised:
+        workdir.check_labels(labels, {"labels": ["another"]})
+    shown = str(raised.value).split(";", maxsplit=1)[0].split()
+    assert sum(word.startswith("label") for word in shown) == min(classes, 20)
+    assert [word for word in shown if word.isdigit()] == [str(classes - 20)] * (classes > 20)

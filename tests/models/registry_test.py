@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names of models: every one can be made, and a bare name has the sizes of a paper."""
 
+from localglobal_jax.data.text import tokenizers
 from localglobal_jax.models.registry import MODELS, create_model
 
 
@@ -16,6 +17,11 @@ def test_a_bare_name_has_sizes_of_its_paper():
     base = create_model("transformer_base")  # arXiv 1706.03762
     muse = create_model("muse")
     assert (muse.depths, muse.widths, muse.heads) == (base.depths, base.widths, base.heads)
+
+
+def test_special_tokens_are_those_of_the_tokenizers():
+    muse = create_model("muse")
+    assert (muse.pad, muse.start, muse.end) == (tokenizers.PAD, tokenizers.EOS, tokenizers.EOS)
 
 
 def test_sizes_of_focal_transformers_are_those_of_table_1():

@@ -68,6 +68,13 @@ def test_without_dropout_the_loss_is_exact():
         np.testing.assert_allclose(loss.metrics[name][0], means[name][0], rtol=1e-6)
 
 
+def test_dropout_of_a_batch_is_a_function_of_the_key():
+    task, variables, batch = started(make_run(**{"model.dropout": "0.5"}))
+    loss = jax.jit(task.loss)
+    first, again, other = (loss(variables, batch, jax.random.key(n)).total for n in (0, 0, 1))
+    assert first == again != other
+
+
 def test_micro_batches_with_other_numbers_of_tokens_give_the_gradient_of_the_whole():
     task, variables, batch = started(make_run(**QUIET))
     gradient = jax.jit(accumulated_gradient, static_argnums=(0, 4))
