@@ -32,7 +32,7 @@ def relu(x: Array) -> Array:
     """Computes ``max(x, 0)``."""
     if not context.is_fused():
         return nn.relu(x)
-    return lax.platform_dependent(x, cuda=_relu, default=nn.relu)
+    return context.per_platform(x, cuda=_relu, default=nn.relu)
 
 
 @jax.custom_vjp

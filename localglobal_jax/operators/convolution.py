@@ -74,7 +74,7 @@ def depthwise(
     # backward; on TPU and GPU the shifts' backward pass needs 6 to 9 times the temporary memory.
     shifted = partial(kernels.depthwise, stride=stride, padding=padding)
     forms = {"cuda": kernels.strided(grouped, stride, padding)} if stride > 1 else {}
-    return lax.platform_dependent(x, kernel, cpu=shifted, default=grouped, **forms)
+    return context.per_platform(x, kernel, cpu=shifted, default=grouped, **forms)
 
 
 def dynamic(
@@ -113,7 +113,7 @@ def dynamic(
         return shifted(x, kernel)
     # With 256 positions and a window of 15, a fifth of the time on CPU, forward and backward.
     banded = partial(kernels.dynamic, before=padding[0][0])
-    return lax.platform_dependent(x, kernel, cpu=banded, default=shifted)
+    return context.per_platform(x, kernel, cpu=banded, default=shifted)
 
 
 class DepthwiseConv(nn.Module):

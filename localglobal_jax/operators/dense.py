@@ -37,7 +37,7 @@ def dot_general(x: Array, kernel: Array, numbers: Numbers, **options: Any) -> Ar
     contracts_last = not any(map(len, batch)) and tuple(map(tuple, summed)) == ((x.ndim - 1,), (0,))
     if not (context.is_fused() and contracts_last):
         return as_given(x, kernel)
-    return lax.platform_dependent(x, kernel, cpu=of_matrices, default=as_given)
+    return context.per_platform(x, kernel, cpu=of_matrices, default=as_given)
 
 
 def product(
@@ -65,7 +65,7 @@ def wide_product(x: Float[Array, "*rows d"], table: Float[Array, "v d"]) -> Floa
     # bfloat16 on GPU. A TPU rounds their operands by itself.
     narrow = jax.custom_vjp(multiply)
     narrow.defvjp(lambda *args: (multiply(*args), args), backward)
-    return lax.platform_dependent(x, table, cuda=narrow, default=multiply)
+    return context.per_platform(x, table, cuda=narrow, default=multiply)
 
 
 def head_width(width: int, heads: int) -> int:

@@ -119,7 +119,7 @@ def apart(x: Array) -> Array:
     """
     if not context.is_fused():
         return x
-    return lax.platform_dependent(x, cuda=lax.optimization_barrier, default=lambda x: x)
+    return context.per_platform(x, cuda=lax.optimization_barrier, default=lambda x: x)
 
 
 Source = Literal["shared", "separate"]

@@ -33,6 +33,7 @@ _state: ContextVar[Callable[[PyTree], PyTree]] = ContextVar("state", default=lam
 _axis: ContextVar[str | None] = ContextVar("axis", default=None)
 _norm_axis: ContextVar[str | None] = ContextVar("norm_axis", default=None)
 _stack_options: ContextVar[StackOptions | None] = ContextVar("stack_options", default=None)
+_platform: ContextVar[str | None] = ContextVar("platform", default=None)
 _implementation: ContextVar[Implementation | None] = ContextVar("implementation", default=None)
 
 
@@ -115,6 +116,18 @@ def constrain_like_state(tree: PyTree) -> PyTree:
     return _state.get()(tree)
 
 
+def per_platform(*args: Any, default: Callable[..., Any], **forms: Callable[..., Any]) -> Any:
+    """Computes ``forms[platform](*args)``, or ``default(*args)`` on a platform without a form.
+
+    `jax.lax.platform_dependent`, which traces and differentiates all forms. In a step whose
+    platform is known only that platform's form is traced: half of the time of tracing CoAtNet.
+    """
+    platform = _platform.get()
+    if platform is None:
+        return jax.lax.platform_dependent(*args, default=default, **forms)
+    return forms.get(platform, default)(*args)
+
+
 def norm_axis() -> str | None:
     """Returns the pmap axis of batch statistics; None under jit, where they are global."""
     return _norm_axis.get()
@@ -144,12 +157,13 @@ def tracing(
     axis: str | None = None,
     norm_axis: str | None = None,
     options: StackOptions | None = None,
+    platform: str | None = None,
 ) -> Iterator[None]:
     """Context manager that sets what the functions above return while a step is traced."""
     chosen: list[tuple[ContextVar[Any], Any]]
     chosen = [
         (_edge, edge), (_whole, whole), (_state, state), (_axis, axis), (_norm_axis, norm_axis),
-        (_stack_options, options),
+        (_stack_options, options), (_platform, platform),
     ]  # fmt: skip
     tokens = [(variable, variable.set(value)) for variable, value in chosen]
     try:

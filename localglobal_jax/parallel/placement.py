@@ -101,6 +101,9 @@ class Partitioner:
         )
         self._global_norm = options.batch_norm == "global"
         self._implementation = options.implementation
+        # "gpu" may be CUDA or ROCm; other devices than this machine's are only compiled for
+        here = jax.default_backend() if devices is None else "gpu"
+        self._platform = None if here == "gpu" else here
         for strategy, axis in (("fsdp", "fsdp"), ("tensor", "model")):
             if strategy in self.strategy.split("+") and axis not in self.mesh.shape:
                 raise ValueError(
@@ -251,6 +254,7 @@ class Partitioner:
             axis=axis,
             norm_axis=axis if self._global_norm else None,
             options=self._stack_options,
+            platform=self._platform,
         )
         with settings, context.implementation(self._implementation):
             yield

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from localglobal_jax.config import schema
-from localglobal_jax.parallel import placement
+from localglobal_jax.parallel import context, placement
 
 
 def test_mesh_takes_all_devices():
@@ -60,6 +60,19 @@ def test_the_compilation_cache_is_off_on_cpu_unless_it_is_named(tmp_path):
         assert jax.config.jax_compilation_cache_dir == str(tmp_path)
     finally:
         placement.use_compilation_cache(None)
+
+
+def test_a_step_for_this_machine_traces_the_form_of_its_platform_alone():
+    def function(variables, batch):
+        return context.per_platform(batch, cpu=jax.numpy.sin, default=jax.numpy.cos)
+
+    def traced(devices):
+        step = placement.Partitioner(devices=devices).compile_eval(function)
+        return str(step.trace({}, jax.numpy.ones(4)).jaxpr)
+
+    assert " sin " in traced(None)
+    assert " cos " not in traced(None)
+    assert " cos " in traced(jax.devices())  # might be another machine's
 
 
 def test_hosts_that_share_rows_read_the_same_ones():

@@ -7,10 +7,10 @@ generator. OpenCV's own threads are off: images are already spread over threads 
 
 import functools
 import math
+from typing import Any
 
 import cv2
 import numpy as np
-import scipy.sparse
 
 cv2.setNumThreads(0)
 
@@ -191,8 +191,10 @@ def resize_crop(
 
 
 @functools.lru_cache(maxsize=1024)  # one is read by many threads, and written by none
-def _area_weights(before: int, after: int) -> scipy.sparse.csr_matrix:
-    """Returns ``[after, before]``: the share of each old pixel in each new one."""
+def _area_weights(before: int, after: int) -> Any:
+    """Returns the sparse ``[after, before]``: the share of each old pixel in each new one."""
+    import scipy.sparse  # noqa: PLC0415 # only where it is used
+
     scale = before / after
     start = np.arange(after)[:, None] * scale
     at = start.astype(np.int32) + np.arange(math.ceil(scale) + 1, dtype=np.int32)

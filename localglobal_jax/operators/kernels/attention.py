@@ -51,7 +51,7 @@ def attend(keep: float, *inputs: Any) -> Array:
 
     # A function of its own: jax keeps what it traced, with the shardings of its context.
     cudnn = partial(attend_cudnn)
-    return lax.platform_dependent(query, key, value, bias, cuda=cudnn, default=stored)
+    return context.per_platform(query, key, value, bias, cuda=cudnn, default=stored)
 
 
 def cudnn_can(query: Array, key: Array, value: Array, bias: Array | None) -> bool:
@@ -150,7 +150,7 @@ def attend_stored(keep: float, *inputs: Any) -> Array:
 def _attend_forward(keep: float, *inputs: Any) -> tuple[Array, Any]:
     numerators = partial(_numerator_forward, keep)
     forms = {"cuda": partial(_weights_forward, keep)} if _has_tiny(inputs) else {}
-    stored, total, y = lax.platform_dependent(
+    stored, total, y = context.per_platform(
         *inputs, tpu=partial(numerators, twice=True), default=numerators, **forms
     )
     return y, (*inputs, stored, total, y)
@@ -214,9 +214,7 @@ def numerator(
 
 def _attend_backward(keep: float, saved: Any, g: Array) -> tuple[Array | None, ...]:
     forms = {"cuda": partial(_weights_backward, keep)} if _has_tiny(saved) else {}
-    gradients = lax.platform_dependent(
-        *saved, g, default=partial(_numerator_backward, keep), **forms
-    )
+    gradients = context.per_platform(*saved, g, default=partial(_numerator_backward, keep), **forms)
     return (*gradients, None, None)
 
 

@@ -141,7 +141,7 @@ def activate(x: Float[Array, "*b d"], norm: Affine, activation: Activation) -> A
         return dx, Affine(-norm.scale * offset, scale, offset)
 
     narrow.defvjp(lambda x, norm: (apply(x, norm), (x, norm)), backward)
-    return lax.platform_dependent(x, norm, cuda=narrow, default=recomputed(apply))
+    return context.per_platform(x, norm, cuda=narrow, default=recomputed(apply))
 
 
 def _normed(x: Float[Array, "*b d"], norm: Affine) -> Float[Array, "*b d"]:
@@ -184,7 +184,7 @@ def activate_product(
     def kept(*args: Any, dtype: Any = wide) -> Array:
         return recomputed(act)(*multiply(*args, dtype=dtype))
 
-    return lax.platform_dependent(
+    return context.per_platform(
         x,
         kernel,
         before,
