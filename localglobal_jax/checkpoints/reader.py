@@ -323,10 +323,7 @@ def _locate(path: str | os.PathLike) -> tuple[epath.Path, int | None]:
         return given.parent, int(given.name)
     directory = given / "checkpoints" if "checkpoints" in inside else given
     if not steps_of.scan(directory):
-        raise ValueError(
-            f"no checkpoint in {given}: expected a workdir (with checkpoints/<step>/), "
-            "its checkpoints directory, or one step directory"
-        )
+        raise workdir.without_checkpoint(given)
     return directory, None
 
 

@@ -15,7 +15,7 @@ import re
 import socket
 import time
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -303,6 +303,31 @@ def check_local(option: str, path: str | os.PathLike[str], kind: str) -> None:
     """
     if re.match(r"\w+:/", os.fspath(path)):
         raise ValueError(f"{option} {path}: give a local {kind}, and upload it")
+
+
+def check_exists(path: str | os.PathLike[str], error: Callable[[epath.Path], ValueError]) -> None:
+    """Raises ``error(path)`` if the path is local and does not exist.
+
+    For commands: a second earlier than the code that reads it, which imports jax.
+    """
+    if not re.match(r"\w+:/", os.fspath(path)) and not os.path.exists(path):
+        raise error(absolute(path))
+
+
+def without_checkpoint(path: epath.Path) -> ValueError:
+    """Returns the error of a path at which there is no checkpoint."""
+    return ValueError(
+        f"no checkpoint in {path}: expected a workdir (with checkpoints/<step>/), "
+        "its checkpoints directory, or one step directory"
+    )
+
+
+def without_config(workdir: str | os.PathLike[str]) -> ValueError:
+    """Returns the error of a directory that is not a workdir."""
+    return ValueError(
+        f"{shown(workdir)} is not a workdir: it has no config.json. "
+        "Give the directory that `localglobal train --workdir` wrote to"
+    )
 
 
 def absolute(path: str | os.PathLike[str]) -> epath.Path:

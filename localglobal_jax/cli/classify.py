@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
     if not good:
         raise ValueError("; ".join(f"{picture.path}: {picture.problem}" for picture in found))
     places = _places(args.overlay, good) if args.overlay else {}
+    workdir.check_exists(args.workdir, workdir.without_checkpoint)
     from localglobal_jax.inference.classifier import Classified, load
 
     classifier = load(args.workdir, args.step, args.average, args.overrides)

@@ -28,6 +28,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Evaluates, and prints one line per split."""
+    from localglobal_jax.checkpoints import workdir
+
+    workdir.check_exists(args.workdir, workdir.without_checkpoint)
     from localglobal_jax.training import evaluation
 
     step, results = evaluation.evaluate(

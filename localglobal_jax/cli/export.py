@@ -32,6 +32,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Exports, and prints a report."""
+    from localglobal_jax.checkpoints import workdir
+
+    workdir.check_exists(args.workdir, workdir.without_checkpoint)
     from localglobal_jax.inference import export
 
     report = export.export(

@@ -23,7 +23,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints one paragraph per checkpoint; returns 1 if anything is damaged."""
-    from localglobal_jax.checkpoints import gcs, reader, store, workdir
+    from localglobal_jax.checkpoints import workdir
+
+    workdir.check_exists(args.path, workdir.without_checkpoint)
+    from localglobal_jax.checkpoints import gcs, reader, store
     from localglobal_jax.training import verification
 
     with store.final_is_wrong():

@@ -31,6 +31,8 @@ def run(args: argparse.Namespace) -> None:
     from localglobal_jax.checkpoints import workdir
 
     workdir.check_local("--out", args.out, "file")
+    for path in args.workdirs:
+        workdir.check_exists(path, workdir.without_config)
     from localglobal_jax.training.reporting.html import gather
 
     out = pathlib.Path(args.out)

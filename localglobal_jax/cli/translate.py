@@ -79,12 +79,15 @@ def run(args: argparse.Namespace) -> int:
     sampling = _sampling(args)
     if not 0 <= args.wait <= 3600:
         raise ValueError(f"--wait {args.wait}: give seconds from 0 to 3600")
+    from localglobal_jax.checkpoints import workdir
+
     if args.attention:
-        from localglobal_jax.checkpoints import workdir
         from localglobal_jax.inference import heat_map
 
         workdir.check_local("--attention", args.attention, "file")
         heat_map.check(args.attention)
+    for path in args.workdir:
+        workdir.check_exists(path, workdir.without_checkpoint)
     from localglobal_jax.inference.translator import Sampling, defaults, load
 
     translator = load(args.workdir, args.step, args.average, dtype=args.dtype)

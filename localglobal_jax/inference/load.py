@@ -16,7 +16,7 @@ import numpy as np
 
 from localglobal_jax import convert
 from localglobal_jax.checkpoints import gcs, manager, reader
-from localglobal_jax.checkpoints.workdir import in_one_form, shown
+from localglobal_jax.checkpoints.workdir import in_one_form, shown, without_config
 from localglobal_jax.config import loading, preprocessing, schema, values
 from localglobal_jax.inference import hub
 from localglobal_jax.models.registry import Variables, create_model
@@ -46,10 +46,7 @@ def read_run(workdir: pathlib.Path) -> schema.Run:
             raise ValueError(f"{shown(file)} has no config of a run: the weights were converted")
         return loading.from_saved(described["config"])
     if not file.is_file():
-        raise ValueError(
-            f"{shown(workdir)} is not a workdir: it has no config.json. "
-            "Give the directory that `localglobal train --workdir` wrote to"
-        )
+        raise without_config(workdir)
     return loading.read_json(file, name=shown(file))
 
 

@@ -11,8 +11,10 @@ import jax
 import pytest
 import small
 
+from localglobal_jax.checkpoints import reader
 from localglobal_jax.cli import models, sweep
 from localglobal_jax.cli.main import COMMANDS, main, take_overrides
+from localglobal_jax.inference import load
 from localglobal_jax.launch.exit_codes import ExitCode
 from localglobal_jax.parallel import multihost
 from localglobal_jax.profiling import compiler_process
@@ -62,6 +64,35 @@ assert "tensorflow" not in sys.modules
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
+def test_a_workdir_that_does_not_exist_is_named_before_jax_is_imported(tmp_path):
+    missing, picture = str(tmp_path / "missing"), tmp_path / "one.png"
+    picture.touch()
+    calls = [
+        ["evaluate", "--workdir", missing],
+        ["translate", "--workdir", missing],
+        ["classify", "--workdir", missing, str(picture)],
+        ["export", missing, "--format", "safetensors", "--out", str(tmp_path / "out")],
+        ["inspect", missing],
+        ["report", missing],
+    ]
+    code = f"""
+import sys
+from localglobal_jax.cli.main import main
+print(*[int(main(call)) for call in {calls}], "jax" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{'2 ' * len(calls)}False\n"
+    reasons = []
+    for read in (reader.steps, load.read_run):  # the code that would have raised the error
+        with pytest.raises(ValueError, match=missing) as error:
+            read(pathlib.Path(missing))
+        reasons.append(str(error.value))
+    names = [call[0] for call in calls]
+    assert done.stderr.splitlines() == [
+        f"localglobal {name}: {reasons[name == 'report']}" for name in names
+    ]
+
+
 def test_a_shell_completes_commands_options_and_files(tmp_path):
     script = tmp_path / "completion.bash"
     command = [sys.executable, "-m", "localglobal_jax", "--print_completion", "bash"]
