@@ -62,6 +62,10 @@ def test_counts_equal_timm(name):
         assert relative == 1
 
 
+def test_every_model_of_timm_has_its_name_here():
+    assert {name.rsplit("_", 1)[0] for name in TIMM} <= set(VARIANTS)
+
+
 # Table 12 does not give coatnet_6's totals, coatnet_6_3072 does: see coatnet_variants.
 OFF = {"coatnet_6": {"parameters": 0.082, "multiply_adds": 0.037}}
 
