@@ -234,9 +234,18 @@ def startup():
     return study.table(["start", "seconds", "quartiles", "goal", "programs compiled"], body)
 
 
+def answers():
+    body = [
+        (row["name"], row["cpu_seconds"], row["seconds"], row["goal"])
+        for row in read("answers.csv")
+    ]
+    return study.table(["command", "CPU seconds", "seconds", "goal"], body)
+
+
 def tables():
     made = (
         cpu, gpu, gpu_plans, gpu_forms, tpu, largest, inputs, workers, hosts, random_reads, startup,
+        answers,
     )  # fmt: skip
     return {table.__name__: table() for table in made}
 

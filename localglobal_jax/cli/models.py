@@ -21,13 +21,14 @@ def run(args: argparse.Namespace) -> None:
     from localglobal_jax.models import flops, registry
 
     rows: list[dict[str, Any]] = []
+    traced: dict[Any, Any] = {}
     for name in args.names or registry.named_models():
         if name not in registry.MODELS:
             raise validation.unknown("model", name, registry.MODELS)
         parameters, multiply_adds, _ = registry.FIGURES.get(name, (None, None, None))
         inputs = registry.example(name)
         sizes, tokens = [x.shape[1] for x in inputs], inputs[0].ndim == 2
-        counted = flops.model_cost(registry.create_model(name), *inputs)
+        counted = flops.model_cost(registry.create_model(name), *inputs, traced=traced)
         rows.append(
             {
                 "name": name,

@@ -32,13 +32,13 @@ class ModelCost:
     shapes: Any
 
 
-def model_cost(module: nn.Module, *inputs: Any) -> ModelCost:
+def model_cost(module: nn.Module, *inputs: Any, traced: dict[Any, Any] | None = None) -> ModelCost:
     """Traces ``module.init`` on `inputs` (arrays or `jax.ShapeDtypeStruct`s).
 
     The multiply-adds are those of the whole batch in `inputs`: give a batch of one. Equal blocks
-    are traced once.
+    are traced once; with one dict as `traced` for several models, once in all of them.
     """
-    blocks = _Blocks()
+    blocks = _Blocks({} if traced is None else traced)
 
     def init(*args: Any) -> Any:
         with nn.intercept_methods(blocks):
@@ -56,9 +56,9 @@ class _Blocks:
     The first of equal blocks is traced by itself, for its shapes and its multiply-adds.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, traced: dict[Any, tuple[int, Any]]) -> None:
         self.multiply_adds = 0
-        self._traced: dict[Any, tuple[int, Any]] = {}
+        self._traced = traced
         self._is_tracing = False
         self._zeros: dict[Any, Any] = {}  # by shape and dtype
 

@@ -5,8 +5,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator
-
-import numpy as np
+from typing import Any
 
 from localglobal_jax.profiling.hlo import Instruction, Program
 
@@ -137,8 +136,10 @@ def _numbers(text: str) -> list[int]:
     return [int(n) for n in re.findall(r"\d+", text)]
 
 
-def _iota(text: str) -> np.ndarray:
+def _iota(text: str) -> Any:
     """Returns the device numbers of ``[8,4]T(1,0)``: counted up in that shape, then transposed."""
+    import numpy as np  # noqa: PLC0415 # `localglobal --help` imports this module
+
     shape, _, order = text.partition("T")
     counted = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
     return counted.transpose(_numbers(order)) if order else counted
@@ -149,6 +150,8 @@ def _mesh_group(mesh: re.Match[str]) -> list[int]:
 
     ``'a':(2)4`` is the middle part, of size 4, of an axis whose first part has size 2.
     """
+    import numpy as np  # noqa: PLC0415 # see `_iota`
+
     axes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
     count = math.prod(axes.values())
     ids = (_iota(mesh[2]) if mesh[2] else np.arange(count)).reshape(list(axes.values()))

@@ -95,7 +95,11 @@ def inputs(name, rows):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_batch_counts_every_example(name):
     module = create_model(name, **FAMILIES[name])
-    one, two = (flops.model_cost(module, *inputs(name, rows)) for rows in (1, 2))
+    traced = {}
+    one, again, two = (
+        flops.model_cost(module, *inputs(name, rows), traced=traced) for rows in (1, 1, 2)
+    )
+    assert again == one
     assert two.multiply_adds == 2 * one.multiply_adds
     assert two.parameters == one.parameters
 
