@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``machine.py --gpu`` on a CPU: our side is real, PyTorch's is a program that speaks its part."""
+"""``machine.py --gpu`` on a CPU: our side is real, PyTorch's is a program that speaks its part.
+
+Also the formulations that ``tpu_forms.py`` compiles: they compute what the block computes.
+"""
 
 import csv
 import importlib
@@ -8,9 +11,14 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments.benchmarks import make
+from localglobal_jax.blocks.convolution import MBConvBlock
+from localglobal_jax.parallel import context
 
 MACHINE = pathlib.Path(__file__).parent.parent / "experiments/benchmarks/machine.py"
 # Stands for an interpreter with torch: `theirs.py infer ...` runs out of memory, the rest works.
@@ -90,3 +98,35 @@ def test_every_row(theirs, tmp_path):
     machine("--theirs", theirs, "--check", table, code=1)
     failed = {name for name, row in rows(table).items() if row["failed"]}
     assert len(rows(table)) == 5 and failed == {"volo_d1 inference / timm compiled"}
+
+
+def test_formulations_for_tpu_compute_the_block(monkeypatch):
+    """Outputs, gradients and new statistics; two tiles of examples and two of channels."""
+    monkeypatch.syspath_prepend(MACHINE.parent)
+    forms = importlib.import_module("tpu_forms_mbconv")
+    block = MBConvBlock(features=16, stride=2)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(1, 1, (4, 6, 6, 16)), jnp.float32)
+    shapes = jax.eval_shape(lambda x: block.init(jax.random.key(0), x), x)
+    variables = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.uniform(0.1, 0.5, leaf.shape), leaf.dtype), shapes
+    )
+    others = {k: v for k, v in variables.items() if k != "params"}
+
+    def found(module):
+        def loss(params, x):
+            y, new = module.apply({"params": params, **others}, x, train=True, mutable=[*others])
+            return (jnp.sin(y) * jnp.arange(y.size).reshape(y.shape)).sum() / y.size, (y, new)
+
+        with context.implementation("fused"):
+            return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(variables["params"], x)
+
+    expected = found(block)
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected[1][0]))
+    branches = [forms.Tiles(2, 32, second=True), forms.Rows(1, 32), forms.keeping("z", "y")]
+    for branch in branches:
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * largest),
+            found(forms.Form(block, branch)),
+            expected,
+        )

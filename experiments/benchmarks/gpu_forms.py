@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import os
 import pathlib
-from typing import Any
 
 import plans
 
@@ -25,16 +24,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
+import modules
 
 from localglobal_jax.blocks.convolution import MBConvBlock
 from localglobal_jax.blocks.transformer import FocalAttentionBlock, RelativeAttentionBlock
 from localglobal_jax.operators.convolution import DynamicConv
 from localglobal_jax.operators.dense import wide_product
 from localglobal_jax.operators.muse import MuseSequence
-from localglobal_jax.parallel import context
-from localglobal_jax.profiling import compile as compilation
 
 TABLE = pathlib.Path(__file__).parent / "gpu_forms.csv"
 H100 = topologies.parse("h100-1")
@@ -148,34 +144,11 @@ def chosen(row, side, select):
 
 def measure(row, side):
     """Returns the numbers of one line."""
-    jax.clear_caches()  # of what another side has traced
-    x = jax.ShapeDtypeStruct(row.shape, jnp.bfloat16)
-    options: dict[str, Any] = {"mask": jnp.ones(row.shape[:2], bool)} if row.mask else {}
-    rngs = {"dropout": jax.random.key(1)}
-
-    def apply(variables, x):
-        return row.module.apply(
-            variables, x, train=True, mutable=["batch_stats"], rngs=rngs, **options
-        )
-
-    def step(params, others, x, g):
-        y, back, new = jax.vjp(
-            lambda params, x: apply({"params": params, **others}, x), params, x, has_aux=True
-        )
-        return new, back((jnp.cos(y) * g).astype(y.dtype))
-
-    def init(x):
-        return row.module.init({"params": jax.random.key(0), **rngs}, x, train=False, **options)
-
     select = jax.lax.platform_dependent
     jax.lax.platform_dependent = chosen(row, side, select)
+    implementation = "reference" if side == "plain" else "fused"
     try:
-        with context.implementation("reference" if side == "plain" else "fused"):
-            variables = jax.eval_shape(init, x)
-            y, _ = jax.eval_shape(apply, variables, x)
-            others = {k: v for k, v in variables.items() if k != "params"}
-            args = on_gpu((variables["params"], others, x, y))
-            compiled = jax.jit(step).lower(*args).compile()
+        compiled = modules.compiled(row.module, row.shape, H100, implementation, mask=row.mask)
     finally:
         jax.lax.platform_dependent = select
     kernels = gpu_kernels.kernels(hlo.Program(compiled.as_text()), H100.chip)
@@ -187,13 +160,6 @@ def measure(row, side):
         "temporary": compiled.memory_analysis().temp_size_in_bytes,
         "kernels": sum(kind["count"] for kind in rows),
     }
-
-
-def on_gpu(tree):
-    """Gives shapes the device that they are compiled for."""
-    (device,) = compilation.devices_of(H100)
-    where = SingleDeviceSharding(device)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
 
 
 if __name__ == "__main__":

@@ -114,6 +114,24 @@ def gpu_forms():
     return study.table(head, body)
 
 
+def tpu_forms():
+    """Tabulates each formulation of a block over the tuned one."""
+    head = ["block, with its gradient", "formulation", "cycles", "bytes", "temporary"]
+    body = []
+    for rows in study.grouped(read("tpu_forms.csv"), "row").values():
+        first, *others = sorted(rows, key=lambda row: row["formulation"] != "tuned")
+        numbers = (
+            scaled(first["cycles"], 1e6, ".1f", "M"),
+            scaled(first["bytes"], 1e9, ".2f", "GB"),
+            scaled(first["temporary"], GIB, ".2f", "GiB"),
+        )
+        body.append((f"{first['row']}, {first['module']}", first["formulation"], *numbers))
+        for other in others:
+            ratios = [ratio(other[k], first[k]) for k in ("cycles", "bytes", "temporary")]
+            body.append(("", f"{other['formulation']} / tuned", *ratios))
+    return study.table(head, body)
+
+
 def largest():
     """Tabulates batches a chip, and whether they fit."""
     head = ["step", "images a chip", "form", "GiB needed", "fits"]
@@ -244,8 +262,8 @@ def answers():
 
 def tables():
     made = (
-        cpu, gpu, gpu_plans, gpu_forms, tpu, largest, inputs, workers, hosts, random_reads, startup,
-        answers,
+        cpu, gpu, gpu_plans, gpu_forms, tpu, tpu_forms, largest, inputs, workers, hosts,
+        random_reads, startup, answers,
     )  # fmt: skip
     return {table.__name__: table() for table in made}
 
