@@ -2,6 +2,8 @@
 """Faults of a real server's answers, by each client; the lock of a workdir in a bucket."""
 
 import json
+import mmap
+import os
 import pathlib
 import signal
 import subprocess
@@ -525,6 +527,24 @@ def test_a_run_that_was_taken_over_ends_before_it_writes(start, bucket):
     assert first.end() == 1
     assert second.confirm() == "confirmed"  # the first has not deleted it
     assert second.end() == 0
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/stat").exists(), reason="there is no /proc")
+def test_the_owner_of_a_lock_is_known_by_the_time_its_process_started():
+    """Ticks since the machine started; not another field of /proc, which grows with the memory."""
+    own = bucket_lock._started(os.getpid())
+    more_memory = mmap.mmap(-1, 2**26)
+    assert bucket_lock._started(os.getpid()) == own
+    more_memory.close()
+    now = time.clock_gettime(time.CLOCK_BOOTTIME)
+    assert 0 < int(own) / os.sysconf("SC_CLK_TCK") < now
+    child = subprocess.Popen(["sleep", "60"])
+    try:
+        assert int(bucket_lock._started(child.pid)) >= now * os.sysconf("SC_CLK_TCK") - 1
+    finally:
+        child.kill()
+        child.wait()
+    assert bucket_lock._started(child.pid) == ""
 
 
 def test_a_mirror_of_a_lost_workdir_uploads_nothing(bucket):

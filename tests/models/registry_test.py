@@ -2,12 +2,16 @@
 """Names of models: every one can be made, and a bare name has the sizes of a paper."""
 
 from localglobal_jax.data.text import tokenizers
-from localglobal_jax.models.registry import MODELS, create_model
+from localglobal_jax.models.registry import FIGURES, MODELS, create_model
 
 
 def test_the_fields_of_every_name_are_allowed():
     for name, (_, fields) in MODELS.items():
         assert create_model(name, **fields) == create_model(name)  # fields given are checked
+
+
+def test_every_figure_of_a_paper_belongs_to_a_name():
+    assert set(FIGURES) <= set(MODELS)
 
 
 def test_a_bare_name_has_sizes_of_its_paper():
