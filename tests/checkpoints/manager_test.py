@@ -281,10 +281,15 @@ def test_no_good_step_raises_rather_than_starting_over(copy):
         open_at(copy).restore(template())
 
 
-def test_training_goes_on_past_a_damaged_step(copy):
+def test_training_goes_on_past_a_damaged_step(copy, caplog):
+    open_at(copy).restore(template())
+    assert not caplog.records
     flip(copy / "2" / "state" / "manifest.ocdbt")
     checkpoints = open_at(copy, keep=2)
     assert checkpoints.restore(template()).step == 1
+    damaged, taken = (record.getMessage() for record in caplog.records)
+    assert str(copy / "2") in damaged
+    assert taken.endswith(" 1")
     assert checkpoints.save(2, state_of(2), metadata={})
     assert checkpoints.save(3, state_of(3), metadata={})
     checkpoints.close()

@@ -118,6 +118,11 @@ def test_without_a_checkpoint_nothing_is_kept(tmp_path):
     assert keys(tmp_path) == []
 
 
+def test_a_workdir_is_made(tmp_path):
+    write(tmp_path / "runs" / "one", range(1))
+    assert keys(tmp_path / "runs" / "one")
+
+
 def test_a_file_that_needs_no_change_is_not_touched(tmp_path):
     write(tmp_path, range(3))
     before = (tmp_path / "metrics.jsonl").stat()
