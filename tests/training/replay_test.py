@@ -90,8 +90,11 @@ def test_what_cannot_be_replayed(tmp_path):
 def test_skipping_goes_on_and_counts(poison, tmp_path):
     _, times = poison
     assert times == 1
-    results = train(make_run(**{"optim.skip_nonfinite": 1}), tmp_path)
+    run = make_run(**{"optim.skip_nonfinite": 1})
+    results = train(run, tmp_path)
     assert results["train"]["skipped"] == 1 and np.isfinite(results["train"]["loss"])
     _, state, metadata = reader.read(tmp_path)
     assert state["step"] == STEPS and metadata["skipped"] == 1
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+    again = replay(run, tmp_path, FIRST)  # the numbers, not the zeros of a skipped step
+    assert not again["finite"] and not np.isfinite(again["gradient_norm"])
