@@ -54,7 +54,9 @@ def test_changed_data_is_accepted_when_told_to(tmp_path, caplog):
 
 
 def test_what_fits_into_no_memory_is_refused_before_anything_is_written(tmp_path, monkeypatch):
-    run = validation.check(loading.load("configs/coatnet_digits.py:size=tiny,data=mock"))
+    convolutions = {"model.layout": "CC"}  # attention has another limit, that of its positions
+    config = loading.load("configs/coatnet_digits.py:size=tiny,data=mock", convolutions)
+    run = validation.check(config)
     monkeypatch.setattr(host_memory, "total", lambda: batch_bytes(run))  # no more than a batch
     with pytest.raises(ValueError, match=r"config\.model"):
         prepare_setup(run, tmp_path / "run")
