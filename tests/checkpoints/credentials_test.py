@@ -14,7 +14,7 @@ import pytest
 import requests
 from etils.epath import backend
 
-from localglobal_jax.checkpoints import gcs_file_system, objects, store
+from localglobal_jax.checkpoints import credentials, gcs_file_system, objects, store
 from localglobal_jax.cli.main import main
 from localglobal_jax.data.tfds import gcs
 
@@ -82,6 +82,14 @@ def test_a_wrong_file_is_named(monkeypatch, tmp_path, variable, kind):
     with pytest.raises(store.WrongCredentials) as same, gcs.named_in_errors("gs://bucket/data"):
         raise error
     assert same.value is error
+
+
+def test_credentials_without_a_type_are_those_of_a_user():
+    user = dict.fromkeys(credentials.OF_USERS, "x")
+    for tree in (user, {**user, "type": "authorized_user"}):
+        assert credentials._fault_of(tree) == ""
+        for name in user:
+            assert name in credentials._fault_of({**tree, name: ""})
 
 
 @pytest.mark.parametrize(

@@ -142,3 +142,8 @@ def test_logits_that_do_not_fit_are_refused(shape):
 def test_modules_that_cannot_be_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         outlook.Outlook(**fields).init(jax.random.key(0), jnp.zeros((1, 4, 4, 4)))
+
+
+def test_a_fold_takes_one_part_for_every_position():
+    with pytest.raises(ValueError, match="zip"):
+        outlook.fold([jnp.ones((1, 3, 3, 1))] * 8, (3, 3), window=3, stride=1)
