@@ -79,7 +79,7 @@ def settings():
         one = SWEEP.get_config().optim
         cell = ("post-norm", f"{one.learning_rate:g}", str(one.warmup_steps))
         return study.table(head, [(n, *cell) for n in MODELS])
-    return study.table(head, [(n, *study.setting(found)) for n, found in own.items()])
+    return study.table(head, [(n, *study.setting(found, protocol.TEXT)) for n, found in own.items()])
 
 
 def tables(_):
@@ -96,7 +96,7 @@ def tables(_):
         ],
         "grid": study.grid(HERE, SWEEP.models_of(None), protocol.TEXT),
         "one setting": scores(study.read(HERE / "lengths.csv")),
-        "changed": study.changed(*sides) if tuned() else ["not run"],
+        "changed": study.changed(HERE, *sides),
     }
 
 
