@@ -79,7 +79,8 @@ def settings():
         one = SWEEP.get_config().optim
         cell = ("post-norm", f"{one.learning_rate:g}", str(one.warmup_steps))
         return study.table(head, [(n, *cell) for n in MODELS])
-    return study.table(head, [(n, *study.setting(found, protocol.TEXT)) for n, found in own.items()])
+    body = [(n, *study.setting(found, protocol.TEXT)) for n, found in own.items()]
+    return study.table(head, body)
 
 
 def tables(_):
