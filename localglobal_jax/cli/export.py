@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> None:
     """Exports, and prints a report."""
     from localglobal_jax.checkpoints import workdir
 
+    workdir.check_local("--out", args.out, "folder")
     workdir.check_exists(args.workdir, workdir.without_checkpoint)
     from localglobal_jax.inference import export
 

@@ -32,7 +32,7 @@ FAILED = "failed.log"  # in the cache: the output of the last compiler that fail
 # Lines of the compiler's output that say why it ended. JAX's own last line never does.
 TELLING = r"^[\w.]*(Error|Exception|Interrupt)\b|bad_alloc|Check failed|LLVM ERROR|FATAL"
 NO_MEMORY = (
-    r"MemoryError|bad_alloc|[Oo]ut of memory|Cannot allocate memory|can't start new thread"
+    r"MemoryError|bad_alloc|[Oo]ut of memory|[Cc]annot allocate memory|can't start new thread"
     r"|failed to map segment|pthread_create|Resource temporarily unavailable"
 )
 TELL = 15.0  # seconds between two lines of progress

@@ -186,6 +186,7 @@ def test_a_compiler_without_memory(home):
         (1, "Traceback\n  File\nValueError: wrong\n----\nFor simplicity, JAX has removed\n",
          ["exit code 1: ValueError: wrong"]),
         (-11, "", ["SIGSEGV"]),
+        (127, "cannot allocate memory for thread-local data: ABORT\n", ["code 127", "2.00 GiB"]),
     ],
 )  # fmt: skip
 def test_reasons_are_one_line(code, said, found):

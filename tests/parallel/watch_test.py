@@ -48,9 +48,9 @@ def joined():
 
 
 def end(host):
-    """The exit code of a host, and its last line."""
+    """The exit code of a host, and its stderr: jax's own threads may write after our line."""
     _, said = host.communicate(timeout=600)
-    return host.returncode, said.splitlines()[-1]
+    return host.returncode, said
 
 
 @pytest.mark.parametrize("lost", [0, 1])
