@@ -318,8 +318,10 @@ def state_lines(folder: pathlib.Path) -> list[str]:
         return [tuned, *source]
     lines = ["**One setting**, not run under the [protocol](../PROTOCOL.md) yet.", *source]
     lines.append("The verdicts hold for this setting only: tuned models may be in another order.")
-    rows = read(folder / "grid.csv") + read(folder / "warmup.csv")
-    if rows:
-        done = sum(row["state"] == "done" for row in rows)
-        lines.append(f"{done} of the {len(rows)} runs of the grid are done; no verdict follows.")
+    stages = {"grid": ("grid", "warmup"), "reported models": ("final",)}
+    for name, files in stages.items():
+        if rows := [row for file in files for row in read(folder / f"{file}.csv")]:
+            done = sum(row["state"] == "done" for row in rows)
+            counted = f"{done} of the {len(rows)} runs of the {name} are done"
+            lines.append(f"{counted}; no verdict follows.")
     return lines

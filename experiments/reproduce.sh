@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The studies at laptop size: trains, measures, draws; goes on where it was stopped. What the
-# committed CSV files have already is not measured again: empty them for figures of your own.
+# committed CSV files have already is not measured again, nor are tuned runs in them trained again:
+# delete them for runs and figures of your own.
 #
 #     experiments/reproduce.sh laptop|length|protocol|lohelp|kernels|images [RUNS] [SLOTS]
 #
@@ -12,7 +13,7 @@
 set -euo pipefail
 what=${1:-}
 case $what in laptop | length | protocol | lohelp | kernels | images) ;; *)
-  sed -n '2,11s/^# \{0,1\}//p' "$0"
+  sed -n '2,12s/^# \{0,1\}//p' "$0"
   exit 2
   ;;
 esac
@@ -33,7 +34,8 @@ sweep() {
 # chose an end
 tune() {
   for stage in grid grid grid warmup warmup final; do
-    sweep "$1" "${3:-sweep.py}" "$2_$stage" "$stage.csv" --sweep "$stage"
+    python -m experiments.collect --config "experiments/$1/${3:-sweep.py}" --sweep "$stage" \
+      --workdir "$runs/$2_$stage" --csv "experiments/$1/$stage.csv" --slots "$slots"
   done
 }
 pretrained=$runs/coatnet_transfer/pretrain # the second stage of coatnet_transfer starts from the first

@@ -16,12 +16,14 @@ import types
 import jax
 import numpy as np
 import pytest
+import small
 
 import localglobal_jax as lg
-from experiments import protocol, study
+from experiments import collect, protocol, study
 from experiments.benchmarks import make as benchmarks
 from experiments.beyond import make as beyond
 from experiments.beyond import measure_kernels
+from localglobal_jax.cli import main as command_line
 from localglobal_jax.config import loading
 from localglobal_jax.data import loader
 from localglobal_jax.data.images import pipeline
@@ -265,6 +267,36 @@ def test_one_script_stops_with_a_stopped_command_and_goes_on(what, tmp_path):
     assert whole[-1].startswith("python -m experiments.") and whole[-1].endswith(".make")
 
 
+SMALL_SWEEP = """
+from localglobal_jax.config import loading
+
+def get_config(arg=None):
+    return loading.load({config!r} + ":size=tiny,data=mock", {fields!r})
+
+def sweep():
+    for seed in range(2):
+        yield {{"seed": seed}}
+"""
+
+
+def test_runs_in_the_csv_file_are_not_trained_again(tmp_path):
+    config, file, runs = (tmp_path / name for name in ("c.py", "rows.csv", "runs"))
+    fields = {**small.IMAGES, "steps": "1", "optim.warmup_steps": "1", "eval.every": "0"}
+    digits = str(FOLDER.parent / "configs" / "coatnet_digits.py")
+    config.write_text(SMALL_SWEEP.format(config=digits, fields=fields))
+    words = ["--config", str(config), "--workdir", str(runs)]
+    assert command_line.main(["sweep", *words, "--only", "0", "--slots", "1"]) == 0
+    assert collect.main([*words, "--csv", str(file)]) == 0
+    first, second = protocol.read(file)
+    assert (first["state"], second["state"]) == ("done", "not started")
+    shutil.rmtree(runs)  # as on another machine
+    assert collect.main([*words, "--csv", str(file), "--slots", "1"]) == 0
+    kept, other = protocol.read(file)
+    assert kept == first
+    assert (other["name"], other["state"]) == (second["name"], "done")
+    assert [folder.name for folder in runs.iterdir()] == [second["name"]]
+
+
 def test_cells_have_the_interval_if_there_is_one():
     assert study.shown([]) == "not run"
     assert study.shown([1.5]) == "1.50"
@@ -304,7 +336,7 @@ def collected(kind, runs, costs, state="done"):
 
 def write(file, rows):
     with open(file, "w", newline="") as opened:
-        writer = csv.DictWriter(opened, list(rows[0]))
+        writer = csv.DictWriter(opened, list(dict.fromkeys(c for row in rows for c in row)))
         writer.writeheader()
         writer.writerows(rows)
 
@@ -396,6 +428,49 @@ def test_a_grid_grows_for_all_models_until_none_chooses_its_end(kind, norms, tmp
     # The test set is seen by the reported runs only, which train on the whole training set
     assert all(kind.choice.items() <= run.items() for run in third + tried)
     assert not any(kind.choice.keys() & run.keys() for run in reported)
+
+
+CHANGED = [n for n in STUDIES if "<!-- changed -->" in (FOLDER / n / "README.md").read_text()]
+
+
+@pytest.mark.parametrize("name", [name for name in CHANGED if f"{name}/sweep.py" in TUNED])
+def test_make_writes_the_page_of_a_study_that_becomes_tuned(name, tmp_path):
+    """Also of one whose runs nobody has made yet: the CSV files are made up from its sweeps."""
+    (tmp_path / "configs").symlink_to(FOLDER.parent / "configs")
+    folder = shutil.copytree(FOLDER, tmp_path / "experiments", symlinks=True) / name
+    committed = protocol.read(folder / "final.csv") or protocol.read(folder / "results.csv")
+    for stage in study.STAGES:
+        (folder / f"{stage}.csv").unlink(missing_ok=True)
+    sweep = loading.import_file(folder / "sweep.py")
+    kind = (
+        protocol.TEXT if "protocol.TEXT" in (folder / "sweep.py").read_text() else protocol.IMAGES
+    )
+    kind = getattr(sweep, "KIND", kind)
+    grid = list(sweep.sweep_grid())
+    rate = sorted({run[protocol.RATE] for run in grid})[1]  # no end of the grid
+    numbers = np.random.default_rng(0)
+    for stage in study.STAGES:
+        runs = list(getattr(sweep, f"sweep_{stage}")())
+        costs = [
+            abs(math.log(run[protocol.RATE] / rate))
+            + abs(math.log(run[protocol.WARMUP] / grid[0][protocol.WARMUP]))
+            for run in runs
+        ]
+        rows = collected(kind, runs, costs)
+        for row in rows if stage == "final" else ():
+            row.update({n: str(numbers.uniform(0.1, 0.9)) for n in committed[0] if "/" in n})
+            row.update(dict.fromkeys(("step", "steps"), row.get("steps", "600")))
+        write(folder / f"{stage}.csv", rows)
+    made = loading.import_file(folder / "make.py")
+    study.main(made.__file__, made.tables, made.draw)
+    page = (folder / "README.md").read_text()
+    assert "**Tuned**" in page
+
+    def block(name):
+        return page.partition(f"<!-- {name} -->")[2].partition("<!-- end -->")[0]
+
+    assert "3 pairs" in block("verdict") and "not run" not in block("verdict")
+    assert "verdicts differ" in block("changed")
 
 
 @both_kinds
