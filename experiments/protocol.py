@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 Row = Mapping[str, str]
 Overrides = dict[str, Any]
 
+STAGES = ("grid", "warmup", "final")  # in their order
 CHOICE = 10  # the seed of the grid; no reported run has it
 SEEDS = (0, 1, 2)  # of the reported runs
 FACTORS = (1.0, 2.0, 0.5)  # of the study's learning rate

@@ -30,13 +30,9 @@ sweep() {
   localglobal sweep --config "$config" --workdir "$folder" --slots "$slots" "$@"
   localglobal sweep --config "$config" --workdir "$folder" --collect "$csv" "$@"
 }
-# study, folder [, file]: each stage reads the CSV file of the one before, and grows where a model
-# chose an end
+# study, folder [, file]
 tune() {
-  for stage in grid grid grid warmup warmup final; do
-    python -m experiments.collect --config "experiments/$1/${3:-sweep.py}" --sweep "$stage" \
-      --workdir "$runs/$2_$stage" --csv "experiments/$1/$stage.csv" --slots "$slots"
-  done
+  python -m experiments.tune --config "experiments/$1/${3:-sweep.py}" --workdir "$runs/$2" --slots "$slots"
 }
 pretrained=$runs/coatnet_transfer/pretrain # the second stage of coatnet_transfer starts from the first
 pretrain() { sweep coatnet_transfer sweep.py:stage=pretrain coatnet_transfer/pretrain pretrain.csv; }
@@ -61,7 +57,7 @@ if [ "$what" = kernels ]; then
   prepare configs/muse_lohelp.py
   tune muse_kernels kernels
   # gates at 2,400 steps are of muse_results: none without its final runs
-  measure muse_kernels.measure "$runs/kernels_final" "$runs/results_final" final
+  measure muse_kernels.measure "$runs/kernels/final" "$runs/results/final" final
   measure muse_kernels.make
   exit
 fi
@@ -80,16 +76,16 @@ fi
 if [ "$what" = protocol ]; then
   prepare configs/coatnet_fashion_mnist.py
   tune beyond beyond
-  measure beyond.measure "$runs/beyond_final" final
-  measure beyond.measure_kernels "$runs/beyond_final"
+  measure beyond.measure "$runs/beyond/final" final
+  measure beyond.measure_kernels "$runs/beyond/final"
   measure beyond.make
   prepare configs/muse_lohelp.py
   tune beyond_text beyond_text
-  measure beyond_text.measure "$runs/beyond_text_final" final
+  measure beyond_text.measure "$runs/beyond_text/final" final
   measure beyond_text.make
   tune muse_results results
-  measure bleu_by_length.measure runs "$runs/results_final"
-  measure attention_dispersion.measure "$runs/results_final"
+  measure bleu_by_length.measure runs "$runs/results/final"
+  measure attention_dispersion.measure "$runs/results/final"
   for study in muse_results bleu_by_length attention_dispersion; do
     measure "$study.make"
   done

@@ -172,9 +172,6 @@ def changed(folder: pathlib.Path, before: Mapping[str, str], after: Mapping[str,
     return [f"{len(lines)} of {len(shared)} verdicts differ.", *([""] if lines else []), *lines]
 
 
-STAGES = ("grid", "warmup", "final")  # of the protocol, in their order
-
-
 def commit_lines(folder: pathlib.Path) -> list[str]:
     """Returns the sentences that name the commits of a study's runs and of its earlier verdicts.
 
@@ -183,7 +180,10 @@ def commit_lines(folder: pathlib.Path) -> list[str]:
     of_runs: dict[str, list[str]] = {}
     without, verdicts_of, measured = [], list[str](), set[str]()
     names = sorted(file.stem for file in folder.glob("*.csv"))
-    for name in sorted(names, key=lambda n: STAGES.index(n) if n in STAGES else len(STAGES)):
+    for name in sorted(
+        names,
+        key=lambda n: protocol.STAGES.index(n) if n in protocol.STAGES else len(protocol.STAGES),
+    ):
         rows = protocol.read(folder / f"{name}.csv")
         measured |= {row["name"] for row in rows if "name" in row}
         if name == "earlier":

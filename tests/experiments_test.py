@@ -19,7 +19,7 @@ import pytest
 import small
 
 import localglobal_jax as lg
-from experiments import collect, protocol, study
+from experiments import protocol, study, tune
 from experiments.benchmarks import make as benchmarks
 from experiments.beyond import make as beyond
 from experiments.beyond import measure_kernels
@@ -256,14 +256,14 @@ def test_one_script_stops_with_a_stopped_command_and_goes_on(what, tmp_path):
     log = tmp_path / "log"
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(log)}
     command = ["bash", str(FOLDER / "reproduce.sh"), what, str(tmp_path / "runs")]
-    assert subprocess.run(command, env={**env, "STOP": "3"}, check=False).returncode == 42
+    assert subprocess.run(command, env={**env, "STOP": "2"}, check=False).returncode == 42
     stopped = log.read_text().splitlines()
-    assert len(stopped) == 3
+    assert len(stopped) == 2
     log.unlink()
     assert subprocess.run(command, env={**env, "STOP": "none"}, check=False).returncode == 0
     whole = log.read_text().splitlines()
-    assert whole[:3] == stopped  # the same commands, which go on where they stopped
-    assert len(whole) >= 5
+    assert whole[:2] == stopped  # the same commands, which go on where they stopped
+    assert len(whole) >= 3
     assert whole[-1].startswith("python -m experiments.") and whole[-1].endswith(".make")
 
 
@@ -284,17 +284,57 @@ def test_runs_in_the_csv_file_are_not_trained_again(tmp_path):
     fields = {**small.IMAGES, "steps": "1", "optim.warmup_steps": "1", "eval.every": "0"}
     digits = str(FOLDER.parent / "configs" / "coatnet_digits.py")
     config.write_text(SMALL_SWEEP.format(config=digits, fields=fields))
-    words = ["--config", str(config), "--workdir", str(runs)]
-    assert command_line.main(["sweep", *words, "--only", "0", "--slots", "1"]) == 0
-    assert collect.main([*words, "--csv", str(file)]) == 0
+    words = ["--config", str(config), "--workdir", str(runs), "--slots", "1"]
+    assert command_line.main(["sweep", *words, "--only", "0"]) == 0
+    assert tune.run_stage(str(config), "sweep", str(runs), file, slots=None) == 0
     first, second = protocol.read(file)
     assert (first["state"], second["state"]) == ("done", "not started")
     shutil.rmtree(runs)  # as on another machine
-    assert collect.main([*words, "--csv", str(file), "--slots", "1"]) == 0
+    assert tune.run_stage(str(config), "sweep", str(runs), file, slots="1") == 0
     kept, other = protocol.read(file)
     assert kept == first
     assert (other["name"], other["state"]) == (second["name"], "done")
     assert [folder.name for folder in runs.iterdir()] == [second["name"]]
+
+
+def test_tuning_runs_a_stage_until_it_does_not_grow_and_then_the_next(tmp_path, monkeypatch):
+    folder = shutil.copytree(FOLDER / "lohelp", tmp_path / "experiments" / "lohelp")
+    for stage in protocol.STAGES:
+        (folder / f"{stage}.csv").unlink(missing_ok=True)
+    (folder.parent / "protocol.py").symlink_to(FOLDER / "protocol.py")
+    (tmp_path / "configs").symlink_to(FOLDER.parent / "configs")
+    words = ["--config", str(folder / "sweep.py"), "--workdir", str(tmp_path / "runs")]
+    trained = []
+
+    def stand_in(given):
+        """In place of a sweep: all runs of pre-norm end, best at the highest rate of three."""
+        spec, stage, root = (
+            given[given.index(f"--{n}") + 1] for n in ("config", "sweep", "workdir")
+        )
+        if "--collect" not in given:
+            trained.append((stage, given[given.index("--only") + 1 : given.index("--slots")]))
+            return 1 if stage == "grid" else 0
+        names = given[given.index("--only") + 1 : given.index("--collect")]
+        runs = [run for run in expand.expand(spec, root, stage).runs if run.name in names]
+        overrides = [{**run.overrides} for run in runs]
+        rows = collected(
+            protocol.TEXT, overrides, [abs(o[protocol.RATE] - 4e-3) for o in overrides]
+        )
+        for row, run in zip(rows, runs, strict=True):
+            failed = run.overrides.get(protocol.NORM) == (False, False)
+            row.update(name=run.name, state="failed" if failed else "done")
+        write(pathlib.Path(given[-1]), rows)
+        return 0
+
+    monkeypatch.setattr(command_line, "main", stand_in)
+    assert tune.main(words) == 0
+    assert [stage for stage, _ in trained] == ["grid", "grid", "warmup", "final"]
+    first, more, warmups, reported = (len(names) for _, names in trained)
+    assert (first, more, warmups, reported) == (12, 4, 4, 6)
+    assert protocol.is_complete(protocol.read(folder / "final.csv"))
+    trained.clear()
+    assert tune.main(words) == 0  # again: the failed runs of the grid, each once
+    assert [(stage, len(names)) for stage, names in trained] == [("grid", 8)]
 
 
 def test_cells_have_the_interval_if_there_is_one():
@@ -439,7 +479,7 @@ def test_make_writes_the_page_of_a_study_that_becomes_tuned(name, tmp_path):
     (tmp_path / "configs").symlink_to(FOLDER.parent / "configs")
     folder = shutil.copytree(FOLDER, tmp_path / "experiments", symlinks=True) / name
     committed = protocol.read(folder / "final.csv") or protocol.read(folder / "results.csv")
-    for stage in study.STAGES:
+    for stage in protocol.STAGES:
         (folder / f"{stage}.csv").unlink(missing_ok=True)
     sweep = loading.import_file(folder / "sweep.py")
     kind = (
@@ -449,7 +489,7 @@ def test_make_writes_the_page_of_a_study_that_becomes_tuned(name, tmp_path):
     grid = list(sweep.sweep_grid())
     rate = sorted({run[protocol.RATE] for run in grid})[1]  # no end of the grid
     numbers = np.random.default_rng(0)
-    for stage in study.STAGES:
+    for stage in protocol.STAGES:
         runs = list(getattr(sweep, f"sweep_{stage}")())
         costs = [
             abs(math.log(run[protocol.RATE] / rate))

@@ -2,7 +2,7 @@
 """Measures trained models of this study on shifted test images. Continues if stopped.
 
     python -m experiments.beyond.measure runs/beyond             # sweep: shifts.csv
-    python -m experiments.beyond.measure runs/beyond_final final # sweep_final: final_shifts.csv
+    python -m experiments.beyond.measure runs/beyond/final final # sweep_final: final_shifts.csv
 
 Every image is moved by 0 to 4 pixels up, down, left or right (its number decides, for all models
 alike), and zeros fill the gap. Accuracy, and agreement: the share of images whose answer is the one

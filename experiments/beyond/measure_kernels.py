@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures the kernels of the content-adaptive convolutions of trained CCAA runs.
 
-    python -m experiments.beyond.measure_kernels runs/beyond_final
+    python -m experiments.beyond.measure_kernels runs/beyond/final
 
 Writes kernels.csv (a row for each run and block, over 1,000 test images), and of the first run, for
 an image of each of some classes, pictures.csv (its pixels) and picture_kernels.csv (the kernel of
