@@ -36,6 +36,7 @@ LONGEST = 300.0  # seconds; the longest such delay
 DEFAULT_RETRIES = 2
 LOOK = 1.0  # seconds between two looks at a job that another launcher runs
 MOST_IDLE = 10  # consecutive preempted attempts that saved nothing; then the job has failed
+ALIKE = 3  # consecutive runs refused for one reason (data not prepared); then no other is started
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +134,7 @@ class Pool:
         self._environment = dict(os.environ if environment is None else environment)
         self._slots, self._retries, self._say = list(slots), retries, say
         self._stops = 0
+        self._refusals: list[str] = []  # reasons of the newest runs, if these were refused
         self._began = time.time()
 
     def run(self, jobs: Sequence[Job], source: Source | None = None) -> dict[str, JobResult]:
@@ -142,8 +144,8 @@ class Pool:
         drawing = source is not None
         with self._signals(children):
             try:
-                while children or ((waiting or drawing) and not self._stops):
-                    while free and not self._stops:
+                while children or ((waiting or drawing) and not self._starts_none):
+                    while free and not self._starts_none:
                         job = _next_ready(waiting, outcomes)
                         if job is None and source and drawing:
                             job = source.next_job()
@@ -180,6 +182,15 @@ class Pool:
     def stopped(self) -> bool:
         """Returns whether a signal asked the pool to stop."""
         return self._stops > 0
+
+    @property
+    def refused(self) -> bool:
+        """Returns whether the newest `ALIKE` runs were refused for one reason."""
+        return len(self._refusals) >= ALIKE
+
+    @property
+    def _starts_none(self) -> bool:
+        return self.stopped or self.refused
 
     def _start(self, job: Job, slot: Slot, outcome: JobResult) -> "_Child | None":
         """Starts a job; None if another launcher runs it ("busy"), or if it needs no start."""
@@ -272,6 +283,9 @@ class Pool:
                 if code == ExitCode.DONE
                 else f"{said}; see {job.directory / LOG}"
             )
+        if following not in ("restart", "retry"):
+            alike = self._refusals if outcome.reason in self._refusals else []
+            self._refusals = [*alike, outcome.reason] if code == ExitCode.WRONG else []
         below = f"\n         {outcome.reason}" if outcome.reason else ""
         self._say(f"{following:<8} {job.name}  {said}{below}")
         return following in ("restart", "retry")
@@ -427,6 +441,11 @@ def run_jobs(
     states = source.states() if source else [o.state for o in outcomes.values()] + ["done"] * done
     counts = f"{states.count('done')} of {len(states)} done, {states.count('failed')} failed"
     say(counts + (f", {states.count(PRUNED)} pruned" if PRUNED in states else ""))
+    if pool.refused and (left := states.count("not started")):
+        say(
+            f"{left} not started: {ALIKE} in a row were refused for the same reason. Mend it; the "
+            "same command then starts all that are left"
+        )
     code = ExitCode.FAILED if "failed" in states else ExitCode.DONE
     if pool.stopped:
         code = ExitCode.PREEMPTED

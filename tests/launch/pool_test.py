@@ -109,6 +109,29 @@ def test_crashes_are_retried_saves_restarted_mistakes_not(tmp_path, monkeypatch)
     assert any("(wrong config or input)" in line and "no such data" in line for line in said)
 
 
+@pytest.mark.parametrize(
+    ("ends", "started"),
+    [
+        ("aaaaa", 3),  # such as a data set that nobody has prepared
+        ("aabaaa", 6),
+        ("aa.aaaa", 6),
+        ("ababab", 6),
+        (".aaaa", 4),
+    ],
+)
+def test_no_other_run_is_started_after_three_that_were_refused_alike(ends, started, tmp_path):
+    codes = {end: f"print('localglobal train: no data {end}'); sys.exit(2)" for end in "ab"}
+    jobs = [job(tmp_path, f"j{i}", codes.get(end, "")) for i, end in enumerate(ends)]
+    said = []
+    found = pool.run_jobs(jobs, [pool.Slot()], 2, None, said.append)
+    assert found.code == exit_codes.ExitCode.FAILED
+    states = [outcome["state"] for outcome in found.runs.values()]
+    left = len(ends) - started
+    assert states.count("not started") == left
+    assert states[:started] == ["done" if end == "." else "failed" for end in ends[:started]]
+    assert any("not started: 3 in a row" in line for line in said) == (left > 0)
+
+
 def test_no_more_at_a_time_than_slots_each_in_its_own(tmp_path):
     cores = sorted(os.sched_getaffinity(0))
     slots = [pool.Slot(cores=(core,), gpus=(f"g{i}",)) for i, core in enumerate(cores[:2])]
