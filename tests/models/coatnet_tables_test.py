@@ -8,6 +8,7 @@ import difflib
 import gzip
 import hashlib
 import json
+import math
 import pathlib
 from functools import cache
 
@@ -85,6 +86,16 @@ def test_counts_are_near_the_paper(name):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts_are_of_one_size(name):
     assert counted(name).parameters == pytest.approx(25e6, rel=0.03)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_last_grid_is_a_32nd_of_the_image(name):
+    """As in the paper's table 1; ViT-rel keeps its patches of 16."""
+    module = create_model(name)
+    strides = module.strides or (2,) * len(module.depths)
+    assert module.stem_stride * math.prod(strides) == (16 if name == "vit_rel" else 32)
+    if len(module.depths) == 5:  # MBConv, then attention, on one grid
+        assert strides[2:4] == (2, 1)
 
 
 # ---------------------------------------------------------------------------- trees
