@@ -38,7 +38,7 @@ FILES = {
 
 
 @pytest.fixture(autouse=True)
-def google(monkeypatch):
+def no_other_credentials(monkeypatch):
     """No stand-in server, and no variable of this machine."""
     for names in store.SERVERS.values():
         for name in names:
