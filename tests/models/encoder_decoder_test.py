@@ -13,8 +13,9 @@ from flax import nnx
 
 from localglobal_jax import create_model
 from localglobal_jax.blocks.sequence import SEQUENCE_BLOCKS
+from localglobal_jax.data.text import tokenizers
 from localglobal_jax.inference import decoding
-from localglobal_jax.models.encoder_decoder import VARIANTS, sinusoids
+from localglobal_jax.models.encoder_decoder import VARIANTS, EncoderDecoder, sinusoids
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 OFFICIAL = json.loads((GOLDEN / "muse_models.json").read_text())
@@ -88,6 +89,15 @@ def count(tree):
 
 
 # ---------------------------------------------------------------------------- sizes and trees
+
+
+def test_the_default_tokens_are_those_of_the_tokenizers():
+    module = EncoderDecoder()
+    assert (module.pad, module.start, module.end) == (
+        tokenizers.PAD,
+        tokenizers.EOS,
+        tokenizers.EOS,
+    )
 
 
 @pytest.mark.parametrize(
