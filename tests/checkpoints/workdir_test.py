@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One run at a time in a workdir, with real processes; and files that are there whole or not."""
 
+import errno
 import json
 import os
 import signal
@@ -116,3 +117,20 @@ def test_an_error_shows_twenty_classes_and_counts_the_others(classes):
     shown = str(raised.value).split(";", maxsplit=1)[0].split()
     assert sum(word.startswith("label") for word in shown) == min(classes, 20)
     assert [word for word in shown if word.isdigit()] == [str(classes - 20)] * (classes > 20)
+
+
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError(errno.ENOSPC, "No space left on device", "other"), False),
+        (OSError("of a library"), False),
+        (PermissionError(errno.EACCES, "denied"), False),  # has a class, and its own message
+    ],
+)
+def test_an_error_of_the_system_without_a_file_gets_the_name_of_the_workdir(error, named, tmp_path):
+    with pytest.raises(OSError) as found, workdir.named_in_errors(tmp_path):
+        raise error
+    assert (found.value is error) != named
+    assert (found.value.filename == str(tmp_path)) == named
+    assert found.value.errno == error.errno

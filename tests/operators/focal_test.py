@@ -261,3 +261,7 @@ def test_nearest_refuses_a_third_level():
     module = NearestFocalAttention(4, heads=2, window=4, levels=3)
     with pytest.raises(ValueError, match="levels 3"):
         module.init(jax.random.key(0), image(8, 8, 4))
+
+
+def test_windows_are_pooled_by_position_unless_told_otherwise():
+    assert focal.WindowPool() == focal.WindowPool("fc")

@@ -56,6 +56,7 @@ def test_tensorboard_gets_texts_and_pictures(tmp_path):
         size = int.from_bytes(raw[:8], "little")
         events.append(Event.FromString(raw[12 : 12 + size]))
         raw = raw[16 + size :]
+    assert events[0].file_version == "brain.Event:2"  # from 2 on, readers look for restarts
     image, text = events[-1].summary.value
     assert events[-1].step == 7
     decoded = cv2.imdecode(np.frombuffer(image.image.encoded_image_string, np.uint8), 1)
