@@ -27,7 +27,7 @@ from localglobal_jax.cli import main as command_line
 from localglobal_jax.config import loading
 from localglobal_jax.data import loader
 from localglobal_jax.data.images import pipeline
-from localglobal_jax.launch import expand, summary
+from localglobal_jax.launch import expand, status, summary
 
 FOLDER = pathlib.Path(study.__file__).parent
 STUDIES = sorted(
@@ -481,26 +481,23 @@ def test_make_writes_the_page_of_a_study_that_becomes_tuned(name, tmp_path):
     committed = protocol.read(folder / "final.csv") or protocol.read(folder / "results.csv")
     for stage in protocol.STAGES:
         (folder / f"{stage}.csv").unlink(missing_ok=True)
-    sweep = loading.import_file(folder / "sweep.py")
-    kind = (
-        protocol.TEXT if "protocol.TEXT" in (folder / "sweep.py").read_text() else protocol.IMAGES
-    )
-    kind = getattr(sweep, "KIND", kind)
-    grid = list(sweep.sweep_grid())
-    rate = sorted({run[protocol.RATE] for run in grid})[1]  # no end of the grid
-    numbers = np.random.default_rng(0)
+    spec = folder / "sweep.py"
+    kind = protocol.TEXT if "protocol.TEXT" in spec.read_text() else protocol.IMAGES
+    kind = getattr(loading.import_file(spec), "KIND", kind)
+    sign, middle, numbers = 1 if kind.smaller_is_better else -1, {}, np.random.default_rng(0)
     for stage in protocol.STAGES:
-        runs = list(getattr(sweep, f"sweep_{stage}")())
-        costs = [
-            abs(math.log(run[protocol.RATE] / rate))
-            + abs(math.log(run[protocol.WARMUP] / grid[0][protocol.WARMUP]))
-            for run in runs
-        ]
-        rows = collected(kind, runs, costs)
-        for row in rows if stage == "final" else ():
-            row.update({n: str(numbers.uniform(0.1, 0.9)) for n in committed[0] if "/" in n})
-            row.update(dict.fromkeys(("step", "steps"), row.get("steps", "600")))
-        write(folder / f"{stage}.csv", rows)
+        runs = expand.expand(str(spec), str(tmp_path / "runs"), stage).runs
+        fields = status.override_fields(runs)
+        rows = status.records([status.read(run, fields=fields) for run in runs])
+        for field in (protocol.RATE, protocol.WARMUP):  # the best of all is no end of the grid
+            values = sorted({row[field] for row in rows})
+            middle.setdefault(field, values[len(values) // 2])
+        for row in rows:
+            cost = sum(abs(math.log(row[field] / best)) for field, best in middle.items())
+            row.update({kind.metric: sign * cost, "state": "done", "step": row["steps"]})
+            if stage == "final":
+                row.update({n: numbers.uniform(0.1, 0.9) for n in committed[0] if "/" in n})
+        (folder / f"{stage}.csv").write_text(summary.shown(rows, "csv") + "\n")
     made = loading.import_file(folder / "make.py")
     study.main(made.__file__, made.tables, made.draw)
     page = (folder / "README.md").read_text()
@@ -509,7 +506,8 @@ def test_make_writes_the_page_of_a_study_that_becomes_tuned(name, tmp_path):
     def block(name):
         return page.partition(f"<!-- {name} -->")[2].partition("<!-- end -->")[0]
 
-    assert "3 pairs" in block("verdict") and "not run" not in block("verdict")
+    assert "3 pairs" in block("verdict") and "no verdict" not in block("verdict")
+    assert "not run" not in page.replace(block("gates"), "")  # gates are of the checkpoints
     assert "verdicts differ" in block("changed")
 
 

@@ -18,6 +18,8 @@ SWEEP = loading.import_file(HERE / "sweep.py")
 MODELS = SWEEP.models_of(None)
 PAIRS = [(n, "CoAtNet") for n in MODELS if n != "CoAtNet"]
 TEST = "test/accuracy"
+STEPS = str(SWEEP.get_config().steps)
+PARTS = [part["data.train_split"] for part in SWEEP.parts(None)]
 
 
 def beside(file):
@@ -37,8 +39,9 @@ def of_model(rows, name):
 
 def split(rows):
     """{title: rows}: equal steps on 10 % and 100 %, equal time."""
-    found = study.grouped([{"data.train_split": "", **row} for row in rows], "data.train_split")
-    tenth, full, timed = (found.get((part,), []) for part in ("train[:10%]", "train", ""))
+    equal = [row for row in rows if row["steps"] == STEPS]
+    timed = [row for row in rows if row["steps"] != STEPS]
+    tenth, full = (study.where(equal, **{"data.train_split": part}) for part in PARTS)
     # CoAtNet's time is the measure: its runs of equal time are those of equal steps
     same = of_model(full, "CoAtNet") if timed else []
     parts = {"10 %, equal steps": tenth, "100 %, equal steps": full}
