@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from localglobal_jax.convert import adapt
-from localglobal_jax.models import VOLO
+from localglobal_jax.models import VOLO, stems
 from localglobal_jax.models.mix_token import swap
 from localglobal_jax.models.registry import create_model
 
@@ -64,6 +64,15 @@ def test_parameters_equal_the_reference(name):
     module = create_model(name.rpartition("_")[0])
     shapes = shapes_of(module, *REFERENCE[name]["input"])
     assert sum(x.size for x in jax.tree.leaves(shapes["params"])) == REFERENCE[name]["n_params"]
+
+
+@pytest.mark.parametrize("patch", [2, 4, 8])
+def test_the_grid_of_the_stem_is_known_before_it_runs(patch):
+    module = stems.ConvPatchStem(4, 6, patch=patch)
+    for size in ((16, 17), (18, 23), (30, 31), (32, 15)):
+        image = jax.ShapeDtypeStruct((1, *size, 3), "float32")
+        y, _ = jax.eval_shape(module.init_with_output, jax.random.key(0), image)
+        assert y.shape[1:3] == stems.patch_grid(size, patch)
 
 
 @pytest.mark.parametrize("size", [(48, 64), (72, 40), (61, 75), (16, 16)])

@@ -92,6 +92,10 @@ def test_translation_equivariant_away_from_the_border():
     np.testing.assert_allclose(shifted[:, 4:-1, 5:-1], rolled[:, 4:-1, 5:-1], atol=1e-6)
 
 
+def test_a_window_is_three_positions_wide_unless_told_otherwise():
+    assert convolution.DepthwiseConv() == convolution.DepthwiseConv(window=3, stride=1)
+
+
 def test_kernel_that_does_not_fit():
     with pytest.raises(ValueError, match=r"kernel \(3, 3, 4\)"):
         convolution.depthwise(jnp.ones((1, 5, 5, 2)), jnp.ones((3, 3, 4)))

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import pytest
 import small
 
-from localglobal_jax.config import loading, validation
+from localglobal_jax.config import loading, schema, validation
 from localglobal_jax.parallel import placement
+from localglobal_jax.training import evaluation
 from localglobal_jax.training.evaluation import Evaluation
 from localglobal_jax.training.tasks import create_task
 
@@ -42,3 +43,17 @@ def test_splits_share_their_programs(config, fields, splits, functions):
     }
     programs = [step._cache_size() for step in evaluation._compiled.values()]
     assert programs == [len(shapes)] * functions
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "words"),
+    [
+        (schema.ClassificationRun, "muse", "evaluates images.* model of text"),
+        (schema.TranslationRun, "coatnet", "evaluates text.* model of images"),
+    ],
+)
+def test_a_config_of_the_other_kind_is_refused(kind, name, words):
+    with pytest.raises(ValueError, match=words):
+        evaluation._check_kind(kind, {"model": {"name": name}}, "c.py")
+    other = {"muse": schema.TranslationRun, "coatnet": schema.ClassificationRun}[name]
+    evaluation._check_kind(other, {"model": {"name": name}}, "c.py")
