@@ -171,8 +171,7 @@ def orphan(found):
     """Starts a job whose launcher is then killed; returns the pid of the job, which runs on."""
     process = launcher([found])
     wait_for(found.directory / "ready")
-    while not pool.events(found.directory / "attempts.jsonl"):
-        time.sleep(0.01)  # a start is recorded after it
+    wait_for(found.directory / "attempts.jsonl", pool.events)  # a start is recorded after it
     process.kill()
     process.communicate()
     assert pool.is_locked(found.directory)
