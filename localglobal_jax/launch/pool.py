@@ -441,10 +441,10 @@ def run_jobs(
     states = source.states() if source else [o.state for o in outcomes.values()] + ["done"] * done
     counts = f"{states.count('done')} of {len(states)} done, {states.count('failed')} failed"
     say(counts + (f", {states.count(PRUNED)} pruned" if PRUNED in states else ""))
-    if pool.refused and (left := states.count("not started")):
+    if pool.refused and (source or "not started" in states):
         say(
-            f"{left} not started: {ALIKE} in a row were refused for the same reason. Mend it; the "
-            "same command then starts all that are left"
+            f"{ALIKE} runs in a row were refused for the same reason, so no other was started. "
+            "Mend it; the same command goes on"
         )
     code = ExitCode.FAILED if "failed" in states else ExitCode.DONE
     if pool.stopped:

@@ -129,7 +129,35 @@ def test_no_other_run_is_started_after_three_that_were_refused_alike(ends, start
     left = len(ends) - started
     assert states.count("not started") == left
     assert states[:started] == ["done" if end == "." else "failed" for end in ends[:started]]
-    assert any("not started: 3 in a row" in line for line in said) == (left > 0)
+    assert any("no other was started" in line for line in said) == (left > 0)
+
+
+class Refused:
+    """A source of runs that are all refused for one reason."""
+
+    def __init__(self, folder):
+        self.folder, self.outcomes = folder, []
+
+    def next_job(self):
+        name = f"j{len(self.outcomes)}"
+        return job(self.folder, name, "print('localglobal train: no data'); sys.exit(2)")
+
+    def gives_up(self, job):
+        return False
+
+    def ended(self, job, outcome):
+        self.outcomes.append(outcome.state)
+
+    def states(self):
+        return self.outcomes
+
+
+def test_no_other_run_is_drawn_after_three_that_were_refused_alike(tmp_path):
+    said, source = [], Refused(tmp_path)
+    found = pool.run_jobs([], [pool.Slot()], 2, None, said.append, source=source)
+    assert found.code == exit_codes.ExitCode.FAILED
+    assert source.outcomes == ["failed"] * 3
+    assert any("no other was started" in line for line in said)
 
 
 def test_no_more_at_a_time_than_slots_each_in_its_own(tmp_path):
