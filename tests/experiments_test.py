@@ -297,6 +297,25 @@ def test_runs_in_the_csv_file_are_not_trained_again(tmp_path):
     assert [folder.name for folder in runs.iterdir()] == [second["name"]]
 
 
+@pytest.mark.parametrize("name", [n for n in STUDIES if (FOLDER / n / "warmup.csv").exists()])
+def test_tuning_goes_on_from_the_committed_rows(name, tmp_path):
+    """Each run of the stages so far is known by its name: a tuned study has nothing left."""
+    spec = str(FOLDER / name / "sweep.py")
+    for stage in protocol.STAGES:
+        rows = protocol.read(FOLDER / name / f"{stage}.csv")
+        names = [run.name for run in expand.expand(spec, str(tmp_path), stage).runs]
+        assert tune.left(names, rows) == [], stage
+
+
+def test_measured_kernels_stay_where_their_runs_are_not(tmp_path):
+    (tmp_path / "kernels.csv").write_text("kept")
+    measure_kernels.main(str(tmp_path / "nothing"), tmp_path)
+    assert (tmp_path / "kernels.csv").read_text() == "kept"
+    (tmp_path / "kernels.csv").unlink()
+    with pytest.raises(ValueError, match="train it first"):
+        measure_kernels.main(str(tmp_path / "nothing"), tmp_path)
+
+
 def test_tuning_runs_a_stage_until_it_does_not_grow_and_then_the_next(tmp_path, monkeypatch):
     folder = shutil.copytree(FOLDER / "lohelp", tmp_path / "experiments" / "lohelp")
     for stage in protocol.STAGES:

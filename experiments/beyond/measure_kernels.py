@@ -138,6 +138,8 @@ def positions(found: Mapping[str, np.ndarray], chosen: Sequence[int]) -> list[di
 
 
 def write(file: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    if not rows and file.exists():
+        return  # measured before; its runs are not here
     if not rows:
         raise ValueError(f"{file.name}: no finished run of {LAYOUT}: train it first")
     with open(file, "w", newline="") as opened:
