@@ -3,17 +3,18 @@
 # committed CSV files have already is not measured again, nor are tuned runs in them trained again:
 # delete them for runs and figures of your own.
 #
-#     experiments/reproduce.sh laptop|length|protocol|lohelp|kernels|images [RUNS] [SLOTS]
+#     experiments/reproduce.sh laptop|length|protocol|lohelp|kernels|images|large [RUNS] [SLOTS]
 #
 # laptop: the studies at one setting; length: length_or_difficulty; protocol: beyond, beyond_text and
 # muse_results tuned, with the two studies that measure the models of muse_results; lohelp: lohelp
 # tuned, in 22 runs of 45 minutes or more; kernels: muse_kernels tuned, in 132 runs of 6 minutes or more;
-# images: coatnet_layouts, coatnet_transfer and vision_comparison tuned.
+# images: coatnet_layouts, coatnet_transfer and vision_comparison tuned; large: beyond_large, in 40 runs
+# of ten minutes or more.
 # RUNS: a folder for the runs (default: runs, in the repository); SLOTS: runs at a time (default 2).
 set -euo pipefail
 what=${1:-}
-case $what in laptop | length | protocol | lohelp | kernels | images) ;; *)
-  sed -n '2,12s/^# \{0,1\}//p' "$0"
+case $what in laptop | length | protocol | lohelp | kernels | images | large) ;; *)
+  sed -n '2,14s/^# \{0,1\}//p' "$0"
   exit 2
   ;;
 esac
@@ -73,6 +74,15 @@ if [ "$what" = images ]; then
   measure vision_comparison.make
   exit
 fi
+if [ "$what" = large ]; then
+  prepare configs/coatnet_fashion_mnist.py
+  tune beyond_large large
+  measure beyond_large.measure "$runs/large/final" final
+  # the costs are measured once
+  [ -e experiments/beyond_large/speed.csv ] || measure beyond_large.measure_costs
+  measure beyond_large.make
+  exit
+fi
 if [ "$what" = protocol ]; then
   prepare configs/coatnet_fashion_mnist.py
   tune beyond beyond
@@ -115,6 +125,6 @@ measure beyond_text.measure "$runs/beyond_text"
 
 # the runs of lohelp at one setting (six of 45 minutes) are not made again
 for study in lohelp length_or_difficulty operator_properties attention_dispersion bleu_by_length muse_results muse_kernels \
-  coatnet_layouts coatnet_transfer vision_comparison beyond beyond_text; do
+  coatnet_layouts coatnet_transfer vision_comparison beyond beyond_large beyond_text; do
   measure "$study.make"
 done

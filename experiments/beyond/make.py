@@ -18,7 +18,8 @@ from localglobal_jax.training.reporting import verdicts
 HERE = pathlib.Path(__file__).parent
 SWEEP = loading.import_file(HERE / "sweep.py")
 LAYOUTS = ("CCTT", "CCAA", "CCEE", "CMMT")
-PAIRS = [(layout, "CCTT") for layout in LAYOUTS[1:]]
+BASELINE = "CCTT"
+PAIRS = [(layout, BASELINE) for layout in LAYOUTS if layout != BASELINE]
 COMPARED = ("3", "4")  # pixels of a shift that has verdicts
 NAMES = (  # of the classes: arXiv 1708.07747, table 2
     *("T-shirt", "trouser", "pullover", "dress", "coat"),
@@ -30,60 +31,57 @@ def percent(found):
     return {seed: 100 * value for seed, value in found.items()}
 
 
-def accuracies(rows):
+def accuracies(rows, layouts=LAYOUTS):
     """{layout: {seed: per cent}} of the images as they are."""
-    own = {n: [row for row in rows if row["model.layout"] == n] for n in LAYOUTS}
+    own = {n: [row for row in rows if row["model.layout"] == n] for n in layouts}
     return {n: percent(study.by_seed(found, "test/accuracy")) for n, found in own.items()}
 
 
-def shifts(rows, column):
+def shifts(rows, column, layouts=LAYOUTS):
     """{shift: {layout: {seed: per cent}}} of the rows of `measure.py`."""
     steps = sorted({row["shift"] for row in rows}, key=int)
     return {
         step: {
             n: percent(study.by_seed(study.where(rows, layout=n, shift=step), column))
-            for n in LAYOUTS
+            for n in layouts
         }
         for step in steps
     }
 
 
-def tuned():
-    return protocol.state(HERE) == protocol.TUNED
-
-
-def reported_shifts():
+def reported_shifts(folder=HERE):
     """Returns the shifts of the reported runs."""
-    return study.read(HERE / ("final_shifts.csv" if tuned() else "shifts.csv"))
+    tuned = protocol.state(folder) == protocol.TUNED
+    return study.read(folder / ("final_shifts.csv" if tuned else "shifts.csv"))
 
 
-def compared(rows, moved):
-    """Returns the verdicts on every layout against CCTT, unmoved and moved."""
-    found = study.compared(accuracies(rows), "test accuracy, points", PAIRS)
-    for step, scores in shifts(moved, "accuracy").items():
+def compared(rows, moved, layouts=LAYOUTS, pairs=PAIRS):
+    """Returns the verdicts on the pairs of layouts, unmoved and moved."""
+    found = study.compared(accuracies(rows, layouts), "test accuracy, points", pairs)
+    for step, scores in shifts(moved, "accuracy", layouts).items():
         if step in COMPARED:
-            found |= study.compared(scores, f"accuracy after {step} pixels, points", PAIRS)
+            found |= study.compared(scores, f"accuracy after {step} pixels, points", pairs)
     return found
 
 
-def results(rows):
+def results(rows, layouts=LAYOUTS):
     """Returns the table of accuracy, difference from CCTT and setting, and the ranking."""
-    found = accuracies(rows)
+    found = accuracies(rows, layouts)
     body = []
     for n, own in found.items():
-        apart = "" if n == "CCTT" else study.shown(verdicts.paired(own, found["CCTT"]))
+        apart = "" if n == BASELINE else study.shown(verdicts.paired(own, found[BASELINE]))
         setting = study.setting([r for r in rows if r["model.layout"] == n], protocol.IMAGES)
         body.append((n, study.shown(list(own.values())), apart, *setting))
     head = ("layout", "test accuracy", "minus CCTT", "learning rate", "warm-up")
     return [*study.table(head, body), "", f"Best first: {study.ranked(found)}"]
 
 
-def robustness(column):
+def robustness(moved, column, layouts=LAYOUTS):
     """Returns the table of a column of the shifts, and the ranking of each shift."""
-    found = shifts(reported_shifts(), column)
-    body = [[n, *(study.shown(list(each[n].values())) for each in found.values())] for n in LAYOUTS]
+    found = shifts(moved, column, layouts)
+    body = [[n, *(study.shown(list(each[n].values())) for each in found.values())] for n in layouts]
     if not found:
-        return study.table(["layout", "moved"], [[n, "not run"] for n in LAYOUTS]), []
+        return study.table(["layout", "moved"], [[n, "not run"] for n in layouts]), []
     heads = [f"{step} px" for step in found]
     ranking = [
         f"- {head}: {study.ranked(each)}" for head, each in zip(heads, found.values(), strict=True)
@@ -92,16 +90,16 @@ def robustness(column):
 
 
 def tables(rows):
-    reported = protocol.reported(HERE)
-    moved, best = robustness("accuracy")
-    agreement, _ = robustness("agreement")
+    reported, moved = protocol.reported(HERE), reported_shifts()
+    accuracy, best = robustness(moved, "accuracy")
+    agreement, _ = robustness(moved, "agreement")
     before = compared(rows, study.read(HERE / "shifts.csv"))
-    after = compared(reported, reported_shifts())
+    after = compared(reported, moved)
     sides = [{name: each.side for name, each in found.items()} for found in (before, after)]
     one = [(n, study.shown(list(own.values()))) for n, own in accuracies(rows).items()]
     return {
         "vision": results(reported),
-        "shifts": [*moved, *(["", *best[1:]] if best else [])],
+        "shifts": [*accuracy, *(["", *best[1:]] if best else [])],
         "agreement": agreement,
         "verdict": study.sentences(after),
         "kernels": kernels(),
@@ -163,16 +161,21 @@ def draw_kernels():
     return figure
 
 
-def draw(_):
+def draw_shifts(moved, layouts=LAYOUTS):
+    """Plots accuracy and agreement against the shift."""
     figure = study.figure(2)
     left, right = figure.subplots(1, 2)
-    study.curves(left, LAYOUTS, shifts(reported_shifts(), "accuracy"))
-    study.curves(right, LAYOUTS, shifts(reported_shifts(), "agreement"))
+    study.curves(left, layouts, shifts(moved, "accuracy", layouts))
+    study.curves(right, layouts, shifts(moved, "agreement", layouts))
     left.set_title("test accuracy, %", fontsize=10)
     right.set_title("same answer as without the shift, %", fontsize=10)
     for axes in (left, right):
         axes.set_xlabel("pixels that the test images are moved by")
     return figure
+
+
+def draw(_):
+    return draw_shifts(reported_shifts())
 
 
 if __name__ == "__main__":

@@ -74,18 +74,18 @@ def measure(run: expand.Description) -> list[dict[str, object]]:
     ]
 
 
-def main(root: str, sweep: str = "", size: str = "laptop", out: pathlib.Path = HERE) -> None:
+def main(root: str, sweep: str = "", folder: pathlib.Path = HERE) -> None:
     """Measures every run that is done and not yet in the CSV file.
 
     Args:
       sweep: "" or "final".
-      out: folder of the CSV file.
+      folder: that of the sweep.py and of the CSV file.
     """
     name = f"sweep_{sweep}" if sweep else "sweep"
-    file = out / (f"{sweep}_shifts.csv" if sweep else "shifts.csv")
+    file = folder / (f"{sweep}_shifts.csv" if sweep else "shifts.csv")
     rows = study.read(file)
     known = {(row["layout"], str(row["seed"])) for row in rows}
-    for run in expand.expand(f"{HERE / 'sweep.py'}:size={size}", root, name).runs:
+    for run in expand.expand(str(folder / "sweep.py"), root, name).runs:
         if (run.run.model["layout"], str(run.run.seed)) in known:
             continue
         if (status.latest_step(run.workdir) or 0) < run.run.steps:

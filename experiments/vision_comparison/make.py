@@ -9,7 +9,7 @@ protocol; speed.csv is of `measure.py`.
 
 import pathlib
 
-from experiments import protocol, study
+from experiments import costs, protocol, study
 from localglobal_jax.config import loading
 from localglobal_jax.training.reporting import verdicts
 
@@ -77,9 +77,6 @@ def tables(rows):
         cells = [study.shown(list(each[n].values())) for each in found.values()]
         cells.append(next((row["steps"] for row in of_model(timed, n)), "not run"))
         accuracy.append([n, *cells, study.shown(verdicts.paired(many[n], few[n]))])
-    measured = {row["model"]: row for row in beside("speed.csv")}
-    speed = [[n, *figures(measured[n])] for n in MODELS if n in measured]
-    head = ["model", "parameters", "multiply-adds", "images/s", "times CoAtNet's", "state", "work"]
     settings = [(n, *study.setting(of_model(runs, n), protocol.IMAGES)) for n in MODELS]
     after = compared(found)
     sides = [{n: v.side for n, v in each.items()} for each in (compared(one), after)]
@@ -89,25 +86,13 @@ def tables(rows):
             ["model", *found, "steps of equal time", "100 % over 10 %"], accuracy
         ),
         "ranking": [f"- {title}: {study.ranked(each)}" for title, each in found.items()],
-        "speed": study.table(head, speed or [["not run"] * len(head)]),
+        "speed": costs.table(beside("speed.csv"), list(MODELS), "CoAtNet"),
         "verdict": study.sentences(after),
         "setting": study.table(("model", "learning rate", "warm-up"), settings),
         "grid": study.grid(HERE, MODELS, protocol.IMAGES, scale=100, digits=2),
         "one setting": study.table(["model", *one], body),
         "changed": study.changed(HERE, *sides),
     }
-
-
-def figures(row):
-    """Cells of the speed table."""
-    return [
-        f"{int(row['parameters']):,}",
-        f"{int(row['multiply_adds']) / 1e6:.1f} M",
-        f"{float(row['images_per_second']):.0f}",
-        f"{float(row['times_as_fast']):.2f} ({row['low']} to {row['high']})",
-        f"{int(row['state_bytes']) / 2**20:.1f} MiB",
-        f"{int(row['temporary_bytes']) / 2**20:.1f} MiB",
-    ]
 
 
 def draw(_):
