@@ -248,7 +248,10 @@ echo "$(basename "$0") $*" >> "$LOG"
 """
 
 
-@pytest.mark.parametrize("what", ["laptop", "length", "protocol", "lohelp", "kernels", "images", "large"])
+PARTS = ["laptop", "length", "protocol", "lohelp", "kernels", "images", "large"]
+
+
+@pytest.mark.parametrize("what", PARTS)
 def test_one_script_stops_with_a_stopped_command_and_goes_on(what, tmp_path):
     for name in ("localglobal", "python"):
         (tmp_path / name).write_text(STAND_IN)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures trained models on shifted test images (`beyond.measure`) -> final_shifts.csv.
 
-    python -m experiments.beyond_large.measure runs/large/final final
+python -m experiments.beyond_large.measure runs/large/final final
 """
 
 import pathlib

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speed, memory and work of this study's models, untrained (`experiments/costs.py`) -> speed.csv.
 
-    python -m experiments.beyond_large.measure_costs
+python -m experiments.beyond_large.measure_costs
 """
 
 import pathlib

@@ -4,9 +4,10 @@
     localglobal sweep --config experiments/beyond_large/sweep.py --workdir runs/large --dry_run
 
 Stages 3 and 4 have relative attention (CCTT), convolution (CCCC), content-adaptive convolution
-(CCAA) or translation-equivariant attention (CCEE); CMMT has MUSE's parallel block in stages 2 and 3.
-`sweep_grid`, `sweep_warmup` and `sweep_final` are the protocol's; `sweep` is the first setting of
-the grid with the reported seeds, and was not run. ``:size=paper`` and ``:size=tiny`` are `beyond`'s.
+(CCAA) or translation-equivariant attention (CCEE). CMMT has MUSE's parallel block in stages 2 and
+3. `sweep_grid`, `sweep_warmup` and `sweep_final` are the protocol's. `sweep` is the first setting
+of the grid with the reported seeds; it was not run. ``:size=paper`` and ``:size=tiny`` are those of
+`beyond`.
 """
 
 import pathlib

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speed, memory and work of this study's models, untrained (`experiments/costs.py`) -> speed.csv.
 
-    python -m experiments.vision_comparison.measure [laptop]
+python -m experiments.vision_comparison.measure [laptop]
 """
 
 import pathlib
