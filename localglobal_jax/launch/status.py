@@ -186,7 +186,7 @@ def _environment(mirror: gcs.LocalMirror, saved: int | None) -> dict[str, str]:
     """Returns the environment that the newest checkpoint records; {} if unknown.
 
     ``devices``: "1 x cpu (cpu), 1 host". ``commit``: of the code, if it ran in a git checkout;
-    "-dirty" follows if files differed from it.
+    "-dirty" follows if tracked files differed from it, but for results of studies.
     """
     if saved is None:
         return {}

@@ -12,6 +12,9 @@ from localglobal_jax.config import loading
 from localglobal_jax.parallel import placement
 from localglobal_jax.training.reporting import git
 
+# Results, which a study writes while its next runs start, are not code
+RESULTS = ":(exclude)experiments/*.csv"
+
 
 def commit_of(folder: pathlib.Path) -> dict[str, Any]:
     """Returns the commit of `folder` and whether files differ from it; {} outside of git."""
@@ -29,6 +32,8 @@ def versions() -> dict[str, str]:
 def environment(source: str | None = None) -> dict[str, str]:
     """Returns Python, system, devices and, if the code is in a git checkout, its commit.
 
+    "-dirty" follows the commit if tracked files differ from it, but for a study's CSV files.
+
     Args:
       source: the config file of the run, ``FILE[:arg]``; if given, "config" is its `config_path`.
     """
@@ -39,10 +44,9 @@ def environment(source: str | None = None) -> dict[str, str]:
     }
     if source:
         found["config"] = config_path(source)
-    if root := checkout():
-        words = ("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-        if (commit := git.output(root, *words)) is not None:
-            found["commit"] = commit
+    if (root := checkout()) and (commit := git.output(root, "rev-parse", "HEAD")) is not None:
+        words = ("status", "--porcelain", "--untracked-files=no", "--", ".", RESULTS)
+        found["commit"] = commit + ("-dirty" if git.output(root, *words) != "" else "")
     return found
 
 

@@ -21,6 +21,36 @@ def test_a_run_names_the_commit_of_its_code():
     assert provenance.environment()["commit"].removesuffix("-dirty") == head.strip()
 
 
+def test_a_commit_is_dirty_if_code_differs_not_if_results_do(tmp_path, monkeypatch):
+    def git(*words):
+        own = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+        subprocess.run(["git", *own, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    def commit():
+        return provenance.environment()["commit"]
+
+    monkeypatch.setattr(provenance, "checkout", lambda: tmp_path)
+    git("init")
+    assert "commit" not in provenance.environment()  # there is none yet
+    code, results = tmp_path / "code.csv", tmp_path / "experiments" / "a" / "grid.csv"
+    results.parent.mkdir(parents=True)
+    for file in (code, results):
+        file.write_text("a\n")
+    git("add", ".")
+    git("commit", "-m", "first")
+    clean = commit()
+    assert len(clean) == 40
+    results.write_text("b\n")
+    (results.parent / "warmup.csv").write_text("new\n")
+    assert commit() == clean
+    git("add", ".")
+    assert commit() == clean
+    code.write_text("b\n")
+    assert commit() == f"{clean}-dirty"
+    git("commit", "-a", "-m", "second")
+    assert len(commit()) == 40 and commit() != clean
+
+
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     """A checkout with a study, a config at its top, and a folder without a page."""
