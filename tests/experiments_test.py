@@ -357,6 +357,11 @@ def test_tuning_runs_a_stage_until_it_does_not_grow_and_then_the_next(tmp_path, 
     trained.clear()
     assert tune.main(words) == 0  # again: the failed runs of the grid, each once
     assert [(stage, len(names)) for stage, names in trained] == [("grid", 8)]
+    trained.clear()
+    kept = (folder / "final.csv").read_text()
+    (folder / "final.csv").unlink()
+    assert tune.main([*words, "--collect"]) == 0
+    assert not trained and (folder / "final.csv").read_text() == kept
 
 
 def test_cells_have_the_interval_if_there_is_one():
