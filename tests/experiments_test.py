@@ -300,14 +300,17 @@ def test_runs_in_the_csv_file_are_not_trained_again(tmp_path):
     assert [folder.name for folder in runs.iterdir()] == [second["name"]]
 
 
-@pytest.mark.parametrize("name", [n for n in STUDIES if (FOLDER / n / "warmup.csv").exists()])
+@pytest.mark.parametrize("name", [n for n in STUDIES if (FOLDER / n / "grid.csv").exists()])
 def test_tuning_goes_on_from_the_committed_rows(name, tmp_path):
     """Each run of the stages so far is known by its name: a tuned study has nothing left."""
     spec = str(FOLDER / name / "sweep.py")
     for stage in protocol.STAGES:
         rows = protocol.read(FOLDER / name / f"{stage}.csv")
+        if not rows:
+            break  # of a part
         names = [run.name for run in expand.expand(spec, str(tmp_path), stage).runs]
-        assert tune.left(names, rows) == [], stage
+        done = sum(row["state"] == "done" for row in rows)
+        assert len(tune.left(names, rows)) == len(names) - done, stage
 
 
 def test_measured_kernels_stay_where_their_runs_are_not(tmp_path):
