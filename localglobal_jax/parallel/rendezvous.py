@@ -14,6 +14,7 @@ from localglobal_jax.parallel import multihost, private_names, watch
 from localglobal_jax.parallel.multihost import HostLost
 
 log = logging.getLogger(__name__)
+NAME = 256  # bytes of a host's name, at most 253, and of what stands beside it
 LATER = 40  # seconds after `watch.heartbeat` at which jax itself ends the other processes
 
 
@@ -111,7 +112,7 @@ def _listen(cluster: Cluster, deadline: float) -> tuple[list[str], Calls]:
                 break
             try:
                 call.settimeout(2)
-                text, name = _line(call).split()
+                text, name = _line(call, 2 * NAME).split()
                 number = int(text)
             except (ValueError, OSError):
                 call.close()  # not one of ours
@@ -149,7 +150,7 @@ def _call(cluster: Cluster, deadline: float) -> tuple[list[str], Calls]:
                 call.sendall(f"{cluster.rank} {socket.gethostname()}\n".encode())
                 # rank 0 answers at its own deadline, which is later if it came later
                 call.settimeout(max(left, 0.01) * 2 + 5)
-                answer = _line(call)
+                answer = _line(call, NAME * (cluster.size + 1))
             except OSError:
                 answer = ""
             if answer.startswith("!"):
@@ -162,10 +163,15 @@ def _call(cluster: Cluster, deadline: float) -> tuple[list[str], Calls]:
         time.sleep(0.2)
 
 
-def _line(call: socket.socket) -> str:
-    """Returns one line, and reads no byte after it; "" if the connection ends before."""
+def _line(call: socket.socket, most: int) -> str:
+    """Returns one line of at most `most` bytes, and reads no byte after it.
+
+    "" if the connection ends before, or if the line is longer.
+    """
     text = b""
-    while not text.endswith(b"\n") and len(text) < 1000:
+    while not text.endswith(b"\n"):
+        if len(text) == most:
+            return ""
         byte = call.recv(1)
         if not byte:
             return ""

@@ -178,6 +178,24 @@ def test_roll_call_gives_all_names():
     assert found == dict.fromkeys(range(3), [socket.gethostname()] * 3)
 
 
+@pytest.mark.parametrize("length", [20, 253])
+def test_roll_call_gives_all_names_of_a_whole_pod(length, monkeypatch):
+    """64 hosts are a slice of v5e-256."""
+    hosts = iter(f"{i:03}-".ljust(length, "x") for i in range(1000))
+    named = threading.local()
+
+    def hostname():
+        if not hasattr(named, "host"):
+            named.host = next(hosts)
+        return named.host
+
+    monkeypatch.setattr(socket, "gethostname", hostname)
+    found = calls(64, range(64), timeout=60)
+    (names,) = {tuple(each) for each in found.values()}
+    assert len(found) == len(names) == len(set(names)) == 64
+    assert {len(name) for name in names} == {length}
+
+
 def test_strangers_do_not_disturb_the_roll_call():
     results, address = {}, f"localhost:{free_port()}"
     threads = [
