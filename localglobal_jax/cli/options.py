@@ -41,6 +41,12 @@ def add_config(parser: argparse.ArgumentParser, *, required: bool = True) -> Non
     )
 
 
+def check_workdir(path: str) -> None:
+    """Raises ValueError for an empty ``--workdir``, as of a shell variable that is not set."""
+    if not path.strip():
+        raise ValueError("--workdir is empty: give the directory where everything is written")
+
+
 def add_compare(parser: argparse.ArgumentParser, how: str) -> None:
     """Adds ``--compare``, and allows ``--compare.a.b=VALUE``."""
     parser.set_defaults(takes_compare=True)

@@ -82,6 +82,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Starts the runs, or does what ``--status``, ``--dry_run`` and the like name."""
     looks = args.status or args.collect or args.summary or args.prune
+    options.check_workdir(args.workdir)
     _check_options(args)
     wrong: list[str] | None = None if looks else []  # the others are checked too
     look = not args.dry_run and not args.out  # those use no network

@@ -71,8 +71,7 @@ def run(args: argparse.Namespace) -> int:
     """Trains; returns the exit code."""
     from localglobal_jax.config import loading, validation
 
-    if not args.workdir.strip():  # a shell variable that is not set
-        raise ValueError("--workdir is empty: give the directory where everything is written")
+    options.check_workdir(args.workdir)
     run = validation.check(loading.load(args.config, args.overrides))  # importing jax takes seconds
 
     from localglobal_jax.parallel import multihost

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes scripts and calls external tools (sbatch, xpk, gcloud)."""
 
+import os
 import pathlib
 import shutil
 import subprocess
@@ -17,13 +18,18 @@ def need(tool: str, how: str) -> None:
 
 
 def write(files: Mapping[str, str], folder: pathlib.Path) -> list[str]:
-    """Writes `files` (scripts: executable) and returns their paths."""
+    """Writes `files` (scripts: executable) and returns their paths.
+
+    A script that runs now is replaced, not changed: bash reads its file while it runs.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, text in files.items():
         path = folder / name
-        path.write_text(text, encoding="utf-8")
-        path.chmod(0o755)
+        new = folder / f".{name}.{os.getpid()}"
+        new.write_text(text, encoding="utf-8")
+        new.chmod(0o755)
+        new.replace(path)
         paths.append(str(path))
     return paths
 

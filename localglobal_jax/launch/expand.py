@@ -29,6 +29,16 @@ class Description:
     workdir: str
     arguments: tuple[str, ...]  # for localglobal: train --config ...
 
+    @property
+    def root(self) -> str:
+        """The folder of all runs, in the same words however it was given."""
+        return self.workdir.rpartition("/")[0]
+
+    @property
+    def cloud_name(self) -> str:
+        """A name that is unique among the sweeps of a project, and the same at every start."""
+        return sweeps.cloud_name(self.name, self.root)
+
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
@@ -98,7 +108,8 @@ def expand(
     for place, (run, applied, texts) in valid.items():
         index = numbers[place]
         name = sweeps.name(prefix, index, applied)
-        runs.append(describe(spec, f"{root}/{name}", index, {**given, **texts}, applied, run))
+        workdir = f"{root.rstrip('/')}/{name}"
+        runs.append(describe(spec, workdir, index, {**given, **texts}, applied, run))
     return Sweep(prefix, base, tuple(runs))
 
 

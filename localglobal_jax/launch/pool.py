@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TextIO
 
 from localglobal_jax.checkpoints.workdir import is_remote
-from localglobal_jax.config.sweeps import cloud_name
 from localglobal_jax.launch import exit_codes
 from localglobal_jax.launch.backend import Say, Started
 from localglobal_jax.launch.exit_codes import FINAL, ExitCode
@@ -405,8 +404,7 @@ def folder(run: Description, backend: str) -> pathlib.Path:
     """
     if not is_remote(run.workdir):
         return pathlib.Path(run.workdir)
-    root = run.workdir.rpartition("/")[0]
-    return pathlib.Path("runs", backend, cloud_name(run.name, root)).absolute()
+    return pathlib.Path("runs", backend, run.cloud_name).absolute()
 
 
 def progress(run: Description) -> tuple[Callable[[], int | None], int]:

@@ -174,8 +174,8 @@ def queued(job: str, environment: Mapping[str, str]) -> set[tuple[int, int]]:
 
 
 def job_name(prefix: str, root: str) -> str:
-    """Returns the array's name, which depends on the sweep and on its workdir."""
-    return f"{prefix}-{hashlib.sha256(root.encode()).hexdigest()[:8]}"
+    """Returns the array's name, which depends on the sweep and on its workdir, without links."""
+    return f"{prefix}-{hashlib.sha256(os.path.realpath(root).encode()).hexdigest()[:8]}"
 
 
 def _processes(args: argparse.Namespace) -> int:

@@ -13,12 +13,10 @@ run's own codes 1 to 3 as 101 to 103.
 """
 
 import argparse
-import pathlib
 import re
 import shlex
 from collections.abc import Mapping, Sequence
 
-from localglobal_jax.config.sweeps import cloud_name
 from localglobal_jax.launch import execute, pool, shell, tpu
 from localglobal_jax.launch.backend import (
     RETRIES,
@@ -32,7 +30,7 @@ from localglobal_jax.launch.backend import (
 )
 from localglobal_jax.launch.exit_codes import FINAL, ExitCode
 
-NAME = "tpu-vm"
+NAME, SCRIPT = "tpu-vm", "run.sh"
 OPTIONS: tuple[Option, ...] = (
     SLOTS,
     RETRIES,
@@ -61,7 +59,7 @@ def launch(request: Request) -> Launch:
     options = {"accelerator": args.tpu_type, "version": args.runtime, "spot": args.spot}
     shown, files, commands = {}, {}, {}
     for run in request.runs:
-        name, command = cloud_name(run.name, args.workdir), tpu.command(run)
+        name, command = run.cloud_name, tpu.command(run)
         files[f"{run.name}.sh"] = script(
             name, command, setup=args.setup, env=env, **place, **options
         )
@@ -80,27 +78,21 @@ def start(request: Request, environment: Mapping[str, str], say: Say) -> Started
     """Runs the scripts here, one process per run, until all have ended."""
     execute.need("gcloud", "see https://cloud.google.com/sdk/docs/install")
     args = request.args
-    logs = pathlib.Path("runs", "tpu-vm").absolute()  # of the waiting and of ssh
-    execute.write(launch(request).files, logs)
-    jobs = [
-        pool.Job(
-            run.name,
-            ("bash", str(logs / f"{run.name}.sh")),
-            logs / run.name,
-            *pool.progress(run),
-        )
-        for run in request.runs
-    ]
+    scripts, jobs = launch(request).files, []
+    for run in request.runs:
+        folder = pool.folder(run, NAME)  # of the script, and of the log of the waiting and of ssh
+        (path,) = execute.write({SCRIPT: scripts[f"{run.name}.sh"]}, folder)
+        jobs.append(pool.Job(run.name, ("bash", path), folder, *pool.progress(run)))
     slots = [pool.Slot()] * (args.slots or len(jobs))
     started = pool.run_jobs(jobs, slots, args.retries, environment, say, done=request.done)
-    for run, outcome in started.runs.items():
-        name = cloud_name(run, args.workdir)
-        command = delete(name, zone=args.zone, project=args.project)
+    for run in request.runs:
+        outcome = started.runs[run.name]
+        command = delete(run.cloud_name, zone=args.zone, project=args.project)
         ended_itself = outcome["code"] not in (NOT_READY, CONNECTION_LOST)
         if outcome["state"] == "failed" and ended_itself:
             execute.call(command, environment)
         elif outcome["state"] in ("failed", "stopped"):
-            say(f"kept     the machines of {run}, for the next start; to delete them:")
+            say(f"kept     the machines of {run.name}, for the next start; to delete them:")
             say(f"         {shlex.join(command)}")
     return started
 

@@ -8,7 +8,6 @@ PATH. Its ``--dry-run --output-manifest-file FILE`` turns our command into the J
 import argparse
 from collections.abc import Mapping, Sequence
 
-from localglobal_jax.config.sweeps import cloud_name
 from localglobal_jax.launch import execute, shell, tpu
 from localglobal_jax.launch.backend import Launch, Option, Request, Say, Started, Target
 from localglobal_jax.launch.exit_codes import ExitCode
@@ -42,7 +41,7 @@ def launch(request: Request) -> Launch:
     commands = {
         run.name: tuple(
             arguments(
-                cloud_name(run.name, args.workdir),
+                run.cloud_name,
                 tpu.command(run),
                 cluster=args.cluster,
                 tpu_type=args.tpu_type,

@@ -11,7 +11,18 @@ import time
 import pytest
 
 from localglobal_jax.cli.main import main, parser
-from localglobal_jax.launch import backends, expand, local, pool, shell, slurm, tpu, tpu_vm, xpk
+from localglobal_jax.launch import (
+    backends,
+    execute,
+    expand,
+    local,
+    pool,
+    shell,
+    slurm,
+    tpu,
+    tpu_vm,
+    xpk,
+)
 from localglobal_jax.launch.backend import Launch, Option, Request, Started, Target
 from localglobal_jax.launch.exit_codes import ExitCode
 
@@ -232,6 +243,57 @@ def test_machines_are_deleted_for_a_run_that_failed_but_not_for_a_failed_start(
         assert command in (tmp_path / "calls").read_text()
     else:
         assert command in said[-1]
+
+
+def test_two_sweeps_of_one_folder_have_a_script_and_a_log_each(tmp_path, monkeypatch):
+    """The second one starts while the script of the first waits for its machines."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(tpu_vm, "script", lambda name, command, **_: f"{name} {command}")
+    seen = []
+
+    def take(jobs, *_, **__):
+        (job,) = jobs
+        seen.append(job)
+        return Started(ExitCode.DONE, {job.name: {"state": "done", "code": 0}})
+
+    monkeypatch.setattr(pool, "run_jobs", take)
+    tool(tmp_path, "gcloud", "")
+    for root in ("gs://b/one", "gs://b/two", "gs://b/one/"):
+        found = expand.expand(f"{LAYOUTS}:size=tiny", root)
+        request = Request(arguments(*TPU_VM), found, found.runs[:1], {})
+        tpu_vm.start(request, dict(os.environ), print)
+        script = pathlib.Path(seen[-1].command[-1])
+        assert f"{root.rstrip('/')}/{found.runs[0].name}" in script.read_text()
+    one, two, again = ((job.directory, job.command) for job in seen)
+    assert one == again and one[0] != two[0] and one[1] != two[1]
+
+
+def test_a_script_that_runs_is_not_changed(tmp_path):
+    (path,) = execute.write({"a.sh": "sleep 1; echo old"}, tmp_path)
+    process = subprocess.Popen(["bash", path], stdout=subprocess.PIPE, text=True)
+    time.sleep(0.3)
+    execute.write({"a.sh": "sleep 1; echo new; echo newer"}, tmp_path)
+    assert process.communicate()[0] == "old\n"
+    assert [file.name for file in tmp_path.iterdir()] == ["a.sh"] and os.access(path, os.X_OK)
+
+
+@pytest.mark.parametrize("words", [XPK, TPU_VM], ids=["xpk", "tpu-vm"])
+def test_machines_have_one_name_however_the_root_is_written(words):
+    def commands(root):
+        found = expand.expand(f"{LAYOUTS}:size=tiny", root)
+        args = parser().parse_args(["sweep", "--config=x", f"--workdir={root}", *words])
+        return backends.BACKENDS[args.backend].launch(Request(args, found, found.runs, {})).shown
+
+    assert commands("gs://b/r") == commands("gs://b/r/") != commands("gs://b/s")
+
+
+def test_an_array_has_one_name_however_the_root_is_written(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    names = {
+        slurm.job_name("p", f"{tmp_path}/{root}") for root in ("real/s", "link/s", "x/../real/s")
+    }
+    assert len(names) == 1 and slurm.job_name("p", f"{tmp_path}/link/t") not in names
 
 
 def test_a_config_that_the_machines_may_not_have_is_named(tmp_path, monkeypatch, capsys):

@@ -105,6 +105,16 @@ def test_a_packaged_config_is_named_once(tmp_path, monkeypatch, capsys):
     assert re.search(r"^1 run .*\n1 model of [\d,]+ parameters$", printed.out, re.MULTILINE)
 
 
+@pytest.mark.parametrize("root", ["", " "])
+@pytest.mark.parametrize("words", [[], ["--sampler=tpe", "--trials=1"], ["--status"]])
+def test_a_root_is_given(root, words, tmp_path, capsys, monkeypatch):
+    """An unset variable of a shell would be the root of the file system."""
+    monkeypatch.chdir(tmp_path)
+    command = ["sweep", f"--config={DIGITS}", "--sweep=layouts", "--dry_run", f"--workdir={root}"]
+    assert main([*command, *words]) == 2
+    assert "--workdir is empty" in capsys.readouterr().err
+
+
 def test_overrides_of_the_command_line_hold_for_all(tmp_path):
     file = write(tmp_path, "def sweep_seeds():\n yield from product({'seed': range(2)})")
     found = expand.expand(file, str(tmp_path), "seeds", {"steps": "5"})
