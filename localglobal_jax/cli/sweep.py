@@ -219,23 +219,27 @@ def _prune(args: argparse.Namespace, runs: Sequence[expand.Description]) -> int:
         rows = list(pool.map(status.read, runs))
     found = prune.candidates(rows)
     total = sum(candidate.bytes for candidate in found)
-    records, freed = [], 0
+    records, freed, code = [], 0, ExitCode.DONE
     for candidate in found:
-        deleted = args.yes and prune.delete(candidate)
-        freed += candidate.bytes if deleted else 0
-        state = "deleted" if deleted else "in use" if args.yes else "would go"
+        state, why = "would go", candidate.why
+        if args.yes:
+            try:
+                state = "deleted" if prune.delete(candidate) else "in use"
+            except OSError as error:  # the others go all the same
+                state, why, code = "failed", str(error), ExitCode.FAILED
+        freed += candidate.bytes if state == "deleted" else 0
         record = {"state": state, "disk": candidate.bytes, "folder": candidate.path}
-        records.append({**record, "why": candidate.why})
+        records.append({**record, "why": why})
     if args.json:
         print(json.dumps({"folders": records, "bytes": total, "freed": freed}))
-        return ExitCode.DONE
+        return code
     if records:
         print(summary.shown(records, args.format or "text"))
     if args.yes:
         print(f"{summary.size(freed)} of {summary.size(total)} freed")
     else:
         print(f"{len(found)} folders, {summary.size(total)}; --prune --yes deletes them")
-    return ExitCode.DONE
+    return code
 
 
 def _look(args: argparse.Namespace, sweep: expand.Sweep, runs: Sequence[expand.Description]) -> int:

@@ -28,6 +28,7 @@ from localglobal_jax.launch.expand import Description
 from localglobal_jax.training.reporting import log_reason
 
 LOG, ATTEMPTS = "log.txt", "attempts.jsonl"
+BACKENDS = ("local", "tpu-vm")  # whose runs a pool starts
 PRUNED = "pruned"  # the last event of a run that a search has stopped for good
 PAUSE = 0.1  # seconds between two looks at the children
 SHORT = 60.0  # seconds; a preempted attempt shorter than this delays the next one
@@ -252,9 +253,16 @@ class Pool:
         """Records how a child ended; returns True if its job has to be started again."""
         code, job, outcome = child.process.returncode, child.job, child.outcome
         lasted = time.monotonic() - child.since
-        self._close(child)
+        kills = log_reason.memory_kills() - child.kills
+        outcome.code, outcome.reason = code, ""
+        if code:
+            outcome.reason = log_reason.of_attempt(job.directory / LOG, code, child.begin, kills)
         saved = _count(child)
-        if child.pruned and code in (ExitCode.PREEMPTED, -signal.SIGTERM):
+        following = self._following(child)
+        reason = {"reason": outcome.reason} if outcome.reason else {}
+        self._record(job, {"event": "end", "code": code, "next": following, **reason})
+        child.log.close()
+        if following == PRUNED:
             outcome.state = PRUNED
             self._record(job, {"event": PRUNED, "step": job.saved_step() or 0})
             self._say(f"pruned   {job.name}  after {lasted:.0f} s")
@@ -265,12 +273,10 @@ class Pool:
             said += f", nothing new was saved{times}"
         elif saved is not None:
             said += f", saved at step {saved:,}"
-        if self._stops and code not in (ExitCode.DONE, *FINAL):
-            outcome.state = "stopped"
+        if following == "stopped":
+            outcome.state = following
             self._say(f"stopped  {job.name}  {said}")
             return False
-        following = exit_codes.what_next(code, outcome.crashes, self._retries)
-        following = "failed" if outcome.idle >= MOST_IDLE else following
         if following == "restart":
             outcome.delay(lasted)
         elif following == "retry":
@@ -289,16 +295,16 @@ class Pool:
         self._say(f"{following:<8} {job.name}  {said}{below}")
         return following in ("restart", "retry")
 
-    def _close(self, child: "_Child") -> None:
-        """Records the exit code of a child and its reason, then gives up the lock of its log."""
-        code, job, outcome = child.process.returncode, child.job, child.outcome
-        kills = log_reason.memory_kills() - child.kills
-        outcome.code, outcome.reason = code, ""
-        if code:
-            outcome.reason = log_reason.of_attempt(job.directory / LOG, code, child.begin, kills)
-        reason = {"reason": outcome.reason} if outcome.reason else {}
-        self._record(job, {"event": "end", "code": code, **reason})
-        child.log.close()
+    def _following(self, child: "_Child") -> str:
+        """Returns `PRUNED`, "stopped", or as `exit_codes.what_next`, for a child that has ended."""
+        code = child.process.returncode
+        if child.pruned and code in (ExitCode.PREEMPTED, -signal.SIGTERM):
+            return PRUNED
+        if self._stops and code not in (ExitCode.DONE, *FINAL):
+            return "stopped"
+        if child.outcome.idle >= MOST_IDLE:
+            return "failed"
+        return exit_codes.what_next(code, child.outcome.crashes, self._retries)
 
     def _record(self, job: Job, line: Mapping[str, Any]) -> None:
         """Appends an event to ``attempts.jsonl``, which `status` reads; an OSError is a line."""

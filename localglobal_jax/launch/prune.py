@@ -3,6 +3,7 @@
 
 import contextlib
 import fcntl
+import os
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,16 +39,13 @@ def candidates(rows: Sequence[Mapping[str, Any]]) -> list[Candidate]:
     for row in rows:
         directory = workdir.absolute(row["workdir"])
         over = row["state"] in ("done", pool.PRUNED)
-        sizes = objects.sizes(directory) if over or row["state"] == "failed" else {}
         if row["state"] == "failed":
-            found.append(
-                Candidate(row["name"], row["workdir"], None, sum(sizes.values()), row["note"])
-            )
+            used = sum(objects.sizes(directory).values())
+            found.append(Candidate(row["name"], row["workdir"], None, used, row["note"]))
         elif over and row["saved"] is not None:
-            kept = _kept(row["workdir"])
+            kept, sizes = _kept(row["workdir"]), objects.sizes(directory / "checkpoints")
             for step in steps.scan(directory / "checkpoints"):
-                inside = f"checkpoints/{step}/"
-                used = sum(size for name, size in sizes.items() if name.startswith(inside))
+                used = sum(size for name, size in sizes.items() if name.startswith(f"{step}/"))
                 if step not in kept:
                     why = f"step {step}; kept: {', '.join(map(str, sorted(kept)))}"
                     found.append(Candidate(row["name"], row["workdir"], step, used, why))
@@ -62,7 +60,10 @@ def _kept(path: str) -> set[int]:
 
 
 def delete(candidate: Candidate) -> bool:
-    """Deletes the folder; returns False, without deleting, if a run is writing to the workdir."""
+    """Deletes the folder; returns False, without deleting, if a run is writing to the workdir.
+
+    Of a link to a folder both go. Raises OSError.
+    """
     there = workdir.absolute(candidate.path)
     with _locked(candidate.workdir) as free:
         if not free:
@@ -73,7 +74,9 @@ def delete(candidate: Candidate) -> bool:
         if candidate.step is not None:  # an incomplete step is not read, if this is interrupted
             for mark in steps.MARKS:
                 (pathlib.Path(there) / mark).unlink(missing_ok=True)
-        shutil.rmtree(there)
+        shutil.rmtree(os.path.realpath(there))
+        if os.path.islink(there):
+            os.unlink(there)
     return True
 
 

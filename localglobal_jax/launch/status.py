@@ -18,6 +18,7 @@ from localglobal_jax.models import registry
 from localglobal_jax.training import early_stopping
 from localglobal_jax.training.reporting import log_reason, metrics_log
 
+CLOCKS = 60  # seconds that the clocks of two machines may be apart
 SILENT = 600  # seconds without a line after which a run no longer counts as running
 STATES = (
     "done",
@@ -58,6 +59,8 @@ def read(
     if (directory / "metrics.jsonl").exists():
         marks.append(objects.modified(workdir.absolute(run.workdir), "metrics.jsonl"))
     age = max(0.0, (time.time() if now is None else now) - max(marks)) if marks else None
+    if is_remote(run.workdir) and len(marks) == 2 and marks[1] > marks[0] + CLOCKS:
+        last = {}  # another machine went on with the run
     # A lock on another machine cannot be seen; a run writes to a bucket only when it saves.
     locked = pool.is_locked(logs) or (None if is_remote(run.workdir) else False)
     steps = steps_of(run.run, run.workdir, saved)
@@ -110,9 +113,13 @@ def override_fields(runs: Sequence[Description]) -> list[str]:
 
 
 def _logs(run: Description, directory: pathlib.Path) -> pathlib.Path:
-    """Returns the folder of the log and the attempts: here, or where the run wrote them."""
-    here = pool.folder(run, "local")
-    return here if here.is_dir() else directory
+    """Returns the folder of the log and the attempts: here, or where the run wrote them.
+
+    A run in a bucket that two back ends started from here has two: it is that of the last attempt.
+    """
+    here = [pool.folder(run, backend) for backend in pool.BACKENDS]
+    written = [file for folder in here if (file := folder / pool.ATTEMPTS).is_file()]
+    return max(written, key=lambda file: file.stat().st_mtime).parent if written else directory
 
 
 def _reason(events: Sequence[Mapping[str, Any]], logs: pathlib.Path) -> str:
@@ -244,16 +251,18 @@ def _state(
         return "running", since
     if saved is not None and saved >= steps:
         return "done", "" if steps == run.run.steps else f"stopped early of {run.run.steps:,}"
-    if locked is None:
-        return "unfinished", since
     if last.get("event") == pool.PRUNED:
         return "pruned", "stopped by successive halving"
     if last.get("event") == "end":
         code = int(last.get("code", 1))
-        if code == exit_codes.ExitCode.PREEMPTED:
+        # events of earlier versions do not say what followed
+        before = "restart" if code == exit_codes.ExitCode.PREEMPTED else "failed"
+        if last.get("next", before) in ("restart", "retry", "stopped"):
             there = "nothing was saved" if saved is None else f"saved at step {saved:,}"
             return "preempted", f"{exit_codes.explained(code)}, {there}"
         return "failed", exit_codes.explained(code)
+    if locked is None:
+        return "unfinished", since
     if age is not None and age < SILENT:
         return "running", since
     return "preempted", f"silent: {since}" if since else "silent"

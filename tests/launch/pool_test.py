@@ -103,8 +103,14 @@ def test_crashes_are_retried_saves_restarted_mistakes_not(tmp_path, monkeypatch)
         "diverges": ("failed", 3, 1),
     }
     assert (tmp_path / "good" / "log.txt").read_text() == "hello\n"
-    codes = [event["code"] for event in events(jobs[1]) if event["event"] == "end"]
-    assert codes == [-9, 0]
+
+    def ends(found):
+        return [(e["code"], e["next"]) for e in events(found) if e["event"] == "end"]
+
+    assert ends(jobs[1]) == [(-9, "retry"), (0, "done")]
+    assert ends(jobs[2]) == [(1, "retry"), (1, "retry"), (1, "failed")]
+    assert ends(jobs[3]) == [(42, "restart")] * 4 + [(0, "done")]
+    assert ends(jobs[4]) == [(2, "failed")]
     assert any("killed by SIGKILL" in line for line in said)
     assert any("(wrong config or input)" in line and "no such data" in line for line in said)
 

@@ -12,7 +12,7 @@ from etils import epath
 
 from localglobal_jax.checkpoints import reader
 from localglobal_jax.cli.main import main
-from localglobal_jax.launch import expand
+from localglobal_jax.launch import expand, prune
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = f"""
@@ -109,6 +109,47 @@ def test_a_pruned_run_keeps_its_newest_and_best_checkpoint(sweep, capsys):
     gone = [folder["folder"] for folder in json.loads(capsys.readouterr().out)["folders"]]
     left = steps(stopped)
     assert 3 in left and len(left) <= 2 and len(gone) == 3 - len(left)
+
+
+@pytest.mark.parametrize("following", ["stopped", "retry"])
+def test_a_run_that_a_sweep_starts_again_stays(following, sweep, capsys):
+    """It was killed, by the one who stopped the sweep or by a lack of memory."""
+    command, (_, failed, *_) = sweep
+    event = json.dumps({"event": "end", "code": -15, "next": following, "time": 2})
+    with open(failed / "attempts.jsonl", "a") as file:
+        file.write(f"{event}\n")
+    assert main([*command, "--yes", "--json"]) == 0
+    assert steps(failed) == [1, 2, 3]
+
+
+def test_folders_behind_links_go_with_their_links(sweep, tmp_path, capsys):
+    command, (done, failed, *_) = sweep
+    for folder in (failed, done / "checkpoints"):
+        moved = tmp_path / "disk" / folder.name
+        moved.parent.mkdir(exist_ok=True)
+        shutil.move(folder, moved)
+        folder.symlink_to(moved)
+    assert main([*command, "--yes", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert all(folder["disk"] > 1000 for folder in found["folders"]), found
+    assert not failed.is_symlink() and not (tmp_path / "disk" / failed.name).exists()
+    assert len(steps(done)) <= 2 and (done / "checkpoints").is_symlink()
+
+
+def test_a_folder_that_cannot_be_deleted_keeps_no_other(sweep, monkeypatch, capsys):
+    command, (_, failed, *_) = sweep
+    rmtree = shutil.rmtree
+
+    def refuse(path, *words, **options):
+        if str(path).endswith("checkpoints/1"):
+            raise PermissionError(13, "Permission denied", str(path))
+        rmtree(path, *words, **options)
+
+    monkeypatch.setattr(prune.shutil, "rmtree", refuse)
+    assert main([*command, "--yes", "--json"]) == 1
+    first, *others = json.loads(capsys.readouterr().out)["folders"]
+    assert first["state"] == "failed" and "Permission denied" in first["why"]
+    assert {folder["state"] for folder in others} == {"deleted"} and not failed.exists()
 
 
 def test_a_run_that_is_being_written_stays(sweep, capsys):

@@ -7,13 +7,16 @@ import json
 import os
 import pathlib
 import shutil
+import time
 
+import gcs_server
 import pytest
+from etils import epath
 
 from localglobal_jax.checkpoints import workdir
 from localglobal_jax.cli.main import main
 from localglobal_jax.config import loading
-from localglobal_jax.launch import expand, status
+from localglobal_jax.launch import expand, pool, status
 
 LAYOUTS = str(pathlib.Path(__file__).parents[2] / "experiments/coatnet_layouts/sweep.py")
 NOW = 1e9
@@ -39,6 +42,9 @@ def make(run, *, saved=(), lines=(), events=(), age=5.0, config=True):
 
 START, KILLED = {"event": "start"}, {"event": "end", "code": -9}
 SAVED, WRONG = {"event": "end", "code": 42}, {"event": "end", "code": 2}
+STOPPED = {"event": "end", "code": -15, "next": "stopped"}  # before it could save
+RETRIED, GIVEN_UP = ({**KILLED, "next": following} for following in ("retry", "failed"))
+IDLE = {**SAVED, "next": "failed"}  # saved nothing for ten times
 LINE = {"step": 10, "split": "train", "loss": 0.5}
 
 
@@ -51,6 +57,11 @@ LINE = {"step": 10, "split": "train", "loss": 0.5}
         ({"saved": [10], "events": [START, SAVED]}, "preempted", "saved at step 10"),
         ({"saved": [10], "events": [START, KILLED]}, "failed", "killed by SIGKILL"),
         ({"saved": [10], "events": [START, KILLED, START]}, "running", "5 s ago"),
+        ({"saved": [10], "events": [START, STOPPED]}, "preempted", "SIGTERM, saved at step 10"),
+        ({"events": [START, STOPPED]}, "preempted", "SIGTERM, nothing was saved"),
+        ({"saved": [10], "events": [START, RETRIED]}, "preempted", "SIGKILL, saved at step 10"),
+        ({"saved": [10], "events": [START, GIVEN_UP]}, "failed", "killed by SIGKILL"),
+        ({"saved": [10], "events": [START, IDLE]}, "failed", "exit code 42"),
         ({"events": [START, WRONG], "config": False}, "failed", "exit code 2 (wrong config"),
         ({"config": False}, "not started", ""),
     ],
@@ -62,6 +73,31 @@ def test_states(files, state, note, tmp_path):
     assert (row["state"], row["steps"]) == (state, 20)
     assert note in row["note"]
     assert row["saved"] == max(files.get("saved", []), default=None)
+
+
+@pytest.mark.parametrize("backend", pool.BACKENDS)
+def test_the_end_of_a_run_in_a_bucket_is_known_where_it_was_started(
+    backend, tmp_path, monkeypatch, gcs
+):
+    for key, value in gcs_server.environment(gcs).items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.chdir(tmp_path)
+    root = f"gs://{gcs_server.new_bucket(gcs)}/runs"
+    run = expand.expand(f"{LAYOUTS}:size=tiny", root).runs[0]
+    assert status.read(run)["state"] == "not started"
+    folder = pool.folder(run, backend)
+    folder.mkdir(parents=True)
+    now = time.time()
+    wrong = {**WRONG, "next": "failed", "reason": "no such data", "time": now}
+    (folder / "attempts.jsonl").write_text(f"{json.dumps(wrong)}\n")
+    row = status.read(run)
+    assert row["state"] == "failed" and "no such data" in row["note"]
+    assert str(folder / "log.txt") in row["note"]
+    (epath.Path(run.workdir) / "metrics.jsonl").write_text(json.dumps(LINE) + "\n")
+    assert status.read(run)["state"] == "failed"  # it wrote before it ended
+    earlier = {**wrong, "time": now - 3600}
+    (folder / "attempts.jsonl").write_text(f"{json.dumps(earlier)}\n")
+    assert status.read(run)["state"] == "unfinished"  # another machine goes on with it
 
 
 def test_a_run_that_deletes_checkpoints_meanwhile_is_read(tmp_path, monkeypatch):

@@ -50,7 +50,7 @@ def failure(directory: pathlib.Path) -> str:
     if not found or found[-1].get("event") != "end" or not isinstance(found[-1].get("code"), int):
         return ""
     code = found[-1]["code"]
-    if code in (0, SAVED):
+    if code in (0, SAVED) or found[-1].get("next") == "stopped":  # the sweep itself was
         return ""
     begins = [line.get("log", 0) for line in found if line.get("event") == "start"]
     known = found[-1].get("reason") or log_reason.of_attempt(
