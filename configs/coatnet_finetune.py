@@ -2,8 +2,8 @@
 """Fine-tunes a CoAtNet at another resolution or on other classes (arXiv 2106.04803, table 10).
 
     localglobal convert timm coatnet_0_rw_224.safetensors --out runs/coatnet_0_rw
-    localglobal train --config configs/coatnet_finetune.py:init=runs/coatnet_0_rw,resolution=384 \\
-        --workdir runs/finetuned --config.data.name=DATASET
+    S=init=runs/coatnet_0_rw,resolution=384,dataset=DATASET
+    localglobal train --config configs/coatnet_finetune.py:$S --workdir runs/finetuned
 
 The model is that of the checkpoint, and so are mean, std, evaluation's crop and interpolation.
 Relative tables are resized bilinearly; a classifier is kept if the names of its classes are those
@@ -12,9 +12,6 @@ pre-training (``:recipe=21k``) other batches, drop rates and augmentation.
 ``:data=mock,size=tiny`` starts from random parameters and runs anywhere.
 """
 
-import json
-
-from localglobal_jax.checkpoints import steps, workdir
 from localglobal_jax.config import preprocessing, recipes
 from localglobal_jax.config.coatnet_recipes import FINETUNING, size_of
 from localglobal_jax.config.loading import parse_arg
@@ -74,14 +71,12 @@ def finetune(arg, steps, dataset):
 
 def metadata_of(path):
     """Returns the metadata of a checkpoint, without reading its arrays."""
-    folder = workdir.absolute(path) / "checkpoints"
-    files = [folder / str(step) / "metadata" / "metadata" for step in reversed(steps.scan(folder))]
-    file = next((file for file in files if file.exists()), None)
-    if file is None:
-        raise ValueError(
-            f"init={path}: no checkpoint there; give a workdir of `localglobal train` or `convert`"
-        )
-    return json.loads(file.read_text())["metadata"]
+    from localglobal_jax.inference import load  # noqa: PLC0415 # imports jax
+
+    try:
+        return load.read_metadata(path)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"init={path}: {error}") from error
 
 
 def model_of(metadata):

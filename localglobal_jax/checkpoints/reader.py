@@ -116,6 +116,15 @@ def document_of(
     return json.loads(dict(objects.contents(directory / str(step), {name: 0}))[name])
 
 
+def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
+    """Returns the metadata of a step, or of the newest of a workdir, without reading its arrays."""
+    directory, step = _locate(path)
+    if step is None:
+        complete = [step for step, whole in steps_of.scan(directory).items() if whole]
+        step = max(complete or steps_of.scan(directory))
+    return document_of(directory, step)["metadata"]
+
+
 def flatten(tree: PyTree) -> tuple[dict[str, Any], Any]:
     """Returns ``{"params/stem/kernel": leaf}`` and the treedef."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)

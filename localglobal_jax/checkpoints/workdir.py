@@ -73,9 +73,13 @@ def refuse_other(run: schema.Run, workdir: pathlib.Path) -> None:
 
 def other_config(run: schema.Run, file: Any) -> str:
     """Returns one line for every field that differs between `file`, a ``config.json``, and `run`,
-    without the fields of `schema.MAY_CHANGE`."""
+    without the fields of `schema.MAY_CHANGE`. A path is the same however it is written."""
     there = loading.read_json(file, name=shown(file))
-    return _changed(there.model_dump(), _as_begun(run, there).model_dump(), "there", "now")
+    old, new = (
+        loading.with_absolute_paths(each, without_links=True).model_dump()
+        for each in (there, _as_begun(run, there))
+    )
+    return _changed(old, new, "there", "now")
 
 
 def as_begun(run: schema.Run, workdir: pathlib.Path) -> schema.Run:
@@ -109,7 +113,10 @@ def check_config(workdir: pathlib.Path, step: int, metadata: Mapping[str, Any]) 
     if not saved:
         return
     found = loading.read_json(file, name=shown(file))
-    then, now = (x.model_dump() for x in (loading.from_saved(saved), found))
+    then, now = (
+        loading.with_absolute_paths(x, without_links=True).model_dump(exclude={"init"})
+        for x in (loading.from_saved(saved), found)
+    )
     if changed := _changed(then, now, f"in step {step}", "in the file"):
         raise ValueError(
             f"{shown(file)} is not the config of the checkpoints beside it:\n{changed}\n"

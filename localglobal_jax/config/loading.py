@@ -14,6 +14,7 @@ import importlib.machinery
 import importlib.util
 import json
 import logging
+import os
 import pathlib
 import sys
 import types
@@ -342,17 +343,20 @@ def to_json(run: schema.Run) -> str:
     return json.dumps(tree, indent=2, sort_keys=True) + "\n"
 
 
-def with_absolute_paths(run: schema.Run) -> schema.Run:
-    """Returns `run` with absolute paths of its data, which other folders can read, too."""
+def with_absolute_paths(run: schema.Run, *, without_links: bool = False) -> schema.Run:
+    """Returns `run` with absolute paths of its data and weights, for commands in other folders."""
 
     def absolute(value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(map(absolute, value))
-        return str(pathlib.Path(value).absolute()) if value and "://" not in value else value
+        if not value or "://" in value:
+            return value
+        return os.path.realpath(value) if without_links else str(pathlib.Path(value).absolute())
 
     fields = {"dir", "files", "dicts", "label_maps"} & type(run.data).model_fields.keys()
     update = {name: absolute(getattr(run.data, name)) for name in fields}
-    return run.model_copy(update={"data": run.data.model_copy(update=update)})
+    data = run.data.model_copy(update=update)
+    return run.model_copy(update={"data": data, "init": absolute(run.init)})
 
 
 def from_saved(tree: Mapping[str, Any]) -> schema.Run:

@@ -38,6 +38,12 @@ def find_step(path: str | os.PathLike[str], step: int | str | None) -> int | Non
     return best
 
 
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns the metadata of the newest step of any `path` that `load` reads, without arrays."""
+    folder = hub.local(path)
+    return dict(hub.describe(folder) or reader.read_metadata(folder))
+
+
 def read_run(workdir: pathlib.Path) -> schema.Run:
     """Reads the config that `workdir`, or an exported folder, was trained with."""
     file = workdir / "config.json"

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds and validates everything a run needs, before anything is written."""
 
+import functools
 import logging
 import math
 import pathlib
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from localglobal_jax.checkpoints import gcs, store, workdir
+from localglobal_jax.checkpoints import gcs, steps, store, workdir
 from localglobal_jax.checkpoints.manager import Checkpoints, Restored
 from localglobal_jax.config import schema
 from localglobal_jax.data import identity
@@ -37,7 +38,7 @@ class TrainSetup(NamedTuple):
     optimizer: optax.GradientTransformation
     init: Callable[[], State]  # compiled
     template: State  # shapes and shardings
-    pretrained: Variables | None  # initial variables of a fine-tuning run
+    pretrained: Callable[[], Variables] | None  # initial variables of a fine-tuning run
     accept_changes: bool = False  # of the training records
 
     def checkpoints(self, run: schema.Run) -> Checkpoints:
@@ -78,7 +79,7 @@ class TrainSetup(NamedTuple):
         """Returns the initial state, with the pretrained variables if there are any."""
         state = self.init()
         if self.pretrained:
-            state = start_from(state, self.partitioner.put(self.pretrained))
+            state = start_from(state, self.partitioner.put(self.pretrained()))
         return Restored(0, state, {})
 
     def work_of(self, update: Callable[..., Any]) -> Callable[[HostBatch], int]:
@@ -124,7 +125,10 @@ def prepare_setup(run: schema.Run, directory: str | pathlib.Path) -> TrainSetup:
         host_memory.check(name, size // multihost.count(), "Take a smaller model.")
     pretrained = None
     if run.init:
-        pretrained = load.pretrained(run.init, task.model, task.inputs, task.labels, run.data)
+        fit = (task.model, task.inputs, task.labels, run.data)
+        pretrained = functools.cache(functools.partial(load.pretrained, run.init, *fit))
+        if not any(steps.scan(mirror.checkpoints).values()):  # else it may be gone
+            pretrained()
     accept = run.data.accept_changes
     return TrainSetup(run, mirror, partitioner, task, optimizer, init, template, pretrained, accept)
 
