@@ -15,6 +15,7 @@ import re
 import socket
 import time
 import unicodedata
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -262,11 +263,19 @@ def check_shared(workdir: pathlib.Path) -> None:
 
 
 def write_atomically(file: pathlib.Path, content: str | bytes) -> None:
-    """Writes `content` to `file`; a reader, or a crash, sees the old file or the new one."""
-    partial = file.with_name(f".{file.name}.partial")
+    """Writes `content` to `file`; a reader, or a crash, sees the old file or the new one.
+
+    So does another writer. A link stays one, and a device or a pipe is written to.
+    """
+    content = content.encode() if isinstance(content, str) else content
+    if file.exists() and not file.is_file():
+        file.write_bytes(content)
+        return
+    file = pathlib.Path(os.path.realpath(file))
+    partial = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
-        with open(partial, "wb") as out:
-            out.write(content.encode() if isinstance(content, str) else content)
+        with open(partial, "xb") as out:
+            out.write(content)
             out.flush()
             os.fsync(out.fileno())
     except OSError:

@@ -2,6 +2,7 @@
 """Back end for this machine: runs are processes in slots, each with its own cores or GPUs."""
 
 import argparse
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 
@@ -76,7 +77,7 @@ def machine_slots(
     return slots(
         args.slots or 1,
         cores,
-        gpus if args.gpus_per_slot != 0 else (),
+        gpus,
         cores_per_slot=args.cores_per_slot,
         gpus_per_slot=args.gpus_per_slot,
     )
@@ -93,7 +94,8 @@ def slots(
     """Splits `cores` and `gpus` over `count` slots: evenly, or as many to each as given.
 
     Two slots never share a GPU, since each process would reserve its memory. They share cores if
-    there are more slots than cores. Raises ValueError if there are too few GPUs or cores.
+    there are more slots than cores. With `gpus_per_slot` 0 no slot sees a GPU. Raises ValueError if
+    there are too few GPUs or cores.
     """
     each = len(gpus) // count if gpus_per_slot is None else gpus_per_slot
     if (gpus and not each and gpus_per_slot is None) or each * count > len(gpus):
@@ -109,15 +111,19 @@ def slots(
     return tuple(
         pool.Slot(
             tuple(sorted(cores[(i * width + j) % len(cores)] for j in range(width))),
-            tuple(gpus[i * each : (i + 1) * each]),
+            tuple(gpus[i * each : (i + 1) * each]) if gpus else None,
         )
         for i in range(count)
     )
 
 
 def visible_gpus(environment: Mapping[str, str], device_files: Sequence[str]) -> list[str]:
-    """Returns the ids in CUDA_VISIBLE_DEVICES; without it, one id per ``/dev/nvidia<i>``."""
+    """Returns the ids in CUDA_VISIBLE_DEVICES; without it, one id per ``/dev/nvidia<i>``.
+
+    As for CUDA, the ids end at the first that is none: -1 hides all GPUs.
+    """
     if "CUDA_VISIBLE_DEVICES" in environment:
-        return [gpu for gpu in environment["CUDA_VISIBLE_DEVICES"].split(",") if gpu.strip()]
+        ids = (gpu.strip() for gpu in environment["CUDA_VISIBLE_DEVICES"].split(","))
+        return list(itertools.takewhile(lambda gpu: gpu and not gpu.startswith("-"), ids))
     numbers = sorted(int(f[len("nvidia") :]) for f in device_files if f[len("nvidia") :].isdigit())
     return [str(number) for number in numbers]

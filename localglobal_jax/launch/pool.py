@@ -41,14 +41,17 @@ ALIKE = 3  # consecutive runs refused for one reason (data not prepared); then n
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """The cores and GPUs of one process; empty means unrestricted."""
+    """The cores and GPUs of one process; no cores, and None for GPUs, mean unrestricted."""
 
     cores: tuple[int, ...] = ()
-    gpus: tuple[str, ...] = ()
+    gpus: tuple[str, ...] | None = None
 
     def environment(self) -> dict[str, str]:
         """Returns the environment variables that restrict a process to these GPUs."""
-        return {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)} if self.gpus else {}
+        if self.gpus is None:
+            return {}
+        visible = {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)}
+        return visible if self.gpus else {**visible, "JAX_PLATFORMS": "cpu"}
 
     def __str__(self) -> str:
         parts = [("cores", self.cores), ("GPUs", self.gpus)]

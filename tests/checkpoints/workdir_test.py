@@ -8,6 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -134,3 +136,36 @@ def test_an_error_of_the_system_without_a_file_gets_the_name_of_the_workdir(erro
     assert (found.value is error) != named
     assert (found.value.filename == str(tmp_path)) == named
     assert found.value.errno == error.errno
+
+
+def test_a_file_is_replaced_whole_and_a_link_stays(tmp_path):
+    shared, link = tmp_path / "shared" / "a.csv", tmp_path / "a.csv"
+    shared.parent.mkdir()
+    shared.write_text("old")
+    link.symlink_to("shared/a.csv")
+    with shared.open() as reader:
+        workdir.write_atomically(link, "new")
+        assert reader.read() == "old"
+    assert link.is_symlink() and shared.read_text() == "new"
+    assert [file.name for file in shared.parent.iterdir()] == ["a.csv"]
+
+
+def test_a_pipe_is_written_to(tmp_path):
+    pipe, read = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    thread = threading.Thread(target=lambda: read.append(pipe.read_bytes()))
+    thread.start()
+    workdir.write_atomically(pipe, "new")
+    thread.join(60)
+    assert read == [b"new"] and pipe.is_fifo()
+
+
+def test_many_may_write_one_file(tmp_path):
+    def write(text):
+        for _ in range(20):
+            workdir.write_atomically(tmp_path / "a", text * 1000)
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(write, "abcdef"))  # no error
+    found = (tmp_path / "a").read_text()
+    assert found == found[0] * 1000 and len(list(tmp_path.iterdir())) == 1

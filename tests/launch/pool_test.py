@@ -29,9 +29,10 @@ def test_slots_share_no_gpu_and_leave_no_core_behind(count, cores, gpus):
         names = []
     slots = local.slots(count, range(cores), names)
     assert len(slots) == count
-    used = [gpu for slot in slots for gpu in slot.gpus]
+    used = [gpu for slot in slots for gpu in slot.gpus or ()]
     assert len(used) == len(set(used)) == len(names) // count * count
-    assert len({len(slot.gpus) for slot in slots}) == 1
+    assert len({len(slot.gpus or ()) for slot in slots}) == 1
+    assert all((slot.gpus is None) == (not names) for slot in slots)
     for slot in slots:
         assert len(set(slot.cores)) == len(slot.cores) == max(1, cores // count)
     if count <= cores:
@@ -43,8 +44,19 @@ def test_visible_gpus():
     files = ["nvidia10", "nvidia2", "nvidiactl", "nvidia-uvm", "null"]
     assert local.visible_gpus({}, files) == ["2", "10"]
     assert local.visible_gpus({"CUDA_VISIBLE_DEVICES": "3,GPU-a"}, files) == ["3", "GPU-a"]
-    assert local.visible_gpus({"CUDA_VISIBLE_DEVICES": ""}, files) == []
+    for hidden in ("", "-1", " ", "-1,0", "NoDevFiles"):
+        known = ["NoDevFiles"] if hidden == "NoDevFiles" else []  # a name is CUDA's to judge
+        assert local.visible_gpus({"CUDA_VISIBLE_DEVICES": hidden}, files) == known
+    assert local.visible_gpus({"CUDA_VISIBLE_DEVICES": "1, 2,-1,3"}, files) == ["1", "2"]
     assert pool.Slot(gpus=("3", "4")).environment() == {"CUDA_VISIBLE_DEVICES": "3,4"}
+
+
+def test_a_slot_without_gpus_sees_none():
+    own = {"CUDA_VISIBLE_DEVICES": "0", "JAX_PLATFORMS": "cuda"}
+    for slot in local.slots(2, range(2), ["0"], gpus_per_slot=0):
+        assert {**own, **slot.environment()} == {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
+    for slot in local.slots(2, range(2), [], gpus_per_slot=0):  # a TPU, or a GPU of another maker
+        assert slot.environment() == {}
 
 
 @pytest.mark.parametrize(
