@@ -14,6 +14,7 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from localglobal_jax.checkpoints import workdir
 from localglobal_jax.cli.main import main
@@ -117,6 +118,29 @@ def test_two_hosts_train_as_one_stop_together_and_go_on_as_another_number(tmp_pa
     np.testing.assert_allclose(
         [parts[i] for i in steps], [whole[i] for i in steps], rtol=2e-3, err_msg=f"saved {saved}"
     )
+
+
+def test_an_evaluation_tolerates_a_bad_picture_that_one_host_reads(tmp_path):
+    """The number of pictures that count is the same on all hosts."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 8), ("validation", 6)):
+        for name in ("ant", "bee"):
+            folder = tmp_path / "pictures" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(folder / f"{i}.png")
+    damaged = folder / "0.png"  # of bee: host 1 reads it
+    damaged.write_bytes(damaged.read_bytes()[:40])
+    fields = ["data.mock=false", "data.name=folder", f"data.dir={tmp_path / 'pictures'}"]
+    fields += ["data.in_memory=False", "data.max_bad_records=2", "data.eval_splits=('validation',)"]
+    fields += ["steps=1", "optim.warmup_steps=0", "batch_size=4", "eval.batch_size=4"]
+    options = [f"--config.{field}" for field in fields]
+    with training(tmp_path / "run", 2, 1, *options) as two:
+        assert end(two) == [0, 0], [p.log.read_text() for p in two]
+        assert any("skipped (1 of at most 2)" in p.log.read_text() for p in two)
+    text = (tmp_path / "run" / "metrics.jsonl").read_text()
+    found = [json.loads(line) for line in text.splitlines()]
+    assert [line["count"] for line in found if line["split"] == "validation"] == [11]
 
 
 @pytest.mark.slow  # with hosts that do not train: watch_test.py

@@ -175,9 +175,9 @@ class ImageSource:
         return len(self._reader)
 
     @property
-    def skipped(self) -> int:
-        """Number of bad records tolerated so far."""
-        return len(self._tolerance.seen)
+    def bad(self) -> frozenset[int]:
+        """Numbers of the bad records that this process has met and tolerated."""
+        return frozenset(self._tolerance.seen)
 
     def class_counts(self) -> list[int]:
         """Returns the number of images of every class, without those known to be bad.

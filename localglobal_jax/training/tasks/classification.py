@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from localglobal_jax.config import schema, validation
 from localglobal_jax.data import loader
@@ -14,6 +15,7 @@ from localglobal_jax.data.images import device_ops, folder, pipeline
 from localglobal_jax.data.images.device_ops import normalize
 from localglobal_jax.models import mix_token
 from localglobal_jax.models.registry import create_model
+from localglobal_jax.parallel import multihost
 from localglobal_jax.training import losses, metrics
 from localglobal_jax.training.tasks.task import Batch, Evaluator, HostBatch, Loss, Task, Variables
 
@@ -66,7 +68,8 @@ def create(
         )
     source = pipeline.open_split(run.data, run.data.train_split, train=True) if train else None
     names = pipeline.class_names(run.data)
-    weights = class_weights(run.data, names, classes, source)
+    # evaluation has no weights, and may have pictures of some of the classes
+    weights = class_weights(run.data, names, classes, source) if source else None
     factors = None
     if weights is not None:  # classes that the data set does not have are never seen
         factors = jnp.asarray([*weights, *[1.0] * (model.classes - classes)], jnp.float32)
@@ -105,12 +108,12 @@ def class_weights(
     options: schema.Images,
     names: Sequence[str],
     classes: int,
-    source: pipeline.ImageSource | None,
+    source: pipeline.ImageSource,
 ) -> list[float] | None:
     """Returns the factor of every class in the training loss; None if all are 1.
 
     "balanced" is n / (classes * images of the class), as in scikit-learn, over the classes with
-    images; a class without any has 0. Without a `source` there is no training: None.
+    images of `source`; a class without any has 0.
 
     Raises ValueError for a class that the data set does not have, or another number of weights.
     """
@@ -121,7 +124,9 @@ def class_weights(
         for name in given:
             if name not in known and name not in numbers:
                 raise validation.unknown("class in data.class_weights:", name, known)
-        return [given.get(n, given.get(i, 1.0)) for n, i in zip(known, numbers, strict=True)]
+        # a name that is a number, such as a grade, is a name
+        by_number = {number: x for number, x in given.items() if number not in known}
+        return [given.get(n, by_number.get(i, 1.0)) for n, i in zip(known, numbers, strict=True)]
     if isinstance(given, tuple):
         if len(given) != classes:
             raise ValueError(
@@ -129,7 +134,7 @@ def class_weights(
                 f"{classes} classes: give one per class, or names, such as {{'{0}': 2.0}}"
             )
         return [*given]
-    if given == "none" or source is None:
+    if given == "none":
         return None
     counts = source.class_counts()
     there = sum(count > 0 for count in counts)
@@ -176,7 +181,13 @@ def create_evaluators(
                 workers=run.data.workers,
             )
 
-        return Evaluator(batches, measure, names, size=lambda: len(source) - source.skipped)
+        def size() -> int:
+            """Number of images that are not bad. Every host must call it: each has read a part."""
+            bad = np.full(min(run.data.max_bad_records, len(source)), -1, np.int32)
+            bad[: len(source.bad)] = sorted(source.bad)
+            return len(source) - len({*multihost.all_gather(bad).tolist()} - {-1})
+
+        return Evaluator(batches, measure, names, size)
 
     return {split: create_evaluator(split) for split in run.data.eval_splits}
 

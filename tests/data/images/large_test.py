@@ -82,7 +82,7 @@ def test_training_and_classify_take_it(picture):
     (picture.parents[1] / "dog").mkdir(exist_ok=True)
     options = Images(name="folder", dir=str(picture.parents[2]), image_size=(8, 8), crop="resized")
     source = pipeline.open_split(options, "train", train=True)
-    assert len(source) == 1 and source.skipped == 0
+    assert len(source) == 1 and not source.bad
     assert files.read(str(picture), 3).shape == (5_000, 6_000, 3)
 
 
@@ -129,6 +129,6 @@ def test_a_bomb_is_a_bad_record_that_may_be_tolerated(tmp_path):
             path.write_bytes(encode(Image.new("RGB", (20, 20))))
     (tmp_path / "train" / "cat" / "1.jpg").write_bytes(damaged_size(65_500, 65_500))
     options = Images(name="folder", dir=str(tmp_path), image_size=(8, 8), max_bad_records=1)
-    assert pipeline.open_split(options, "train", train=True).skipped == 1
+    assert pipeline.open_split(options, "train", train=True).bad == {1}
     with pytest.raises(ValueError, match=r"cat/1.jpg"):
         pipeline.open_split(options.model_copy(update={"max_bad_records": 0}), "train", train=True)

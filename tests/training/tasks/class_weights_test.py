@@ -166,6 +166,32 @@ def test_balanced_weights_of_a_folder(in_memory, tmp_path):
         weights_of(schema.Images(**given, class_weights=(1.0, 2.0)))
 
 
+def test_a_name_that_is_a_number_is_a_name(tmp_path):
+    """Grades 1 to 3 are classes 0 to 2, and "10" comes before "2"."""
+    grades = folder(tmp_path / "grades", **{"1": 1, "2": 1, "3": 1})
+    numbers = folder(tmp_path / "numbers", **{str(i): 1 for i in range(12)})
+    for directory, given, place in ((grades, "1", 0), (grades, "3", 2), (numbers, "2", 4)):
+        options = schema.Images(name="folder", dir=directory, class_weights={given: 5.0})
+        expected = [1.0] * (3 if directory == grades else 12)
+        expected[place] = 5.0
+        assert weights_of(options) == expected
+    zero = schema.Images(name="folder", dir=grades, class_weights={"0": 5.0})  # no name: a number
+    assert weights_of(zero) == [5.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("weights", ["{'eel': 3.0}", "(1.0, 1.0, 3.0)", "balanced"])
+def test_weights_are_no_obstacle_to_an_evaluation_on_some_of_the_classes(weights, tmp_path):
+    given = {**small.IMAGES, "data.name": "folder", "data.mock": "False", "steps": "1"}
+    given |= {"data.dir": folder(tmp_path / "all", cat=4, dog=4, eel=4), "batch_size": "4"}
+    given |= {"data.class_weights": weights, "optim.warmup_steps": "0", "eval.batch_size": "4"}
+    given |= {"data.eval_splits": "('test',)", "checkpoint.best": "test/mean_recall"}
+    run = validation.check(loading.load(f"{CONFIG}:size=tiny", given))
+    loop.train(run, tmp_path / "run")
+    some = folder(tmp_path / "some", cat=1, dog=1)
+    _, found = evaluation.evaluate(tmp_path / "run", overrides={"data.dir": some})
+    assert found["test"]["count"] == 2 and 0 <= found["test"]["mean_recall"] <= 1
+
+
 def test_a_class_without_pictures_has_no_weight(tmp_path):
     directory = folder(tmp_path, cat=6, dog=2)
     (tmp_path / "train" / "eel").mkdir()
