@@ -21,6 +21,8 @@ SIZES = {
     "places365_small": 1_803_460,
     "placesfull": 10_653_087,
 }
+# Sets of `SIZES` without a split "validation"
+EVALUATED = dict.fromkeys(("cifar10", "cifar100", "fashion_mnist"), "test")
 
 
 def steps(epochs: int, batch_size: int, images: int = IMAGES) -> int:
@@ -78,14 +80,14 @@ def imagenet(
 
     `arg`: the parsed argument of the config, with ``resolution`` and ``data``.
     """
-    config = ConfigDict()
+    config, split = ConfigDict(), EVALUATED.get(dataset.partition(":")[0], "validation")
     config.steps = steps
     config.batch_size = batch_size  # images
     config.dtype = "bfloat16"  # activations; parameters stay float32
     config.data = dict(
         name=dataset,
         mock=arg.data == "mock",
-        eval_splits=("validation",),
+        eval_splits=(split,),
         image_size=(arg.resolution, arg.resolution),  # pixels
         mean=(0.485, 0.456, 0.406),  # RGB, of ImageNet's pixels in [0, 1]
         std=(0.229, 0.224, 0.225),
@@ -95,7 +97,7 @@ def imagenet(
         threads=16,  # decoding threads of one host
     )
     config.eval = dict(every=5_000)  # steps
-    config.checkpoint = dict(every=1_000, best="validation/accuracy")  # steps
+    config.checkpoint = dict(every=1_000, best=f"{split}/accuracy")  # steps
     config.log = dict(every=100)  # steps
     return config
 

@@ -339,3 +339,15 @@ def test_steps_and_resolution_of_a_small_run_on_a_folder():
     given = {"steps": 6, "batch_size": 8, "data.image_size": (32, 32)}
     check("finetune_folder.py:size=tiny,steps=6,resolution=32", given)
     check("finetune_folder.py", {"steps": 1000, "data.image_size": (224, 224)})
+
+
+@pytest.mark.parametrize("config", ["coatnet_imagenet.py", "coatnet_finetune.py"])
+@pytest.mark.parametrize(
+    ("dataset", "split"),
+    [("imagenet2012", "validation"), ("cifar10", "test"), ("cifar100:3.0.2", "test"),
+     ("fashion_mnist", "test"), ("places365_small", "validation")],
+)  # fmt: skip
+def test_a_set_is_evaluated_on_a_split_that_it_has(config, dataset, split):
+    found = loading.load(f"{CONFIGS}/{config}:dataset={dataset},size=tiny")
+    assert found.data.eval_splits == (split,)
+    assert found.checkpoint.best == f"{split}/accuracy"

@@ -409,9 +409,18 @@ class FolderReader:
         return record[1]
 
     def name(self, record: tuple[bytes, int], index: int) -> str:
-        picture = self.pictures[index]
-        stem = picture.path.name.partition(".")[0]
-        return f"{self.names[picture.label]}/{stem}"
+        return os.path.splitext(self.pictures[index].name)[0]
+
+    def check_names(self) -> None:
+        """Raises ValueError if two pictures have one `name`, as ``1.jpg`` and ``1.png`` do."""
+        seen: dict[str, int] = {}
+        for i, picture in enumerate(self.pictures):
+            name = os.path.splitext(picture.name)[0]
+            if (twin := seen.setdefault(name, i)) != i:
+                raise ValueError(
+                    f"{self._shown(twin)} and {self._shown(i)} would have the same label map, "
+                    f"{readable(name)}: rename one of them, and its map"
+                )
 
     def bad(self, index: int, why: object) -> records.BadRecord:
         return records.BadRecord(

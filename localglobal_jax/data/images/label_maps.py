@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Label maps for token labelling (arXiv 2104.10858): a teacher's top classes of each place.
 
-A map belongs to one image: ``FOLDER/CLASS/STEM.pt`` for the image ``CLASS/STEM.JPEG``, as the
+A map belongs to one image: ``FOLDER/CLASS/NAME.pt`` for the image ``CLASS/NAME.JPEG``, as the
 authors of token labelling publish them for ImageNet. It is a tensor ``[2, k, h, w]`` in half
 precision: the teacher's k largest logits (k = 5) at every place of a grid over the image, then
 their classes. ``.npy`` files of the same arrays are read, too, and preferred.

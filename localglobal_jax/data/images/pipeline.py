@@ -302,6 +302,8 @@ class ImageSource:
         if isinstance(first, records.BadRecord):
             raise first
         directory = str(options.label_maps)
+        if isinstance(self._reader, folder.FolderReader):
+            self._reader.check_names()
         try:
             return label_maps.LabelMaps(directory, self.classes, self._reader.name(first, 0))
         except ValueError as error:

@@ -230,6 +230,11 @@ def loss(
             cutmix=run.task.cutmix,
             partners=inputs(batch["image"][::-1], batch["label"][::-1]),
         )
+    if getattr(model, "mix_token", False):
+        # the partner of a bad record mixes with a copy of itself, and so stays as it is
+        real = mask > 0
+        image = jnp.where(real[:, None, None, None], image, image[::-1])
+        target = jnp.where(real[:, None], target, target[::-1])
     (logits, found), collections = model.apply(
         variables,
         image,

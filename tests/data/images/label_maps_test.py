@@ -2,6 +2,7 @@
 """Label maps for token labelling: made up here, read, cropped and flipped with their images."""
 
 import io
+import shutil
 import struct
 import zipfile
 
@@ -193,7 +194,7 @@ def photos(root):
         for i in range(4):
             image = np.full((60, 80, 3), 40, np.uint8)
             image[:, 40:] = 210
-            assert cv2.imwrite(str(root / "train" / name / f"{i}.x.png"), image)
+            assert cv2.imwrite(str(root / "train" / name / f"{i}.png"), image)
             logits = np.full((1, 8, 8), 3.0)
             classes = np.zeros((1, 8, 8))
             classes[:, :, 4:] = 1
@@ -243,12 +244,26 @@ def test_batches_do_not_depend_on_hosts_or_workers(tmp_path):
     assert "label_map" not in batches(plain)[0]
 
 
+def test_a_map_is_where_its_picture_is_and_has_its_whole_name(tmp_path):
+    options = options_of(tmp_path)
+    for folder, ending in (("train", "png"), ("maps", "npy")):
+        place = tmp_path / folder / "dog"
+        (place / "day1").mkdir()
+        for old, new in (("1", "day1/2"), ("3", "2.b")):  # beside dog/2 itself
+            (place / f"{old}.{ending}").rename(place / f"{new}.{ending}")
+    source = pipeline.open_split(options, "train", train=True)
+    assert all(batch["mask"].all() for batch in batches(source))
+    shutil.copy(tmp_path / "train" / "cat" / "1.png", tmp_path / "train" / "cat" / "1.jpg")
+    with pytest.raises(ValueError, match=r"cat/1\.jpg and .*cat/1\.png .* cat/1: rename"):
+        pipeline.open_split(options, "train", train=True)
+
+
 def test_a_missing_map_is_a_bad_record(tmp_path):
     options = options_of(tmp_path, max_bad_records=1)
     (tmp_path / "maps" / "dog" / "3.npy").unlink()
     source = pipeline.open_split(options, "train", train=True)
     masks = np.concatenate([batch["mask"] for batch in batches(source, 1)])
-    assert source.skipped == 1 and masks.sum() == 7
+    assert len(source.bad) == 1 and masks.sum() == 7
     strict = options.model_copy(update={"max_bad_records": 0})
     with pytest.raises(ValueError, match="dog/3"):
         batches(pipeline.open_split(strict, "train", train=True))

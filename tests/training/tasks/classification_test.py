@@ -178,6 +178,35 @@ def test_tokens_are_classified_too_and_mixed_tokens_meet_both_labels(tmp_path):
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("mixup", [0.0, 0.8])
+def test_what_a_bad_record_holds_does_not_matter(mixup):
+    """Of a model that mixes the tokens of images; BatchNorm aside, which the stem here has not."""
+    fields = {"depths": (1, 1), "widths": (24, 24), "heads": (2, 2), "strides": (1, 2), "stem": 8}
+    fields |= {"layout": "OS", "position": 2, "mix_token": True}
+    run = validation.check(
+        {
+            "model": {"name": "volo", **fields},
+            "data": {"name": "cifar10", "mock": True, "image_size": (64, 64)},
+            "task": {"mixup": mixup},
+        }
+    )
+    task = create_task(run)
+    batch = {k: jnp.asarray(v[:4]) for k, v in next(task.train_batches(0, 1)).items()}
+    batch["mask"] = batch["mask"].at[3].set(0.0)
+    variables = jax.jit(task.model.init)(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+
+    @jax.jit
+    def total(batch):
+        return task.loss(variables, batch, jax.random.key(3)).total
+
+    void = {
+        **batch,
+        "image": batch["image"].at[3].set(0),
+        "label": batch["label"].at[3].set((batch["label"][3] + 1) % 10),
+    }
+    assert total(void) == total(batch) > 0
+
+
 @pytest.mark.parametrize("mix_token", [False, True])
 def test_a_volo_that_classifies_no_tokens_has_the_plain_loss(mix_token):
     fields = {"depths": (1,), "widths": (24,), "heads": (2,), "strides": (1,), "stem": 8}
