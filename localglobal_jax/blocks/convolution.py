@@ -20,6 +20,7 @@ from localglobal_jax.blocks.layers import (
     Rounding,
     Shortcut,
     SqueezeExcite,
+    check_grid,
     make_divisible,
     make_norm,
     norm_activation,
@@ -109,6 +110,7 @@ class MBConvBlock(nn.Module):
         excite = partial(
             SqueezeExcite, squeeze, self.squeeze_activation, self.dtype, name="squeeze_excite"
         )
+        check_grid(x, self.stride, self.odd_grids)
         shortcut = Shortcut(
             self.features, self.stride, self.pool, self.use_bias, self.dtype, name="shortcut"
         )(x)
@@ -167,7 +169,7 @@ class ConvNeXtBlock(nn.Module):
     Attributes:
       stride_at: where the main path strides: in the "depthwise" convolution or before it ("pool").
       main_pool: how the main path is halved, if it pools; the shortcut averages 2 x 2.
-      layer_scale: initial value of LayerScale; None: no LayerScale.
+      layer_scale: initial value of LayerScale; None or 0: no LayerScale.
 
     >>> x = jnp.ones((2, 8, 8, 16))
     >>> module = lg.blocks.ConvNeXtBlock(32, stride=2)
@@ -203,6 +205,7 @@ class ConvNeXtBlock(nn.Module):
                 f"ConvNeXt block: width {self.features} is not a multiple of its input's width "
                 f"{x.shape[-1]}; its depthwise convolution can only repeat channels"
             )
+        check_grid(x, self.stride, self.odd_grids)
         shortcut = Shortcut(self.features, self.stride, dtype=self.dtype, name="shortcut")(x)
         y, stride = x, self.stride
         if stride == 2 and self.stride_at == "pool":

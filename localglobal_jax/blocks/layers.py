@@ -122,6 +122,15 @@ def pool_rounding(kind: Pool) -> Rounding:
     return "down" if kind.endswith("2") else "up"
 
 
+def check_grid(x: Grid, stride: int, odd: Rounding) -> None:
+    """Raises ValueError for an odd grid that a block cannot halve, by its `odd_grids`."""
+    if stride == 2 and odd is None and any(side % 2 for side in x.shape[1:3]):
+        raise ValueError(
+            f"stride=2 on a grid of {x.shape[1]} x {x.shape[2]}: the two paths of this block round "
+            "differently. Pad it to an even one, or let both paths pool alike"
+        )
+
+
 class Shortcut(nn.Module):
     """The residual path of a block: pooled where the block strides, projected where it widens.
 
@@ -140,7 +149,13 @@ class Shortcut(nn.Module):
 
     @nn.compact
     def __call__(self, x: Grid) -> Grid:
+        if self.stride not in (1, 2):
+            raise ValueError(f"stride={self.stride}: a block has stride 1 or 2")
         if self.stride == 2:
+            if min(x.shape[1:3]) < 2:
+                raise ValueError(
+                    f"stride=2 on a grid of {x.shape[1]} x {x.shape[2]}: it needs 2 x 2"
+                )
             x = pool(x, self.pool)
         if x.shape[-1] != self.features:
             x = Dense(self.features, self.use_bias, dtype=self.dtype, name="project")(x)
@@ -166,7 +181,8 @@ class DropPath(nn.Module):
         shape = (x.shape[0],) + (1,) * (x.ndim - 1)
         keep = 1.0 - self.rate
         kept = jax.random.bernoulli(self.make_rng("dropout"), keep, shape)
-        return x * kept.astype(x.dtype) / jnp.asarray(keep, x.dtype)
+        scale = jnp.where(keep == 0, 1, keep)  # at rate 1 nothing is kept
+        return x * kept.astype(x.dtype) / scale.astype(x.dtype)
 
 
 class LayerScale(nn.Module):

@@ -227,7 +227,7 @@ class OutlookerBlock(nn.Module):
     ``Proj(Pool(x)) + Outlook(Pool(Norm(x)))``.
 
     Attributes:
-      head_width: width of one head; the number of heads follows from it.
+      head_width: least width of one head: there are ``features // head_width`` heads, at least one.
       window, spacing: side of a window and distance of two windows, see `Outlook`.
       qkv_bias: of the value projection (outlook attention has neither query nor key).
 
@@ -262,7 +262,7 @@ class OutlookerBlock(nn.Module):
             y = pool(y, self.pool)
         y = Outlook(
             self.features,
-            heads=self.features // self.head_width,
+            heads=max(1, self.features // self.head_width),
             window=self.window,
             stride=self.spacing,
             value_bias=self.qkv_bias,
@@ -282,7 +282,7 @@ class MuseBlock(nn.Module):
     ``Proj(Pool(x)) + Muse(Pool(Norm(x)))``.
 
     Attributes:
-      head_width: width of one head; the number of heads follows from it.
+      head_width: least width of one head: there are ``features // head_width`` heads, at least one.
       expansion: hidden width of the pointwise net over the output width.
       windows, dynamic: of the convolution, see `operators.muse.SharedValueConv`.
       layer_scale: initial value of LayerScale on the sum; None: no LayerScale.

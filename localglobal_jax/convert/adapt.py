@@ -74,18 +74,23 @@ def recolour(variables: Mapping[str, Any], channels: int) -> tuple[Variables, st
 def fit(
     module: nn.Module, variables: Mapping[str, Any], *inputs: jax.ShapeDtypeStruct
 ) -> Variables:
-    """Returns the variables of `module` for inputs of these shapes, of any kind."""
+    """Returns the variables of `module` for inputs of these shapes, of any kind.
+
+    The collection "nearest" of a converted Focal Transformer, which `init` does not make, stays. On
+    another grid the module does not read it.
+    """
 
     def init(*args: jax.Array) -> Any:
         return module.init(jax.random.key(0), *args, train=False)
 
     shapes, flat = _flat(jax.eval_shape(init, *inputs)), _flat(variables)
+    kept = {path: flat.pop(path) for path in list(flat) if path[0] == "nearest"}
     if shapes.keys() != flat.keys():
         raise ValueError(
             f"these are not variables of this module: {_list(shapes.keys() ^ flat.keys())}"
         )
     return traverse_util.unflatten_dict(
-        {path: _resize(path, leaf, shapes[path].shape) for path, leaf in flat.items()}
+        kept | {path: _resize(path, leaf, shapes[path].shape) for path, leaf in flat.items()}
     )
 
 
@@ -132,11 +137,18 @@ def reclassify(
 def choose_classes(
     module: nn.Module, variables: Mapping[str, Any], rows: Sequence[int]
 ) -> tuple[nn.Module, Variables]:
-    """Returns module and variables whose class i is class ``rows[i]`` of those given."""
+    """Returns module and variables whose class i is class ``rows[i]`` of those given.
+
+    Raises ValueError for a class that there is not, and without a classifier.
+    """
+    flat, known = _flat(variables), getattr(module, "classes", 0)
+    if not any(map(_of_classifier, flat)):
+        raise ValueError(f"no parameter belongs to a classifier: {_list(flat)}")
+    if wrong := [row for row in rows if not 0 <= row < known]:
+        raise ValueError(f"rows={wrong}: the module has the classes 0 to {known - 1}")
     index = jnp.asarray(rows, jnp.int32)
     chosen = {
-        path: leaf[..., index] if _of_classifier(path) else leaf
-        for path, leaf in _flat(variables).items()
+        path: leaf[..., index] if _of_classifier(path) else leaf for path, leaf in flat.items()
     }
     return module.clone(classes=len(rows)), traverse_util.unflatten_dict(chosen)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from flax.core import FrozenDict, freeze
+from flax.core import FrozenDict
 from jaxtyping import Array, Float
 from pydantic import PositiveInt
 
@@ -74,8 +74,7 @@ class CoAtNet(nn.Module):
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        # hashable fields make a hashable module, which can be a static argument of jit
-        self.blocks = freeze(self.blocks)
+        self.blocks = layouts.hashable(self.blocks)
         super().__post_init__()
 
     def stages(self) -> tuple[layouts.Stage, ...]:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core import FrozenDict, freeze
+from flax.core import FrozenDict
 from jaxtyping import Array, Bool, Float, Int
 from pydantic import PositiveInt
 
@@ -134,8 +134,7 @@ class EncoderDecoder(nn.Module):
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        # hashable fields make a hashable module, which can be a static argument of jit
-        object.__setattr__(self, "blocks", freeze(dict(self.blocks)))
+        object.__setattr__(self, "blocks", layouts.hashable(self.blocks))
         super().__post_init__()
 
     def stages(self) -> tuple[layouts.Stage, ...]:

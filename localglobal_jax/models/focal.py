@@ -114,6 +114,10 @@ class FocalTransformer(nn.Module):
     drop_path: float = 0.0
     dtype: str = "float32"
 
+    def __post_init__(self) -> None:
+        self.blocks = layouts.hashable(self.blocks)
+        super().__post_init__()
+
     def stages(self) -> tuple[layouts.Stage, ...]:
         """The parsed layout; the strides are those of the convolutions between the stages."""
         strides = (1, *(2,) * (len(self.layout) - 1))

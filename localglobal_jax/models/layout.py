@@ -11,12 +11,13 @@ from typing import Any
 
 import flax.linen as nn
 import numpy as np
+from flax.core import FrozenDict, freeze
 from jaxtyping import Array, Float
 
 from localglobal_jax.blocks import BLOCKS
 from localglobal_jax.blocks.layers import Rounding
 from localglobal_jax.blocks.stack import apply_blocks
-from localglobal_jax.config import validation
+from localglobal_jax.config import validation, values
 
 Options = Mapping[str, Mapping[str, Any]]
 
@@ -40,14 +41,14 @@ def parse(
 ) -> tuple[Stage, ...]:
     """Parses the stages of a layout; strides default to 2. Raises ValueError if lengths differ."""
     strides = (2,) * len(layout) if strides is None else strides
-    for name, values in (("depths", depths), ("widths", widths), ("strides", strides)):
-        if len(values) != len(layout):
+    for name, given in (("depths", depths), ("widths", widths), ("strides", strides)):
+        if len(given) != len(layout):
             raise ValueError(
                 f'layout "{_show(layout)}" names {len(layout)} stages, '
-                f"but {name}={tuple(values)} has {len(values)}"
+                f"but {name}={tuple(given)} has {len(given)}"
             )
-        if min(values, default=1) < 1:
-            raise ValueError(f"{name}={tuple(values)}: give at least 1 for every stage")
+        if min(given, default=1) < 1:
+            raise ValueError(f"{name}={tuple(given)}: give at least 1 for every stage")
     if not set(strides) <= {1, 2}:
         raise ValueError(f"strides={tuple(strides)}: give 1 or 2 for every stage")
     for letter in "".join(layout):
@@ -118,6 +119,14 @@ class BlockStage(nn.Module):
             return block(x, train=train)
 
         return apply_blocks(self, blocks, x, call, [None] * len(blocks))[-1]
+
+
+def hashable(blocks: Mapping[str, Any]) -> FrozenDict:
+    """Returns the options of blocks without dicts and lists.
+
+    Hashable fields make a hashable module, which can be a static argument of jit.
+    """
+    return freeze(values.tuples(dict(blocks)))
 
 
 def odd_grids(letter: str, options: Options) -> Rounding:

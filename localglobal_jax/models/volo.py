@@ -99,6 +99,10 @@ class VOLO(nn.Module):
     drop_path: float = 0.0
     dtype: str = "float32"
 
+    def __post_init__(self) -> None:
+        self.blocks = layouts.hashable(self.blocks)
+        super().__post_init__()
+
     def stages(self) -> tuple[layouts.Stage, ...]:
         """The parsed layout."""
         return layouts.parse(self.layout, self.depths, self.widths, self.strides)

@@ -51,11 +51,14 @@ def attend(
     >>> lg.operators.attend(query, key, value).shape
     (2, 5, 4, 16)
     """
-    if context.is_fused():
-        return kernels.attend(1 - dropout, query, key, value, bias, mask, kept)
+    keep = 1.0 if kept is None else 1 - dropout
+    if context.is_fused() and keep and key.shape[-3]:
+        both = jnp.promote_types(query.dtype, key.dtype)  # each gradient has its own dtype again
+        query, key = query.astype(both), key.astype(both)
+        return kernels.attend(keep, query, key, value, bias, mask, kept)
     weights = attention_weights(query, key, bias=bias, mask=mask)
     if kept is not None:
-        weights = jnp.where(kept, weights / (1 - dropout), 0)
+        weights = jnp.where(kept, weights / keep, 0) if keep else jnp.zeros_like(weights)
     return jnp.einsum("...nlm,...mnv->...lnv", weights.astype(value.dtype), value)
 
 
@@ -111,7 +114,14 @@ def relative_bias(table: Float[Array, "dy dx n"], height: int, width: int) -> Fl
     >>> table = jnp.arange(5.0).reshape(1, 5, 1)
     >>> lg.operators.relative_bias(table, 1, 3)[0].tolist()
     [[2.0, 1.0, 0.0], [3.0, 2.0, 1.0], [4.0, 3.0, 2.0]]
+
+    Raises ValueError for the table of another grid.
     """
+    if table.shape[:2] != (2 * height - 1, 2 * width - 1):
+        raise ValueError(
+            f"relative_bias: a table {table.shape} is not of a grid of {height} x {width}; it must "
+            f"be [{2 * height - 1}, {2 * width - 1}, heads]"
+        )
     dy, dx = np.moveaxis(relative_positions(height, width), -1, 0)
     return jnp.moveaxis(table[dy + height - 1, dx + width - 1], -1, 0)
 

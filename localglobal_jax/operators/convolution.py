@@ -55,6 +55,8 @@ def depthwise(
             f"depthwise: kernel {kernel.shape} does not fit x {x.shape}; "
             f"it must be [*window, {x.shape[-1]}] with {x.ndim - 2} window dimension(s)"
         )
+    both = jnp.promote_types(x.dtype, kernel.dtype)
+    x, kernel = x.astype(both), kernel.astype(both)
     padding = same_padding(kernel.shape[:-1]) if padding is None else padding
     letters = "DHW"[3 - (x.ndim - 2) :]
 
@@ -243,7 +245,7 @@ class SharedValueConv(nn.Module):
         if self.kind == "depthwise":
             normal = nn.initializers.normal(side ** (-0.5 * rank))
             kernel = self.param(name, normal, (*window, width)).astype(self.dtype)
-            return depthwise(value, kernel, padding=padding)
+            return depthwise(value.astype(self.dtype), kernel, padding=padding)
         logits = DenseGeneral(
             (self.heads, side**rank),
             use_bias=False,

@@ -72,3 +72,30 @@ def test_batch_norm_keeps_momentum_090_and_the_biased_variance():
     stats = after["batch_stats"]
     np.testing.assert_allclose(stats["mean"], 0.1 * x.mean((0, 1, 2)), atol=1e-6)
     np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * x.var((0, 1, 2)), atol=1e-5)
+
+
+@pytest.mark.parametrize("letter", BLOCKS)
+def test_a_stride_that_a_block_does_not_have_is_refused(letter):
+    block = BLOCKS[letter]
+    for stride, shape, message in ((4, (1, 8, 8, 32), "stride=4"), (2, (1, 1, 8, 32), "1 x 8")):
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(block(32, stride=stride).init, jax.random.key(0), jnp.ones(shape))
+
+
+@pytest.mark.parametrize("letter", BLOCKS)
+def test_an_odd_grid_is_halved_or_refused_by_its_size(letter):
+    block, x = BLOCKS[letter](32, stride=2), jnp.ones((1, 7, 8, 32))
+    if letter in "CN":  # whose two paths round differently
+        with pytest.raises(ValueError, match="grid of 7 x 8"):
+            jax.eval_shape(block.init, jax.random.key(0), x)
+    else:
+        y, _ = jax.eval_shape(block.init_with_output, jax.random.key(0), x)
+        assert y.shape in ((1, 3, 4, 32), (1, 4, 4, 32))
+
+
+@pytest.mark.parametrize("letter", ["M", "O"])
+def test_a_block_narrower_than_a_head_has_one_head(letter):
+    y, _ = jax.eval_shape(
+        BLOCKS[letter](16).init_with_output, jax.random.key(0), jnp.ones((1, 4, 4, 16))
+    )
+    assert y.shape == (1, 4, 4, 16)

@@ -155,3 +155,13 @@ def test_weights_of_one_channel_and_of_three_give_the_same_logits_of_grey_images
     np.testing.assert_allclose(apply(module, back, grey.repeat(3, 3))[0], expected, atol=1e-5)
     same, change = adapt.recolour(variables, 3)
     assert not change and jax.tree.all(jax.tree.map(lambda a, b: a is b, dict(variables), same))
+
+
+def test_classes_that_are_not_there_cannot_be_chosen():
+    module, variables = tiny()
+    for rows in ([0, 3], [-1], [12]):
+        with pytest.raises(ValueError, match=r"rows=.* classes 0 to 2"):
+            adapt.choose_classes(module, variables, rows)
+    headless, backbone = adapt.reclassify(module, variables, 0)
+    with pytest.raises(ValueError, match="classifier"):
+        adapt.choose_classes(headless, backbone, [0])

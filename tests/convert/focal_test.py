@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from localglobal_jax.convert import focal
+from localglobal_jax.convert import adapt, focal
 from localglobal_jax.models.focal import FocalTransformer
 from localglobal_jax.models.registry import create_model
 
@@ -255,3 +255,8 @@ def test_fast_models_keep_their_choice_among_equally_near_keys():
     assert bool(jnp.isfinite(elsewhere).all())
     with pytest.raises(ValueError, match="focal_windows"):
         focal.load(FAST, state | {prefix: ours + 1})
+    chosen, _ = jax.jit(module.apply)(adapt.resize(module, kept, (48, 48)), x)
+    np.testing.assert_array_equal(chosen, changed)
+    wide = jnp.pad(x, ((0, 0), (0, 0), (0, 16), (0, 0)))
+    chosen, _ = jax.jit(module.apply)(adapt.resize(module, kept, (48, 64)), wide)
+    assert bool(jnp.isfinite(chosen).all())

@@ -1,6 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names of models: every one can be made, and a bare name has the sizes of a paper."""
 
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
 from localglobal_jax.data.text import tokenizers
 from localglobal_jax.models.registry import FIGURES, MODELS, create_model
 
@@ -37,3 +43,30 @@ def test_sizes_of_focal_transformers_are_those_of_table_1():
         wider = {"widths": (128, 256, 512, 1024), "heads": (4, 8, 16, 32)}
         assert base == create_model(names[1], **wider)
         assert small == create_model("focal", depths=small.depths, **fields)
+
+
+LISTS = {
+    "coatnet": {"layout": "CO", "depths": (1, 1), "widths": (16, 32)},
+    "volo": {
+        "layout": "O",
+        "depths": (1,),
+        "widths": (32,),
+        "strides": (1,),
+        "heads": (2,),
+        "position": 0,
+    },  # fmt: skip
+    "focal": {"depths": (1, 1, 1, 1), "widths": (32, 32, 32, 32), "heads": (1, 1, 1, 1)},
+    "muse": {"layout": "MM", "depths": (1, 1), "widths": (16, 16), "heads": (2, 2)},
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_a_model_with_options_of_blocks_may_be_a_static_argument(name):
+    """Also if they come from JSON, with lists for tuples."""
+    options = {"M": {"windows": [3]}}
+    first, second = (create_model(name, **LISTS[name], blocks=options) for _ in range(2))
+    assert hash(first) == hash(second)
+    x = jnp.ones((1, 32, 32, 3)) if name != "muse" else jnp.ones((1, 5), jnp.int32)
+    inputs = (x, x) if name == "muse" else (x,)
+    init = jax.jit(lambda m, *x: m.init(jax.random.key(0), *x), static_argnums=0)
+    assert jax.eval_shape(functools.partial(init, first), *inputs)["params"]
