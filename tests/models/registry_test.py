@@ -54,7 +54,7 @@ LISTS = {
         "strides": (1,),
         "heads": (2,),
         "position": 0,
-    },  # fmt: skip
+    },
     "focal": {"depths": (1, 1, 1, 1), "widths": (32, 32, 32, 32), "heads": (1, 1, 1, 1)},
     "muse": {"layout": "MM", "depths": (1, 1), "widths": (16, 16), "heads": (2, 2)},
 }
