@@ -129,10 +129,12 @@ class TransformerLayer(nn.Module):
     norm_eps: float = 1e-5
     dtype: str = "float32"
 
+    @nn.nowrap
     def mixer(self) -> nn.Module:
         """Returns the operator that reads other positions."""
         return SelfAttention(**self.shared_fields())
 
+    @nn.nowrap
     def shared_fields(self) -> dict[str, Any]:
         """Returns the fields of every attention."""
         return {
@@ -216,6 +218,7 @@ class TransformerLayer(nn.Module):
         y = self.drop(branch(norm(x) if self.pre_norm else x), deterministic=not train)
         return x + y if self.pre_norm else norm(x + y)
 
+    @nn.nowrap
     def _norm(self, name: str) -> nn.Module:
         return nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name=name)
 
@@ -232,6 +235,7 @@ class RelativeLayer(TransformerLayer):
 
     furthest: PositiveInt = 128
 
+    @nn.nowrap
     def mixer(self) -> nn.Module:
         return SelfAttention(furthest=self.furthest, **self.shared_fields())
 
@@ -248,6 +252,7 @@ class AdaptiveLayer(TransformerLayer):
 
     window: PositiveInt = 7
 
+    @nn.nowrap
     def mixer(self) -> nn.Module:
         return AdaptiveConv(window=self.window, **self.shared_fields())
 
@@ -264,6 +269,7 @@ class EquivariantLayer(RelativeLayer):
     (2, 6, 16)
     """
 
+    @nn.nowrap
     def mixer(self) -> nn.Module:
         return EquivariantSequence(furthest=self.furthest, **self.shared_fields())
 
@@ -282,6 +288,7 @@ class DynamicConvLayer(TransformerLayer):
     kind: Kind = "dynamic"
     kernel_dropout: Fraction = 0.1
 
+    @nn.nowrap
     def mixer(self) -> nn.Module:
         return DynamicConv(
             self.features,

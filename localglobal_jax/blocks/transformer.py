@@ -71,6 +71,7 @@ class TransformerBlock(nn.Module):
         rounding = pool_rounding(self.pool)
         return rounding if rounding == "up" else None
 
+    @nn.nowrap
     def operator(self, grid: tuple[int, int], **options: Any) -> nn.Module:
         """Returns the operator for a grid; `options`: features, heads, width, dtype and name."""
         raise TypeError(f"{type(self).__name__} has no operator: use a block with a letter")
@@ -129,6 +130,7 @@ class RelativeAttentionBlock(TransformerBlock):
     def odd_grids(self) -> Rounding:
         return pool_rounding(self.pool) if self.bias == "none" else super().odd_grids
 
+    @nn.nowrap
     def operator(self, grid: tuple[int, int], **options: Any) -> nn.Module:
         return RelativeAttention(
             bias=self.bias, bias_hidden=self.bias_hidden, qkv_bias=self.qkv_bias, **options
@@ -160,6 +162,7 @@ class AdaptiveConvBlock(TransformerBlock):
 
     window: PositiveInt = 7
 
+    @nn.nowrap
     def operator(self, grid: tuple[int, int], **options: Any) -> nn.Module:
         return AdaptiveConv(window=self.window, use_bias=self.qkv_bias, **options)
 
@@ -174,6 +177,7 @@ class EquivariantAttentionBlock(TransformerBlock):
     (2, 8, 8, 32)
     """
 
+    @nn.nowrap
     def operator(self, grid: tuple[int, int], **options: Any) -> nn.Module:
         return EquivariantAttention(use_bias=self.qkv_bias, **options)
 
@@ -206,6 +210,7 @@ class FocalAttentionBlock(TransformerBlock):
     nearest: int = 0
     grid: tuple[int, int] | None = None
 
+    @nn.nowrap
     def operator(self, grid: tuple[int, int], **options: Any) -> nn.Module:
         window, expand, shift = fit_window(self.grid or grid, self.window, self.expand, self.shift)
         options |= {

@@ -77,6 +77,7 @@ class CoAtNet(nn.Module):
         self.blocks = layouts.hashable(self.blocks)
         super().__post_init__()
 
+    @nn.nowrap
     def stages(self) -> tuple[layouts.Stage, ...]:
         """The parsed layout."""
         return layouts.parse(self.layout, self.depths, self.widths, self.strides)

@@ -137,6 +137,7 @@ class EncoderDecoder(nn.Module):
         object.__setattr__(self, "blocks", layouts.hashable(self.blocks))
         super().__post_init__()
 
+    @nn.nowrap
     def stages(self) -> tuple[layouts.Stage, ...]:
         """The encoder and, if there is one, the decoder. Raises ValueError for wrong fields."""
         ones = (1,) * len(self.layout)
@@ -289,6 +290,7 @@ class EncoderDecoder(nn.Module):
         table = self.output_table.embedding.astype(self.dtype)
         return wide_product(x, table)
 
+    @nn.nowrap
     def _table(self, vocabulary: int, width: int, name: str) -> nn.Embed:
         def init(key: Array, shape: Any, dtype: Any = jnp.float32) -> Array:
             table = nn.initializers.normal(width**-0.5)(key, shape, dtype)
@@ -296,6 +298,7 @@ class EncoderDecoder(nn.Module):
 
         return nn.Embed(vocabulary, width, dtype=self.dtype, embedding_init=init, name=name)
 
+    @nn.nowrap
     def _stack(self, index: int, stage: layouts.Stage, memory_features: int | None) -> "Stack":
         shared = {
             "features": stage.width,
@@ -384,6 +387,7 @@ class Stack(nn.Module):
             x, new[name] = layer.step(x, cache[name], index, valid=valid, memory=memory[name])
         return self._last(x), new
 
+    @nn.nowrap
     def _named(self) -> list[tuple[str, Any]]:
         return [(f"layer{i + 1}", layer) for i, layer in enumerate(self.layers)]
 

@@ -118,11 +118,13 @@ class FocalTransformer(nn.Module):
         self.blocks = layouts.hashable(self.blocks)
         super().__post_init__()
 
+    @nn.nowrap
     def stages(self) -> tuple[layouts.Stage, ...]:
         """The parsed layout; the strides are those of the convolutions between the stages."""
         strides = (1, *(2,) * (len(self.layout) - 1))
         return layouts.parse(self.layout, self.depths, self.widths, strides)
 
+    @nn.nowrap
     def grid(self, stage: int) -> tuple[int, int]:
         """The grid of a stage (counted from 0) for images of `image_size`."""
         size = self.image_size
@@ -130,6 +132,7 @@ class FocalTransformer(nn.Module):
         # both halvings round down, as in the reference; a grid has at least one position
         return max(height // self.patch >> stage, 1), max(width // self.patch >> stage, 1)
 
+    @nn.nowrap
     def block_options(self, stage: int, index: int) -> dict[str, dict[str, Any]]:
         """Options per letter for block `index` of a stage, both counted from 0."""
         odd = index % 2 == 1
@@ -193,6 +196,7 @@ class FocalTransformer(nn.Module):
         )(x.astype(wide), train=train)
         return logits, {**intermediates, "features": features}
 
+    @nn.nowrap
     def _downsample(self, width: int) -> PatchEmbed:
         """Returns the convolution before a stage, the stage's submodule "downsample"."""
         convolution = (3, 2, 1) if self.conv_embed else (2, 2, 0)
@@ -200,6 +204,7 @@ class FocalTransformer(nn.Module):
             width, *convolution, pre_norm=self.pre_norm, dtype=self.dtype, parent=None
         )
 
+    @nn.nowrap
     def _check(self, size: tuple[int, int]) -> None:
         """Raises ValueError for fields that disagree, and for images too small for the stages."""
         layouts.check_options(self.blocks)

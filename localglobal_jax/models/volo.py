@@ -103,10 +103,12 @@ class VOLO(nn.Module):
         self.blocks = layouts.hashable(self.blocks)
         super().__post_init__()
 
+    @nn.nowrap
     def stages(self) -> tuple[layouts.Stage, ...]:
         """The parsed layout."""
         return layouts.parse(self.layout, self.depths, self.widths, self.strides)
 
+    @nn.nowrap
     def grids(self, size: tuple[int, int]) -> tuple[tuple[int, int], ...]:
         """The grid after the stem and in every stage for images of `size` (height, width).
 
@@ -191,6 +193,7 @@ class VOLO(nn.Module):
             return logits, {**intermediates, "mix_box": box, "aux_logits": swap(aux, box)}
         return logits + 0.5 * aux.max((1, 2)), {**intermediates, "aux_logits": aux}
 
+    @nn.nowrap
     def _per_stage(self) -> list[tuple[int, float]]:
         """Heads and expansion of every stage."""
         count = len(self.layout)
@@ -210,6 +213,7 @@ class VOLO(nn.Module):
             )
         return list(zip(self.heads, expansions, strict=True))
 
+    @nn.nowrap
     def _options(self, stage: layouts.Stage, heads: int, expansion: float) -> layouts.Options:
         """Returns the options of a stage's blocks that have heads; `blocks` overrides them."""
         options = dict(self.blocks)
