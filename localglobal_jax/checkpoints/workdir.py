@@ -114,8 +114,9 @@ def check_config(workdir: pathlib.Path, step: int, metadata: Mapping[str, Any]) 
     if not saved:
         return
     found = loading.read_json(file, name=shown(file))
+    # init and label maps are read in training only; here they are absolute, there as given
     then, now = (
-        loading.with_absolute_paths(x, without_links=True).model_dump(exclude={"init"})
+        x.model_dump(exclude={"init": True, "data": {"label_maps": True}})
         for x in (loading.from_saved(saved), found)
     )
     if changed := _changed(then, now, f"in step {step}", "in the file"):
