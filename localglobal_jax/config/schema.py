@@ -341,7 +341,7 @@ class Run(Section):
     batch_size: PositiveInt = 128  # images, or tokens of text, over all hosts and devices
     dtype: Literal["float32", "bfloat16"] = "float32"  # activations; parameters stay float32
     model: dict[str, Any]  # {"name": ..., **fields of the module}
-    init: Path | None = None  # workdir or checkpoint whose variables the run starts from
+    init: Path | None = None  # workdir or checkpoint that step 0 starts from; not read later
     task: Classification | Translation
     data: Images | Text
     optim: Optim = Optim()
