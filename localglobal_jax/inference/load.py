@@ -242,6 +242,9 @@ def pretrained(
         else:
             old, variables = convert.adapt.add_classifier(old, variables, classes, *inputs)
             done = f"; it has no classifier: a new one for {classes} classes"
+    if "nearest" in variables:  # of a converted Focal Transformer; a state in training has none
+        variables = {name: part for name, part in variables.items() if name != "nearest"}
+        done += "; its choice among equally near keys is ours"
     if inputs[0].ndim == 4:
         variables, change = convert.adapt.recolour(variables, inputs[0].shape[3])
         done += change and f"; {change}"

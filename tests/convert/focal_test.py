@@ -10,9 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from PIL import Image
+from safetensors.numpy import load_file, save_file
 
-from localglobal_jax.convert import adapt, focal
+import localglobal_jax as lg
+from localglobal_jax.convert import adapt, files, focal
+from localglobal_jax.inference import load
 from localglobal_jax.models.focal import FocalTransformer
 from localglobal_jax.models.registry import create_model
 
@@ -231,6 +234,36 @@ def test_another_number_of_classes_starts_from_zero():
 FAST = {**SMALL, "focal_levels": [2, 2], "focal_topK": 21, "use_conv_embed": True, "img_size": 48}
 
 
+def choices():
+    """The name of the first layer's keys, the keys that we choose, and others equally far away."""
+    grid = np.stack(np.meshgrid(range(12), range(12), indexing="ij"), -1).reshape(-1, 2)
+    centres = grid.reshape(12, 12, 2)[2::4, 2::4].reshape(-1, 2)
+    distance = ((centres[:, None] - grid) ** 2).sum(-1)
+    ours = np.argsort(distance, 1, kind="stable")[:, :21]
+    other = 143 - np.argsort(distance[:, ::-1], 1, kind="stable")[:, :21]
+    return "layers.0.blocks.0.attn.topk_cloest_indice_0", ours, other
+
+
+def test_a_fast_model_with_a_choice_of_its_own_is_classified_with_and_fine_tuned(tmp_path, caplog):
+    prefix, _, other = choices()
+    save_file(weights(FAST, nearest=True) | {prefix: other}, tmp_path / "fast.safetensors")
+    own = {"data.mean": "(0.5, 0.5, 0.5)", "data.std": "(0.5, 0.5, 0.5)"}
+    place = str(tmp_path / "out")
+    files.convert_file(
+        "focal", str(tmp_path / "fast.safetensors"), place, name="focalv2", arguments=FAST,
+        overrides=own,
+    )  # fmt: skip
+    module, variables = lg.load(place)
+    assert "nearest" in variables
+    Image.new("RGB", (48, 48)).save(tmp_path / "black.png")
+    (found,) = lg.load_classifier(place).classify([str(tmp_path / "black.png")])
+    assert len(found.best) > 0
+    shape = jax.ShapeDtypeStruct((1, 48, 48, 3), jnp.float32)
+    with caplog.at_level("INFO"):
+        begun = load.pretrained(place, module, (shape,))
+    assert set(begun) == {"params"} and "equally near keys" in caplog.text
+
+
 def test_fast_models_keep_their_choice_among_equally_near_keys():
     state = weights(FAST, nearest=True)
     module, variables = focal.load(FAST, state)
@@ -238,12 +271,7 @@ def test_fast_models_keep_their_choice_among_equally_near_keys():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 48, 48, 3)), jnp.float32)
     plain, _ = jax.jit(module.apply)(variables, x)
 
-    prefix = "layers.0.blocks.0.attn.topk_cloest_indice_0"
-    grid = np.stack(np.meshgrid(range(12), range(12), indexing="ij"), -1).reshape(-1, 2)
-    centres = grid.reshape(12, 12, 2)[2::4, 2::4].reshape(-1, 2)
-    distance = ((centres[:, None] - grid) ** 2).sum(-1)
-    ours = np.argsort(distance, 1, kind="stable")[:, :21]
-    other = 143 - np.argsort(distance[:, ::-1], 1, kind="stable")[:, :21]
+    prefix, ours, other = choices()
     assert (np.sort(ours) != np.sort(other)).any()  # other keys, equally far away
     _, same = focal.load(FAST, state | {prefix: ours})
     assert "nearest" not in same
