@@ -7,7 +7,7 @@
 #
 # laptop: the studies at one setting; length: length_or_difficulty; protocol: beyond, beyond_text and
 # muse_results tuned, with the two studies that measure the models of muse_results; lohelp: lohelp
-# tuned, in 22 runs of 45 minutes or more; kernels: muse_kernels tuned, in 132 runs of 6 minutes or more;
+# tuned, in 22 runs of 45 minutes or more; kernels: muse_kernels tuned, in 132 runs of three minutes or more;
 # images: coatnet_layouts, coatnet_transfer and vision_comparison tuned; large: beyond_large, in 40 runs
 # of ten minutes or more.
 # RUNS: a folder for the runs (default: runs, in the repository); SLOTS: runs at a time (default 2).
