@@ -183,6 +183,8 @@ def create_evaluators(
 
         def size() -> int:
             """Number of images that are not bad. Every host must call it: each has read a part."""
+            if not run.data.max_bad_records:
+                return len(source)
             bad = np.full(min(run.data.max_bad_records, len(source)), -1, np.int32)
             bad[: len(source.bad)] = sorted(source.bad)
             return len(source) - len({*multihost.all_gather(bad).tolist()} - {-1})

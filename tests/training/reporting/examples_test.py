@@ -3,13 +3,14 @@
 
 import pathlib
 
+import event_files
 import jax
 import numpy as np
 import pytest
 import small
 
 from localglobal_jax.config import loading, schema, validation
-from localglobal_jax.training import optim
+from localglobal_jax.training import loop, optim
 from localglobal_jax.training.reporting import examples
 from localglobal_jax.training.step import init_state
 from localglobal_jax.training.tasks import create_task
@@ -60,6 +61,40 @@ def test_sentences_and_what_became_of_them(tmp_path):
     assert len(rows) == 2 + 4 and all(row.count(" | ") == 2 for row in rows)
     picture = found.get(f"{split}/cross_attention")
     assert picture is None or (picture.ndim, picture.dtype) == (3, np.uint8)
+
+
+def test_the_cross_attention_is_to_the_source(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(examples, "_drawn", drawn.append)
+    task, found = shown("muse_lohelp.py", tmp_path, 1, small.TEXT)
+    split = next(iter(task.evaluators))
+    row = found[f"{split}/translations"].splitlines()[2]
+    source, reference, translation = (cell.split() for cell in row.strip("| ").split(" | "))
+    (attention,) = drawn
+    assert source != reference  # pieces of the made-up text are its words
+    assert attention.source == [*source, "</s>"]
+    assert attention.target == [*translation, "</s>"]
+
+
+@pytest.mark.parametrize(
+    ("config", "model", "names"),
+    [
+        ("coatnet_digits.py", small.IMAGES, {"looked_at"}),
+        ("muse_lohelp.py", small.TEXT, {"translations/text_summary", "cross_attention"}),
+    ],
+    ids=["images", "text"],
+)
+def test_a_run_shows_them_in_tensorboard(config, model, names, tmp_path):
+    short = {"steps": "2", "eval.every": "1", "log.samples": "1", "optim.warmup_steps": "0"}
+    run = validation.check(loading.load(f"{CONFIGS / config}:size=tiny,data=mock", short | model))
+    loop.train(run, tmp_path)
+    split = run.data.eval_splits[0]
+    tags = {
+        (value.tag, event.step)
+        for event in event_files.read(tmp_path / "tensorboard")
+        for value in event.summary.value
+    }
+    assert {(f"{split}/{name}", step) for name in names for step in (1, 2)} <= tags
 
 
 def test_none_unless_asked_for(tmp_path):

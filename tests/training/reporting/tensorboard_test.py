@@ -4,25 +4,19 @@
 import math
 
 import cv2
+import event_files
 import numpy as np
 
 from localglobal_jax.training.reporting import metrics_log
 
 
 def scalars(directory):
-    """(tag, step) of the event files, by their records: length, crc, a protobuf, crc."""
-    from tensorboardX.proto.event_pb2 import Event
-
+    """(tag, step) of the event files."""
     found = []
-    for path in sorted(directory.iterdir()):
-        raw = path.read_bytes()
-        while raw:
-            size = int.from_bytes(raw[:8], "little")
-            event = Event.FromString(raw[12 : 12 + size])
-            found += [(value.tag, event.step) for value in event.summary.value]
-            if event.HasField("session_log"):
-                found.append(("restart", event.step))
-            raw = raw[16 + size :]
+    for event in event_files.read(directory):
+        found += [(value.tag, event.step) for value in event.summary.value]
+        if event.HasField("session_log"):
+            found.append(("restart", event.step))
     return found
 
 
@@ -43,19 +37,12 @@ def test_tensorboard_is_told_what_to_forget(tmp_path):
 
 
 def test_tensorboard_gets_texts_and_pictures(tmp_path):
-    from tensorboardX.proto.event_pb2 import Event
-
     writer = metrics_log.Writer(tmp_path, resume_step=None)
     picture = np.zeros((3, 5, 3), np.uint8)
     picture[0, 0] = 255, 1, 2
     writer.show(7, {"test/attention": picture, "test/translations": "*Hallo* & <b>"})
     writer.close()
-    raw = next((tmp_path / "tensorboard").iterdir()).read_bytes()
-    events = []
-    while raw:
-        size = int.from_bytes(raw[:8], "little")
-        events.append(Event.FromString(raw[12 : 12 + size]))
-        raw = raw[16 + size :]
+    events = list(event_files.read(tmp_path / "tensorboard"))
     assert events[0].file_version == "brain.Event:2"  # from 2 on, readers look for restarts
     image, text = events[-1].summary.value
     assert events[-1].step == 7
