@@ -286,14 +286,15 @@ def extension(taken: Iterable[float], tried: Iterable[float]) -> list[float]:
 
 # ---------------------------------------------------------------------------- state on the pages
 
-TUNED, ONE_SETTING, UNTRAINED = "tuned", "one setting", "nothing is trained"
+TUNED, ONE_SETTING, NOT_RUN = "tuned", "one setting", "not run"
+UNTRAINED = "nothing is trained"
 # Studies that read the runs of another one, and the one that trains nothing
 RUNS_OF = {"attention_dispersion": "muse_results", "bleu_by_length": "muse_results"}
 WITHOUT_TRAINING = ("operator_properties",)
 
 
 def state(folder: pathlib.Path) -> str:
-    """Returns the state of a study: "tuned" if all of its final runs are done.
+    """Returns the state of a study: "tuned" if its final runs are done, "not run" without results.
 
     A study of `RUNS_OF` is tuned if each run that it measured is a final one of the other study.
     """
@@ -304,7 +305,9 @@ def state(folder: pathlib.Path) -> str:
         own = {row["name"] for row in read(folder / "results.csv")}
         tuned = own and own <= final and state(folder.parent / other) == TUNED
         return TUNED if tuned else ONE_SETTING
-    return TUNED if is_complete(read(folder / "final.csv")) else ONE_SETTING
+    if is_complete(read(folder / "final.csv")):
+        return TUNED
+    return ONE_SETTING if read(folder / "results.csv") else NOT_RUN
 
 
 def state_lines(folder: pathlib.Path) -> list[str]:
@@ -317,12 +320,18 @@ def state_lines(folder: pathlib.Path) -> list[str]:
     if found == TUNED:
         tuned = "**Tuned**: the comparison was run under the [protocol](../PROTOCOL.md)."
         return [tuned, *source]
-    lines = ["**One setting**, not run under the [protocol](../PROTOCOL.md) yet.", *source]
-    lines.append("The verdicts hold for this setting only: tuned models may be in another order.")
+    if found == NOT_RUN:
+        lines = [
+            "**Not run**: designed under the [protocol](../PROTOCOL.md); there are no results."
+        ]
+    else:
+        lines = ["**One setting**, not run under the [protocol](../PROTOCOL.md) yet.", *source]
+        only = "The verdicts hold for this setting only: tuned models may be in another order."
+        lines.append(only)
     stages = {"grid": ("grid", "warmup"), "reported models": ("final",)}
     for name, files in stages.items():
         if rows := [row for file in files for row in read(folder / f"{file}.csv")]:
             done = sum(row["state"] == "done" for row in rows)
             counted = f"{done} of the {len(rows)} runs of the {name} are done"
-            lines.append(f"{counted}; no verdict follows.")
+            lines.append(f"{counted}; no verdict is drawn from them.")
     return lines

@@ -598,6 +598,8 @@ def test_the_choice_looks_at_pictures_that_it_does_not_train_on(tmp_path):
 
 def test_a_part_of_a_grid_gives_no_state_but_its_number_of_runs(tmp_path):
     (tmp_path / "grid.csv").write_text("name,state\na,done\nb,running\n")
+    assert protocol.state(tmp_path) == protocol.NOT_RUN
+    (tmp_path / "results.csv").write_text("name,state\na,done\n")
     assert protocol.state(tmp_path) == protocol.ONE_SETTING
     assert "1 of the 2 runs" in " ".join(protocol.state_lines(tmp_path))
     (tmp_path / "final.csv").write_text("name,state\na,done\nb,failed\n")
