@@ -13,6 +13,7 @@ from typing import Any
 
 from localglobal_jax.checkpoints import workdir
 from localglobal_jax.cli import options
+from localglobal_jax.config import schema
 from localglobal_jax.launch import backends, execute, expand, shell
 from localglobal_jax.launch.backend import Launch, Request
 from localglobal_jax.launch.exit_codes import ExitCode
@@ -276,7 +277,7 @@ def _summary(
     """Returns the lines of ``--summary``, one per run or, with ``--group``, per setting."""
     from localglobal_jax.launch import summary
 
-    split = next(iter(sweep.base.data.eval_splits), None)
+    split = next(map(schema.evaluation_name, sweep.base.data.eval_splits), None)
     metric = summary.metric(rows, args.metric, sweep.base.checkpoint.best, split)
     if args.group:
         records = summary.groups(rows, metric, args.group, args.baseline or ())

@@ -13,6 +13,8 @@ from localglobal_jax.config.values import tuples
 
 FIELDS = ("image_size", "mean", "std", "eval_crop", "interpolation")  # of config.data
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+# names of timm, and ours; Pillow averages areas by its filter "box"
+INTERPOLATIONS = {"bilinear": "bilinear", "bicubic": "bicubic", "box": "area"}
 HALVES = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}  # timm's "inception": [-1, 1]
 
 
@@ -64,8 +66,8 @@ def of_hub(config: Mapping[str, Any]) -> dict[str, Any]:
         found["eval_crop"] = "squash"
     elif isinstance(crop, int | float):
         found["eval_crop"] = float(crop)
-    if given.get("interpolation") in ("bilinear", "bicubic"):
-        found["interpolation"] = given["interpolation"]
+    if (name := given.get("interpolation")) in INTERPOLATIONS:
+        found["interpolation"] = INTERPOLATIONS[name]
     return found
 
 

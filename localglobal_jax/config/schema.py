@@ -402,6 +402,12 @@ class TranslationRun(Run):
 
 RUNS: dict[str, type[Run]] = {"classification": ClassificationRun, "translation": TranslationRun}
 
+
+def evaluation_name(split: str) -> str:
+    """Returns the name of a split in metrics: "train_eval" for "train", which training has."""
+    return "train_eval" if split == "train" else split
+
+
 # Fields that may differ between a run and its resumption. They do not change the computation,
 # except for the order of sums over devices and the treatment of unreadable records.
 MAY_CHANGE = (

@@ -83,6 +83,13 @@ def convert_file(
     name = name or (pathlib.Path(weights).stem if file == pathlib.Path(weights) else weights)
     try:
         module, variables = SOURCES[source](file, name, arguments)
+    except (TypeError, LookupError) as error:  # such as "10" for a number, or too short a list
+        if not arguments:
+            raise
+        raise ValueError(
+            f"--args {json.dumps(dict(arguments))}: {error}: give every argument the type and the "
+            f"length that it has in the code of {source}"
+        ) from error
     except ValueError as error:
         raise ValueError(f"{error}{_advice(source, file, name, arguments)}") from None
     hub = _hub_config(weights, file) if source != "fairseq" else None
@@ -127,9 +134,9 @@ def prepared(
     if source == "fairseq":
         return {}
     found = preprocessing.of_converted(source, name) | (preprocessing.of_hub(hub) if hub else {})
-    size = arguments.get("img_size")
-    if size:
-        found["image_size"] = (size, size) if isinstance(size, int) else tuple(size)
+    # without a size, `SOURCES` take the weights for those of 224
+    size = arguments.get("img_size") or found.get("image_size", 224)
+    found["image_size"] = convert.weights.sides(size)
     channels = registry.image_channels(variables)
     if channels != 3 and len(set(found.get("mean", ()))) == 1:
         found |= {field: found[field][:1] for field in ("mean", "std")}
@@ -301,6 +308,7 @@ def find_weights(weights: str) -> pathlib.Path:
     file = pathlib.Path(weights)
     if file.is_file():
         return file
+    weights = weights.removeprefix("hf-hub:")
     if file.suffix in FILES or weights.count("/") != 1:  # hub names have tags: .sw_in1k
         raise ValueError(
             f"{weights}: no such file (a hub name looks like timm/coatnet_0_rw_224.sw_in1k)"
@@ -312,5 +320,8 @@ def find_weights(weights: str) -> pathlib.Path:
             f"{weights} is not a file; to fetch it as a hub name, "
             "pip install 'localglobal_jax[hub]'"
         ) from None
-    # of any revision, only arrays are read: .safetensors holds no code
-    return pathlib.Path(hf_hub_download(weights, "model.safetensors"))  # nosec B615
+    try:
+        # of any revision, only arrays are read: .safetensors holds no code
+        return pathlib.Path(hf_hub_download(weights, "model.safetensors"))  # nosec B615
+    except ValueError as error:  # of huggingface_hub: a name that no hub has
+        raise ValueError(f"{weights}: {error}") from None

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array
 
 from localglobal_jax.config import validation
+from localglobal_jax.convert import weights
 from localglobal_jax.models.focal import FocalTransformer
 from localglobal_jax.operators import focal
 from localglobal_jax.operators.focal import PoolMethod
@@ -215,8 +216,7 @@ def fit(
 
 def parameter_shapes(module: nn.Module, channels: int) -> dict[str, tuple[int, ...]]:
     """Returns path -> shape of every parameter; nothing is allocated."""
-    size = module.image_size
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = weights.sides(module.image_size)
     image = jax.ShapeDtypeStruct((1, height, width, channels), jnp.float32)
     tree = jax.eval_shape(module.init, jax.random.key(0), image)["params"]
     return {k: v.shape for k, v in flax.traverse_util.flatten_dict(tree, sep="/").items()}

@@ -2,7 +2,7 @@
 """Tools of every converter: reading ``.safetensors``, transposing, and strict assembly."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,17 @@ Transform = Callable[[np.ndarray], np.ndarray]
 Variables = dict[str, Any]
 
 # ---------------------------------------------------------------------------- reading
+
+
+def sides(size: int | Sequence[int]) -> tuple[int, int]:
+    """Returns ``img_size``, a number or (height, width), as (height, width).
+
+    Raises ValueError for another number of sides.
+    """
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    if len(pair) != 2:
+        raise ValueError(f"img_size={size}: give a number or (height, width)")
+    return pair
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:

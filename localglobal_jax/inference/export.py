@@ -270,8 +270,9 @@ def _timm(source: Source, folder: pathlib.Path) -> None:
             "crop_pct": 1.0 if squash else crop,
             "crop_mode": "squash" if squash else "center",
         }
-    if "interpolation" in found:  # Pillow averages areas by its filter "box"
-        prepared["interpolation"] = found["interpolation"].replace("area", "box")
+    if "interpolation" in found:
+        theirs = {ours: name for name, ours in preprocessing.INTERPOLATIONS.items()}
+        prepared["interpolation"] = theirs[found["interpolation"]]
     described: dict[str, Any] = {
         "architecture": name,
         "num_classes": module.classes,

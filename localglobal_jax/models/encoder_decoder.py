@@ -9,6 +9,7 @@ of the public code, but for padding, which never changes a result here.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ from localglobal_jax.operators.cache import Cache, CrossKV
 from localglobal_jax.operators.dense import wide_product
 from localglobal_jax.operators.grids import check_input
 
+MATRIX = re.compile(r"kernel\d*|embedding")  # names of matrices in the parameters
 _IWSLT = {"source_vocab": 8848, "target_vocab": 6632, "embeddings": "separate"}
 _EN_DE = {"source_vocab": 32768, "target_vocab": 32768}
 _EN_FR = {"source_vocab": 44512, "target_vocab": 44512}
@@ -265,7 +267,7 @@ class EncoderDecoder(nn.Module):
         """
 
         def round_matrix(path: Any, leaf: Array) -> Array:
-            matrix = getattr(path[-1], "key", "") in ("kernel", "embedding")
+            matrix = MATRIX.fullmatch(getattr(path[-1], "key", ""))
             return leaf.astype(self.dtype) if matrix else leaf
 
         return jax.tree_util.tree_map_with_path(round_matrix, variables)

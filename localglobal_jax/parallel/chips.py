@@ -92,7 +92,7 @@ GPUS = {
         capability="8.0", cores=108, clock=1.41, cache=40, shared=164, lanes=64,
     ),
     "h100": H100,
-    "h200": dataclasses.replace(H100, name="NVIDIA H200 141GB HBM3e", hbm=4800 * GB, memory=141.0),
+    "h200": dataclasses.replace(H100, name="NVIDIA H200 141GB HBM3e", hbm=4800 * GB, memory=139.8),
     "b200": Gpu(
         name="NVIDIA B200", flops=2250 * TERA, tf32=1125 * TERA, float32=75 * TERA,
         hbm=7700 * GB, nvlink=900 * GB, network=50 * GB, memory=178.35,

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from localglobal_jax.config import schema
+from localglobal_jax.data.images import label_maps
 from localglobal_jax.data.text import bucketing, tokenizers
 from localglobal_jax.training.tasks import Task, create_task
 
@@ -48,6 +49,10 @@ def batch(run: schema.Run, task: Task, *, train: bool) -> tuple[Shapes, str]:
             "mask": jax.ShapeDtypeStruct((rows,), np.float32),
             "index": jax.ShapeDtypeStruct((rows,), np.int32),
         }
+        if train and options.label_maps:
+            maps = (rows, *label_maps.PUBLISHED)
+            shapes["label_map"] = jax.ShapeDtypeStruct(maps, np.float16)
+            shapes["label_box"] = jax.ShapeDtypeStruct((rows, 5), np.float32)
         return shapes, f"{rows} images of {'x'.join(map(str, size))}"
     tokens = run.batch_size if train else run.eval.batch_size or run.batch_size
     edge = int(bucketing.round_up(np.array([options.max_length]))[0])

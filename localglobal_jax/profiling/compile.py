@@ -73,16 +73,19 @@ def compile_step(
     batch, described = abstract_task.batch(run, task, train=step == "train")
     loops = None
     if step == "train":
-        function: Any = partitioner.compile_step(make_update(task, optimizer, run), state)
+        update: Callable[..., Any] = make_update(task, optimizer, run)
+        function = partitioner.compile_step(update, state)
         args: tuple[Any, ...] = (state, batch)
     else:
-        function = partitioner.compile_eval(evaluated(run, task, step))
+        update = evaluated(run, task, step)
+        function = partitioner.compile_eval(update)
         args = (state.average or state.variables, partitioner.split(batch))
     if step == "decode":
         loops = decoding.max_length(batch["source"].shape[1])  # of the search, at most
 
     began = time.monotonic()
     traced = function.trace(*args)
+    multiply_adds = flops.computed(traced.jaxpr, loops=loops)
     facts: dict[str, Any] = {
         "batch": described,
         "items": abstract_task.items(batch),
@@ -96,7 +99,8 @@ def compile_step(
         "trained_parameter_bytes": nbytes(
             freezing.trained(state.variables["params"], run.optim.freeze)
         ),
-        "multiply_adds": flops.computed(traced.jaxpr, loops=loops),
+        "multiply_adds": multiply_adds,
+        "model_multiply_adds": multiply_adds if loops else flops.multiply_adds(update, *args),
         "arguments": arguments(state, batch, partitioner, train=step == "train"),
         "least": least(run, task, step, state, batch),
         "parts": sorted(state.variables["params"]),

@@ -36,6 +36,7 @@ def build(facts: Mapping[str, Any], text: str, topology: Topology) -> dict[str, 
         "parameters_split": facts["split_parameter_bytes"] / facts["parameter_bytes"],
         "memory": memory(facts, topology),
         "flops": 2 * facts["multiply_adds"] / topology.devices,
+        "model_flops": 2 * facts["model_multiply_adds"] / topology.devices,
         "compile": {
             "cpu_seconds": facts["compile_cpu_seconds"],
             "peak_bytes": facts["compile_peak_bytes"],
@@ -107,7 +108,8 @@ def bounds(report: Mapping[str, Any], topology: Topology) -> dict[str, Any]:
 
     The lower end is the largest of the bounds of compute, memory and communication, which may
     overlap perfectly. The upper end is the compiler's estimate without overlap plus communication:
-    cycles on TPU, times of kernels on GPU (see `gpu_kernels`).
+    cycles on TPU, times of kernels on GPU (see `gpu_kernels`). The MFU counts the work of the
+    model, not what the program repeats.
     """
     if topology.chip is None:
         return {}
@@ -125,14 +127,13 @@ def bounds(report: Mapping[str, Any], topology: Topology) -> dict[str, Any]:
     high = max(low, estimated + sending) if estimated else None
     found: dict[str, Any] = {"bounds_ms": ms, "bound_by": max(ms, key=lambda name: ms[name])}
     step = [low, high]
+    least = ms["compute"] * report["model_flops"] / report["flops"]
     found["step_ms"] = {"low": low, "high": high, "note": NOT_VALIDATED}
     found["items_per_second"] = {
         "high": report["items"] / low * 1e3,
         "low": report["items"] / high * 1e3 if high else None,
     }
-    found["mfu"] = dict(
-        zip(("high", "low"), (ms["compute"] / n if n else None for n in step), strict=True)
-    )
+    found["mfu"] = dict(zip(("high", "low"), (least / n if n else None for n in step), strict=True))
     return found
 
 

@@ -117,5 +117,5 @@ def compute(sums: Mapping[str, tuple]) -> dict[str, float]:
             each = np.asarray(total, np.float64)[there] / np.asarray(count)[there]
             result[name] = float(each.mean()) if len(each) else float("nan")
         else:
-            result[name] = float(total) / int(count) if int(count) else float("nan")
+            result[name] = float(total) / float(count) if count > 0 else float("nan")
     return result | {"count": max((int(np.sum(count)) for _, count in sums.values()), default=0)}

@@ -17,6 +17,7 @@ from localglobal_jax.training.freezing import path_of
 PyTree = Any
 # Places of layers in the order of the computation: (part, stage, block)
 STEM, HEAD = (0, 0, 0), (9, 0, 0)
+KERNEL = re.compile(r"kernel\d*")  # of several windows each has its size in the name
 BEFORE = r"stem/|position$|head/class_token$|(source_|target_)?embedding/"
 
 
@@ -55,7 +56,7 @@ def make_schedule(options: schema.Optim, steps: int) -> optax.Schedule:
 
 
 def decay_mask(params: PyTree) -> PyTree:
-    """True for the leaves that weight decay shrinks: those named ``kernel`` with >= 2 dimensions.
+    """True for the leaves that weight decay shrinks: named ``kernel`` or ``kernel7``, not vectors.
 
     The name decides, so everything else is spared without a list to maintain: ``bias``, ``scale``
     (norms, LayerScale), embeddings, position and relative-position tables, gates, class tokens.
@@ -64,7 +65,7 @@ def decay_mask(params: PyTree) -> PyTree:
 
     def decays(path: tuple, leaf: Any) -> bool:
         name = jax.tree_util.keystr(path[-1:], simple=True)
-        return name == "kernel" and jnp.ndim(leaf) >= 2
+        return KERNEL.fullmatch(name) is not None and jnp.ndim(leaf) >= 2
 
     return jax.tree_util.tree_map_with_path(decays, params)
 

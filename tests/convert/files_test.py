@@ -250,6 +250,40 @@ def test_hub_names_have_tags(monkeypatch, tmp_path):
     found = files.find_weights("timm/coatnet_0_rw_224.sw_in1k")
     assert found == tmp_path / "model.safetensors"
     assert asked == [("timm/coatnet_0_rw_224.sw_in1k", "model.safetensors")]
+    files.find_weights("hf-hub:timm/coatnet_0_rw_224.sw_in1k")
+    assert asked[0] == asked[1]
     for name in ("timm/weights.safetensors", "coatnet_0_rw_224.sw_in1k", "a/b/c"):
         with pytest.raises(ValueError, match=name):
             files.find_weights(name)
+
+
+def test_a_name_that_no_hub_has_is_an_error_without_a_traceback(tmp_path, capsys):
+    assert main(["convert", "timm", "timm/a b--c", f"--out={tmp_path}/out"]) == 2
+    assert "timm/a b--c" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("source", "file", "arguments"),
+    [
+        ("timm", "volo_aux", {"num_classes": "10"}),
+        ("timm", "volo_aux", {"layers": 3}),
+        ("timm", "coatnet_0_rw_224", {"num_classes": "10"}),
+        ("timm", "coatnet_0_rw_224", {"img_size": [3]}),
+        ("focal", "focal_tiny", {"depths": 2}),
+        ("focal", "focal_tiny", {"num_heads": [3, 6]}),
+        ("focal", "focal_tiny", {"window_size": None}),
+    ],
+)
+def test_arguments_of_another_type_or_length_are_named(source, file, arguments, tmp_path, capsys):
+    own = GOLDEN / f"{file}.json"
+    known = json.loads(own.read_text()) if own.exists() else {}
+    given = {**known.get("kwargs", known.get("args", {})), **arguments}
+    weights = own.with_suffix(".safetensors")
+    if not weights.exists():
+        weights = tmp_path / f"{file}.safetensors"
+        safetensors.numpy.save_file({"x": np.zeros(2, np.float32)}, weights)
+    command = ["convert", source, str(weights), f"--out={tmp_path}/out"]
+    command += ["--name=volo"] if file == "volo_aux" else []
+    assert main([*command, f"--args={json.dumps(given)}"]) == 2
+    assert next(iter(arguments)) in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -8,6 +8,7 @@ A white pixel is [1, 1, 1] for 15 of timm's 16 published CoAtNets and CoAtNeXts,
 import functools
 import json
 import pathlib
+import typing
 
 import cv2
 import jax
@@ -102,6 +103,19 @@ def test_focal_is_prepared_as_swins_code_does(tmp_path):
     arguments = golden.get("kwargs") or golden["args"]
     report = files.convert_file("focal", weights, str(tmp_path / "f"), arguments=arguments)
     assert report["mean"] == (0.485, 0.456, 0.406) and report["eval_crop"] == 0.875
+
+
+@pytest.mark.parametrize(("source", "name"), [("focal", "x"), ("timm", "coatnet_0_rw")])
+def test_weights_without_a_size_are_those_of_224(source, name):
+    _, variables = tiny()
+    assert files.prepared(source, name, {}, variables)["image_size"] == (224, 224)
+
+
+def test_every_interpolation_has_a_name_of_timm():
+    ours = typing.get_args(schema.Images.model_fields["interpolation"].annotation)
+    assert sorted(preprocessing.INTERPOLATIONS.values()) == sorted(ours)
+    for name, mode in preprocessing.INTERPOLATIONS.items():
+        assert preprocessing.of_hub({"interpolation": name}) == {"interpolation": mode}
 
 
 def test_a_hub_config_beside_the_file_wins(convert, tmp_path):

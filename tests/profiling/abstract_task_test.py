@@ -26,6 +26,17 @@ def test_batches_are_those_of_training(spec):
     assert abstract_task.items(batch) >= batch["mask"].shape[0]
 
 
+def test_label_maps_are_planned_in_training():
+    given = {"data.label_maps": "/not/there", "data.mock": "true"}
+    run = validation.check(loading.load("configs/volo_imagenet.py:size=tiny", given))
+    task = abstract_task.create(run)
+    batch, _ = abstract_task.batch(run, task, train=True)
+    assert batch["label_map"].shape == (run.batch_size, 2, 5, 18, 18)
+    variables = jax.eval_shape(task.model.init, jax.random.key(0), *task.inputs)
+    jax.eval_shape(task.loss, variables, batch, jax.random.key(0))
+    assert "label_map" not in abstract_task.batch(run, task, train=False)[0]
+
+
 def test_real_classes_without_data():
     run = validation.check(loading.load("configs/coatnet_imagenet.py:variant=0"))
     assert abstract_task.create(run).model.classes == 1000

@@ -116,7 +116,7 @@ def test_report_of_a_gpu_has_links_and_kernels():
         "mesh": {"data": 8}, "batch": "64 images", "items": 64, "items_name": "images", "rows": 64,
         "micro_batches": 1, "parameters": 1, "parameter_bytes": 4, "parameter_sizes": [],
         "split_parameter_bytes": 0, "least": {"multiply_adds": 1, "kept": 8},
-        "multiply_adds": 1, "arguments": {}, "parts": ["conv", "head"],
+        "multiply_adds": 1, "model_multiply_adds": 1, "arguments": {}, "parts": ["conv", "head"],
         "compile_cpu_seconds": 1.0, "compile_peak_bytes": 1,
         "memory": dict(arguments=0, output=0, alias=0, temporary=10**10, code=0, peak=0),
     }  # fmt: skip

@@ -24,6 +24,7 @@ FACTS = {
     "least": {"multiply_adds": 5 * 10**8, "kept": 400_000},
     "parameter_sizes": [65_536, 32_768],
     "multiply_adds": 10**9,
+    "model_multiply_adds": 8 * 10**8,
     "arguments": {"parameters": 300_000, "batch": 10_000},
     "parts": ["head", "stage1"],
     "memory": {
@@ -61,6 +62,8 @@ def test_bounds_are_consistent(built):
     assert ms["compute"] == pytest.approx(1e3 * 2 * 10**9 / 4 / 197e12)
     assert built["items_per_second"]["high"] == pytest.approx(64e3 / step["low"])
     assert 0 < built["mfu"]["low"] <= built["mfu"]["high"] <= 1
+    # work that the program repeats takes time, but is none of the model
+    assert built["mfu"]["high"] == pytest.approx(0.8 * ms["compute"] / step["low"])
     assert built["wire_bytes"] == sum(row["wire"] for row in built["collectives"])
     for share in ("cycles_share", "bytes_share"):
         assert sum(row[share] for row in built["layers"]) == pytest.approx(1)

@@ -182,3 +182,16 @@ def test_divergence_is_exit_code_3_and_never_becomes_a_checkpoint(data_dir, tmp_
     found = json.loads((tmp_path / "diverged.json").read_text())
     assert found["last_checkpoint"] == found["step"] == step >= 1
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(state["variables"]))
+
+
+def test_an_evaluation_of_the_training_set_has_a_name_of_its_own(tmp_path):
+    """ "train" is the name of the lines of training."""
+    overrides = {"steps": "2", "data.eval_splits": "('train', 'test')", "eval.every": "2"}
+    overrides |= {"log.every": "2", "checkpoint.best": "train_eval/accuracy", **small.IMAGES}
+    overrides |= {"optim.warmup_steps": "0", "log.tensorboard": "false"}
+    run = validation.check(loading.load(f"{CONFIG}:size=tiny,data=mock", overrides))
+    found = loop.train(run, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["split"] for line in lines] == ["train", "train_eval", "test"]
+    assert "count" not in found["train"] and found["train_eval"]["count"] == 256
+    assert "train_eval" in (tmp_path / "model_card.md").read_text()

@@ -63,6 +63,13 @@ def test_ties_go_to_the_smaller_class_and_do_not_count_twice():
     assert (result["accuracy"], result["top5"]) == (1 / 3, 2 / 3)
 
 
+def test_a_mean_by_weights_below_and_beside_whole_numbers():
+    sums = {"x": (13.8, 6.9), "y": (0.6, 0.2), "z": (0.0, 0.0)}
+    result = metrics.compute(sums)
+    assert (result["x"], result["y"]) == (pytest.approx(2), pytest.approx(3))
+    assert np.isnan(result["z"])
+
+
 def test_results_are_plain_python():
     result = metrics.compute(metrics.classification(*padded(*example(3), to=4)))
     assert {type(v) for v in result.values()} == {float, int}

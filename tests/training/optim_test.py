@@ -8,6 +8,7 @@ import optax
 import pytest
 
 from localglobal_jax.config import schema
+from localglobal_jax.models.registry import create_model
 from localglobal_jax.training import optim
 
 SHAPES = {
@@ -94,6 +95,30 @@ def test_only_matrices_named_kernel_decay():
     mask = optim.decay_mask(filled(0))
     decayed = [jax.tree_util.keystr(p) for p, on in jax.tree.leaves_with_path(mask) if on]
     assert decayed == ["['attention']['query']['kernel']", "['stem']['kernel']"]
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "depthwise", "standard"])
+@pytest.mark.parametrize("letter", "MD")
+def test_kernels_of_every_kind_of_convolution_decay(letter, kind):
+    options = {"windows": (3, 7)} if letter == "M" else {"window": 3}
+    module = create_model(
+        "muse",
+        layout=letter * 2,
+        depths=(2, 2),
+        widths=(8, 8),
+        heads=(2, 2),
+        hidden=(8, 8),
+        blocks={letter: {"kind": kind, **options}},
+    )
+    tokens = jnp.ones((1, 4), jnp.int32)
+    params = jax.eval_shape(module.init, jax.random.key(0), tokens, tokens)["params"]
+    kernels = {
+        jax.tree_util.keystr(path): decays
+        for path, decays in jax.tree.leaves_with_path(optim.decay_mask(params))
+        if "kernel" in jax.tree_util.keystr(path)
+    }
+    assert len([name for name in kernels if "kernel3" in name]) == 4
+    assert all(kernels.values())
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])

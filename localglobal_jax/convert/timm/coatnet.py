@@ -163,8 +163,7 @@ def load(
     else:
         what, spec, size = "this CoAtNet", fields(name_or_cfg), 224
     module = CoAtNet(**spec, classes=model["num_classes"], drop_path=model["drop_path_rate"])
-    size = model["img_size"] or size
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = weights.sides(model["img_size"] or size)
     image = jax.ShapeDtypeStruct((1, height, width, model["in_chans"]), jnp.float32)
     variables = weights.assemble(
         jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False), image),

@@ -90,8 +90,7 @@ def load(name_or_cfg: str, state_dict: Mapping[str, Any], **kwargs: Any) -> tupl
         what="these arguments of VOLO",
     )
     if kwargs.get("img_size") is not None:
-        size = kwargs["img_size"]
-        size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+        size = weights.sides(kwargs["img_size"])
         variables = adapt.resize(module, variables, size, channels=channels)
     return module, variables
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from localglobal_jax.data.tfds import gcs
 
+PUBLISHED = (2, 5, 18, 18)  # shape of the authors' maps
 TYPES = {"HalfStorage": np.float16, "FloatStorage": np.float32}
 
 

@@ -191,7 +191,7 @@ def create_evaluators(
 
         return Evaluator(batches, measure, names, size)
 
-    return {split: create_evaluator(split) for split in run.data.eval_splits}
+    return {schema.evaluation_name(name): create_evaluator(name) for name in run.data.eval_splits}
 
 
 def loss(

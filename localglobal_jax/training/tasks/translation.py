@@ -237,7 +237,10 @@ def create_evaluators(
             summary=summary,
         )
 
-    return {split: create_evaluator(split, source) for split, source in sources.items()}
+    return {
+        schema.evaluation_name(split): create_evaluator(split, source)
+        for split, source in sources.items()
+    }
 
 
 def _bleu_options(run: schema.TranslationRun, source: pipeline.TextSource) -> dict[str, Any]:

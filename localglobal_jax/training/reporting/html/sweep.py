@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from localglobal_jax.checkpoints import gcs, objects, workdir
-from localglobal_jax.config import values
+from localglobal_jax.config import schema, values
 from localglobal_jax.training import metrics
 from localglobal_jax.training.reporting import verdicts
 from localglobal_jax.training.reporting.html import attempts, curves
@@ -147,7 +147,8 @@ def _metric(runs: Sequence[Run]) -> tuple[str, bool]:
     known = {name for run in runs for name in run.last()}
     if not best:
         splits = next((s for r in runs if (s := r.config.get("data", {}).get("eval_splits"))), ())
-        usual = [f"{split}/{name}" for name in metrics.USUAL for split in splits[:1]]
+        first = map(schema.evaluation_name, splits[:1])
+        usual = [f"{split}/{name}" for split in first for name in metrics.USUAL]
         best = next((name for name in usual if name in known), "train/loss")
     return metrics.direction(best)
 
