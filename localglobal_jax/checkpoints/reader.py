@@ -7,6 +7,7 @@ Layout of ``checkpoints/<step>/``: ``state`` (orbax, plain nested dicts), ``meta
 where a step is written under its own name, ``commit_success.txt`` follows (see `steps`).
 """
 
+import errno
 import functools
 import json
 import logging
@@ -27,6 +28,8 @@ from localglobal_jax.checkpoints import digests, objects, orbax_patches, store, 
 from localglobal_jax.checkpoints import steps as steps_of
 
 T = TypeVar("T")
+# permissions, open files, memory
+UNREADABLE = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 SMALL = 2**18  # bytes; smaller arrays are fetched to the host for their digest
 log = logging.getLogger(__name__)
 
@@ -62,7 +65,7 @@ def read(
       ValueError: there is no checkpoint, or not this step.
       CorruptCheckpoint: every checkpoint, or the given one, is damaged.
     """
-    directory, own = _locate(path)
+    directory, own = locate(path)
     load = functools.partial(_load, directory, select)
     found, _ = newest_valid(directory, own if step is None else step, load)
     if found is None:
@@ -72,7 +75,7 @@ def read(
 
 def steps(path: str | os.PathLike) -> list[int]:
     """Returns the steps at `path`, oldest first; for the directory of one step, those beside it."""
-    return list(steps_of.scan(_locate(path)[0]))
+    return list(steps_of.scan(locate(path)[0]))
 
 
 def inspect(path: str | os.PathLike, verify: bool = False) -> dict:
@@ -81,7 +84,7 @@ def inspect(path: str | os.PathLike, verify: bool = False) -> dict:
 
     ``verified`` is None unless `verify`; ``latest`` is the newest step without an error.
     """
-    directory, own = _locate(path)
+    directory, own = locate(path)
     steps, complete = [], steps_of.scan(directory)
     for step in [own] if own is not None else complete:
         entry: dict[str, Any] = {"step": step, "error": None}
@@ -97,6 +100,8 @@ def inspect(path: str | os.PathLike, verify: bool = False) -> dict:
         except store.StoreFailed:  # says nothing about the step
             raise
         except Exception as error:
+            if own is None and complete[step] and not steps_of.scan(directory).get(step):
+                continue  # retention deleted it
             entry["error"] = _first_line(error)
         steps.append(entry | {"verified": entry["error"] is None if verify else None})
     good = [entry["step"] for entry in steps if entry["error"] is None]
@@ -118,7 +123,7 @@ def document_of(
 
 def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
     """Returns the metadata of a step, or of the newest of a workdir, without reading its arrays."""
-    directory, step = _locate(path)
+    directory, step = locate(path)
     if step is None:
         complete = [step for step, whole in steps_of.scan(directory).items() if whole]
         step = max(complete or steps_of.scan(directory))
@@ -235,21 +240,30 @@ def read_arrays(
 def all_hosts_agree(load: Callable[[], T]) -> T:
     """Runs `load` on every host; raises Damaged on all of them if it fails on one.
 
-    Raises StoreFailed on all of them if the store fails on one: the step may be whole.
+    If one of them cannot read (`_cannot_read`), all raise an OSError: the step may be whole.
     """
     result, error = None, None
     try:
         result = load()
     except Exception as caught:
         error = caught
-    failed = np.asarray([isinstance(error, store.StoreFailed), error is not None])
+    failed = np.asarray([_cannot_read(error), error is not None])
     failed = multihost_utils.process_allgather(failed).reshape(-1, 2).any(axis=0)
     if failed[0]:
-        alone = store.StoreFailed("the store failed on another host: its log names the object")
-        raise error if isinstance(error, store.StoreFailed) else alone
+        alone = store.StoreFailed("another host cannot read the checkpoint: its log has the reason")
+        raise error if error and _cannot_read(error) else alone
     if failed[1]:
         raise Damaged(_first_line(error) if error else "unreadable on another host") from error
     return result  # type: ignore[return-value]
+
+
+def _cannot_read(error: Exception | None) -> bool:
+    """Returns whether an error says that this process cannot read, and nothing about the files."""
+    if isinstance(error, store.StoreFailed | MemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno in UNREADABLE
+    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
 def newest_valid(
@@ -307,24 +321,20 @@ def _load(
     try:
         document = document_of(directory, step, check=True)
         leaves = document["leaves"]
-    except store.StoreFailed:
-        raise
     except Exception as error:
-        raise Damaged(_first_line(error)) from error
+        raise error if _cannot_read(error) else Damaged(_first_line(error)) from error
     if select:
         leaves = {path: leaves[path] for path in select(leaves)}
     try:
         wanted = {k: jax.ShapeDtypeStruct(tuple(v["shape"]), _dtype(v)) for k, v in leaves.items()}
         flat = read_arrays(directory, step, wanted, part=select is not None)
         check_same(leaves, describe(flat))
-    except store.StoreFailed:
-        raise
     except Exception as error:
-        raise Damaged(_first_line(error)) from error
+        raise error if _cannot_read(error) else Damaged(_first_line(error)) from error
     return step, nest(flat), document["metadata"]
 
 
-def _locate(path: str | os.PathLike) -> tuple[epath.Path, int | None]:
+def locate(path: str | os.PathLike) -> tuple[epath.Path, int | None]:
     """Returns the directory of checkpoints and, if the path is one step, its number."""
     given = workdir.absolute(path)
     inside = _inside(given)

@@ -100,6 +100,8 @@ def run(args: argparse.Namespace) -> int:
     names = ("beam", "length_penalty", "min_length", "max_length", "max_source", "batch_size")
     chosen |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     file = None if args.file == "-" else args.file
+    if not file and sys.stdin is None:
+        raise ValueError("there is no standard input (it is closed): give a FILE")
     terminal = not file and sys.stdin.isatty()
     blocks = _blocks(file) if file else _arriving(0.0 if terminal else args.wait)
     if terminal:
@@ -179,7 +181,7 @@ def _arriving(wait: float) -> Iterator[list[str]]:
     readable, read = _input()
     ready: list[bytes] = []
     parts: list[bytes] = []  # of a line whose end is not here yet
-    number, ended = 1, False
+    number, ended, feeds = 1, False, b""  # feeds: line feeds were seen
     while ready or not ended:
         deadline = time.monotonic() + wait
         while not ended and len(ready) < BLOCK:
@@ -189,6 +191,7 @@ def _arriving(wait: float) -> Iterator[list[str]]:
             ended = not data
             head, *whole = data.split(b"\n")
             parts.append(head)
+            feeds = b"\n" if whole else feeds
             if whole or (ended and any(parts)):
                 ready += [b"".join(parts), *whole[:-1]]
                 parts = whole[-1:]
@@ -196,9 +199,9 @@ def _arriving(wait: float) -> Iterator[list[str]]:
                 deadline = time.monotonic() + wait
         block, ready = ready[:BLOCK], ready[BLOCK:]
         if block:
-            text = b"\n".join(block) + b"\n"
-            yield files.lines(text, "standard input", first=number)
-            number += len(block)
+            lines = files.lines(b"\n".join(block) + feeds, "standard input", first=number)
+            yield lines
+            number += len(lines)
 
 
 def _input() -> tuple[Callable[[float | None], Any], Callable[[], bytes]]:

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from localglobal_jax import convert
 from localglobal_jax.checkpoints import gcs, manager, workdir
 from localglobal_jax.config import loading, preprocessing, schema, validation
+from localglobal_jax.data.text import files as text_files
 from localglobal_jax.data.text import tokenizers
 from localglobal_jax.models import registry
 from localglobal_jax.models.registry import Variables
@@ -183,8 +184,8 @@ def _labels(file: str | None, hub: Mapping[str, Any] | None, classes: int) -> li
             return []
         return found if len(found) == len(set(found)) == classes else []
     try:
-        names = pathlib.Path(file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        names = text_files.read_lines(file)
+    except ValueError as error:
         raise ValueError(f"--labels {file}: {error}") from None
     if len(names) != classes or len(set(names)) != classes:
         raise ValueError(

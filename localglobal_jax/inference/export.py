@@ -42,6 +42,7 @@ class Source(NamedTuple):
     """The model to export."""
 
     path: str  # of a workdir or an exported folder
+    files: pathlib.Path  # local: config.json, tokenizer
     step: int
     variables: Variables
     metadata: Mapping[str, Any]
@@ -85,14 +86,25 @@ def export(
     folder = _free(out)
     path = hub.local(path)
     found, variables, metadata = load.read_variables(path, step, average)
-    if average == 1 and not hub.describe(path):
-        metadata = {**metadata, "metrics": _metrics(path, found)}
-    source = Source(str(path), found, variables, metadata, overrides or {})
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    files = _files_of(path)
+    if not hub.describe(path):
+        if average == 1:
+            metadata = {**metadata, "metrics": _metrics(path, found)}
+        if "config" in metadata and (files / "config.json").is_file():  # with absolute paths
+            metadata = {**metadata, "config": load.read_run(files).model_dump(mode="json")}
+    source = Source(str(path), files, found, variables, metadata, overrides or {})
+    name = f".{folder.name}.{os.getpid()}.partial"
+    inside = folder.exists()  # it may be a mount, or the current folder: it stays
+    partial = folder / name if inside else folder.with_name(name)
     partial.mkdir(parents=True)
     try:
         FORMATS[format](source, partial)
-        partial.replace(folder)
+        if inside:  # config.json last: without it nothing reads the folder
+            for entry in sorted(partial.iterdir(), key=lambda entry: entry.name == hub.CONFIG):
+                entry.rename(folder / entry.name)
+            partial.rmdir()
+        else:
+            partial.replace(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -110,7 +122,7 @@ def export(
 def _free(out: str | os.PathLike[str]) -> pathlib.Path:
     """Returns the folder to write. Raises ValueError if it is in a bucket, a file, or not empty."""
     workdir.check_local("--out", out, "folder")
-    folder = pathlib.Path(out).expanduser().absolute()
+    folder = pathlib.Path(os.path.realpath(os.path.expanduser(out)))
     try:
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"--out {out} is a file: give a folder")
@@ -122,6 +134,14 @@ def _free(out: str | os.PathLike[str]) -> pathlib.Path:
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise ValueError(f"--out {out}: no permission to write in {parent}")
     return folder
+
+
+def _files_of(path: str | os.PathLike[str]) -> pathlib.Path:
+    """Returns the local files of the workdir or exported folder of `path`, which may be a step."""
+    if not hub.describe(path):
+        directory, _ = reader.locate(path)
+        path = directory.parent if directory.name == "checkpoints" else directory
+    return gcs.LocalMirror(path).local
 
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -143,10 +163,10 @@ def _count(variables: Variables) -> int:
 def _safetensors(source: Source, folder: pathlib.Path) -> None:
     """Writes what `load.load` reads: weights, config, tokenizer."""
     hub.write(folder, source.step, source.variables, source.metadata)
-    files = _copy_tokenizer(source, folder)
-    beside = [name for name in BESIDE if (files / name).is_file()]
+    _copy_tokenizer(source, folder)
+    beside = [name for name in BESIDE if (source.files / name).is_file()]
     for name in beside:
-        shutil.copyfile(files / name, folder / name)
+        shutil.copyfile(source.files / name, folder / name)
     use = 'module, variables = lg.load("path/to/this/directory")  # or hf://OWNER/NAME'
     more = f"The card of its run is [{BESIDE[0]}]({BESIDE[0]})." if BESIDE[0] in beside else ""
     _card(source, folder, f"import localglobal_jax as lg\n\n{use}", more)
@@ -285,12 +305,10 @@ def _timm(source: Source, folder: pathlib.Path) -> None:
     _card(source, folder, f"import timm\n\n{use}  # or hf-hub:OWNER/NAME", library="timm")
 
 
-def _copy_tokenizer(source: Source, folder: pathlib.Path) -> pathlib.Path:
-    """Copies ``tokenizer/``, if there is one; returns the local files of the source."""
-    files = gcs.LocalMirror(source.path).local
-    if (files / tokenizers.DIRECTORY).is_dir():
-        shutil.copytree(files / tokenizers.DIRECTORY, folder / tokenizers.DIRECTORY)
-    return files
+def _copy_tokenizer(source: Source, folder: pathlib.Path) -> None:
+    """Copies ``tokenizer/``, if there is one."""
+    if (source.files / tokenizers.DIRECTORY).is_dir():
+        shutil.copytree(source.files / tokenizers.DIRECTORY, folder / tokenizers.DIRECTORY)
 
 
 def _card(

@@ -59,6 +59,8 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     folder = pathlib.Path(path).expanduser()
     if not os.path.isfile(folder / WEIGHTS):  # False also for a path that is too long
         return None
+    if os.path.isdir(folder / "checkpoints"):  # converted beside the weights of others
+        return None
     try:
         found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

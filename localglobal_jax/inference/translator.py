@@ -241,8 +241,8 @@ class Translator:
             if token == UNK and names:
                 pieces[place] = names[int(weights[place, : len(names)].argmax())]
         special = tokenizer.pieces([self.module.end])[0]
-        text = " ".join(piece for piece in pieces if piece != special)
-        return hypothesis._replace(text=tokenizer.plain(text).translate(ONE_LINE))
+        text = tokenizer.join([piece for piece in pieces if piece != special])
+        return hypothesis._replace(text=text.translate(ONE_LINE))
 
     def _encode(self, lines: Sequence[str]) -> list[list[int]]:
         """Returns ids and the end token; no ids for a blank line. Runs of blanks count as one."""
@@ -363,7 +363,9 @@ def load(
 def defaults(path: str | pathlib.Path) -> Mapping[str, Any]:
     """Returns beam and length penalty of the run in `path`; 4 and 1 if it has no config."""
     workdir = gcs.LocalMirror(hub.local(path)).local
-    task = inference_load.read_run(workdir).task if (workdir / "config.json").is_file() else None
+    described = hub.describe(workdir)
+    known = "config" in described if described else (workdir / "config.json").is_file()
+    task = inference_load.read_run(workdir).task if known else None
     return {
         "beam": getattr(task, "beam", 0) or 4,  # 0 there: evaluation only measures the loss
         "length_penalty": getattr(task, "length_penalty", 1.0),

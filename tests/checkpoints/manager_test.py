@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What was saved comes back bit for bit, or somebody is told. Real files, real kills."""
 
+import contextlib
 import json
 import logging
 import os
+import pathlib
 import random
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import jax
@@ -267,6 +270,50 @@ def test_a_damaged_explicit_step_raises(copy):
         open_at(copy).restore(template(), 2)
     with pytest.raises(reader.CorruptCheckpoint, match="state/_METADATA"):
         reader.read(copy, 2)
+
+
+@contextlib.contextmanager
+def as_nobody():
+    """Without the rights of root, which may read every file."""
+    root = os.geteuid() == 0
+    try:
+        if root:
+            os.seteuid(65534)
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+def test_a_file_that_may_not_be_read_is_no_damage(two_steps, caplog):
+    """The step may be whole: no other one is used, and none is moved aside."""
+    with tempfile.TemporaryDirectory() as folder:
+        pathlib.Path(folder).chmod(0o755)  # those of pytest are for their owner alone
+        copy = shutil.copytree(two_steps, pathlib.Path(folder) / "checkpoints")
+        for path in (copy, *copy.rglob("*")):
+            path.chmod(0o755)
+        for path in (copy / "2" / "metadata" / "metadata", copy / "2" / "state" / "_METADATA"):
+            path.chmod(0)
+            with as_nobody():
+                for read in (lambda: open_at(copy).restore(template()), lambda: reader.read(copy)):
+                    with pytest.raises(PermissionError, match=path.name):
+                        read()
+            path.chmod(0o755)
+        assert open_at(copy).restore(template()).step == 2
+    assert not caplog.records
+
+
+def test_inspect_leaves_out_a_step_that_is_deleted_meanwhile(copy, monkeypatch):
+    document_of = reader.document_of
+
+    def deleted(directory, step, *rest, **options):
+        if step == 1:
+            shutil.rmtree(copy / "1", ignore_errors=True)
+        return document_of(directory, step, *rest, **options)
+
+    monkeypatch.setattr(reader, "document_of", deleted)
+    (entry,) = reader.inspect(copy, verify=True)["steps"]
+    assert (entry["step"], entry["verified"]) == (2, True)
 
 
 def test_no_good_step_raises_rather_than_starting_over(copy):

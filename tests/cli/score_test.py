@@ -35,7 +35,10 @@ def test_score_of_text_without_blanks(tmp_path, capsys):
     for name in (ref, named):
         (tmp_path / name).write_text("\n".join(lines) + "\n")
     (tmp_path / hyp).write_text("\n".join(f"{line[:10]}錯{line[11:]}" for line in lines) + "\n")
-    for options in ([ref, "--tokenize", "zh"], [named]):
+    places = [str(tmp_path / f"ref.{place}") for place in ("zh_CN", "zh-TW")]
+    for place in places:
+        (tmp_path / place).write_text("\n".join(lines) + "\n")
+    for options in ([ref, "--tokenize", "zh"], [named], *([place] for place in places)):
         assert main(["score", hyp, *options]) == 0
         out, err = capsys.readouterr()
         assert "BLEU  85.79" in out and "tok:zh" in out and "warning" not in err

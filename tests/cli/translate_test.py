@@ -77,6 +77,28 @@ def test_a_line_out_for_a_line_in(run, expected, tmp_path, separator, end):
     assert run(given, SHORT, "-") == (0, wanted, "")
 
 
+def test_carriage_returns_alone_end_lines_of_stdin_as_of_a_file(run, tmp_path):
+    given = b"w4 w5\rw6\rw7"
+    (tmp_path / "in").write_bytes(given)
+    code, out, _ = run(given, SHORT)
+    assert code == 0 and out.count("\n") == 3
+    assert run(b"", SHORT, str(tmp_path / "in"))[1] == out
+
+
+def test_a_closed_stdin_is_named(converted, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["translate", f"--workdir={converted}"]) == 2
+    assert "FILE" in capsys.readouterr().err
+
+
+def test_an_export_of_converted_weights_translates(run, converted, expected, tmp_path):
+    out = tmp_path / "exported"
+    assert main(["export", str(converted), "--format=safetensors", f"--out={out}"]) == 0
+    wanted = "".join(f"{found.text}\n" for found in expected)
+    code, found, _ = run("\n".join(LINES).encode(), SHORT, f"--workdir={out}")
+    assert code == 0 and found.endswith(wanted)
+
+
 def test_no_line_and_empty_lines(run):
     assert run(b"") == (0, "", "")
     assert run(b"\n\n \n") == (0, "\n\n\n", "")

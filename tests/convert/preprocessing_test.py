@@ -139,7 +139,7 @@ def metadata(out):
 
 
 def test_names_of_the_classes_of_a_file_or_of_the_hub(convert, tmp_path, capsys):
-    (tmp_path / "names").write_text("dog\ncat\n")
+    (tmp_path / "names").write_text("dog\r\ncat\r\n", encoding="utf-8-sig")  # by Notepad
     out = convert("coatnet_0_rw_224", f"--labels={tmp_path / 'names'}")
     assert classifier.load(out).labels == ("dog", "cat")
     (tmp_path / "weights" / "config.json").write_text('{"label_names": ["a", "b"]}')

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -23,6 +24,7 @@ import localglobal_jax as lg
 from localglobal_jax.checkpoints import manager, objects, reader, workdir
 from localglobal_jax.cli.main import main
 from localglobal_jax.config import schema
+from localglobal_jax.convert import files
 from localglobal_jax.data.images import device_ops
 from localglobal_jax.data.text import tokenizers
 from localglobal_jax.inference import export, hub, load
@@ -323,6 +325,50 @@ def test_a_model_that_timm_does_not_have_ends_with_2(family, workdirs, tmp_path,
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("localglobal export: timm has no ")
     assert not [*tmp_path.iterdir()]
+
+
+# ---------------------------------------------------------------------------- places
+
+
+def test_the_folder_may_be_there_as_a_link_or_the_current_folder(workdirs, inside):
+    (inside / "real").mkdir()
+    (inside / "link").symlink_to("real")
+    export.export(workdirs / "coatnet", "link")
+    here = inside / "here"
+    here.mkdir()
+    os.chdir(here)
+    export.export(workdirs / "coatnet", ".")
+    for folder in (inside / "link", inside / "real", here):
+        assert hub.describe(folder)["step"] == 4
+        assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_of_a_step_by_its_folder_the_files_of_the_run_are_copied(workdirs, tmp_path):
+    export.export(workdirs / "muse" / "checkpoints" / "4", tmp_path / "out")
+    assert (tmp_path / "out" / tokenizers.DIRECTORY / tokenizers.INDEX).is_file()
+    lg.load_translator(tmp_path / "out")
+
+
+def test_the_paths_of_the_data_are_absolute(tmp_path, monkeypatch, workdirs):
+    file = tmp_path / "run" / "config.json"
+    shutil.copytree(workdirs / "coatnet", tmp_path / "run")
+    config = json.loads(file.read_text())
+    config["data"]["dir"] = "/absolute/data"
+    file.write_text(json.dumps(config))
+    export.export(tmp_path / "run", tmp_path / "out")
+    assert hub.describe(tmp_path / "out")["config"]["data"]["dir"] == "/absolute/data"
+
+
+def test_weights_converted_beside_their_file_are_a_checkpoint(tmp_path):
+    golden = json.loads((GOLDEN / "volo_aux.json").read_text())
+    shutil.copy(GOLDEN / "volo_aux.safetensors", tmp_path / hub.WEIGHTS)
+    files.convert_file(
+        *("timm", f"{tmp_path / hub.WEIGHTS}", str(tmp_path)),
+        name="volo",
+        arguments=golden["kwargs"],
+    )
+    assert hub.describe(tmp_path) is None
+    lg.load(tmp_path)
 
 
 # ---------------------------------------------------------------------------- wrong input

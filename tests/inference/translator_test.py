@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 import localglobal_jax as lg
 from localglobal_jax.config import loading, schema
 from localglobal_jax.convert import fairseq, weights
-from localglobal_jax.data.text.tokenizers import EOS, SPECIAL, UNK, Dictionary, Tokenizers
+from localglobal_jax.data.text.tokenizers import (
+    EOS,
+    SPECIAL,
+    UNK,
+    Dictionary,
+    Tokenizers,
+    train_sentencepiece,
+)
 from localglobal_jax.inference import heat_map
 from localglobal_jax.inference.translator import (
     Sampling,
@@ -287,6 +294,17 @@ def test_beam_and_length_penalty_are_those_of_the_run(tmp_path):
     run = schema.TranslationRun(model={"name": "muse"}, task={"name": "translation"})
     (tmp_path / "config.json").write_text(loading.to_json(run))
     assert defaults(tmp_path) == {"beam": 4, "length_penalty": 1.0}
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_pieces_become_the_text_of_their_ids(kind):
+    texts = [f"the house {i} is green, and so is number {i * 7}" for i in range(200)]
+    tokenizer = train_sentencepiece(texts, 340, kind)
+    for text in (*texts[:9], "a word of others: übermäßig"):
+        (ids,) = tokenizer.encode([text])
+        assert tokenizer.join(tokenizer.pieces(ids)) == tokenizer.decode(ids) == text
+    assert tokenizer.join(["▁the", "▁HOUSE", "▁is"]) == "the HOUSE is"
+    assert Dictionary(["a@@", "b"]).join(["a@@", "b", "c"]) == "ab c"
 
 
 @pytest.mark.parametrize("place", [0, 2])

@@ -177,13 +177,15 @@ def ending_of(name: str) -> str:
 
 
 def _is_run(store: "_Disk | _Store", folder: str, names: set[str]) -> bool:
-    """Returns whether a folder is a workdir, or a checkpoint that `localglobal convert` wrote."""
+    """Returns whether a folder is a workdir, or a model that `convert` or `export` wrote."""
     if "config.json" in names:
         if names & {"checkpoints", "metrics.jsonl"}:
             return True
         try:
             config = json.loads(store.text(f"{folder}/config.json"))
-            return isinstance(config, dict) and {"task", "model", "data"} <= config.keys()
+            if isinstance(config, dict):
+                exported = config.get("library_name") == "localglobal_jax"
+                return exported or {"task", "model", "data"} <= config.keys()
         except StoreFailed:
             raise
         except (OSError, ValueError):  # unreadable, or not JSON

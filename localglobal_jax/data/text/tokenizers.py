@@ -42,6 +42,9 @@ class Tokenizer(Protocol):
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Returns every id's entry in the vocabulary, special ids too."""
 
+    def join(self, pieces: Sequence[str]) -> str:
+        """Returns the text of pieces, none of them special; others than the vocabulary's stay."""
+
     def dump(self) -> bytes:
         """Returns the contents of the file that restores the tokenizer."""
 
@@ -87,6 +90,10 @@ class SentencePiece:
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         return [self._processor.id_to_piece(int(i)) for i in ids]
+
+    def join(self, pieces: Sequence[str]) -> str:
+        text = self._processor.decode_pieces(list(pieces))
+        return text.replace("\u2581", " ").strip()  # its sign of a blank, kept in unknown pieces
 
     def plain(self, text: str) -> str:
         return text
@@ -177,6 +184,9 @@ class Dictionary:
     def pieces(self, ids: Sequence[int]) -> list[str]:
         special = ("<s>", "<pad>", "</s>", "<unk>")
         return [special[i] if i < SPECIAL else self.words[i - SPECIAL] for i in ids]
+
+    def join(self, pieces: Sequence[str]) -> str:
+        return self.plain(" ".join(pieces))
 
     def dump(self) -> bytes:
         return "".join(f"{word} 1\n" for word in self.words).encode()

@@ -74,6 +74,7 @@ def test_pictures_are_sorted_by_the_parts_of_their_names(root):
         {"config.json": "{}", "metrics.jsonl": ""},
         {"config.json": json.dumps({"task": 1, "model": 2, "data": 3})},
         {f"checkpoints/0/{digests.MANIFEST}": "{}"},
+        {"config.json": json.dumps({"library_name": "localglobal_jax", "step": 3})},  # an export
     ],
 )
 @pytest.mark.parametrize("place", ["mine", "runs/mine", "cat/a/mine"])

@@ -118,7 +118,8 @@ def gather(
     if found is None:
         return run
     run.step, variables, metadata = found
-    run.leaves = reader.document_of(mirror.checkpoints, run.step)["leaves"]
+    with _noted(run, "The list of parameters"):
+        run.leaves = reader.document_of(mirror.checkpoints, run.step)["leaves"]
     run.environment = {**metadata.get("versions", {}), **metadata.get("environment", {})}
     log.info("%s: the checkpoint of step %d", name, run.step)
     if not config.data.eval_splits:
