@@ -74,7 +74,7 @@ def compile_step(
     loops = None
     if step == "train":
         update: Callable[..., Any] = make_update(task, optimizer, run)
-        function = partitioner.compile_step(update, state)
+        function: Any = partitioner.compile_step(update, state)
         args: tuple[Any, ...] = (state, batch)
     else:
         update = evaluated(run, task, step)
