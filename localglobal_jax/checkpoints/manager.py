@@ -16,7 +16,6 @@ import json
 import logging
 import math
 import os
-import re
 from typing import Any, NamedTuple
 
 import absl.logging
@@ -154,10 +153,10 @@ class Checkpoints:
         for step in self.steps():
             try:
                 metrics = reader.document_of(self.directory, step)["metrics"]
-                values[step] = self._sign * metrics[self._best]
-            except store.StoreFailed:
-                raise
+                values[step] = self._sign * self._named(metrics)[self._best]
             except Exception as error:  # damage is reported when the step is restored
+                if reader.cannot_read(error):
+                    raise
                 log.debug("step %d has no metrics: %s", step, error)
         return max(values, key=lambda step: (values[step], step), default=None)
 
@@ -180,7 +179,7 @@ class Checkpoints:
         """
         arrays = _as_arrays(state)
         metrics = {name: float(value) for name, value in (metrics or {}).items()}
-        if metrics and self._best and self._best not in metrics:
+        if metrics and self._best and self._best not in self._named(metrics):
             raise ValueError(
                 f'checkpoint.best="{self._options.best}": the metrics are {sorted(metrics)}'
             )
@@ -308,7 +307,13 @@ class Checkpoints:
         )
 
     def _score(self, metrics: dict) -> float:
-        return self._sign * metrics[self._best] if self._best in metrics else -math.inf
+        named = self._named(metrics)
+        return self._sign * named[self._best] if self._best in named else -math.inf
+
+    @staticmethod
+    def _named(metrics: dict) -> dict:
+        """Returns metrics, also those of earlier versions, under their names of today."""
+        return {schema.evaluated_metric(name): value for name, value in metrics.items()}
 
     def _tidy(self) -> None:
         """Removes interrupted saves, empty steps, trash; moves damaged steps to ``N.damaged``."""
@@ -353,8 +358,8 @@ def _reason(error: Exception, directory: epath.Path) -> tuple[str, str]:
     failed = store.of_tensorstore(error, directory) or error
     if isinstance(failed, store.StoreFailed) and failed.remedy:
         return str(failed).removesuffix(f". {failed.remedy}"), failed.remedy
-    if number := re.search(r"os_error_code='(\d+)'", str(error)):
-        reason = os.strerror(int(number[1]))
+    if number := reader.os_error(error):
+        reason = os.strerror(number)
     else:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
     return reason, "Remove the cause and run the same command again"

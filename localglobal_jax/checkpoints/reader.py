@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
@@ -97,9 +98,9 @@ def inspect(path: str | os.PathLike, verify: bool = False) -> dict:
                 raise Damaged(f"{digests.MANIFEST} is missing")
             if verify:
                 _load(directory, None, step)
-        except store.StoreFailed:  # says nothing about the step
-            raise
         except Exception as error:
+            if cannot_read(error):  # says nothing about the step
+                raise
             if own is None and complete[step] and not steps_of.scan(directory).get(step):
                 continue  # retention deleted it
             entry["error"] = _first_line(error)
@@ -240,30 +241,38 @@ def read_arrays(
 def all_hosts_agree(load: Callable[[], T]) -> T:
     """Runs `load` on every host; raises Damaged on all of them if it fails on one.
 
-    If one of them cannot read (`_cannot_read`), all raise an OSError: the step may be whole.
+    If one of them cannot read (`cannot_read`), all raise: the step may be whole.
     """
     result, error = None, None
     try:
         result = load()
     except Exception as caught:
         error = caught
-    failed = np.asarray([_cannot_read(error), error is not None])
+    failed = np.asarray([cannot_read(error), error is not None])
     failed = multihost_utils.process_allgather(failed).reshape(-1, 2).any(axis=0)
     if failed[0]:
         alone = store.StoreFailed("another host cannot read the checkpoint: its log has the reason")
-        raise error if error and _cannot_read(error) else alone
+        raise error if error and cannot_read(error) else alone
     if failed[1]:
         raise Damaged(_first_line(error) if error else "unreadable on another host") from error
     return result  # type: ignore[return-value]
 
 
-def _cannot_read(error: Exception | None) -> bool:
+def cannot_read(error: Exception | None) -> bool:
     """Returns whether an error says that this process cannot read, and nothing about the files."""
-    if isinstance(error, store.StoreFailed | MemoryError):
+    if isinstance(error, store.StoreFailed):
         return True
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return "RESOURCE_EXHAUSTED" in str(error)
+    return os_error(error) in UNREADABLE
+
+
+def os_error(error: Exception | None) -> int | None:
+    """Returns the errno of an OSError or of an error of tensorstore; None for others."""
     if isinstance(error, OSError):
-        return error.errno in UNREADABLE
-    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+        return error.errno
+    number = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(number[1]) if number else None
 
 
 def newest_valid(
@@ -317,12 +326,12 @@ def _load(
     select: Callable[[Collection[str]], Collection[str]] | None,
     step: int,
 ) -> tuple[int, dict, dict]:
-    """Reads and verifies one step; raises Damaged for every error but those of `select`."""
+    """Reads and verifies one step; raises Damaged, but for `cannot_read` and errors of `select`."""
     try:
         document = document_of(directory, step, check=True)
         leaves = document["leaves"]
     except Exception as error:
-        raise error if _cannot_read(error) else Damaged(_first_line(error)) from error
+        raise error if cannot_read(error) else Damaged(_first_line(error)) from error
     if select:
         leaves = {path: leaves[path] for path in select(leaves)}
     try:
@@ -330,7 +339,7 @@ def _load(
         flat = read_arrays(directory, step, wanted, part=select is not None)
         check_same(leaves, describe(flat))
     except Exception as error:
-        raise error if _cannot_read(error) else Damaged(_first_line(error)) from error
+        raise error if cannot_read(error) else Damaged(_first_line(error)) from error
     return step, nest(flat), document["metadata"]
 
 

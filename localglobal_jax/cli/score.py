@@ -4,7 +4,6 @@
 import argparse
 import json
 import pathlib
-import re
 
 NAME = "score"
 HELP = "BLEU and chrF of translations"
@@ -42,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--compound_split is for tokenised text: give --tokenized, too")
     texts = [read_lines(file) for file in files]
     language = pathlib.PurePath(args.references).suffix.removeprefix(".")
-    known = re.split("[-_]", language.lower())[0] in bleu.BY_LANGUAGE and not args.tokenized
+    known = bleu.language_of(language) in bleu.BY_LANGUAGE and not args.tokenized
     chosen = args.tokenize or (bleu.choose_tokenizer(language, texts[1]) if known else "13a")
     if args.compound_split:  # the lengths stay those of the source
         texts[:2] = map(bleu.compound_split, texts[:2])

@@ -268,6 +268,11 @@ class Checkpoints(Section):
     # steps that are both evaluated and saved. "-": smaller is better (loss, nll, perplexity)
     best: str | None = None
 
+    @pydantic.field_validator("best")
+    @classmethod
+    def _best_of_evaluation(cls, best: str | None) -> str | None:
+        return best and evaluated_metric(best)
+
 
 class Evaluation(Section):
     """Evaluation during training; it always runs at the end, too."""
@@ -406,6 +411,13 @@ RUNS: dict[str, type[Run]] = {"classification": ClassificationRun, "translation"
 def evaluation_name(split: str) -> str:
     """Returns the name of a split in metrics: "train_eval" for "train", which training has."""
     return "train_eval" if split == "train" else split
+
+
+def evaluated_metric(metric: str) -> str:
+    """Returns a metric of an evaluation ("test/loss", "-train/loss") under its split's name."""
+    sign, rest = ("-", metric[1:]) if metric.startswith("-") else ("", metric)
+    split, slash, name = rest.rpartition("/")
+    return f"{sign}{evaluation_name(split)}{slash}{name}"
 
 
 # Fields that may differ between a run and its resumption. They do not change the computation,

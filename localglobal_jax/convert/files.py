@@ -80,6 +80,7 @@ def convert_file(
     if dictionaries and source != "fairseq":
         raise ValueError(f"--dict is for fairseq: models of {source} have no vocabulary")
     given = _preprocessing_given(overrides or {})
+    weights = weights.removeprefix("hf-hub:")
     file = find_weights(weights)
     name = name or (pathlib.Path(weights).stem if file == pathlib.Path(weights) else weights)
     try:
@@ -135,9 +136,9 @@ def prepared(
     if source == "fairseq":
         return {}
     found = preprocessing.of_converted(source, name) | (preprocessing.of_hub(hub) if hub else {})
-    # without a size, `SOURCES` take the weights for those of 224
-    size = arguments.get("img_size") or found.get("image_size", 224)
-    found["image_size"] = convert.weights.sides(size)
+    size = arguments.get("img_size") or found.get("image_size")
+    if size or not name.startswith("volo"):  # of the others `SOURCES` take 224, and check it
+        found["image_size"] = convert.weights.sides(size or 224)
     channels = registry.image_channels(variables)
     if channels != 3 and len(set(found.get("mean", ()))) == 1:
         found |= {field: found[field][:1] for field in ("mean", "std")}
@@ -309,7 +310,6 @@ def find_weights(weights: str) -> pathlib.Path:
     file = pathlib.Path(weights)
     if file.is_file():
         return file
-    weights = weights.removeprefix("hf-hub:")
     if file.suffix in FILES or weights.count("/") != 1:  # hub names have tags: .sw_in1k
         raise ValueError(
             f"{weights}: no such file (a hub name looks like timm/coatnet_0_rw_224.sw_in1k)"

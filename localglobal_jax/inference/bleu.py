@@ -109,6 +109,12 @@ def tokenizer_of(lines: Sequence[str]) -> str | None:
     return None
 
 
+def language_of(name: str) -> str | None:
+    """Returns the language in "zh", "zh_CN" or "zh-Hant-TW"; None for other words ("my_test")."""
+    found = re.fullmatch(r"([A-Za-z]{2,3})([-_]([A-Z]{2}|[A-Z][a-z]{3}))*", name)
+    return found[1].lower() if found else None
+
+
 def choose_tokenizer(language: str | None, references: Sequence[str]) -> str:
     """Returns the tokenizer for a target language, such as "zh" or "ja_JP"; None: for the text.
 

@@ -3,8 +3,9 @@
 
     export("runs/digits", "exported", "safetensors")
 
-An export is a new folder, which the Hugging Face hub takes as it is. It is written beside its place
-and renamed, so that an export that is interrupted leaves no folder of that name.
+An export is a new folder, which the Hugging Face hub takes as it is. It is written beside its
+place, or inside if that is there, and renamed: an export that is interrupted leaves no folder, or
+an empty one.
 """
 
 import functools
@@ -35,6 +36,7 @@ Apply = Callable[..., jax.Array]
 PROGRAM = "model.stablehlo"
 PLATFORMS = ("cpu", "cuda", "tpu")
 LARGEST = 2**31 - 2**24  # bytes of parameters; a flatbuffer holds 2 GiB
+PARTIAL = ".localglobal_export.partial"  # in a folder that was there
 BESIDE = ("model_card.md", "learning_curve.png")  # of the run, copied where they exist
 
 
@@ -87,15 +89,13 @@ def export(
     path = hub.local(path)
     found, variables, metadata = load.read_variables(path, step, average)
     files = _files_of(path)
-    if not hub.describe(path):
-        if average == 1:
-            metadata = {**metadata, "metrics": _metrics(path, found)}
-        if "config" in metadata and (files / "config.json").is_file():  # with absolute paths
-            metadata = {**metadata, "config": load.read_run(files).model_dump(mode="json")}
+    if average == 1 and not hub.describe(path):
+        metadata = {**metadata, "metrics": _metrics(path, found)}
     source = Source(str(path), files, found, variables, metadata, overrides or {})
-    name = f".{folder.name}.{os.getpid()}.partial"
     inside = folder.exists()  # it may be a mount, or the current folder: it stays
-    partial = folder / name if inside else folder.with_name(name)
+    name = f".{folder.name}.{os.getpid()}.partial"
+    partial = folder / PARTIAL if inside else folder.with_name(name)
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     partial.mkdir(parents=True)
     try:
         FORMATS[format](source, partial)
@@ -107,6 +107,8 @@ def export(
             partial.replace(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        for entry in folder.iterdir() if inside else ():  # it was empty
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         raise
     return {
         "format": format,
@@ -126,9 +128,9 @@ def _free(out: str | os.PathLike[str]) -> pathlib.Path:
     try:
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"--out {out} is a file: give a folder")
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and {entry.name for entry in folder.iterdir()} - {PARTIAL}:
             raise ValueError(f"--out {out} is not empty: give a new folder")
-        parent = next(parent for parent in folder.parents if parent.exists())
+        parent = next(place for place in (folder, *folder.parents) if place.exists())
     except OSError as error:
         raise ValueError(f"--out: {error.strerror}: {str(out)[:200]}") from None
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):

@@ -2,6 +2,7 @@
 """Loads trained models: from workdirs, checkpoints, and as a start for fine-tuning."""
 
 import functools
+import json
 import logging
 import os
 import pathlib
@@ -42,6 +43,21 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Returns the metadata of the newest step of any `path` that `load` reads, without arrays."""
     folder = hub.local(path)
     return dict(hub.describe(folder) or reader.read_metadata(folder))
+
+
+def has_run(workdir: pathlib.Path) -> bool:
+    """Returns whether `workdir`, or an exported folder, has the config of a run.
+
+    A converted checkpoint has none, also beside the ``config.json`` of the hub's weights.
+    """
+    if described := hub.describe(workdir):
+        return "config" in described
+    file = workdir / "config.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return file.is_file()  # damaged: `read_run` names it
+    return isinstance(found, dict) and "model" in found
 
 
 def read_run(workdir: pathlib.Path) -> schema.Run:

@@ -363,9 +363,7 @@ def load(
 def defaults(path: str | pathlib.Path) -> Mapping[str, Any]:
     """Returns beam and length penalty of the run in `path`; 4 and 1 if it has no config."""
     workdir = gcs.LocalMirror(hub.local(path)).local
-    described = hub.describe(workdir)
-    known = "config" in described if described else (workdir / "config.json").is_file()
-    task = inference_load.read_run(workdir).task if known else None
+    task = inference_load.read_run(workdir).task if inference_load.has_run(workdir) else None
     return {
         "beam": getattr(task, "beam", 0) or 4,  # 0 there: evaluation only measures the loss
         "length_penalty": getattr(task, "length_penalty", 1.0),

@@ -17,7 +17,13 @@ from localglobal_jax.config import loading, preprocessing, schema, validation, v
 from localglobal_jax.convert import adapt
 from localglobal_jax.data.images import pipeline
 from localglobal_jax.inference import hub
-from localglobal_jax.inference.load import named, note_preprocessing, read_run, read_variables
+from localglobal_jax.inference.load import (
+    has_run,
+    named,
+    note_preprocessing,
+    read_run,
+    read_variables,
+)
 from localglobal_jax.models import EncoderDecoder
 from localglobal_jax.models.registry import MODELS, create_model, image_channels
 from localglobal_jax.parallel import multihost
@@ -101,8 +107,7 @@ def evaluate(
             raise ValueError(
                 f"config.{field}: the model of a checkpoint cannot change; leave it out"
             )
-    has_run = "config" in exported if exported else (files / "config.json").is_file()
-    if config is None and not has_run:
+    if config is None and not has_run(files):
         _, _, metadata = read_variables(workdir, step, average)
         if "converted" in metadata:
             example = "configs/finetune_folder.py --config.data.dir=PICTURES"

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from localglobal_jax.checkpoints import store
 from localglobal_jax.checkpoints.workdir import Lock, named_in_errors
-from localglobal_jax.config import schema, validation
+from localglobal_jax.config import loading, schema, validation
 from localglobal_jax.parallel import multihost, placement
 from localglobal_jax.training import divergence, freezing
 from localglobal_jax.training.early_stopping import EarlyStopping
@@ -92,7 +92,7 @@ def _train(
     update = make_update(task, setup.optimizer, run)
     step_fn = partitioner.compile_step(update, setup.template)
     description: dict[str, Any] = {
-        "config": run.model_dump(mode="json"),
+        "config": loading.with_absolute_paths(run).model_dump(mode="json"),
         "model": dict(task.model_spec),
     }
     description |= {"versions": versions(), "environment": environment(source)}

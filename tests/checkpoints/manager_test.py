@@ -2,6 +2,7 @@
 """What was saved comes back bit for bit, or somebody is told. Real files, real kills."""
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -298,9 +299,36 @@ def test_a_file_that_may_not_be_read_is_no_damage(two_steps, caplog):
                 for read in (lambda: open_at(copy).restore(template()), lambda: reader.read(copy)):
                     with pytest.raises(PermissionError, match=path.name):
                         read()
+            with as_nobody(), pytest.raises(PermissionError):
+                reader.inspect(copy, verify=True)
             path.chmod(0o755)
         assert open_at(copy).restore(template()).step == 2
     assert not caplog.records
+
+
+def test_an_error_of_tensorstore_has_the_errno_of_the_system(two_steps):
+    with tempfile.TemporaryDirectory() as folder:
+        copy = shutil.copytree(two_steps, pathlib.Path(folder) / "checkpoints")
+        pathlib.Path(folder).chmod(0o755)
+        for path in (copy, *copy.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0)
+        leaves = {"half": jax.ShapeDtypeStruct((9,), jnp.bfloat16)}
+        with as_nobody(), pytest.raises(Exception, match=r"(?i)permission") as caught:
+            reader.read_arrays(epath.Path(copy), 2, leaves, part=True)
+    assert reader.os_error(caught.value) == errno.EACCES and reader.cannot_read(caught.value)
+
+
+def test_the_best_of_a_run_of_an_earlier_version_is_kept(tmp_path):
+    """Then the metrics of an evaluation of the training set were called "train"."""
+    checkpoints = open_at(tmp_path, keep=1)
+    checkpoints.save(1, state_of(1), metadata={}, metrics={"train/accuracy": 0.9})
+    checkpoints.close()
+    today = open_at(tmp_path, keep=1, best="train/accuracy")
+    assert today.best() == 1
+    for step in (2, 3):
+        today.save(step, state_of(step), metadata={}, metrics={"train_eval/accuracy": 0.5})
+    today.close()
+    assert today.steps() == [1, 3] and today.best() == 1
 
 
 def test_inspect_leaves_out_a_step_that_is_deleted_meanwhile(copy, monkeypatch):

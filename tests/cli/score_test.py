@@ -27,6 +27,15 @@ def test_score(tmp_path, capsys):
     assert ref in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "language"),
+    [("zh", "zh"), ("ZH", "zh"), ("zh_CN", "zh"), ("zh-Hant-TW", "zh"), ("my_test", None),
+     ("zh-en", None), ("txt", "txt"), ("", None)],
+)  # fmt: skip
+def test_language_in_the_name_of_a_file(name, language):
+    assert bleu.language_of(name) == language
+
+
 def test_score_of_text_without_blanks(tmp_path, capsys):
     """sacrebleu#147: 200 Chinese lines, a character in 20 wrong."""
     lines = [chr(0x4E00 + i) + "今天的天气很好我们一起去公园散步吧好吗" for i in range(200)]

@@ -111,6 +111,10 @@ def test_weights_without_a_size_are_those_of_224(source, name):
     assert files.prepared(source, name, {}, variables)["image_size"] == (224, 224)
 
 
+def test_the_size_of_a_volo_without_one_is_not_known():
+    assert "image_size" not in files.prepared("timm", "volo", {}, tiny()[1])
+
+
 def test_every_interpolation_has_a_name_of_timm():
     ours = typing.get_args(schema.Images.model_fields["interpolation"].annotation)
     assert sorted(preprocessing.INTERPOLATIONS.values()) == sorted(ours)

@@ -19,11 +19,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import sklearn.datasets
+import small
 
 import localglobal_jax as lg
 from localglobal_jax.checkpoints import manager, objects, reader, workdir
 from localglobal_jax.cli.main import main
-from localglobal_jax.config import schema
+from localglobal_jax.config import loading, schema
 from localglobal_jax.convert import files
 from localglobal_jax.data.images import device_ops
 from localglobal_jax.data.text import tokenizers
@@ -349,26 +350,36 @@ def test_of_a_step_by_its_folder_the_files_of_the_run_are_copied(workdirs, tmp_p
     lg.load_translator(tmp_path / "out")
 
 
-def test_the_paths_of_the_data_are_absolute(tmp_path, monkeypatch, workdirs):
-    file = tmp_path / "run" / "config.json"
-    shutil.copytree(workdirs / "coatnet", tmp_path / "run")
-    config = json.loads(file.read_text())
-    config["data"]["dir"] = "/absolute/data"
-    file.write_text(json.dumps(config))
-    export.export(tmp_path / "run", tmp_path / "out")
-    assert hub.describe(tmp_path / "out")["config"]["data"]["dir"] == "/absolute/data"
+def test_the_paths_of_the_data_are_absolute(inside, data_dir):
+    (inside / "data").symlink_to(data_dir)
+    config = str(pathlib.Path(__file__).parents[2] / "configs" / "coatnet_digits.py")
+    overrides = {**small.IMAGES, "data.dir": "data", "steps": "1", "optim.warmup_steps": "0"}
+    lg.train(loading.load(f"{config}:size=tiny", overrides), "run")
+    export.export("run", "out")
+    assert hub.describe("out")["config"]["data"]["dir"] == str(inside / "data")
+
+
+def test_an_export_that_was_killed_is_made_again(workdirs, tmp_path):
+    partial = tmp_path / export.PARTIAL
+    partial.mkdir()
+    (partial / hub.CONFIG).write_text("{")
+    export.export(workdirs / "coatnet", tmp_path)
+    assert hub.describe(tmp_path)["step"] == 4 and not partial.exists()
 
 
 def test_weights_converted_beside_their_file_are_a_checkpoint(tmp_path):
     golden = json.loads((GOLDEN / "volo_aux.json").read_text())
+    (tmp_path / hub.CONFIG).write_text('{"architecture": "volo_d1_224", "num_classes": 10}')
     shutil.copy(GOLDEN / "volo_aux.safetensors", tmp_path / hub.WEIGHTS)
     files.convert_file(
         *("timm", f"{tmp_path / hub.WEIGHTS}", str(tmp_path)),
         name="volo",
         arguments=golden["kwargs"],
     )
-    assert hub.describe(tmp_path) is None
+    assert hub.describe(tmp_path) is None and not load.has_run(tmp_path)
     lg.load(tmp_path)
+    with pytest.raises(ValueError, match="--config"):
+        lg.evaluate(tmp_path)
 
 
 # ---------------------------------------------------------------------------- wrong input
@@ -422,9 +433,10 @@ def test_an_interrupted_export_leaves_nothing(error, workdirs, tmp_path, monkeyp
         raise error
 
     monkeypatch.setattr(hub, "write", interrupted)
-    with pytest.raises(type(error) if isinstance(error, OSError) else error):
-        export.export(workdirs / "coatnet", tmp_path / "out")
-    assert not [*tmp_path.iterdir()]
+    for out in (tmp_path / "out", tmp_path):
+        with pytest.raises(type(error) if isinstance(error, OSError) else error):
+            export.export(workdirs / "coatnet", out)
+        assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize(

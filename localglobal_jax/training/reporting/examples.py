@@ -52,7 +52,7 @@ class ExampleLogger:
         except Exception as error:
             log.warning("log.samples: %s: %s", type(error).__name__, error)
             return {}
-        return {f"{split}/{name}": value for name, value in found.items()}
+        return {f"{schema.evaluation_name(split)}/{name}": value for name, value in found.items()}
 
     def _open(self, split: str) -> Callable[[Task, Variables], Shown]:
         run, directory = self._run, self._directory
