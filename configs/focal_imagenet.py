@@ -9,6 +9,7 @@ The paper reports 82.2 / 83.6 / 84.0 % top-1 for tiny / small / base. Not run he
 
 from localglobal_jax.config import recipes
 from localglobal_jax.config.loading import parse_arg
+from localglobal_jax.config.validation import unknown
 
 BATCH = 1024  # images
 # Section 4.1. The authors' yaml files have 0.3 for small and 0.5 for base: ``:source=code``
@@ -30,13 +31,15 @@ def get_config(arg=None):
     )
     config = recipes.imagenet(arg, steps=recipes.steps(arg.epochs, BATCH), batch_size=BATCH)
     size = arg.variant.split("_")[0]
+    if size not in DROP_PATH[arg.source]:
+        raise unknown("variant:", arg.variant, DROP_PATH[arg.source])
     config.model = dict(name=f"focal_{arg.variant}", drop_path=DROP_PATH[arg.source][size])
     config.task = dict(label_smoothing=0.1, mixup=0.8, cutmix=1.0)
     recipes.timm_randaugment(config)
     config.data.erase = 0.25
     config.optim = dict(
         learning_rate=1e-3,  # for a batch of 1,024; the authors' code scales it with the batch
-        warmup_steps=recipes.steps(20, BATCH),  # 20 epochs
+        warmup_steps=min(recipes.steps(20, BATCH), config.steps),  # 20 epochs
         end_learning_rate=1e-5,
         weight_decay=0.05,
         clip_norm=5.0,

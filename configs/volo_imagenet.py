@@ -9,11 +9,10 @@ token's label is that of its image: 83.8 % for d1, the authors say. Tokens are m
 ``:data=mock,size=tiny`` runs anywhere, in a minute, without data.
 """
 
-from localglobal_jax.config import recipes
+from localglobal_jax.config import preprocessing, recipes
 from localglobal_jax.config.loading import parse_arg
 
 BATCH = 1024  # images
-EVAL_CROP = {224: 0.96, 384: 1.0, 448: 1.15, 512: 1.15}  # by resolution, of the authors' models
 DROP_PATH = {"d1": 0.1, "d2": 0.2, "d3": 0.5, "d4": 0.5, "d5": 0.75}
 # The commands of the authors' README, for a batch of 1,024; it has none for d4 and d5, which take
 # the rate of the other large ones.
@@ -35,10 +34,12 @@ def get_config(arg=None):
     )
     config.task = dict(label_smoothing=0.1)
     recipes.timm_randaugment(config)
-    config.data.update(erase=0.25, eval_crop=EVAL_CROP.get(arg.resolution, 1.0))
+    authors = preprocessing.of_timm(f"volo_{arg.variant}_{arg.resolution}")
+    published = arg.resolution in (224, 384, 448, 512)
+    config.data.update(erase=0.25, eval_crop=authors["eval_crop"] if published else 1.0)
     config.optim = dict(
         learning_rate=LEARNING_RATE[arg.variant],
-        warmup_steps=recipes.steps(20, BATCH),  # 20 epochs
+        warmup_steps=min(recipes.steps(20, BATCH), config.steps),  # 20 epochs
         end_learning_rate=1e-5,
         weight_decay=0.05,
         clip_norm=0.0,  # off, as is the average of parameters: main.py's defaults

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 Row = Mapping[str, str]
 Overrides = dict[str, Any]
 
+PAGE = ("laptop", "real")  # size and data of the runs of a page
 STAGES = ("grid", "warmup", "final")  # in their order
 CHOICE = 10  # the seed of the grid; no reported run has it
 SEEDS = (0, 1, 2)  # of the reported runs
@@ -126,26 +127,26 @@ def sweeps(
       models_of: the overrides of each model by its name; the argument is that of ``get_config``.
     """
 
-    def best(*files: str) -> Mapping[str, Cell]:
-        rows = [row for file in files for row in read(folder / file)]
-        return chosen(rows, models_of(None), kind.metric, smaller_is_better=kind.smaller_is_better)
+    def best(arg: str | None, *stages: str) -> Mapping[str, Cell]:
+        rows = [row for stage in stages for row in read(stage_file(folder, stage, arg))]
+        return chosen(rows, models_of(arg), kind.metric, smaller_is_better=kind.smaller_is_better)
 
-    def rates() -> tuple[list[float], list[float]]:
+    def rates(arg: str | None) -> tuple[list[float], list[float]]:
         """Returns the rates of grid.csv, and those that rule 3 adds to a complete one."""
-        rows = read(folder / "grid.csv")
+        rows = read(stage_file(folder, "grid", arg))
         known = [cell(row).rate for row in rows]
         if not is_tried(rows):
             return known, []
-        return known, extension([each.rate for each in best("grid.csv").values()], known)
+        return known, extension([each.rate for each in best(arg, "grid").values()], known)
 
     def warmups(arg: str | None) -> tuple[list[int], list[int]]:
         """Returns the warm-ups of warmup.csv, and those that it lacks, of rule 3 too."""
-        rows, longest = read(folder / "warmup.csv"), config_of(arg).steps // 2
+        rows, longest = read(stage_file(folder, "warmup", arg)), config_of(arg).steps // 2
         known = [cell(row).warmup for row in rows]
-        study = {each.warmup for each in best("grid.csv").values()}
+        study = {each.warmup for each in best(arg, "grid").values()}
         wanted = [max(1, round(factor * steps)) for factor in WARMUPS for steps in study]
         if is_tried(rows):
-            taken = [each.warmup for each in best("grid.csv", "warmup.csv").values()]
+            taken = [each.warmup for each in best(arg, "grid", "warmup").values()]
             wanted += [round(steps) for steps in extension(taken, [*known, *study])]
         lacking = [steps for steps in wanted if steps not in known and 1 <= steps <= longest]
         return list(dict.fromkeys(known)), lacking
@@ -163,18 +164,18 @@ def sweeps(
         run = functools.partial(grid, models, kind.choice, warmup=steps, norms=kind.norms)
         yield from run(rate=rate)
         first = {round(factor * rate, 10) for factor in FACTORS}
-        for added in dict.fromkeys(itertools.chain(*rates())):
+        for added in dict.fromkeys(itertools.chain(*rates(arg))):
             if added not in first:
                 yield from run(rate=added, factors=(1.0,))
 
     def sweep_warmup(arg: str | None = None) -> Iterator[Overrides]:
-        refuse("grid", rates()[1])
+        refuse("grid", rates(arg)[1])
         steps = itertools.chain(*warmups(arg))
-        yield from warmup(models_of(arg), kind.choice, best("grid.csv"), steps)
+        yield from warmup(models_of(arg), kind.choice, best(arg, "grid"), steps)
 
     def sweep_final(arg: str | None = None) -> Iterator[Overrides]:
         refuse("warmup", warmups(arg)[1])
-        yield from final(models_of(arg), best("grid.csv", "warmup.csv"))
+        yield from final(models_of(arg), best(arg, "grid", "warmup"))
 
     return sweep_grid, sweep_warmup, sweep_final
 
@@ -200,6 +201,16 @@ def read(file: pathlib.Path) -> list[Row]:
         return []
     with open(file, newline="") as opened:
         return list(csv.DictReader(opened))
+
+
+def stage_file(folder: pathlib.Path, stage: str, arg: str | None = None) -> pathlib.Path:
+    """Returns the CSV file of a stage: grid.csv, and grid_paper.csv for ``:size=paper``.
+
+    Runs of another size, or of mock data, choose for themselves.
+    """
+    given = dict(part.partition("=")[::2] for part in (arg or "").split(","))
+    words = [given.get(name, "") for name in ("size", "data")]
+    return folder / f"{'_'.join([stage, *(w for w in words if w not in ('', *PAGE))])}.csv"
 
 
 def is_complete(rows: Sequence[Row]) -> bool:

@@ -84,9 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--slots", default="1", help="runs at a time; default: 1")
     parser.add_argument("--collect", action="store_true", help="run nothing")
     args = parser.parse_args(arguments)
-    folder = pathlib.Path(args.config.partition(":")[0]).parent
+    config, _, arg = args.config.partition(":")
     for stage in protocol.STAGES:
-        file = folder / f"{stage}.csv"
+        file = protocol.stage_file(pathlib.Path(config).parent, stage, arg)
         slots = None if args.collect else args.slots
         code = run_stage(args.config, stage, f"{args.workdir}/{stage}", file, slots)
         if code not in (ExitCode.DONE, ExitCode.FAILED):

@@ -596,6 +596,21 @@ def test_the_choice_looks_at_pictures_that_it_does_not_train_on(tmp_path):
     np.testing.assert_array_equal(np.concatenate([trained, pictures(held)]), whole)
 
 
+@pytest.mark.parametrize("name", ["muse_results", "coatnet_layouts", "beyond"])
+def test_another_size_chooses_for_itself(name):
+    """The rows of the page are none of its runs, and its rates are no ends of the page's grid."""
+    spec = f"{FOLDER / name / 'sweep.py'}:size=paper,data=mock"
+    assert protocol.stage_file(FOLDER / name, "grid").name == "grid.csv"
+    assert protocol.stage_file(FOLDER, "grid", "size=laptop,data=real").name == "grid.csv"
+    assert protocol.stage_file(FOLDER, "grid", "size=paper,data=mock").name == "grid_paper_mock.csv"
+    base = loading.load(spec).optim.learning_rate
+    runs = expand.expand(spec, "runs/x", "grid").runs
+    rates = {run.run.optim.learning_rate for run in runs}
+    assert rates == {base * factor for factor in protocol.FACTORS}
+    with pytest.raises(ValueError, match="of the grid have ended"):
+        expand.expand(spec, "runs/x", "warmup")
+
+
 def test_a_part_of_a_grid_gives_no_state_but_its_number_of_runs(tmp_path):
     (tmp_path / "grid.csv").write_text("name,state\na,done\nb,running\n")
     assert protocol.state(tmp_path) == protocol.NOT_RUN

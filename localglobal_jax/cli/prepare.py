@@ -41,7 +41,8 @@ def run(args: argparse.Namespace) -> None:
             records.data_root(given, f"--{option}")
     if name == folder.NAME:
         upright = not isinstance(data, schema.Images) or bool(data.exif_orientation)
-        counts = folder.count(directory, layout, upright=upright)
+        asked = {data.train_split, *data.eval_splits} if data else folder.SPLITS
+        counts = folder.count(directory, layout, upright=upright, needed=asked)
     elif isinstance(data, schema.Text) and (data.files or data.mock):
         counts = pairs.count(data)
     elif args.from_tfrecord:

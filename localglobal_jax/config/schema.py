@@ -125,8 +125,8 @@ class Images(Section):
             return check(given)
         except pydantic.ValidationError:  # one line instead of one for every alternative
             raise ValueError(
-                'give "none", "balanced", weights above 0 by name, such as {"cat": 2.0}, or one '
-                "for each class"
+                'give "none", "balanced", weights above 0 by name, such as {"cat": 2.0}, or by '
+                'number as text, {"3": 2.0}, or one for each class'
             ) from None
 
     @pydantic.field_validator("area")

@@ -220,7 +220,9 @@ class Study:
             value = params[field]
             if isinstance(part, sweeps.Choice):
                 value = {repr(v): v for v in part.values}.get(value, value)
-            overrides[field] = float(f"{value:.6g}") if isinstance(value, float) else value
+            elif isinstance(value, float):
+                value = float(f"{value:.6g}")
+            overrides[field] = value
         run, applied, texts = expand.apply(space.spec, space.given, overrides)
         folder = f"{space.root}/{sweeps.name(space.prefix, number, applied)}"
         texts = {**space.given, **texts}

@@ -11,6 +11,7 @@ import pytest
 
 from localglobal_jax.config import coatnet_recipes, loading, recipes, validation
 from localglobal_jax.models import coatnet_variants
+from localglobal_jax.training import optim
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 IMAGENET, IMAGENET_21K = 1_281_167, 13_000_000
@@ -205,10 +206,25 @@ def test_volo(variant, rate, drop_path):
 
 
 @pytest.mark.parametrize(
-    ("resolution", "crop"), [(224, 0.96), (384, 1.0), (448, 1.15), (512, 1.15)]
-)
-def test_volo_sees_so_much_of_an_image(resolution, crop):
-    check(f"volo_imagenet.py:resolution={resolution}", {"data.eval_crop": crop})
+    ("variant", "resolution", "crop"),
+    [("d1", 224, 0.96), ("d1", 384, 1.0), ("d4", 448, 1.15), ("d5", 512, 1.15), ("d3", 448, 1.0),
+     ("d1", 256, 1.0)],
+)  # fmt: skip
+def test_volo_sees_so_much_of_an_image(variant, resolution, crop):
+    spec = f"volo_imagenet.py:variant={variant},resolution={resolution}"
+    check(spec, {"data.eval_crop": crop})
+
+
+@pytest.mark.parametrize("name", ["coatnet", "volo", "focal"])
+def test_a_short_run_warms_up_no_longer_than_it_is(name):
+    config = loading.load(f"{CONFIGS}/{name}_imagenet.py:epochs=3")
+    assert config.optim.warmup_steps <= config.steps
+    optim.make_schedule(validation.check(config).optim, config.steps)
+
+
+def test_a_focal_of_another_size_is_refused():
+    with pytest.raises(ValueError, match=r"large.*base, small, tiny"):
+        loading.load(f"{CONFIGS}/focal_imagenet.py:variant=large")
 
 
 # arXiv 2107.00641, section 4.1, and the yaml files of microsoft/Focal-Transformer

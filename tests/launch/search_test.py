@@ -9,6 +9,7 @@ import importlib.util
 import io
 import json
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -266,6 +267,13 @@ def test_invalid_draws_are_left_out_and_said(file, tmp_path, stand_ins, capsys):
     assert study.left_out() == reasons and len(study.states()) == len(kept)
     assert main([*words, "--trials=0"]) == 2
     assert "--trials" in capsys.readouterr().err
+
+
+def test_listed_numbers_keep_all_their_digits(file, tmp_path, capsys):
+    text = CONFIG.replace("uniform(1e-4, 1e-1, log=True)", "choice(2**-10, 2**-11)")
+    pathlib.Path(file).write_text(text)
+    assert main(command(file, tmp_path / "r", "--trials=1", "--dry_run")) == 0
+    assert re.search(r"optim\.learning_rate=0\.000(9765625|48828125)\b", capsys.readouterr().out)
 
 
 def test_a_dry_run_writes_nothing(file, tmp_path, capsys):

@@ -15,7 +15,7 @@ import logging
 import os
 import pathlib
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple, Self
 
 import cv2
@@ -249,12 +249,18 @@ def notes(opened: Folder) -> list[str]:
     return lines
 
 
-def count(directory: str | None, layout: str = "auto", *, upright: bool = True) -> dict[str, int]:
+def count(
+    directory: str | None,
+    layout: str = "auto",
+    *,
+    upright: bool = True,
+    needed: Collection[str] = SPLITS,
+) -> dict[str, int]:
     """Returns ``{"train": 90, "train/cat": 45, ...}``, after decoding every picture.
 
     Logs how many have an EXIF orientation; `upright`: whether a run turns them. Also counts what is
-    left out, by reason and class, and exact copies. Raises ValueError that lists the files that are
-    not whole pictures.
+    left out, by reason and class, and exact copies. Splits that are not `needed` may be empty.
+    Raises ValueError that lists the files that are not whole pictures.
     """
     counts: dict[str, int] = {}
     bad: list[str] = []
@@ -270,7 +276,12 @@ def count(directory: str | None, layout: str = "auto", *, upright: bool = True) 
             node = opened.tree.at(folders[split]) if split in folders else layouts.Node()
             if node.pictures == node.direct:  # left out, see `notes`
                 continue
-        reader = FolderReader(directory, split, opened=opened)
+        try:
+            reader = FolderReader(directory, split, opened=opened)
+        except ValueError:
+            if folders or split in needed:
+                raise
+            continue  # by the hash no picture is in it, and nobody asked for it
         counts[split] = len(reader)
         balance = reader.balance()
         counts |= {f"{split}/{name}": n for name, n in balance.items()}

@@ -18,12 +18,13 @@ import numpy as np
 
 from localglobal_jax.data.tfds import gcs
 
+EXACT = 2049  # classes, whose numbers float16 holds exactly
 PUBLISHED = (2, 5, 18, 18)  # shape of the authors' maps
 TYPES = {"HalfStorage": np.float16, "FloatStorage": np.float32}
 
 
 class LabelMaps:
-    """The label maps in a folder, all of one shape.
+    """The label maps in a folder, all of one `shape`, in float16 if that holds every class.
 
     Args:
       directory: local, or gs://BUCKET/PATH.
@@ -35,11 +36,12 @@ class LabelMaps:
 
     def __init__(self, directory: str, classes: int, first: str):
         self._folder, self._classes = gcs.place(directory).expanduser(), classes
+        self.dtype = np.float16 if classes <= EXACT else np.float32
         self.shape: tuple[int, ...] = ()
         self.shape = self.read(first).shape
 
     def read(self, name: str) -> np.ndarray:
-        """Returns the map of the image ``CLASS/STEM`` as ``float16 [2, k, h, w]``.
+        """Returns the map of the image ``CLASS/STEM`` as ``[2, k, h, w]`` of `dtype`.
 
         Raises ValueError for a map that is missing or damaged, and OSError for one that cannot be
         read.
@@ -68,9 +70,11 @@ class LabelMaps:
                 f"its classes are not whole numbers from 0 to {self._classes - 1}: its second half "
                 "has the classes, its first half their logits"
             )
+        with np.errstate(over="ignore"):
+            found = found.astype(self.dtype)
         if not np.isfinite(found[0]).all():
-            raise ValueError("its logits are not finite")
-        return np.asarray(found, np.float16)
+            raise ValueError(f"its logits are not finite numbers of {np.dtype(self.dtype)}")
+        return found
 
 
 def name_of(record: Mapping[str, Any]) -> str:

@@ -298,21 +298,26 @@ class ImageSource:
                 f"data.label_maps are read with each image, and cropped with it: set data.crop="
                 f"resized, not {options.crop}, and data.in_memory=False"
             )
-        (first,) = self._reader.block([0])
-        if isinstance(first, records.BadRecord):
-            raise first
         directory = str(options.label_maps)
         if isinstance(self._reader, folder.FolderReader):
             self._reader.check_names()
-        try:
-            return label_maps.LabelMaps(directory, self.classes, self._reader.name(first, 0))
-        except ValueError as error:
-            raise ValueError(f"data.label_maps={directory}: of the first image: {error}") from error
+        for index in range(min(options.max_bad_records, len(self) - 1) + 1):
+            (first,) = self._reader.block([index])
+            try:  # a record without a map counts as bad when it is read
+                if isinstance(first, records.BadRecord):
+                    raise first
+                return label_maps.LabelMaps(
+                    directory, self.classes, self._reader.name(first, index)
+                )
+            except ValueError as error:
+                failed = ValueError(f"data.label_maps={directory}: of image {index}: {error}")
+                failed.__cause__ = error
+        raise failed
 
     def _label_maps(self, crops: "Sequence[_RandomCrop]") -> Batch:
         """Returns the label maps of a batch and their boxes; those of masked images are zeros."""
         assert self._maps is not None
-        maps = np.zeros((len(crops), *self._maps.shape), np.float16)
+        maps = np.zeros((len(crops), *self._maps.shape), self._maps.dtype)
         boxes = np.tile(np.array([0, 0, 1, 1, 0], np.float32), (len(crops), 1))
         for i, crop in enumerate(crops):
             if crop.label_map is not None:

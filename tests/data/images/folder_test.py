@@ -151,6 +151,20 @@ def test_prepare_counts_and_names_what_is_damaged(root, capsys):
     assert "data.max_bad_records" in said
 
 
+def test_prepare_needs_the_splits_of_the_run_alone(tmp_path, capsys):
+    names = [f"{c}/{n}.png" for n in range(30) for c in ("cat", "dog")]
+    names = [name for name in names if folder.split_of(name) != "test"]
+    for name in names:
+        write(tmp_path / name)
+    command = ["prepare", "--config", CONFIG, f"--config.data.dir={tmp_path}", "--json"]
+    splits = {"train", "validation"}
+    assert {folder.split_of(name) for name in names} == splits
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out).keys() & {*folder.SPLITS} == splits
+    assert main([*command, "--config.data.eval_splits=test"]) == 2
+    assert "split test" in capsys.readouterr().err
+
+
 def test_a_bad_picture_is_named_or_tolerated(root):
     for path in root.rglob("*.jpg"):
         path.write_bytes(b"no picture")

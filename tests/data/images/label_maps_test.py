@@ -124,6 +124,21 @@ def test_damaged_maps_are_named(found, message, tmp_path):
     np.testing.assert_array_equal(maps.read("a/4"), some_map(4))
 
 
+def test_every_number_of_a_class_is_exact(tmp_path):
+    """float16 holds whole numbers up to 2048."""
+    (tmp_path / "a").mkdir()
+    found = np.zeros((2, 5, 1, 1), np.float32)
+    found[1, :, 0, 0] = 2047, 2049, 2051, 4099, 9999
+    np.save(tmp_path / "a" / "1.npy", found)
+    np.testing.assert_array_equal(
+        label_maps.LabelMaps(str(tmp_path), 10_000, "a/1").read("a/1"), found
+    )
+    found[1], found[0, 0] = 0, 70_000
+    np.save(tmp_path / "a" / "1.npy", found)
+    with pytest.raises(ValueError, match="finite"):
+        label_maps.LabelMaps(str(tmp_path), 2049, "a/1")
+
+
 @pytest.mark.parametrize(
     ("record", "name"),
     [
@@ -269,7 +284,11 @@ def test_a_missing_map_is_a_bad_record(tmp_path):
         batches(pipeline.open_split(strict, "train", train=True))
     (tmp_path / "maps" / "cat" / "0.pt").unlink()
     with pytest.raises(ValueError, match=r"data\.label_maps=.*cat/0"):
-        pipeline.open_split(options, "train", train=True)
+        pipeline.open_split(strict, "train", train=True)
+    several = options.model_copy(update={"max_bad_records": 2})  # the shape is that of the next map
+    source = pipeline.open_split(several, "train", train=True)
+    masks = np.concatenate([batch["mask"] for batch in batches(source, 1)])
+    assert len(source.bad) == 2 and masks.sum() == 6
     pipeline.open_split(options, "train", train=False)  # evaluation needs none
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files of Debian packages, fetched and unpacked without root and without installing anything."""
 
+import contextlib
 import dataclasses
 import pathlib
 import shutil
@@ -44,8 +45,9 @@ class Files:
     locate: Callable[[str, str], Any]  # (directory, config); ValueError where files are missing
 
     def find(self, config: str, staging: pathlib.Path) -> str | None:
-        """Returns the directory of the installed or the fetched files, or None."""
-        if pathlib.Path(self.installed).is_dir():
+        """Returns the directory of the installed files, if none is missing, or of fetched ones."""
+        with contextlib.suppress(ValueError):
+            self.locate(str(self.installed), config)
             return str(self.installed)
         root = fetch(self.packages(config), staging)
         return str(root / self.installed.relative_to("/")) if root else None

@@ -142,6 +142,15 @@ def test_missing_pages_are_an_error_that_names_the_packages(help_pages, tmp_path
     assert not list((tmp_path / "tfds").rglob("dataset_info.json"))
 
 
+def test_packages_are_fetched_where_one_language_is_installed(help_pages, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(debian, "fetch", lambda packages, directory: asked.append(packages))
+    files = debian.Files(lohelp.packages, pathlib.PurePosixPath(help_pages), lohelp.locate)
+    assert files.find("en-de", tmp_path) == str(help_pages) and not asked
+    assert files.find("en-fr", tmp_path) is None
+    assert asked == [lohelp.packages("en-fr")]
+
+
 def test_a_page_that_is_no_utf8_is_named(help_pages, tmp_path):
     (help_pages / "de/text/guide/7.html").write_bytes(b'<p id="par_id1">\xf6ffnen</p>')
     with pytest.raises(ValueError, match=r"guide/7.html is not UTF-8"):
