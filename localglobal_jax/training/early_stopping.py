@@ -26,7 +26,7 @@ class EarlyStopping:
         self._best: float | None = None
         self._step, self._waited = 0, 0
         saved = metadata.get(KEY) or {}
-        if schema.evaluated_metric(saved.get("metric", "")) == self._metric:
+        if saved and schema.evaluated_metric(saved["metric"]) == self._metric:
             self._best, self._step, self._waited = (saved[k] for k in ("best", "step", "waited"))
 
     @property
