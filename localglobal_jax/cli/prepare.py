@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
         data = validation.check(loading.load(args.config, args.overrides)).data
         name, directory = data.name, directory or data.dir
         layout = getattr(data, "layout", layout)
-    from localglobal_jax.data.images import folder
+    from localglobal_jax.data.images import folder, pipeline
     from localglobal_jax.data.text import pairs
     from localglobal_jax.data.tfds import records, tfrecord_index
     from localglobal_jax.data.tfds.prepare import from_tfrecord, prepare
@@ -45,6 +45,9 @@ def run(args: argparse.Namespace) -> None:
         counts = folder.count(directory, layout, upright=upright, needed=asked)
     elif isinstance(data, schema.Text) and (data.files or data.mock):
         counts = pairs.count(data)
+    elif isinstance(data, schema.Images) and data.mock:
+        splits = dict.fromkeys((data.train_split, *data.eval_splits))
+        counts = {name: len(pipeline.open_split(data, name, train=False)) for name in splits}
     elif args.from_tfrecord:
         counts = from_tfrecord(args.from_tfrecord, directory)
     elif args.index:

@@ -55,3 +55,11 @@ def test_the_option_of_a_wrong_path_is_named(option, path, capsys):
     said = capsys.readouterr().err
     assert f"--{option}" in said and path in said and "data.dir" not in said
     assert ("gs://bucket/runs" in said) == (path in ("gs://bucket", "gs://bucket/"))
+
+
+@pytest.mark.parametrize("config", ["coatnet_imagenet", "finetune_folder", "muse_lohelp"])
+def test_mock_data_are_counted_and_nothing_is_prepared(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    assert main(["prepare", "--config", f"configs/{config}.py:data=mock", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["train"] > 0
+    assert not list(tmp_path.iterdir())
