@@ -298,6 +298,14 @@ class Log(Section):
     tags: Annotated[tuple[Tag, ...], Field(max_length=100)] = ()
     note: Annotated[str, Field(max_length=10_000)] = ""
 
+    @pydantic.field_validator("tags", mode="before")
+    @classmethod
+    def _words(cls, tags: Any) -> Any:
+        """Takes numbers, which a command line reads in ``--config.log.tags=2026,1``, as words."""
+        if not isinstance(tags, list | tuple):
+            return tags
+        return tuple(str(tag) if type(tag) in (int, float) else tag for tag in tags)
+
 
 class Parallel(Section):
     """Distribution of the step over devices (see `parallel/placement.py`)."""

@@ -148,6 +148,15 @@ def test_override(field, text, value):
     assert type(run) is type(value)
 
 
+@pytest.mark.parametrize(
+    ("text", "tags"),
+    [("1", ("1",)), ("2026,7", ("2026", "7")), ("2026,a", ("2026", "a")), ("0.5", ("0.5",))],
+)
+def test_tags_may_be_numbers(text, tags):
+    config = loading.load("configs/coatnet_digits.py", {"log.tags": text})
+    assert validation.check(config).log.tags == tags
+
+
 def test_override_reaches_into_the_model():
     config = ConfigDict({"model": {"name": "coatnet", "depths": (2, 2), "blocks": {"T": {}}}})
     loading.override(config, "model.depths", "(3, 4)")
