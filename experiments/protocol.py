@@ -333,7 +333,7 @@ def state_lines(folder: pathlib.Path) -> list[str]:
         return [tuned, *source]
     if found == NOT_RUN:
         lines = [
-            "**Not run**: designed under the [protocol](../PROTOCOL.md); there are no results."
+            "**Not run**: designed under the [protocol](../PROTOCOL.md); no model is reported yet."
         ]
     else:
         lines = ["**One setting**, not run under the [protocol](../PROTOCOL.md) yet.", *source]
