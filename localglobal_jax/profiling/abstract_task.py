@@ -51,7 +51,7 @@ def batch(run: schema.Run, task: Task, *, train: bool) -> tuple[Shapes, str]:
         }
         if train and options.label_maps:
             maps = (rows, *label_maps.PUBLISHED)
-            shapes["label_map"] = jax.ShapeDtypeStruct(maps, np.float16)
+            shapes["label_map"] = jax.ShapeDtypeStruct(maps, label_maps.dtype(task.model.classes))
             shapes["label_box"] = jax.ShapeDtypeStruct((rows, 5), np.float32)
         return shapes, f"{rows} images of {'x'.join(map(str, size))}"
     tokens = run.batch_size if train else run.eval.batch_size or run.batch_size

@@ -23,6 +23,11 @@ PUBLISHED = (2, 5, 18, 18)  # shape of the authors' maps
 TYPES = {"HalfStorage": np.float16, "FloatStorage": np.float32}
 
 
+def dtype(classes: int) -> type[np.floating[Any]]:
+    """Returns float16, or float32 for more classes than float16 can number."""
+    return np.float16 if classes <= EXACT else np.float32
+
+
 class LabelMaps:
     """The label maps in a folder, all of one `shape`, in float16 if that holds every class.
 
@@ -36,7 +41,7 @@ class LabelMaps:
 
     def __init__(self, directory: str, classes: int, first: str):
         self._folder, self._classes = gcs.place(directory).expanduser(), classes
-        self.dtype = np.float16 if classes <= EXACT else np.float32
+        self.dtype = dtype(classes)
         self.shape: tuple[int, ...] = ()
         self.shape = self.read(first).shape
 

@@ -198,7 +198,8 @@ def test_two_vocabularies_do_not_share_embeddings(tmp_path):
     }
     with pytest.raises(ValueError, match=r"model\.embeddings"):
         create_task(make_run(**overrides))
-    create_task(make_run(**overrides, **{"model.embeddings": "separate"}))
+    task = create_task(make_run(**overrides, **{"model.embeddings": "separate"}))
+    assert list(task.evaluators) == ["train_eval"]  # "train" names the lines of training
 
 
 @pytest.fixture(scope="module")
