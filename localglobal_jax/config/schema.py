@@ -91,8 +91,8 @@ class Images(Section):
     # "squash": the whole image, in the aspect of `image_size`. None: 0.875 if `crop` is "resized",
     # else "squash"
     eval_crop: Annotated[Crop | None, BeforeValidator(_number)] = None
-    # How images are resized. "area": averages of areas to shrink, cubic to enlarge (OpenCV);
-    # "bilinear", "bicubic": those of Pillow, as torchvision and timm resize
+    # How images are resized. "area": averages along a side that shrinks, cubic along one that
+    # grows (OpenCV); "bilinear", "bicubic": those of Pillow, as torchvision and timm resize
     interpolation: Literal["area", "bilinear", "bicubic"] = "area"
     pad: Annotated[int, Field(ge=0, le=16384)] = 0  # zero padding of a "pad" crop, pixels a side
     area: tuple[Share, Share] = (0.08, 1.0)  # (smallest, largest) of a "resized" crop; 1: the image

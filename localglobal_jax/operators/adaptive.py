@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from localglobal_jax.config import renamed
@@ -70,7 +71,7 @@ def adaptive_convolution(
     """
     kernel, window = adaptive_kernel(query, key, bias, causal=causal, mask=mask), bias.shape[:-1]
     kernel = kernel if dropout is None else dropout(kernel)
-    joined, padding = value.reshape(*value.shape[:-2], -1), window_padding(window, causal=causal)
+    joined, padding = lax.collapse(value, value.ndim - 2), window_padding(window, causal=causal)
     return dynamic(joined, kernel, window=window, padding=padding).reshape(value.shape)
 
 
@@ -233,7 +234,7 @@ class AdaptiveConv(nn.Module):
             query, key, value = project_heads(x, self.heads, width, self.use_bias, self.dtype)
         shape = (self.window,) * (x.ndim - 2) + (self.heads,)
         bias = self.param("bias", nn.initializers.normal(0.02), shape)
-        y = convolve(query, key, value, bias).reshape(*x.shape[:-1], self.heads, -1)
+        y = convolve(query, key, value, bias).reshape(query.shape)
         return join_heads(y, features, self.use_bias, self.dtype)
 
 

@@ -154,7 +154,7 @@ def join_heads(
         dtype=dtype,
         kernel_init=nn.initializers.xavier_uniform(),
         name="output",
-    )(y.reshape(*y.shape[:-2], -1))
+    )(lax.collapse(y, y.ndim - 2))
 
 
 class RelativeBiasTable(nn.Module):
@@ -293,11 +293,11 @@ class Attend(nn.Module):
                 kept = lax.optimization_barrier(kept)
             dropout = self.dropout if train else 0.0
             y = attend(query, key, value, bias=bias, mask=mask, kept=kept, dropout=dropout)
-            return y.reshape(*y.shape[:2], -1)
+            return lax.collapse(y, 2)
         weights = attention_weights(query, key, bias=bias, mask=mask)
         self.sow("intermediates", "attention", weights)
         y = jnp.einsum("bnlm,bmnc->blnc", drop(weights).astype(value.dtype), value)
-        return y.reshape(*y.shape[:2], -1)
+        return lax.collapse(y, 2)
 
 
 class DistanceBias(nn.Module):
@@ -475,7 +475,8 @@ class CrossAttention(nn.Module):
         if memory is None:
             raise ValueError("a layer with memory_features needs a memory: see `precompute_kv`")
         rows, shape = memory["key"].shape[0], query.shape
-        query = query.reshape(rows, -1, self.heads, shape[-1] // self.heads)
+        length = shape[1] if rows == shape[0] else shape[0] // rows * shape[1]
+        query = query.reshape(rows, length, self.heads, shape[2] // self.heads)
         mask = memory["mask"][:, None, None, :]
         key, value = to_cache_layout(memory["key"]), to_cache_layout(memory["value"])
         y = self.attend(query, key, value, mask=mask, train=train)

@@ -98,7 +98,7 @@ def zero_padding(
 
 def split_heads(x: Float[Array, "b l _"], parts: int, heads: int) -> tuple[Array, ...]:
     """Splits [b, l, parts * n * c] into `parts` arrays [b, l, n, c]."""
-    x = x.reshape(*x.shape[:2], parts, heads, -1)
+    x = x.reshape(*x.shape[:2], parts, heads, x.shape[2] // (parts * heads))
     return tuple(x[:, :, i] for i in range(parts))
 
 

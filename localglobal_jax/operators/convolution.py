@@ -105,7 +105,8 @@ def dynamic(
     padding = same_padding(window) if padding is None else padding
 
     def shifted(x: Array, kernel: Array) -> Array:
-        heads = x.reshape(*x.shape[:-1], kernel.shape[-2], -1)
+        n = kernel.shape[-2]
+        heads = x.reshape(*x.shape[:-1], n, x.shape[-1] // n)
         total = jnp.zeros_like(heads)
         for j, moved in enumerate(grids.shifted(heads, window, padding)):
             total = total + kernel[..., j, None] * moved
@@ -259,7 +260,7 @@ class SharedValueConv(nn.Module):
         kernel = kernel.astype(value.dtype)
         if not last:
             return dynamic(value, kernel, window=window, padding=padding)
-        heads = value.reshape(*value.shape[:-1], self.heads, -1)
+        heads = value.reshape(*value.shape[:-1], self.heads, value.shape[-1] // self.heads)
         # A sum instead of a matrix product, for which XLA on CPU transposes the window.
         return (kernel.swapaxes(1, 3) * heads).sum(1).reshape(here.shape)
 

@@ -20,6 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float
 
 from localglobal_jax.operators import grids
@@ -247,7 +248,7 @@ def neighbours(x: Float[Array, "b h w d"], window: int, expand: int) -> Float[Ar
             )
             for rows, columns in rectangles:
                 part = tiles[:, :, :, rows, columns]
-                groups.append(part.reshape(*part.shape[:3], -1, part.shape[-1]))
+                groups.append(lax.collapse(part, 3, 5))
     return jnp.concatenate(groups, 3)
 
 

@@ -13,6 +13,7 @@ Legend: b batch, h w grid, i j windows, l queries of a window, m keys, n heads, 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from localglobal_jax.operators import focal, grids
@@ -124,11 +125,12 @@ class NearestFocalAttention(nn.Module):
                 hidden=head[1],
                 stored=self.grid == space,
             )
-            flat = cells.reshape(x.shape[0], -1, 2 * width)
+            flat = lax.collapse(cells, 1, 3)
             # Near the edges the choice follows no fixed stride: here a gather is right.
             chosen.append(jnp.take(flat, index, axis=1, mode="clip"))
             biases.append(bias)
-        joined = jnp.concatenate(chosen, 2).reshape(x.shape[0], *tiles, -1, 2, *head)
+        joined = jnp.concatenate(chosen, 2)
+        joined = joined.reshape(x.shape[0], *tiles, joined.shape[2], 2, *head)
         y = attend_windows(
             query.reshape(x.shape[0], *tiles, self.window**2, *head),
             joined[..., 0, :, :],

@@ -10,6 +10,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Shaped
 
 
@@ -36,7 +37,7 @@ def grid_to_sequence(x: Shaped[Array, "b *space d"]) -> Shaped[Array, "b l d"]:
     >>> lg.operators.grid_to_sequence(jnp.ones((2, 4, 3, 8))).shape
     (2, 12, 8)
     """
-    return x.reshape(x.shape[0], -1, x.shape[-1])
+    return lax.collapse(x, 1, x.ndim - 1)
 
 
 def sequence_to_grid(

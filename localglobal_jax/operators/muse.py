@@ -282,7 +282,7 @@ class MuseSequence(nn.Module):
             window = to_cache_layout(
                 last_positions(cache["value"], index, max(self.windows), axis=2)
             )
-            convolution = self.convolution(window.reshape(*window.shape[:2], -1), last=True)
+            convolution = self.convolution(lax.collapse(window, 2), last=True)
         return self._sum(attention, convolution, source, rest, memory, False), cache
 
     def _project(self, x: Array, train: bool) -> tuple[Array, Array, Array, Array, list[Array]]:

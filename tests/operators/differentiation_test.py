@@ -222,6 +222,30 @@ def test_an_input_without_a_batch_is_one_line(name, monkeypatch):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [*((name, "fused") for name in CASES), *((name, "reference") for name in OPERATORS)],
+)
+def test_a_batch_of_none(name, implementation):
+    module, shape = CASES[name]
+    options = {"train": False} if name in MODELS or name in BLOCKS else {}
+    none = (jnp.ones((0, *shape[1:])),) if shape else (jnp.ones((0, 4), int), jnp.ones((0, 3), int))
+
+    def outputs(variables):
+        y = module.apply(variables, *none, **options)
+        return y[0] if isinstance(y, tuple) else y
+
+    def step():
+        variables = module.init(jax.random.key(0), *none, **options)
+        return jax.value_and_grad(lambda v: outputs(v).sum())(variables), outputs(variables)
+
+    with context.implementation(implementation):
+        (_, gradient), y = jax.jit(step)() if name in OPERATORS else jax.eval_shape(step)
+    assert y.shape[0] == 0 and y.size == 0
+    if name in OPERATORS:
+        assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_fused_computes_the_reference(name):
     apply, argument = prepared(name)

@@ -54,16 +54,18 @@ def flip(images: np.ndarray, uniform: np.ndarray) -> np.ndarray:
 def resize(image: np.ndarray, size: tuple[int, int], interpolation: str = "area") -> np.ndarray:
     """Returns ``[h, w, c]`` resized to ``[*size, c]``.
 
-    `interpolation`: "area" averages areas to shrink, and is cubic else; or one of `PILLOW`.
+    `interpolation`: one of `PILLOW`; or "area", which first averages areas along the sides that
+    shrink, then is cubic along those that grow.
     """
     if image.shape[:2] == tuple(size):
         return image
     if interpolation in PILLOW:
         return _resample(image, size, interpolation)
-    shrink = size[0] <= image.shape[0] and size[1] <= image.shape[1]
-    how = cv2.INTER_AREA if shrink else cv2.INTER_CUBIC
-    out = cv2.resize(image, (size[1], size[0]), interpolation=how)
-    return out.reshape(*size, image.shape[2])  # OpenCV drops a single channel
+    channels, shrunk = image.shape[2], (min(size[0], image.shape[0]), min(size[1], image.shape[1]))
+    for sides, how in ((shrunk, cv2.INTER_AREA), (size, cv2.INTER_CUBIC)):
+        if image.shape[:2] != tuple(sides):
+            image = cv2.resize(image, (sides[1], sides[0]), interpolation=how)
+    return image.reshape(*size, channels)  # OpenCV drops a single channel
 
 
 def _resample(

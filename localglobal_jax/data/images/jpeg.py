@@ -307,7 +307,9 @@ def check_end(jpeg: Jpeg, pixels: np.ndarray, longer: np.ndarray) -> None:
 
 
 def decode(jpeg: Jpeg, channels: int, rows: int | None = None, divisor: int = 1) -> Pixels | None:
-    """Returns ``uint8 [h, w, channels]``, red first; None for a file that is left to OpenCV.
+    """Returns ``uint8 [h, w, channels]``, red first, or [h, w, 4] in CMYK, without conversion.
+
+    None: libjpeg warns of the file, and OpenCV has to tell whether it is whole.
 
     `rows`: at least so many of the upper rows, if `Jpeg.has_upper_rows`. `divisor` of the
     sides: 1, 2, 4 or 8. Raises ValueError for a file that is cut short inside entropy-coded data.
@@ -332,4 +334,4 @@ def decode(jpeg: Jpeg, channels: int, rows: int | None = None, divisor: int = 1)
             if divisor == 1:
                 return None
             simplejpeg.decode_jpeg(data, space, buffer=pixels, strict=False, **least)
-    return None if space == "CMYK" else pixels
+    return pixels

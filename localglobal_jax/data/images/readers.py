@@ -158,11 +158,13 @@ def _decode_jpeg(found: jpeg.Jpeg, channels: int, box: Part | None) -> np.ndarra
     size = math.ceil(frame.height / divisor), math.ceil(frame.width / divisor)
     place = box(size) if box else None
     image = jpeg.decode(found, channels, place and place[0] + place[2], divisor)
-    if image is None and divisor > 1:
-        raise ValueError(_too_large(frame.height, frame.width))
-    if image is None or (frame.marker not in jpeg.HUFFMAN and divisor == 1):
+    is_whole = image is not None and (frame.marker in jpeg.HUFFMAN or divisor > 1)
+    if image is None or image.shape[2] != channels or not is_whole:  # for OpenCV
+        if divisor > 1:
+            raise ValueError(_too_large(frame.height, frame.width))
         image = _decode_all(found.data, channels)
-        jpeg.check_end(found, image, _decode_all(jpeg.lengthened(found), channels))
+        if not is_whole:
+            jpeg.check_end(found, image, _decode_all(jpeg.lengthened(found), channels))
     return cut(image, place) if place else image
 
 

@@ -227,7 +227,7 @@ _gated_product.defvjp(lambda *args: (_gated_product(*args), args), _gated_backwa
 
 
 def _spread(gate: Array, x: Array) -> Array:
-    return gate.reshape(gate.shape[0], *(1,) * (x.ndim - 2), -1)
+    return lax.expand_dims(gate, range(1, x.ndim - 1))
 
 
 # ---------------------------------------------------------------------------- modules

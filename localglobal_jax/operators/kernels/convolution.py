@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array
 
 from localglobal_jax.operators import grids
@@ -160,7 +161,7 @@ def dynamic(x: Array, kernel: Array, *, before: int) -> Array:
     cut = padded.reshape(b, blocks + more, block, n, d // n)
     seen = jnp.concatenate([cut[:, i : i + blocks] for i in range(more + 1)], 2)
     band = jnp.pad(kernel, ((0, 0), (0, rest), (0, 0), (0, block)))
-    band = band.reshape(b, blocks, block, n, k + block).swapaxes(2, 3).reshape(b, blocks, n, -1)
-    band = band[..., : block * wide].reshape(b, blocks, n, block, wide)
+    band = band.reshape(b, blocks, block, n, k + block).swapaxes(2, 3)
+    band = lax.collapse(band, 3)[..., : block * wide].reshape(b, blocks, n, block, wide)
     y = jnp.einsum("binlm,bimnc->bilnc", band, seen[:, :, :wide])
-    return y.reshape(b, -1, d)[:, :length]
+    return y.reshape(b, blocks * block, d)[:, :length]

@@ -86,6 +86,16 @@ def test_crops_are_resized_as_whole_images_are_within_one_level(image, size):
     assert np.abs(difference).max() <= 1
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_side_that_shrinks_is_averaged_where_the_other_grows(turned, channels):
+    stripes = np.arange(1, 161, dtype=np.uint8) // 2 % 2 * 200  # two columns of 200, two of 0
+    image = np.tile(stripes[None, :, None], (6, 1, channels))
+    image = np.ascontiguousarray(image.swapaxes(0, 1)) if turned else image
+    for resize in (augment.resize, augment.resize_crop):
+        assert (resize(image, (8, 8)) == 100).all()
+
+
 @SOME
 @given(value=st.integers(0, 255), size=SIZE, seed=SEED)
 def test_a_plain_image_stays_plain(value, size, seed):
