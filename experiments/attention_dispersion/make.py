@@ -11,6 +11,7 @@ import numpy as np
 
 from experiments import study
 from experiments.text_runs import MODELS
+from localglobal_jax.training.reporting import verdicts
 
 HERE = pathlib.Path(__file__).parent
 SHOWN = ("8", "24", "48", "96")  # the last length of a bucket
@@ -59,17 +60,23 @@ def tables(rows):
 
 
 def compared(rows):
-    """Returns the verdicts: the encoders' last layer against the one before, and by model."""
-    longest = of(rows, part="encoder", tokens=SHOWN[-1])
-    scores = {
-        f"{model}, layer {layer}": entropies(of(longest, model=model, layer=layer))
-        for model in ATTENTIVE
-        for layer in layers(rows)
-    }
+    """Returns the verdicts on the encoders: by depth, by model and by length."""
+    names = {f"{m}, layer {layer}": (m, layer) for m in ATTENTIVE for layer in layers(rows)}
+
+    def at(tokens):
+        own = of(rows, part="encoder", tokens=tokens)
+        return {n: entropies(of(own, model=m, layer=layer)) for n, (m, layer) in names.items()}
+
+    scores, short = at(SHOWN[-1]), at(SHOWN[0])
     *_, before, last = layers(rows)
     pairs = [(f"{m}, layer {last}", f"{m}, layer {before}") for m in ATTENTIVE]
     pairs += [(f"MUSE, layer {last}", f"{m}, layer {last}") for m in ATTENTIVE[:2]]
-    return study.compared(scores, f"entropy at {SHOWN[-1]} tokens", pairs)
+    return study.compared(scores, f"entropy at {SHOWN[-1]} tokens", pairs) | {
+        f"{name}, entropy at {SHOWN[-1]} tokens less that at {SHOWN[0]}": verdicts.verdict(
+            scores[name], short[name]
+        )
+        for name in names
+    }
 
 
 def entropies(rows):

@@ -45,8 +45,10 @@ class Verdict(NamedTuple):
 
 
 def estimate(numbers: Sequence[float], level: float = LEVEL) -> Estimate:
-    """Returns mean, standard deviation and interval; all nan without numbers."""
+    """Returns mean, deviation and interval; all nan without numbers, or if one is not finite."""
     n = len(numbers)
+    if not all(map(math.isfinite, numbers)):
+        return Estimate(n, math.nan, math.nan, math.nan, math.nan)
     if n < 2:
         mean = float(numbers[0]) if numbers else math.nan
         return Estimate(n, mean, math.nan, math.nan, math.nan)

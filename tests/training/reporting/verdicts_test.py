@@ -71,3 +71,10 @@ def test_a_verdict_agrees_with_the_paired_t_test(ours, others):
     if abs(p - 0.05) > 1e-9:
         decided = verdict(dict(enumerate(a)), dict(enumerate(b))).side != "undecided"
         assert decided == (p < 0.05)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_not_finite_is_undecided(number):
+    found = estimate([1.0, number, 3.0])
+    assert found.n == 3 and all(map(math.isnan, found[1:]))
+    assert verdict({0: 1.0, 1: number}, {0: 0.0, 1: 0.5}).side == "undecided"
