@@ -16,6 +16,8 @@ import json
 import logging
 import math
 import os
+import threading
+import time
 from typing import Any, NamedTuple
 
 import absl.logging
@@ -52,6 +54,11 @@ PyTree = Any
 FORMAT = 1
 TRASH = "deleted"  # steps are moved there before deletion, so that a kill leaves no half step
 log = logging.getLogger(__name__)
+
+# Orbax numbers the saves of a process, whichever manager writes them, and two at once wait for each
+# other's signals: several runs in threads save one after the other.
+_ONE_SAVE = threading.Lock()
+_saving: list[ocp.CheckpointManager] = []  # the one that may be writing
 
 
 class SaveFailed(OSError):
@@ -202,9 +209,12 @@ class Checkpoints:
             ),
             metadata=ocp.args.JsonSave(document),
         )
-        with self._or_abandon():
+        with self._or_abandon(), _ONE_SAVE:
+            while _saving and _saving[0].is_saving_in_progress():
+                time.sleep(0.01)
             self._manager = self._manager or self._open()
             self._manager.save(step, args=items, metrics=document["metrics"], force=True)
+            _saving[:] = [self._manager]
         return True
 
     def restore(self, template: PyTree, step: int | None = None) -> Restored | None:
@@ -244,6 +254,8 @@ class Checkpoints:
         if self._manager:
             with self._or_abandon(), store.told(self.directory, "writing to"):
                 self._manager.wait_until_finished()
+            if self._manager in _saving:
+                _saving.remove(self._manager)
             host_memory.trim_heap()
             trash = self.directory / TRASH
             if multihost.rank() == 0 and not self._remote and trash.exists():

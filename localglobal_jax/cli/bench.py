@@ -107,7 +107,7 @@ def input_text(report: Mapping[str, Any]) -> str:
                 else []
             ),
             f"one item: {stages} microseconds of one thread",
-            f"bound by {report['bottleneck']}: all cores reach {report['share_of_cores']:.0%} of "
-            "one thread's speed times their number",
+            f"bound by {report['bottleneck']}; the rate is {report['share_of_cores']:.0%} of all "
+            "cores at one thread's speed",
         ]
     )

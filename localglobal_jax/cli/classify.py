@@ -21,10 +21,10 @@ EXAMPLE = "--workdir runs/mine PICTURES --overlay seen"
 FORMATS = """\
 A line per picture: PATH TAB CLASS TAB PROBABILITY, and the next best classes behind it in the same
 way, so that `cut -f1,2` gives every picture and its class. Folders stand for all pictures in them
-(.bmp .gif .jpeg .jpg .png .webp), sorted; URLs are file:///PATH, gs:// or s3://. A tab, a line
-feed or a backslash in a path or a name is shown as \\t, \\n or \\\\; --json has them as they are,
-in one object. A file that is no whole picture is named on stderr with the reason, the others are
-still classified, and the exit code is then 2.
+(.bmp .gif .jpeg .jpg .png .webp), sorted; URLs are file:///PATH, gs:// or, with s3fs, s3://. A tab,
+a line feed or a backslash in a path or a name is shown as \\t, \\n or \\\\; --json has them as they
+are, in one object. A file that is no whole picture is named on stderr with the reason, the others
+are still classified, and the exit code is then 2.
 
 Pictures are resized and normalised as in the run's evaluation, or as for the published weights;
 --config.data.FIELD=VALUE changes that (image_size, mean, std, eval_crop, interpolation), and is
@@ -46,7 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.take_overrides(parser)
     add = parser.add_argument
     add("--workdir", required=True, metavar="DIR", help="of a run, or of a converted checkpoint")
-    add("images", nargs="+", metavar="IMAGE", help="a file, a folder, or a URL")
+    add("images", nargs="+", metavar="IMAGE", help="a file or a folder, here or in gs://BUCKET")
     add("--top", type=int, default=3, metavar="K", help="classes printed per picture; default: 3")
     add("--batch_size", type=int, default=32, metavar="N", help="pictures per batch; default: 32")
     add(

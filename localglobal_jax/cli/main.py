@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 from localglobal_jax import __version__
 from localglobal_jax.cli import (
@@ -104,7 +104,9 @@ def main(argv: list[str] | None = None) -> int:
         if not argv:
             parser().print_help(sys.stderr)
             return ExitCode.WRONG
-        args = parser().parse_args(argv)
+        args, rest = parser().parse_known_args(argv)
+        if rest:
+            _refuse(args, rest)
     except BrokenPipeError:
         return _closed_pipe()
     args.overrides, args.compare_overrides = overrides, compared
@@ -136,6 +138,12 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"localglobal {args.command}: {error}", file=sys.stderr)
         return ExitCode.WRONG if isinstance(error, ValueError) else ExitCode.FAILED
+
+
+def _refuse(args: argparse.Namespace, rest: list[str]) -> NoReturn:
+    """Ends with the usage of the command, for arguments that it does not have."""
+    field = " (a field of the config is --config.FIELD=VALUE)" if args.takes_overrides else ""
+    commands_of(parser())[args.command].error(f"unrecognized arguments: {' '.join(rest)}{field}")
 
 
 def _first_line(error: Exception) -> str:

@@ -26,6 +26,7 @@ def run(args: argparse.Namespace) -> None:
     """Prepares the data set, and prints the number of examples in each split."""
     from localglobal_jax.config import loading, schema, validation
 
+    _check_options(args)
     name, directory, data, layout = args.name, args.dir, None, "auto"
     if args.config:
         data = validation.check(loading.load(args.config, args.overrides)).data
@@ -36,6 +37,9 @@ def run(args: argparse.Namespace) -> None:
     from localglobal_jax.data.tfds import records, tfrecord_index
     from localglobal_jax.data.tfds.prepare import from_tfrecord, prepare
 
+    own = name == folder.NAME or getattr(data, "files", ()) or getattr(data, "mock", False)
+    if args.source and (own or not name):
+        raise ValueError("--source holds the downloads of a TFDS set, and none is prepared")
     for option in ("dir", "from_tfrecord", "index"):
         if given := getattr(args, option):
             records.data_root(given, f"--{option}")
@@ -52,10 +56,23 @@ def run(args: argparse.Namespace) -> None:
         counts = from_tfrecord(args.from_tfrecord, directory)
     elif args.index:
         counts = tfrecord_index.prepare(args.index)
-    elif name:
-        counts = prepare(name, directory, source=args.source)
     else:
-        raise ValueError(
-            "name a data set: --config FILE, a TFDS NAME, --from_tfrecord DIR or --index DIR"
-        )
+        counts = prepare(name, directory, source=args.source)
     print(json.dumps(counts) if args.json else "\n".join(f"{k}: {v}" for k, v in counts.items()))
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Raises ValueError unless the options name one data set, and each of them is read."""
+    ways = {"NAME": args.name, "--config": args.config}
+    ways |= {"--from_tfrecord": args.from_tfrecord, "--index": args.index}
+    given = [f"{way}={value}" for way, value in ways.items() if value]
+    if len(given) != 1:
+        raise ValueError(
+            f"{' and '.join(given) or 'nothing'} given: name one data set, by --config FILE, a "
+            "TFDS NAME, --from_tfrecord DIR or --index DIR"
+        )
+    if args.overrides and not args.config:
+        field = next(iter(args.overrides))
+        raise ValueError(f"--config.{field} needs --config FILE; a NAME has --dir DIR")
+    if args.name == "folder" and not args.dir:
+        raise ValueError("prepare folder needs --dir DIR: the folder with a folder per class")

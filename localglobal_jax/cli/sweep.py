@@ -13,7 +13,7 @@ from typing import Any
 
 from localglobal_jax.checkpoints import workdir
 from localglobal_jax.cli import options
-from localglobal_jax.config import schema
+from localglobal_jax.config import schema, validation
 from localglobal_jax.launch import backends, execute, expand, shell
 from localglobal_jax.launch.backend import Launch, Request
 from localglobal_jax.launch.exit_codes import ExitCode
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     outside = dict(os.environ)  # before `_preview` changes it
     launch = backend.launch(request)
     rows = _preview(request, wrong or [])
-    for notice in launch.notices:
+    for notice in (*launch.notices, *_common_notices(args.overrides, runs)):
         _say(f"notice   {notice}")
     if args.dry_run:
         env = shell.masked(request.env)
@@ -128,6 +128,12 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"code": started.code, "runs": started.runs}))
     return started.code
+
+
+def _common_notices(given: Mapping[str, str], runs: Sequence[expand.Description]) -> list[str]:
+    """Returns the notices of overrides that all runs have in common."""
+    found = [validation.notices(run.run, {**given, **run.overrides}) for run in runs]
+    return [notice for notice in found[0] if all(notice in each for each in found)] if found else []
 
 
 def _check_options(args: argparse.Namespace) -> None:

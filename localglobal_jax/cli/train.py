@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import logging
 import os
 import sys
 import traceback
@@ -10,6 +11,7 @@ import traceback
 from localglobal_jax.cli import options
 from localglobal_jax.launch.exit_codes import ExitCode
 
+log = logging.getLogger(__name__)
 NAME = "train"
 HELP = "train, or resume, a run"
 EXAMPLE = "--config configs/coatnet_digits.py --workdir runs/digits"
@@ -73,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
 
     options.check_workdir(args.workdir)
     run = validation.check(loading.load(args.config, args.overrides))  # importing jax takes seconds
+    for notice in validation.notices(run, args.overrides):
+        log.info("notice   %s", notice)
 
     from localglobal_jax.parallel import multihost
     from localglobal_jax.training import divergence, loop, replay

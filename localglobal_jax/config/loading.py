@@ -28,23 +28,24 @@ from ml_collections.config_dict import RequiredValueError
 
 from localglobal_jax.config import migrations, schema
 from localglobal_jax.config.validation import check, run_class, section_of, unknown
-from localglobal_jax.config.values import coerce, flatten, parse_value, shown
+from localglobal_jax.config.values import coerce, parse_value, shown, to_tree
 
 log = logging.getLogger(__name__)
 PREFIX = "config_"  # of the names of modules that are configs
 PACKAGE = pathlib.Path(__file__).parents[1]
 
 
-def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
+def load(spec: str | os.PathLike[str], overrides: Mapping[str, str] | None = None) -> ConfigDict:
     """Returns the config of ``FILE[:arg]`` with overrides as ``{"optim.learning_rate": "3e-4"}``.
 
     Raises ValueError if the file, its argument or an override is wrong; `validation.check` then
     checks the values.
     """
+    spec = os.fspath(spec)
     module, arg = load_module(spec)
     get_config: Callable[..., ConfigDict] = module.get_config
     try:
-        with beside(pathlib.Path(str(module.__file__)).parent):
+        with beside(module):
             given = get_config(arg) if arg is not None else get_config()
     except ValueError:
         raise
@@ -80,7 +81,7 @@ def _editable(config: Any) -> Any:
     return config
 
 
-def load_config(spec: str, **overrides: Any) -> ConfigDict:
+def load_config(spec: str | os.PathLike[str], **overrides: Any) -> ConfigDict:
     """Loads ``FILE[:arg]`` and sets the fields of `overrides`, as Python values.
 
     A field is a dotted name (``**{"optim.learning_rate": 1e-3}``) or a nested mapping
@@ -95,10 +96,27 @@ def load_config(spec: str, **overrides: Any) -> ConfigDict:
     ValueError: ...
     """
     config = load(spec)
-    plain = {k: v.to_dict() if isinstance(v, ConfigDict) else v for k, v in overrides.items()}
-    for field, value in flatten(plain).items():
+    for field, value in _fields(overrides, run_class(config)):
         override_value(config, field, value)
     return config
+
+
+def _fields(tree: Mapping[str, Any], section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the fields of nested overrides with their values; a field may hold a mapping, too.
+
+    `section`: the schema of `tree`; None in ``model``, where every mapping is a section.
+    """
+    for key, value in tree.items():
+        inner = section
+        for name in key.split("."):
+            inner = inner and section_of(inner, name)
+        is_section = (
+            inner is not None or section is None or f"{prefix}{key}".split(".")[0] == "model"
+        )
+        if isinstance(value, ConfigDict | Mapping) and value and is_section:
+            yield from _fields(value, inner, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", to_tree(value) if isinstance(value, ConfigDict) else value
 
 
 def load_runs(
@@ -163,12 +181,18 @@ def packaged() -> list[pathlib.Path]:
 
 
 @contextlib.contextmanager
-def beside(folder: pathlib.Path) -> Iterator[None]:
-    """Context manager in which the modules of `folder` can be imported, as those beside a script.
+def beside(module: types.ModuleType) -> Iterator[None]:
+    """Context manager in which the neighbours of a config can be imported, as those of a script.
 
-    They are forgotten at its end: another config may have a neighbour of the same name.
+    They are forgotten at its end, because another config may have a neighbour of the same name, and
+    known again in the next context of the same `module`. What lies deeper, as the packages of a
+    virtual environment do, is imported once, as ever.
     """
+    folder = pathlib.Path(str(module.__file__)).absolute().parent
+    neighbours = vars(module).setdefault("__neighbours__", {})
     before = set(sys.modules)
+    for name in neighbours.keys() - before:
+        sys.modules[name] = neighbours[name]
     sys.path.insert(0, str(folder))
     importlib.invalidate_caches()
     try:
@@ -176,9 +200,16 @@ def beside(folder: pathlib.Path) -> Iterator[None]:
     finally:
         sys.path.remove(str(folder))
         for name in set(sys.modules) - before:
-            file = getattr(sys.modules[name], "__file__", None)
-            if file and folder in pathlib.Path(file).parents and not name.startswith(PREFIX):
-                del sys.modules[name]
+            if _is_neighbour(sys.modules[name], name.partition(".")[0], folder):
+                neighbours[name] = sys.modules.pop(name)
+
+
+def _is_neighbour(module: types.ModuleType, top: str, folder: pathlib.Path) -> bool:
+    """Whether a module is `folder`/`top`.py, or in the package `folder`/`top`; not this package."""
+    file = pathlib.Path(getattr(module, "__file__", None) or next(iter(module.__path__)))
+    if top == PACKAGE.name or top.startswith(PREFIX) or not file.is_relative_to(folder):
+        return False
+    return file.relative_to(folder).parts[0] in (top, f"{top}.py")
 
 
 def import_file(path: str | pathlib.Path) -> types.ModuleType:
@@ -209,7 +240,7 @@ def _import(file: pathlib.Path) -> types.ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look up the names of their annotations
     try:
-        with beside(file.absolute().parent):
+        with beside(module):
             spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # whatever a user's file may do
         line = f":{error.lineno}" if isinstance(error, SyntaxError) else ""

@@ -41,11 +41,24 @@ def _number(value: Any) -> Any:
         return value
 
 
+def _square(value: Any) -> Any:
+    """Returns both sides for one; any other value as it is."""
+    one = value[0] if isinstance(value, tuple) and len(value) == 1 else value
+    return (one, one) if type(one) is int else value
+
+
 Crop = Annotated[float, Field(ge=0.1, le=2)] | Literal["squash"]
 
 
 Tag = Annotated[str, Field(min_length=1, max_length=64)]  # as long as wandb allows
-Path = Annotated[str, AfterValidator(os.path.expanduser)]  # "~/x" is in the home directory
+
+
+def _text(path: Any) -> Any:
+    return os.fspath(path) if isinstance(path, os.PathLike) else path
+
+
+# "~/x" is in the home directory
+Path = Annotated[str, BeforeValidator(_text), AfterValidator(os.path.expanduser)]
 
 
 class Section(pydantic.BaseModel):
@@ -73,7 +86,8 @@ class Images(Section):
     mock: bool = False  # synthetic images of the right shape and number of classes, no data needed
     train_split: str = "train"  # TFDS split: "train", "train[:90%]", "train+validation", ...
     eval_splits: tuple[str, ...] = ("test",)  # evaluated one after the other
-    image_size: tuple[Side, Side] = (8, 8)  # input of the model: (height, width), pixels
+    # Input of the model: (height, width), pixels; one number is a square
+    image_size: Annotated[tuple[Side, Side], BeforeValidator(_square)] = (8, 8)
     mean: tuple[float, ...] = (0.5,)  # subtracted, per channel; pixels are in [0, 1]
     std: tuple[Annotated[float, Field(ge=1e-6)], ...] = (0.5,)  # divisor, per channel
     # 1: pictures become grey; 3: grey ones get three equal channels; None: as the data set has them
@@ -235,7 +249,7 @@ class Optim(Section):
     schedule: Literal["cosine", "linear", "constant", "rsqrt"] = "cosine"
     warmup_steps: NonNegativeInt = 0  # linear
     init_learning_rate: NonNegativeFloat = 0.0  # at the first step of the warm-up
-    end_learning_rate: NonNegativeFloat = 0.0  # at the last step of "cosine" and "linear"
+    end_learning_rate: NonNegativeFloat = 0.0  # after the last step of "cosine" and "linear"
     b1: Fraction = 0.9  # adamw: decay of the mean of the gradient, per step
     b2: Fraction = 0.999  # adamw: decay of the mean of its square, per step
     eps: PositiveFloat = 1e-8  # adamw: added to the square root
@@ -344,6 +358,26 @@ class Parallel(Section):
                 stacklevel=2,
             )
         return {"implementation": {"tuned": "fused", "plain": "reference"}[former], **given}
+
+    @pydantic.model_validator(mode="after")
+    def _fits(self) -> Self:
+        for strategy, axis in (("fsdp", "fsdp"), ("tensor", "model")):
+            if strategy in self.strategy.split("+") and axis not in self.mesh:
+                raise ValueError(
+                    f'strategy={self.strategy} needs an axis "{axis}" in parallel.mesh, not '
+                    f'{self.mesh}: for example {{"data": -1, "{axis}": 2}}'
+                )
+        if self.compile == "pmap" and (self.strategy != "replicate" or len(self.mesh) > 1):
+            raise ValueError(
+                f"compile=pmap replicates: it needs strategy=replicate, not {self.strategy}, and "
+                f'no axis but "data" in parallel.mesh, not {self.mesh}'
+            )
+        if self.compile != "pmap" and self.batch_norm == "per_device":
+            raise ValueError(
+                "batch_norm=per_device needs compile=pmap: under jit a batch is one array, and so "
+                "are its statistics"
+            )
+        return self
 
 
 class Run(Section):

@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import math
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import pydantic
@@ -42,6 +42,48 @@ def check(config: ConfigDict | Mapping[str, Any]) -> schema.Run:
     raise ValueError("the config is wrong:\n  " + "\n  ".join(problems))
 
 
+# Fields that a run reads under a condition: its text, and whether a run meets it
+READ_IF: Mapping[tuple[str, ...], tuple[str, Callable[[Any], bool]]] = {
+    ("optim.momentum",): ("optim.name=sgd", lambda run: run.optim.name == "sgd"),
+    ("optim.b1", "optim.b2", "optim.eps"): (
+        "optim.name=adamw",
+        lambda run: run.optim.name == "adamw",
+    ),
+    ("optim.end_learning_rate",): (
+        "optim.schedule=cosine or linear",
+        lambda run: run.optim.schedule in ("cosine", "linear"),
+    ),
+    ("optim.init_learning_rate",): (
+        "optim.warmup_steps above 0",
+        lambda run: run.optim.warmup_steps > 0,
+    ),
+    ("data.area",): ("data.crop=resized", lambda run: run.data.crop == "resized"),
+    ("data.pad",): ("data.crop=pad", lambda run: run.data.crop == "pad"),
+    tuple(f"data.randaugment_{name}" for name in ("magnitude", "scale", "probability", "noise")): (
+        "data.randaugment_layers above 0",
+        lambda run: run.data.randaugment_layers > 0,
+    ),
+    ("task.length_penalty", "task.bleu_tokenizer"): (
+        "task.beam above 0",
+        lambda run: run.task.beam > 0,
+    ),
+}
+
+
+def notices(run: schema.Run, overrides: Collection[str]) -> list[str]:
+    """Returns a sentence for each of the overridden fields that does less than one may think."""
+    found = [
+        f"{field} is read with {condition} only"
+        for fields, (condition, is_met) in READ_IF.items()
+        for field in fields
+        if field in overrides and not is_met(run)
+    ]
+    kept = [f"model.{name}" for name in run.model if name != "name"]
+    if "model.name" in overrides and (kept := [name for name in kept if name not in overrides]):
+        found.append(f"model.name: these stay as the config file has them: {', '.join(kept)}")
+    return found
+
+
 def run_class(config: ConfigDict | Mapping[str, Any]) -> type[schema.Run]:
     """Returns the class of run that ``task.name`` chooses; ValueError for an unknown name."""
     task = config.get("task")
@@ -72,6 +114,10 @@ def _explain(error: Mapping[str, Any], kind: type[schema.Run]) -> str:
         return f"config.{where}: " + str(
             unknown("key", str(error["loc"][-1]), section.model_fields)
         )
+    if error["type"] == "missing" and isinstance(error["loc"][-1], int):
+        *field, count = error["loc"]
+        where = ".".join(map(str, field))
+        return f"config.{where}={shown(error['input'])}: give more than {count}"
     if error["type"] == "missing":
         return f"config.{where} is missing"
     given, reason = error["input"], error.get("ctx", {}).get("error", error["msg"])

@@ -18,10 +18,13 @@ BOOLS = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(
 def parse_value(text: str, default: Any, field: str) -> Any:
     """Parses a command-line `text` as the type of `default` (None: any type).
 
-    Text that is not a Python literal stays text; the schema then accepts or rejects it.
+    Text that is not a Python literal stays text; the schema then accepts or rejects it. So does
+    the text of a field with text, unless it is a tuple: ``model.layout`` is a text or a tuple.
     """
-    if text == "None" or isinstance(default, str):
-        return None if text == "None" else text
+    if text == "None":
+        return None
+    if isinstance(default, str) and not text.startswith(("(", "[")):
+        return text
     if isinstance(default, bool):
         if text.lower() not in BOOLS:
             raise ValueError(f"{field}={shown(text)}: expected true or false")
@@ -30,6 +33,8 @@ def parse_value(text: str, default: Any, field: str) -> Any:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         value = text
+    if isinstance(default, str) and not isinstance(value, list | tuple):
+        return text
     if isinstance(default, tuple) and isinstance(value, str):
         value = [part.strip() for part in value.split(",") if part.strip()]
     elif isinstance(default, tuple) and not isinstance(value, list | tuple):
@@ -66,8 +71,12 @@ def leaves(value: Any) -> list[Any]:
 
 def to_tree(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
     """Returns a config as a plain nested dict. Raises ValueError for required values not given."""
+    if not isinstance(config, ConfigDict | Mapping):
+        raise ValueError(f"config={shown(config)}: give the result of lg.load_config, or a dict")
     try:
-        return config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+        if isinstance(config, ConfigDict):
+            return config.to_dict()
+        return {k: to_tree(v) if isinstance(v, ConfigDict) else v for k, v in config.items()}
     except RequiredValueError:
         fields = ", ".join(f"--config.{name}=VALUE" for name in _required(config))
         raise ValueError(f"the config requires values that are not set: give {fields}") from None

@@ -166,7 +166,8 @@ def _read_variables(
     steps = reader.steps(path)
     kept = [n for n in steps if n <= last][-average:]
     if average < 1 or len(kept) < average:
-        if step is None and max(steps, default=last) > last:
+        named = reader.locate(path)[1] is not None
+        if step is None and not named and max(steps, default=last) > last:
             raise reader.Deleted(f"{path}: steps before {last} were deleted while it was read")
         raise ValueError(
             f"average={average}: {path} has {len(kept)} checkpoints up to step {last}. "

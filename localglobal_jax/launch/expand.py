@@ -72,6 +72,11 @@ def expand(
     module, arg = loading.load_module(spec)
     function = sweep if sweep.startswith("sweep") else f"sweep_{sweep}"
     known = {name for name in vars(module) if name == "sweep" or name.startswith("sweep_")}
+    if not known:
+        raise ValueError(
+            f"{spec} has no sweep: write a function sweep() that yields overrides, as in "
+            "experiments/muse_results/sweep.py (configs/sweeps.md)"
+        )
     if function not in known:
         raise validation.unknown(f"sweep of {spec}:", sweep, known)
     given = given or {}
@@ -82,7 +87,8 @@ def expand(
     messages: list[str] = []
     valid: dict[int, tuple[schema.Run, dict[str, Any], dict[str, str]]] = {}
     seen: dict[str, int] = {}
-    found = points(getattr(module, function), arg, f"{spec} {function}")
+    with loading.beside(module):
+        found = points(getattr(module, function), arg, f"{spec} {function}")
     for place, overrides in enumerate(found):
         try:
             run, applied, texts = apply(spec, given, overrides)
@@ -129,10 +135,14 @@ def describe(  # noqa: PLR0917 # a record
 
 
 def all_of(messages: Sequence[str], runs: int) -> str:
-    """Returns the messages of invalid runs as one; a single message as it is."""
+    """Returns the messages of invalid runs as one, equal ones once; a single one as it is."""
     if len(messages) == 1:
         return messages[0]
-    return "\n".join([f"{len(messages)} of {runs} runs are wrong:", *messages])
+    runs_of: dict[str, list[str]] = {}
+    for which, _, reason in (message.partition(": ") for message in messages):
+        runs_of.setdefault(reason, []).append(which)
+    lines = (f"{', '.join(which)}: {reason}" for reason, which in runs_of.items())
+    return "\n".join([f"{len(messages)} of {runs} runs are wrong:", *lines])
 
 
 def prefix_of(spec: str, function: str) -> str:

@@ -54,7 +54,8 @@ def read_space(spec: str, root: str, sweep: str, given: Mapping[str, str]) -> Sp
     if function not in known:
         raise validation.unknown(f"search of {spec}:", function, known)
     made = getattr(module, function)
-    fields = made(arg) if inspect.signature(made).parameters else made()
+    with loading.beside(module):
+        fields = made(arg) if inspect.signature(made).parameters else made()
     parts = (sweeps.Range, sweeps.Choice)
     if not isinstance(fields, Mapping) or not fields:
         raise ValueError(

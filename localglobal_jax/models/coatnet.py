@@ -157,6 +157,7 @@ def check_grid(
         )
     grid = [-(-n // stem_stride) for n in size]
     total = stem_stride * math.prod(stage.stride for stage in stages)
+    channels = " (images are [b, h, w, channels])" if size[0] in (1, 3) else ""
     for i, stage in enumerate(stages, start=1):
         if stage.stride == 1:
             continue
@@ -165,7 +166,7 @@ def check_grid(
             raise ValueError(
                 f"image {size[0]}x{size[1]}: stage {i} cannot halve its {grid[0]}x{grid[1]} grid; "
                 f"with these strides height and width must be multiples of {total}, "
-                f"for instance {_nearest(size, total)}"
+                f"for instance {_nearest(size, total)}{channels}"
             )
         grid = [n // 2 if odd == "down" else -(-n // 2) for n in grid]
 

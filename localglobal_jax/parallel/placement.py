@@ -104,22 +104,6 @@ class Partitioner:
         # "gpu" may be CUDA or ROCm; other devices than this machine's are only compiled for
         here = jax.default_backend() if devices is None else "gpu"
         self._platform = None if here == "gpu" else here
-        for strategy, axis in (("fsdp", "fsdp"), ("tensor", "model")):
-            if strategy in self.strategy.split("+") and axis not in self.mesh.shape:
-                raise ValueError(
-                    f'parallel.strategy={self.strategy} needs an axis "{axis}" in parallel.mesh, '
-                    f'not {options.mesh}: for example {{"data": -1, "{axis}": 2}}'
-                )
-        if self.compile == "pmap" and (self.strategy != "replicate" or len(self.mesh.shape) > 1):
-            raise ValueError(
-                f"parallel.compile=pmap replicates: it needs strategy=replicate, not "
-                f'{self.strategy}, and no axis but "data" in parallel.mesh, not {options.mesh}'
-            )
-        if self.compile != "pmap" and not self._global_norm:
-            raise ValueError(
-                "parallel.batch_norm=per_device needs parallel.compile=pmap: under jit a batch is "
-                "one array, and so are its statistics"
-            )
         self._batch = tuple(axis for axis in sharding.BATCH_AXES if axis in self.mesh.shape)
 
     @property

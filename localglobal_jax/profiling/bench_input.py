@@ -19,7 +19,7 @@ from localglobal_jax.data.images import pipeline as images
 from localglobal_jax.data.text import pipeline as text
 from localglobal_jax.data.tfds import gcs, records
 
-WAITING = "lock, handover or other programs"
+WAITING = "Python's lock, handing over batches or other programs"
 GOOD = 0.7  # share of the rate that the cores allow, below which waiting is the bottleneck
 SAMPLE = 64  # images that are made step by step
 

@@ -78,20 +78,20 @@ class Evaluation:
 def evaluate(
     workdir: str | os.PathLike[str],
     step: int | str | None = None,
-    overrides: Mapping[str, str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
     average: int = 1,
-    config: str | None = None,
+    config: str | os.PathLike[str] | ConfigDict | None = None,
 ) -> tuple[int, dict[str, Any]]:
     """Evaluates a checkpoint of `workdir`, or of an exported folder or ``hf://owner/name``.
 
     Args:
       step: a number, "best", or None for the newest.
       overrides: changes of the config it was trained with, e.g. ``{"data.dir": "/data"}`` on
-        another machine; ``model`` cannot change. Another ``data.image_size`` resizes the position
-        tables; classes of other data are matched by their names.
+        another machine, values or texts; ``model`` cannot change. Another ``data.image_size``
+        resizes the position tables; classes of other data are matched by their names.
       average: evaluates the mean over this many checkpoints, `step` and those before it.
-      config: ``FILE[:ARG]`` whose data is evaluated instead, prepared as for the checkpoint; a
-        converted checkpoint needs it.
+      config: a config, or its ``FILE[:ARG]``, whose data is evaluated instead, prepared as for the
+        checkpoint; a converted checkpoint needs it.
 
     Returns:
       The step, and ``{split: {metric: value}}``.
@@ -120,17 +120,19 @@ def evaluate(
     if config is None:
         changed = ConfigDict(values.tuples(read_run(files).model_dump()))
     else:
-        changed = loading.load(config)
+        given = isinstance(config, ConfigDict)
+        changed = ConfigDict(values.to_tree(config)) if given else loading.load(config)
         changed.init = None
     found, variables, metadata = read_variables(workdir, step, average)
     if config is None and not exported:
         check_config(files, found, metadata)
-    _check_kind(validation.run_class(changed), metadata, config)
+    _check_kind(validation.run_class(changed), metadata)
     if config is not None:
         changed.model = ConfigDict(_model_of(metadata))
         _prepare_as(changed, metadata, overrides)
-    for field, text in overrides.items():
-        loading.override(changed, field, text)
+    for field, value in overrides.items():
+        change = loading.override if isinstance(value, str) else loading.override_value
+        change(changed, field, value)
     run = validation.check(changed)
     partitioner = Partitioner(run.parallel)
     if not run.data.eval_splits:
@@ -154,7 +156,7 @@ def evaluate(
 
 
 def _prepare_as(
-    config: ConfigDict, metadata: Mapping[str, Any], overrides: Mapping[str, str]
+    config: ConfigDict, metadata: Mapping[str, Any], overrides: Mapping[str, Any]
 ) -> None:
     """Sets the preprocessing of `config` to that of a checkpoint.
 
@@ -178,13 +180,13 @@ def _is_text(metadata: Mapping[str, Any]) -> bool:
     return issubclass(MODELS[metadata["model"]["name"]][0], EncoderDecoder)
 
 
-def _check_kind(kind: type[schema.Run], metadata: Mapping[str, Any], config: str | None) -> None:
+def _check_kind(kind: type[schema.Run], metadata: Mapping[str, Any]) -> None:
     """Raises ValueError for a run on text and a checkpoint of images, or the other way round."""
     text = _is_text(metadata)
     if text != issubclass(kind, schema.TranslationRun):
         kinds = ("images", "text") if text else ("text", "images")
         raise ValueError(
-            f"--config {config} evaluates {kinds[0]}, but the checkpoint is a model of {kinds[1]}: "
+            f"the config evaluates {kinds[0]}, but the checkpoint is a model of {kinds[1]}: "
             "give another config"
         )
 

@@ -127,6 +127,9 @@ def _train(
                 stopping_early.add(step, results)
                 if stopping_early.done and not last:
                     last = True
+                    if throughput.steps:
+                        monitor.settle()
+                        logger.training(step, throughput.close(step) | monitor.line())
                     logger.note(f"stopped early at step {step} of {run.steps}: {stopping_early}")
             if new and (last or stopping or due(step, run.checkpoint.every)):
                 with throughput.paused():

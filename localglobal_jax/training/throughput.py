@@ -58,6 +58,11 @@ class ThroughputMeter:
         self._waited = self._paused = self._compiling = self._flops = 0.0
         self._sums: list[PyTree] = []
 
+    @property
+    def steps(self) -> int:
+        """Returns the number of steps of this process in the window."""
+        return self._steps
+
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Context manager around the wait for input."""

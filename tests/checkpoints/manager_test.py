@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -715,3 +716,17 @@ def test_tensorstore_is_asked_for_json_a_few_times_a_save_not_for_every_leaf(tmp
     now = orbax_patches._resolved.cache_info()
     assert now.hits - asked.hits >= 3 * 20  # orbax would have asked tensorstore
     assert now.misses - asked.misses <= 3 * 5
+
+
+def test_runs_in_threads_save_one_after_the_other(tmp_path):
+    def run(name):
+        checkpoints = open_at(tmp_path / name)
+        for step in range(1, 6):
+            checkpoints.save(step, state_of(step), metadata={})
+        checkpoints.close()
+        return open_at(tmp_path / name).restore(template())
+
+    with ThreadPoolExecutor() as threads:
+        for restored in threads.map(run, "abcd"):
+            assert restored.step == 5
+            same(restored.state, state_of(5))

@@ -51,7 +51,8 @@ def test_a_set_that_is_there_in_a_bucket_is_not_sent_again(bucket, faults, capsy
 @pytest.mark.parametrize("option", ["dir", "from_tfrecord", "index"])
 @pytest.mark.parametrize("path", ["gs:/bucket/x", "gs://bucket", "gs://bucket/", "s3://b/x"])
 def test_the_option_of_a_wrong_path_is_named(option, path, capsys):
-    assert main(["prepare", "digits", f"--{option}={path}"]) == 2
+    name = ["digits"] if option == "dir" else []
+    assert main(["prepare", *name, f"--{option}={path}"]) == 2
     said = capsys.readouterr().err
     assert f"--{option}" in said and path in said and "data.dir" not in said
     assert ("gs://bucket/runs" in said) == (path in ("gs://bucket", "gs://bucket/"))
@@ -62,4 +63,24 @@ def test_mock_data_are_counted_and_nothing_is_prepared(config, tmp_path, capsys,
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     assert main(["prepare", "--config", f"configs/{config}.py:data=mock", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["train"] > 0
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["digits", "--config=configs/coatnet_digits.py"],
+        ["digits", "--from_tfrecord=gs://bucket/digits"],
+        ["digits", "--config.data.dir=elsewhere"],
+        ["folder", "--config.data.dir=pictures"],
+        ["folder"],
+        ["--config=configs/coatnet_digits.py:data=mock", "--source=downloads"],
+        ["--index=gs://bucket/digits", "--source=downloads"],
+    ],
+    ids=" ".join,
+)
+def test_an_option_that_would_not_be_read_is_refused(given, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    assert main(["prepare", *given]) == 2
+    assert "--" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from localglobal_jax.config import loading, schema, validation
 from localglobal_jax.config import values as config_values
+from localglobal_jax.launch import expand, search
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[2] / "configs").glob("*.py"))
 BASE = {"model": {"name": "coatnet"}}
@@ -130,6 +131,7 @@ def test_overrides_use_the_schema_of_the_task():
         ("data.flip", "true", True),
         ("data.eval_splits", "test,train[:10%]", ("test", "train[:10%]")),
         ("data.image_size", "(16, 24)", (16, 24)),
+        ("data.image_size", "16", (16, 16)),
         ("data.dir", "/data", "/data"),
         ("data.dir", "2024", "2024"),
         ("data.dir", "None", None),
@@ -161,8 +163,11 @@ def test_override_reaches_into_the_model():
     config = ConfigDict({"model": {"name": "coatnet", "depths": (2, 2), "blocks": {"T": {}}}})
     loading.override(config, "model.depths", "(3, 4)")
     loading.override(config, "model.blocks.T.head_width", "16")
+    loading.override(config, "model.layout", "CT")
+    assert validation.check(config).model["layout"] == "CT"
+    loading.override(config, "model.layout", "('C', 'CT')")
     model = validation.check(config).model
-    assert model["depths"] == (3, 4)
+    assert model["depths"] == (3, 4) and model["layout"] == ("C", "CT")
     assert model["blocks"]["T"]["head_width"] == 16
 
 
@@ -195,6 +200,10 @@ def test_override_refuses(field, text, message):
         ({"optim": {"warmup": 3}}, r'config.optim.warmup: .*"warmup_steps"'),
         ({"dtype": "float16"}, "bfloat16"),
         ({"model": None}, "config.model=None"),
+        ({"data": {"area": (0.5,)}}, r"config.data.area=\(0.5,\): give more than 1"),
+        ({"parallel": {"strategy": "fsdp"}}, r'config.parallel: .*"fsdp" in parallel.mesh'),
+        ({"parallel": {"compile": "pmap", "mesh": {"data": 1, "model": 2}}}, "compile=pmap"),
+        ({"parallel": {"batch_norm": "per_device"}}, "compile=pmap"),
         ({"task": {"name": "clasification"}}, "config.task.name"),
     ],
 )
@@ -378,6 +387,81 @@ def test_modules_beside_a_config_are_imported(tmp_path):
         spec = own(tmp_path / name, text, base=base + "})\n", late=f"N = {steps}\n")
         assert loading.load(spec).steps == steps
     assert sys.path == before and not {"base", "late"} & sys.modules.keys()
+
+
+def test_neighbours_of_a_config_are_the_same_in_all_its_functions(tmp_path):
+    """Their types are compared, as by `isinstance`."""
+    text = (
+        "from common import Size\nSIZE = Size()\n"
+        "def get_config(arg=None):\n    import common\n    assert isinstance(SIZE, common.Size)\n"
+        "    return {'model': {'name': 'coatnet'}}\n"
+        "def sweep():\n    import common\n    assert isinstance(SIZE, common.Size)\n    yield {}\n"
+        "def search():\n    import common\n    assert isinstance(SIZE, common.Size)\n"
+        "    from localglobal_jax.config.sweeps import uniform\n"
+        "    return {'optim.learning_rate': uniform(1e-4, 1e-3)}\n"
+    )
+    spec = own(tmp_path, text, common="class Size: pass\n")
+    assert len(expand.expand(spec, str(tmp_path / "runs")).runs) == 1
+    assert search.read_space(spec, str(tmp_path / "runs"), "sweep", {}).fields
+    assert "common" not in sys.modules
+
+
+def test_packages_deep_below_a_config_are_imported_once(tmp_path, monkeypatch):
+    """As those of a virtual environment are: numpy cannot be imported twice."""
+    packages = tmp_path / ".venv" / "lib" / "site-packages"
+    (packages / "heavy").mkdir(parents=True)
+    (packages / "heavy" / "__init__.py").write_text("import heavy.part\n")
+    (packages / "heavy" / "part.py").write_text("")
+    monkeypatch.syspath_prepend(packages)
+    spec = own(tmp_path, "import heavy\n" + OWN.format(end="return c"))
+    try:
+        loading.load(spec)
+        first = sys.modules["heavy"]
+        loading.load(spec)
+        assert sys.modules["heavy"] is first and "heavy.part" in sys.modules
+    finally:
+        for name in ("heavy", "heavy.part"):
+            sys.modules.pop(name, None)
+
+
+def test_paths_and_mappings_of_python_are_values(tmp_path):
+    spec = pathlib.Path(
+        own(tmp_path, OWN.format(end="c.parallel = dict(mesh=dict(data=2, fsdp=1))\n    return c"))
+    )
+    changes = {"parallel": {"mesh": {"data": -1}}, "data": {"class_weights": {"3": 2.0}}}
+    config = loading.load_config(
+        spec, init=tmp_path, model={"blocks": {"A": {"dim": 4}}}, **changes
+    )
+    run = validation.check({**config, "optim": ConfigDict({"b1": 0.5})})
+    assert run.init == str(tmp_path) and run.optim.b1 == 0.5
+    assert run.parallel.mesh == {"data": -1} and run.data.class_weights == {"3": 2.0}
+    assert run.model["blocks"] == {"A": {"kernel": 3, "dim": 4}}  # every mapping is a section there
+    with pytest.raises(ValueError, match=r"lg.load_config"):
+        validation.check("configs/coatnet_digits.py")
+
+
+@pytest.mark.parametrize(
+    ("given", "noticed"),
+    [
+        ({"optim.momentum": "0.5"}, "optim.momentum"),
+        ({"optim.momentum": "0.5", "optim.name": "sgd"}, ""),
+        ({"optim.b1": "0.5", "optim.name": "sgd"}, "optim.b1"),
+        ({"optim.schedule": "constant", "optim.end_learning_rate": "1e-5"}, "end_learning_rate"),
+        ({"optim.warmup_steps": "0", "optim.init_learning_rate": "1e-5"}, "init_learning_rate"),
+        ({"data.area": "(0.5, 1)", "data.crop": "pad"}, "data.area"),
+        ({"data.pad": "2", "data.crop": "none"}, "data.pad"),
+        ({"data.randaugment_magnitude": "20"}, "randaugment_magnitude"),
+        ({"data.randaugment_magnitude": "20", "data.randaugment_layers": "2"}, ""),
+        ({"model.name": "coatnet_0"}, "model.layout"),
+        ({"task.name": "translation", "task.beam": "0", "task.length_penalty": "1"}, "penalty"),
+    ],
+    ids=str,
+)
+def test_an_override_that_is_not_read_is_noticed(given, noticed):
+    text = "task.name" in given
+    spec = "configs/muse_iwslt14.py" if text else "configs/coatnet_digits.py"
+    found = validation.notices(validation.check(loading.load(spec, given)), given)
+    assert len(found) == bool(noticed) and noticed in "".join(found)
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,11 @@ def test_a_step_that_retention_deletes_meanwhile_is_not_damaged(growing, average
     assert "damaged" not in caplog.text
 
 
+def test_a_folder_of_a_step_has_no_more_steps_to_average(growing):
+    with pytest.raises(ValueError, match=r"average=2: .* 1 checkpoints up to step 2"):
+        load.read_variables(growing / "checkpoints" / "2", average=2)
+
+
 def test_a_given_step_that_retention_deletes_is_said(growing):
     with pytest.raises(reader.Deleted, match="step 1"):
         load.read_variables(growing, 1)

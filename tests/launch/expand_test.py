@@ -75,12 +75,12 @@ def test_values_become_what_their_fields_are():
         ),
         ("def sweep():\n yield {'steps': 1.5}", "config.steps=1.5"),
         ("def sweep():\n yield {'model': {}}", "config.model"),
-        ("def sweep():\n yield {'model.layout': ('C', 'T')}", "config.model.layout="),
         ("def sweep():\n yield 3", "sweep .*3"),
         ("def sweep():\n yield {1: 2}", "sweep .*{1: 2}"),
         ("def sweep():\n return []", "sweep of .*some_runs.py"),
         ("def sweep():\n yield 1 / 0", "ZeroDivisionError"),
         ("def sweep_short():\n yield {}", 'some_runs.py.*"sweep".*sweep_short'),
+        ("", r"some_runs.py has no sweep: .*sweep\(\)"),
         ("def sweep():\n yield from product({'seed': (1, 1)})", "001-.*000-.*seed=1"),
         ("def sweep():\n yield {'steps': 1}\n yield {'steps': 1.0}", "001-.*000-.*steps=1"),
     ],
@@ -180,6 +180,24 @@ def test_numbers_are_unique_and_those_of_existing_runs_stay(digests, gaps):
     for place, number in found.items():
         known = there.get(places[place])
         assert number == known if known is not None else number not in there.values()
+
+
+def test_equal_reasons_are_said_once(tmp_path):
+    file = write(
+        tmp_path, "def sweep():\n for seed in range(3):\n  yield {'seed': seed, 'stepz': 1}\n"
+    )
+    with pytest.raises(
+        ValueError, match=r"(?s)^3 of 3 .*run 0 of sweep, .*run 2 of sweep: "
+    ) as told:
+        expand.expand(file, str(tmp_path / "r"))
+    assert str(told.value).count("stepz") == 1
+
+
+def test_a_notice_that_all_runs_share_is_said_once(tmp_path, capsys):
+    file = write(tmp_path, "def sweep():\n yield from product({'optim.momentum': (0.5, 0.9)})\n")
+    command = ["sweep", "--config", file, "--workdir", str(tmp_path / "r"), "--config.data.mock=1"]
+    assert main([*command, "--dry_run"]) == 0
+    assert capsys.readouterr().err.count("notice   optim.momentum") == 1
 
 
 def test_every_wrong_run_is_named(tmp_path, capsys):

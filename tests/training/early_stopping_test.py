@@ -103,6 +103,8 @@ def test_a_run_stops_and_does_nothing_when_it_is_started_again(tmp_path, capfd):
         *(2, 4, 6, 8)
     ]
 
+    trained = [json.loads(line) for line in lines.splitlines() if '"train"' in line]
+    assert trained[-1]["step"] == 8 and trained[-1]["loss"] > 0  # the window that was open
     assert main(command) == 0
     assert "at step 8 already" in capfd.readouterr().err
     assert (workdir / "metrics.jsonl").read_text() == lines

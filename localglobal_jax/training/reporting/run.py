@@ -181,9 +181,18 @@ def finish(  # noqa: PLR0917 # parts of one run
         use=task.use,
         versions=versions(),
         environment=_environment(source, directory),
-        command=shlex.join(["localglobal", *sys.argv[1:]]) if sys.argv[1:] else None,
+        command=_command(),
         curve=curve.name,
     )
     write_atomically(directory / "model_card.md", card)
     log.info("wrote %s and %s", shown(directory / "model_card.md"), shown(curve))
     return last
+
+
+def _command() -> str | None:
+    """Returns the command of this process; None if it is another program, as a notebook is."""
+    program = pathlib.PurePath(sys.argv[0])
+    package = __name__.partition(".")[0]
+    if program.stem != "localglobal" and program.parts[-2:] != (package, "__main__.py"):
+        return None
+    return shlex.join(["localglobal", *sys.argv[1:]])

@@ -23,7 +23,7 @@ USE = """(found,) = lg.load_classifier("path/to/this/directory").classify(["pict
 print(found.best[0].name, found.best[0].probability)
 
 module, variables = lg.load("path/to/this/directory")
-logits, _ = module.apply(variables, images, train=False)  # [b, h, w, c], normalised as below"""
+logits, _ = module.apply(variables, images, train=False)  # [b, h, w, c], normalised as above"""
 
 
 @folder.listed_once()

@@ -4,6 +4,7 @@
 import logging
 import math
 import pathlib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -120,7 +121,8 @@ def stored_tokenizers(
         )
     if found is None and run.init:
         try:
-            source = gcs.LocalMirror(hub.local(run.init)).local
+            workdir_of = re.sub(r"/checkpoints(/\d+)?/*$", "", str(hub.local(run.init)))
+            source = gcs.LocalMirror(workdir_of).local
             found = tokenizers.load(source / tokenizers.DIRECTORY)
         except OSError as error:  # not a valid path, such as one that is too long
             raise ValueError(f"init={run.init}: {error.strerror or error}") from error

@@ -3,11 +3,13 @@
 
 import json
 import re
+import sys
 
 import pytest
 
 import localglobal_jax as lg
 from localglobal_jax.training.reporting import model_card
+from localglobal_jax.training.reporting import run as reporting
 from localglobal_jax.training.tasks import classification, translation
 
 GIVEN = {
@@ -51,3 +53,18 @@ def test_what_is_not_there_leaves_no_hole():
 def test_the_code_of_the_card_uses_public_names(task):
     names = set(re.findall(r"lg\.(\w+)", task.USE))
     assert names and names <= set(lg.__all__)
+
+
+@pytest.mark.parametrize(
+    ("argv", "command"),
+    [
+        (["/bin/localglobal", "train", "--config=a b.py"], "localglobal train '--config=a b.py'"),
+        (["/x/localglobal_jax/__main__.py", "train"], "localglobal train"),
+        (["/home/me/script.py", "--alpha", "3"], None),
+        (["/x/ipykernel_launcher.py", "-f", "kernel.json"], None),
+        ([""], None),
+    ],
+)
+def test_the_command_of_a_card_is_one_of_ours(argv, command, monkeypatch):
+    monkeypatch.setattr(sys, "argv", argv)
+    assert reporting._command() == command
