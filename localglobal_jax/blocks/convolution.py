@@ -27,6 +27,7 @@ from localglobal_jax.blocks.layers import (
     pool,
     pool_rounding,
 )
+from localglobal_jax.operators import grids
 from localglobal_jax.operators.convolution import DepthwiseConv
 from localglobal_jax.operators.dense import Dense, dot_general
 from localglobal_jax.operators.kernels.batch_norm import (
@@ -92,6 +93,7 @@ class MBConvBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Grid, *, train: bool = False) -> Grid:
+        grids.check_input(self, x, "b h w d")
         norm = partial(make_norm, self.norm, eps=self.norm_eps, train=train, dtype=self.dtype)
         norm_act = partial(
             norm_activation,
@@ -199,6 +201,7 @@ class ConvNeXtBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Grid, *, train: bool = False) -> Grid:
+        grids.check_input(self, x, "b h w d")
         repeats, rest = divmod(self.features, x.shape[-1])
         if rest:
             raise ValueError(

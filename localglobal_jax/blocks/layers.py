@@ -2,7 +2,7 @@
 """Parts of blocks other than the operator: norms, pooling, shortcuts, scales, pointwise nets."""
 
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -39,6 +39,8 @@ def make_norm(kind: Norm, *, eps: float, train: bool, dtype: str, name: str) -> 
     >>> sorted(variables["params"])
     ['bias', 'scale']
     """
+    if kind not in get_args(Norm):
+        raise ValueError(f"norm {kind!r}: allowed are {get_args(Norm)}")
     if kind == "batch":
         return _BatchNorm(
             train=train,
@@ -109,6 +111,8 @@ def pool(x: Grid, kind: Pool) -> Grid:
     >>> jax.eval_shape(lambda x: lg.blocks.pool(x, "max2"), jnp.ones((2, 8, 8, 16))).shape
     (2, 4, 4, 16)
     """
+    if kind not in get_args(Pool):
+        raise ValueError(f"pool {kind!r}: allowed are {get_args(Pool)}")
     window, padding = (2, "VALID") if kind.endswith("2") else (3, ((1, 1), (1, 1)))
     if kind.startswith("max"):
         return nn.max_pool(x, (window, window), (2, 2), padding)

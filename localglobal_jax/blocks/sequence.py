@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float
 from pydantic import PositiveInt
 
 from localglobal_jax.config.schema import Fraction
+from localglobal_jax.operators import grids
 from localglobal_jax.operators.activations import ACTIVATIONS, Activation
 from localglobal_jax.operators.adaptive import AdaptiveConv, EquivariantSequence
 from localglobal_jax.operators.attention import CrossAttention, SelfAttention
@@ -75,6 +76,7 @@ class MuseLayer(nn.Module):
         memory: CrossKV | None = None,
         train: bool = False,
     ) -> Sequence:
+        grids.check_input(self, x, "b l d")
         y = self.norm(x) if self.pre_norm else x
         y = x + self.muse(y, mask=mask, memory=memory, train=train)
         return y if self.pre_norm else self.norm(y)
@@ -174,6 +176,7 @@ class TransformerLayer(nn.Module):
         memory: CrossKV | None = None,
         train: bool = False,
     ) -> Sequence:
+        grids.check_input(self, x, "b l d")
         x = self._residual(x, self.norm, lambda y: self.mix(y, mask=mask, train=train), train)
         return self._rest(x, memory, train)
 

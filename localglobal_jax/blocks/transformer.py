@@ -22,6 +22,7 @@ from localglobal_jax.blocks.layers import (
     pool_rounding,
 )
 from localglobal_jax.config import renamed
+from localglobal_jax.operators import grids
 from localglobal_jax.operators.adaptive import AdaptiveConv, EquivariantAttention
 from localglobal_jax.operators.attention import RelativeAttention
 from localglobal_jax.operators.focal import FocalAttention, PoolMethod, fit_window
@@ -78,6 +79,7 @@ class TransformerBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Grid, *, train: bool = False) -> Grid:
+        grids.check_input(self, x, "b h w d")
         norm = partial(make_norm, self.norm, eps=self.norm_eps, train=train, dtype=self.dtype)
         width = self.features if self.widen_at == "qkv" else x.shape[-1]
         if width % self.head_width:
@@ -114,7 +116,7 @@ class TransformerBlock(nn.Module):
 class RelativeAttentionBlock(TransformerBlock):
     """T: attention with a bias per displacement (CoAtNet, A.1).
 
-    `bias` and `bias_hidden` are those of `RelativeAttention`.
+    `bias`, `bias_hidden` and `bias_dropout` are those of `RelativeAttention`.
 
     >>> x = jnp.ones((2, 8, 8, 16))
     >>> module = lg.blocks.RelativeAttentionBlock(32, stride=2, head_width=8)
@@ -125,6 +127,7 @@ class RelativeAttentionBlock(TransformerBlock):
 
     bias: Literal["table", "mlp", "none"] = "table"
     bias_hidden: PositiveInt = 512
+    bias_dropout: float = 0.125
 
     @property
     def odd_grids(self) -> Rounding:
@@ -133,7 +136,11 @@ class RelativeAttentionBlock(TransformerBlock):
     @nn.nowrap
     def operator(self, grid: tuple[int, int], **options: Any) -> nn.Module:
         return RelativeAttention(
-            bias=self.bias, bias_hidden=self.bias_hidden, qkv_bias=self.qkv_bias, **options
+            bias=self.bias,
+            bias_hidden=self.bias_hidden,
+            bias_dropout=self.bias_dropout,
+            qkv_bias=self.qkv_bias,
+            **options,
         )
 
 
@@ -258,6 +265,7 @@ class OutlookerBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Grid, *, train: bool = False) -> Grid:
+        grids.check_input(self, x, "b h w d")
         norm = partial(make_norm, "layer", eps=self.norm_eps, train=train, dtype=self.dtype)
         shortcut = Shortcut(
             self.features, self.stride, self.pool, dtype=self.dtype, name="shortcut"
@@ -315,6 +323,7 @@ class MuseBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Grid, *, train: bool = False) -> Grid:
+        grids.check_input(self, x, "b h w d")
         shortcut = Shortcut(
             self.features, self.stride, self.pool, self.shortcut_bias, self.dtype, name="shortcut"
         )(x)

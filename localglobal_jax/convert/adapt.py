@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapts variables to another resolution or another number of classes, for fine-tuning.
 
-Both compare the variables with the shapes of the adapted module, so they work for every
-architecture: the end of its path identifies a parameter.
+Both compare the variables with the shapes of the adapted module: the end of its path identifies a
+parameter. They work for the models of `create_model`, and for others whose ``__call__`` takes
+`train` and, to change the classes, that have a field `classes`.
 
 >>> module = lg.create_model("coatnet", layout="T", depths=(1,), widths=(32,), classes=10)
 >>> variables = jax.eval_shape(module.init, jax.random.key(0), jnp.ones((1, 32, 32, 3)))
@@ -37,9 +38,11 @@ def resize(
     variables: Mapping[str, Any],
     image_size: tuple[int, int],
     *,
-    channels: int = 3,
+    channels: int | None = None,
 ) -> Variables:
     """Returns the variables of `module` for images of `image_size` (height, width).
+
+    `channels`: of the images; None: those of the first convolution.
 
     Relative tables [2h-1, 2w-1, heads] are resized bilinearly, as CoAtNet's authors do (arXiv
     2106.04803, appendix A.2; half-pixel centres, no antialiasing), so displacement zero stays where
@@ -49,6 +52,7 @@ def resize(
     Raises:
       ValueError: another parameter depends on the resolution.
     """
+    channels = channels or _first_convolution(_flat(variables))[1].shape[2]
     return fit(module, variables, jax.ShapeDtypeStruct((1, *image_size, channels), jnp.float32))
 
 
@@ -58,10 +62,14 @@ def recolour(variables: Mapping[str, Any], channels: int) -> tuple[Variables, st
     As timm does with ``in_chans=1``, the first convolution [height, width, channels, features] is
     summed over three channels, which is exact for grey images that are normalised alike in each.
     From one channel to three, a third of it is repeated, so that a grey image gives the same sums.
+
+    Raises ValueError for other numbers of channels, and for variables without such a convolution.
     """
     flat = _flat(variables)
-    path = min(path for path, leaf in flat.items() if path[:2] == STEM and leaf.ndim == 4)
-    change, has = "", flat[path].shape[2]
+    path, kernel = _first_convolution(flat)
+    change, has = "", kernel.shape[2]
+    if channels != has and {channels, has} != {1, 3}:
+        raise ValueError(f"channels={channels}: {'/'.join(path)} has {has}; give 1 or 3")
     if (has, channels) == (3, 1):
         flat[path] = flat[path].sum(2, keepdims=True)
         change = "its first convolution is summed over three colours"
@@ -71,10 +79,18 @@ def recolour(variables: Mapping[str, Any], channels: int) -> tuple[Variables, st
     return traverse_util.unflatten_dict(flat), change
 
 
+def _first_convolution(flat: Mapping[Path, Any]) -> tuple[Path, Any]:
+    """Returns the path and the kernel of the stem's first convolution."""
+    found = [path for path, leaf in flat.items() if path[:2] == STEM and leaf.ndim == 4]
+    if not found:
+        raise ValueError(f"no convolution below {'/'.join(STEM)}: {_list(flat)}")
+    return min(found), flat[min(found)]
+
+
 def fit(
     module: nn.Module, variables: Mapping[str, Any], *inputs: jax.ShapeDtypeStruct
 ) -> Variables:
-    """Returns the variables of `module` for inputs of these shapes, of any kind.
+    """Returns the variables of `module` for inputs of these shapes: images, or tokens.
 
     The collection "nearest" of a converted Focal Transformer, which `init` does not make, stays. On
     another grid the module does not read it.

@@ -38,7 +38,7 @@ def write(
 ) -> None:
     """Writes the two files into `folder`; the arrays keep their bits."""
     flat, _ = reader.flatten(variables)
-    arrays = {path: np.ascontiguousarray(leaf) for path, leaf in flat.items()}
+    arrays = {path: np.asarray(leaf, order="C") for path, leaf in flat.items()}
     # one entry: safetensors writes several in any order, and equal models would differ in bytes
     safetensors.numpy.save_file(arrays, folder / WEIGHTS, {"format": "flax"})
     kept = {key: metadata[key] for key in METADATA if metadata.get(key)}

@@ -10,6 +10,7 @@ line does not depend on the other lines. Nothing is printed here, see `cli.trans
 """
 
 import collections
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -33,6 +34,7 @@ SHORTEST = 16  # tokens of the first length bucket; each next one is twice as lo
 BATCH = 2048  # tokens
 LONGEST = 1024  # tokens of a source
 DTYPES = ("float32", "bfloat16")
+NOT_FINITE = "the scores of the model are not finite numbers"
 ONE_LINE = str.maketrans("\n\r\t\0", "    ")  # a model with a byte vocabulary can output these
 
 
@@ -200,6 +202,9 @@ class Translator:
                 host = jax.device_get(hypotheses)
                 for row, i in enumerate(batch):
                     read = self._read(host, row, nbest)
+                    if not all(math.isfinite(one.score) for one in read) or not read:
+                        found[i] = found[i]._replace(problem=NOT_FINITE)
+                        continue
                     if replace_unknown:
                         read = tuple(self._replaced(lines[i], ids[i], one) for one in read)
                     found[i] = found[i]._replace(hypotheses=read)

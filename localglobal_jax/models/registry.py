@@ -49,9 +49,12 @@ def describe(module: nn.Module) -> dict[str, Any]:
     >>> lg.create_model(**fields) == lg.create_model("coatnet_0", classes=10)
     True
     """
-    name = next(name for name, (cls, _) in MODELS.items() if cls is type(module))  # the bare one
+    names = [name for name, (cls, _) in MODELS.items() if cls is type(module)]
+    if not names:
+        known = ", ".join(sorted({cls.__name__ for cls, _ in MODELS.values()}))
+        raise ValueError(f"{type(module).__name__} is not a model of `create_model`: give {known}")
     fields = {f.name for f in dataclasses.fields(module)} - {"parent", "name"}
-    return {"name": name, **{f: _plain(getattr(module, f)) for f in sorted(fields)}}
+    return {"name": names[0], **{f: _plain(getattr(module, f)) for f in sorted(fields)}}
 
 
 def _plain(value: Any) -> Any:
@@ -89,6 +92,8 @@ def example(name: str) -> tuple[jax.ShapeDtypeStruct, ...]:
     >>> lg.models.example("coatnet_0")
     (ShapeDtypeStruct(shape=(1, 224, 224, 3), dtype=float32),)
     """
+    if name not in MODELS:
+        raise validation.unknown("model", name, MODELS)
     if issubclass(MODELS[name][0], EncoderDecoder):
         return tuple(jax.ShapeDtypeStruct((1, length), "int32") for length in LENGTHS)
     _, _, size = FIGURES.get(name, (None, None, 224))

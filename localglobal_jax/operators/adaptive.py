@@ -33,6 +33,7 @@ from localglobal_jax.operators.attention import (
 from localglobal_jax.operators.cache import (
     Cache,
     Index,
+    check_causal,
     key_value_cache,
     last_positions,
     split_heads,
@@ -88,7 +89,8 @@ def adaptive_kernel(
     They sum to one.
 
     `bias` is w, [*window, n], row by row from the first position before i. Positions outside the
-    grid, and those where `mask` is False, get no weight. `causal` (sequences): windows end at i.
+    grid, and those where `mask` is False, get no weight; a window of such positions alone weighs
+    all alike. `causal` (sequences): windows end at i.
 
     >>> query = key = jnp.ones((1, 3, 1, 2))
     >>> kernel = lg.operators.adaptive_kernel(query, key, jnp.zeros((3, 1)))
@@ -188,6 +190,7 @@ class AdaptiveConv(nn.Module):
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """Returns an empty cache of the window's past keys and values; `length` is not used."""
+        check_causal(self)
         width = self.width or self.features
         if width is None:
             raise ValueError("AdaptiveConv.init_cache: features=None; give the width of the input")
@@ -202,6 +205,7 @@ class AdaptiveConv(nn.Module):
         valid: Bool[Array, "b m"] | None = None,
     ) -> tuple[Float[Array, "b 1 e"], Cache]:
         """Returns the output at position `index`; `valid` is False at padding up to there."""
+        check_causal(self)
         seen = (jnp.arange(self.window) >= self.window - 1 - index)[None]
         if valid is not None:
             seen = last_positions(valid, index, self.window)

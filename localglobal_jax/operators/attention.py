@@ -21,6 +21,7 @@ from localglobal_jax.operators.cache import (
     append,
     attention_mask,
     attention_mask_at,
+    check_causal,
     key_value_cache,
     split_heads,
     to_cache_layout,
@@ -43,8 +44,9 @@ def attend(
 ) -> Float[Array, "*b l n v"]:
     """Softmax attention, ``softmax(q.k / sqrt(c) + bias) v`` (arXiv 1706.03762, equation 1).
 
-    The bias is added after the scaling. A key where `mask` is False gets no weight. The softmax is
-    in float32 at least. `kept`: True for the weights that a `dropout` of that rate keeps.
+    The bias is added after the scaling. A key where `mask` is False gets no weight; a query without
+    any other key weighs all alike. The softmax is in float32 at least. `kept`: True for the weights
+    that a `dropout` of that rate keeps.
 
     >>> query = jnp.ones((2, 5, 4, 16))  # [b, queries, heads, width of a head]
     >>> key = value = jnp.ones((2, 7, 4, 16))
@@ -214,7 +216,7 @@ class RelativeAttention(nn.Module):
       heads: number of heads.
       width: inner width, of all heads together; None: `features`.
       bias: "table" (free parameters), "mlp" (log-CPB), or "none" (plain attention).
-      bias_hidden: hidden width of the "mlp".
+      bias_hidden, bias_dropout: hidden width and dropout of the "mlp" (timm's: 0.125).
       qkv_bias: of the first projection; the output always has one.
       dtype: of the computation; parameters are float32.
 
@@ -230,6 +232,7 @@ class RelativeAttention(nn.Module):
     width: int | None = None
     bias: Literal["table", "mlp", "none"] = "table"
     bias_hidden: int = 512
+    bias_dropout: float = 0.125
     qkv_bias: bool = True
     dtype: str = "float32"
 
@@ -250,9 +253,10 @@ class RelativeAttention(nn.Module):
         if self.bias == "table":
             bias = RelativeBiasTable(self.heads, name="relative_bias")(h, w)
         elif self.bias == "mlp":
-            bias = RelativeBiasMLP(self.heads, self.bias_hidden, name="relative_bias")(
-                h, w, train=train
+            mlp = RelativeBiasMLP(
+                self.heads, self.bias_hidden, self.bias_dropout, name="relative_bias"
             )
+            bias = mlp(h, w, train=train)
         show(self, query, key, bias)
         y = join_heads(attend(query, key, value, bias=bias), features, True, self.dtype)
         return grids.sequence_to_grid(y, (h, w))
@@ -378,6 +382,7 @@ class SelfAttention(nn.Module):
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """Returns an empty cache of keys and values for `length` positions."""
+        check_causal(self)
         return key_value_cache(batch, length, self.features, self.heads, self.dtype)
 
     def step(
@@ -389,6 +394,7 @@ class SelfAttention(nn.Module):
         valid: Bool[Array, "b m"] | None = None,
     ) -> tuple[Float[Array, "b 1 d"], Cache]:
         """Returns the output at position `index`; `valid` is False at padding up to there."""
+        check_causal(self)
         query, key, value = self._project(x)
         cache = {
             "key": append(cache["key"], key, index),

@@ -23,6 +23,7 @@ Legend: b batch, l m lengths, d width, n heads, c width of a head.
 ((2, 1, 16), (2, 2, 6, 8))
 """
 
+import flax.linen as nn
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
@@ -57,6 +58,12 @@ def attention_mask_at(
     if valid is not None:
         seen = seen & (valid | (slots == index))
     return seen[:, None, None, :]
+
+
+def check_causal(module: nn.Module) -> None:
+    """Raises ValueError for the steps of a module that also looks ahead."""
+    if not module.causal:
+        raise ValueError(f"{type(module).__name__}: causal=False has no steps: give causal=True")
 
 
 def append(

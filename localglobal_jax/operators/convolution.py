@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from localglobal_jax.operators import grids
-from localglobal_jax.operators.cache import Cache, Index, valid_at, zero_padding
+from localglobal_jax.operators.cache import Cache, Index, check_causal, valid_at, zero_padding
 from localglobal_jax.operators.dense import TORCH_UNIFORM, DenseGeneral, Projection, project
 from localglobal_jax.operators.kernels import convolution as kernels
 from localglobal_jax.operators.kernels.convolution import Padding
@@ -58,7 +58,7 @@ def depthwise(
     both = jnp.promote_types(x.dtype, kernel.dtype)
     x, kernel = x.astype(both), kernel.astype(both)
     padding = same_padding(kernel.shape[:-1]) if padding is None else padding
-    letters = "DHW"[3 - (x.ndim - 2) :]
+    letters = "DHWXYZ"[: x.ndim - 2]
 
     def grouped(x: Array, kernel: Array) -> Array:
         return lax.conv_general_dilated(
@@ -324,6 +324,7 @@ class DynamicConv(nn.Module):
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """Returns an empty cache of the window's past positions; `length` is not used."""
+        check_causal(self)
         return {"window": jnp.zeros((batch, self.window - 1, self.features), self.dtype)}
 
     def step(
@@ -335,6 +336,7 @@ class DynamicConv(nn.Module):
         valid: Bool[Array, "b m"] | None = None,
     ) -> tuple[Float[Array, "b 1 d"], Cache]:
         """Returns the output at the next position."""
+        check_causal(self)
         here = valid_at(valid, index) if self.zero_padding and valid is not None else None
         window = jnp.concatenate([cache["window"], zero_padding(self._gate(x), here)], 1)
         y = self.convolution(window, last=True)

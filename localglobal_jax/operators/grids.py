@@ -4,9 +4,10 @@
 Legend: b batch, h w grid, l length, i j windows, y x positions in a window, d width.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from itertools import product
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -17,9 +18,17 @@ from jaxtyping import Array, Shaped
 def check_input(module: nn.Module, x: Any, *forms: str, parameter: str | None = None) -> None:
     """Raises ValueError unless `x` has the axes of one of `forms`, such as ``"b h w d"``.
 
+    A field of the module with a value that its Literal does not have is an error, too.
+
     Grids without a batch look like sequences to a module that takes both. `parameter` names one
     of the module's arrays that has the axes of the space and one more; it tells them apart.
     """
+    for field in dataclasses.fields(module):
+        allowed, value = get_args(field.type), getattr(module, field.name)
+        if get_origin(field.type) is Literal and value not in allowed:
+            raise ValueError(
+                f"{type(module).__name__}: {field.name}={value!r}: allowed are {allowed}"
+            )
     ranks = {len(form.split()) for form in forms}
     if parameter and module.has_variable("params", parameter):
         ranks &= {module.get_variable("params", parameter).ndim + 1}

@@ -33,6 +33,7 @@ from localglobal_jax.operators.cache import (
     append,
     attention_mask,
     attention_mask_at,
+    check_causal,
     key_value_cache,
     last_positions,
     split_heads,
@@ -244,6 +245,7 @@ class MuseSequence(nn.Module):
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """Allocates the cache of `length` positions, with the window of a separate projection."""
+        check_causal(self)
         cache = key_value_cache(batch, length, self.features, self.heads, self.dtype)
         if self.windows and self.projection == "separate":
             shape = (batch, max(self.windows) - 1, self.features)
@@ -260,6 +262,7 @@ class MuseSequence(nn.Module):
         memory: CrossKV | None = None,
     ) -> tuple[Float[Array, "b 1 d"], Cache]:
         """Returns the output at position `index`; `valid` is False at padding up to there."""
+        check_causal(self)
         query, key, value, source, rest = self._project(x, False)
         if self.zero_padding and valid is not None:
             here = valid_at(valid, index)

@@ -83,6 +83,17 @@ def test_a_bias_made_by_an_mlp_needs_no_resizing():
     assert jax.tree.all(jax.tree.map(lambda a, b: a is b, variables, resized))
 
 
+def test_grey_models_are_resized_and_other_channels_refused():
+    module, _ = tiny()
+    variables = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 1)))
+    resized = adapt.resize(module, variables, (64, 64))
+    assert resized["params"]["stem"]["conv1"]["kernel"].shape[2] == 1
+    with pytest.raises(ValueError, match="channels=4"):
+        adapt.recolour(variables, 4)
+    with pytest.raises(ValueError, match="no convolution"):
+        adapt.recolour({"params": {"classifier": {"bias": jnp.zeros(3)}}}, 1)
+
+
 def test_what_cannot_be_resized_is_named():
     module, variables = tiny()
     with pytest.raises(ValueError, match=r"head/classifier/bias .*\(3,\)"):

@@ -8,6 +8,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -297,6 +298,12 @@ def test_wrong_arguments():
         decoding.greedy(Table(), jnp.asarray(tables(0)), none, max_length=MAX)
 
 
+def test_every_sentence_has_a_number(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # users have no type checker
+    with pytest.raises(ValueError, match=r"numbers of shape \(3,\)"):
+        draw(0, 0, 1, numbers=np.arange(3))
+
+
 # ---------------------------------------------------------------------------- ensembles
 
 
@@ -328,6 +335,26 @@ def test_an_ensemble_of_equal_models_is_that_model():
     one = run(7, beam=4)
     np.testing.assert_array_equal(many.tokens, one.tokens)
     np.testing.assert_allclose(many.scores, one.scores, atol=1e-5)
+
+
+def test_an_ensemble_of_ensembles():
+    """Their scores are log probabilities already; a mean of these need not sum to one."""
+    two, variables = ensemble(3, 4)
+    nested = decoding.Ensemble([two, two])
+    found = decoding.beam_search(nested, [variables, variables], SOURCE, beam=4, max_length=MAX)
+    expected = decoding.beam_search(two, variables, SOURCE, beam=4, max_length=MAX)
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-5)
+    with pytest.raises(ValueError, match=r"1 models .* 2"):
+        decoding.greedy(nested, (variables,), SOURCE, max_length=MAX)
+
+
+@pytest.mark.parametrize("early_stop", [False, True])
+def test_a_search_with_x64(early_stop):
+    options = {"beam": 4, "max_length": MAX, "early_stop": early_stop}
+    with jax.enable_x64(True):
+        found = decoding.beam_search(*ensemble(7), SOURCE, **options)
+    np.testing.assert_array_equal(found.tokens, run(7, beam=4, early_stop=early_stop).tokens)
 
 
 def test_greedy_and_samples_of_an_ensemble():

@@ -62,7 +62,7 @@ def same(one, other):
     flat, others = reader.flatten(one)[0], reader.flatten(other)[0]
     assert flat.keys() == others.keys()
     for path, leaf in flat.items():
-        assert leaf.dtype == others[path].dtype, path
+        assert (leaf.dtype, leaf.shape) == (others[path].dtype, others[path].shape), path
         assert np.asarray(leaf).tobytes() == np.asarray(others[path]).tobytes(), path
 
 

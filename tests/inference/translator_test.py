@@ -275,6 +275,15 @@ def test_a_heat_map_that_cannot_be_written_raises_first(tmp_path):
         heat_map.check(str(tmp_path / "nowhere" / "x.png"))
 
 
+@pytest.mark.parametrize("sampling", [None, Sampling(seed=0)])
+def test_scores_that_are_not_finite_are_said(sampling):
+    good = fixture("muse_post")[0]
+    nan = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), good.variables)
+    bad = Translator(good.module, nan, good.tokenizers)
+    (found,) = bad.translate(["w5 w6"], beam=2, sampling=sampling, **SHORT)
+    assert not found.hypotheses and "finite" in found.problem
+
+
 # ---------------------------------------------------------------------------- from disk
 
 

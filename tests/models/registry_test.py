@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import pytest
 
 from localglobal_jax.data.text import tokenizers
-from localglobal_jax.models.registry import FIGURES, MODELS, create_model
+from localglobal_jax.models import CoAtNet
+from localglobal_jax.models.registry import FIGURES, MODELS, create_model, describe, example
+from localglobal_jax.operators import Outlook
 
 
 def test_the_fields_of_every_name_are_allowed():
@@ -70,3 +72,14 @@ def test_a_model_with_options_of_blocks_may_be_a_static_argument(name):
     inputs = (x, x) if name == "muse" else (x,)
     init = jax.jit(lambda m, *x: m.init(jax.random.key(0), *x), static_argnums=0)
     assert jax.eval_shape(functools.partial(init, first), *inputs)["params"]
+
+
+def test_what_is_no_model_of_a_name_is_refused():
+    class Mine(CoAtNet):
+        pass
+
+    for module in (Mine(), Outlook()):
+        with pytest.raises(ValueError, match=f"{type(module).__name__} .*CoAtNet"):
+            describe(module)
+    with pytest.raises(ValueError, match='"coatnet_0"'):
+        example("coatnet_00")

@@ -8,6 +8,7 @@ import dataclasses
 import operator
 import subprocess
 import sys
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -220,6 +221,24 @@ def test_an_input_without_a_batch_is_one_line(name, monkeypatch):
     with pytest.raises(ValueError, match=r"shape \(.*\[b, .*x\[None\]") as error:
         jax.eval_shape(lambda v: module.apply(v, *(x[0] for x in whole), **options), variables)
     assert "\n" not in str(error.value)
+
+
+WORDS = [
+    (name, field.name)
+    for name, (module, _) in CASES.items()
+    for field in dataclasses.fields(module)
+    if typing.get_origin(field.type) is typing.Literal
+]
+
+
+@pytest.mark.parametrize(("name", "field"), WORDS)
+def test_a_word_that_a_field_does_not_have_is_refused(name, field, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # users have no type checker
+    module, shape = CASES[name]
+    inputs = (jnp.ones(shape),) if shape else (jnp.ones((1, 4), int), jnp.ones((1, 3), int))
+    with pytest.raises(ValueError, match=f"{field}='wrong'.*allowed|wrong.*allowed"):
+        wrong = module.clone(**{field: "wrong"})
+        jax.eval_shape(wrong.init, jax.random.key(0), *inputs)
 
 
 @pytest.mark.parametrize(

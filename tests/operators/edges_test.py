@@ -19,6 +19,32 @@ def heads(*shape, dtype=jnp.float32, seed=0):
 
 
 @each
+@pytest.mark.parametrize(
+    "module",
+    [
+        lg.operators.SelfAttention(8, 2),
+        lg.operators.MuseSequence(8, 2, 8, windows=(3, 9)),
+        lg.operators.DynamicConv(8, 2, 9),
+        lg.operators.AdaptiveConv(8, 2, window=9),
+        lg.operators.EquivariantSequence(8, 2),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_a_sequence_without_positions(module, implementation):
+    variables = module.init(jax.random.key(0), heads(1, 5, 8))
+    with context.implementation(implementation):
+        assert module.apply(variables, heads(2, 0, 8)).shape == (2, 0, 8)
+
+
+@each
+def test_a_depthwise_convolution_of_four_axes_of_space(implementation):
+    x, kernel = heads(1, 3, 3, 3, 3, 2), heads(3, 3, 3, 3, 2, seed=1)
+    with context.implementation(implementation):
+        found = lg.operators.depthwise(x, kernel)
+    np.testing.assert_allclose(found[0, 1, 1, 1, 1], (x[0] * kernel).sum((0, 1, 2, 3)), rtol=1e-4)
+
+
+@each
 def test_a_rate_without_a_mask_changes_nothing(implementation):
     q, k, v = (heads(1, 3, 2, 4, seed=i) for i in range(3))
     with context.implementation(implementation):

@@ -71,6 +71,18 @@ def test_causal_operators_never_see_the_future_and_local_ones_no_further_than_th
 
 
 @pytest.mark.parametrize("name", OPERATORS)
+def test_what_looks_ahead_has_no_steps(name):
+    module = OPERATORS[name](causal=False)
+    x = jnp.ones((1, 1, D))
+    variables = jax.eval_shape(module.init, jax.random.key(0), x)
+    cache = jax.eval_shape(lambda: OPERATORS[name](causal=True).init_cache(1, 2))
+    with pytest.raises(ValueError, match="causal=True"):
+        module.init_cache(1, 2)
+    with pytest.raises(ValueError, match="causal=True"):
+        jax.eval_shape(lambda v, c: module.apply(v, x, c, 0, method="step"), variables, cache)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
 def test_steps_are_the_parallel_pass(name):
     module, variables, x = made(name, causal=True)
     # padding before, inside and after: it is not special, but it must be the same both ways

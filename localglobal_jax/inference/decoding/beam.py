@@ -140,7 +140,7 @@ def _beam_search(
         ends = (token == module.end) & (total > LOWEST)
         counts = ends & (jnp.arange(token.shape[1])[None] < beam) & ~search.done[:, None]
         ended = _add(search.ended, search.found, candidates, counts, best=not early_stop)
-        found = jnp.minimum(search.found + counts.sum(1), beam)
+        found = jnp.minimum(search.found + counts.sum(1, dtype=jnp.int32), beam)
 
         # stable: the alive in their order, then the ended ones, which continue with a score of -inf
         order = jnp.argsort(ends, axis=1, stable=True)[:, :beam]

@@ -2,6 +2,7 @@
 """Ensembles: several models that decode as one, by the mean of their log probabilities."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -33,10 +34,11 @@ class Ensemble:
     (2, 1)
     """
 
-    members: tuple[Any, ...]  # modules, see `Decodable`
+    members: Sequence[Any]  # modules, see `Decodable`
     log_probabilities: bool = True
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "members", tuple(self.members))  # hashable, from a list too
         fields = ("source_vocab", "target_vocab", "pad", "start", "end")
         kinds = [tuple(getattr(member, name, None) for name in fields) for member in self.members]
         if len(set(kinds)) != 1:
@@ -63,11 +65,11 @@ class Ensemble:
 
     def narrowed(self, variables: Any) -> Any:
         """Returns the variables for ``step``, see `Decodable`."""
-        return tuple(map(prepared, self.members, variables))
+        return tuple(prepared(*pair) for pair in self._pairs(variables))
 
     def apply(self, variables: Any, *args: Any, method: str) -> Any:
         """Calls ``init_cache`` or ``step`` of every member, see `Decodable`."""
-        pairs = list(zip(self.members, variables, strict=True))
+        pairs = self._pairs(variables)
         if method == "init_cache":
             return _transposed(member.apply(own, *args, method=method) for member, own in pairs)
         token, memory, cache = args
@@ -75,7 +77,15 @@ class Ensemble:
             member.apply(own, token, *theirs, method=method)
             for (member, own), *theirs in zip(pairs, memory, cache, strict=True)
         )
-        return _mean(logits), caches
+        return _mean(self.members, logits), caches
+
+    def _pairs(self, variables: Any) -> list[tuple[Any, Any]]:
+        if len(variables) != len(self.members):
+            raise ValueError(
+                f"variables of {len(variables)} models for an ensemble of {len(self.members)}: "
+                "give one for each, in their order"
+            )
+        return list(zip(self.members, variables, strict=True))
 
 
 def _transposed(pairs: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -83,6 +93,9 @@ def _transposed(pairs: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     return first, second
 
 
-def _mean(logits: tuple[Float[Array, "r v"], ...]) -> Float[Array, "r v"]:
-    log_p = [jax.nn.log_softmax(x.astype(jnp.float32)) for x in logits]
+def _mean(members: Sequence[Any], logits: tuple[Float[Array, "r v"], ...]) -> Float[Array, "r v"]:
+    log_p = [
+        x if getattr(member, "log_probabilities", False) else jax.nn.log_softmax(x)
+        for member, x in zip(members, (x.astype(jnp.float32) for x in logits), strict=True)
+    ]
     return sum(log_p[1:], log_p[0]) / len(log_p)

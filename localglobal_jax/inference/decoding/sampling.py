@@ -120,6 +120,8 @@ def sample(
     if not 0 < top_p <= 1 or top_k < 0:
         raise ValueError(f"top_k={top_k}, top_p={top_p}: give top_k >= 0 and 0 < top_p <= 1")
     numbers = np.arange(len(source)) if numbers is None else numbers
+    if np.shape(numbers) != (len(source),):
+        raise ValueError(f"numbers of shape {np.shape(numbers)}: give one for each sentence")
     scalars = (jnp.float32(x) for x in (temperature, top_p, length_penalty))
     options = _Options(samples, max_length, min_length, True, top_k, top_p < 1)
     source = check_source(source)

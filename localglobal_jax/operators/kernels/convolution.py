@@ -154,7 +154,7 @@ def dynamic(x: Array, kernel: Array, *, before: int) -> Array:
     zeros spreads. `before`: positions of padding in front.
     """
     (b, length, d), (n, k) = x.shape, kernel.shape[-2:]
-    block = min(BLOCK, length)
+    block = max(1, min(BLOCK, length))
     wide, rest = block + k - 1, -length % block
     blocks, more = (length + rest) // block, -(-(k - 1) // block)
     padded = jnp.pad(x, ((0, 0), (before, more * block - before + rest), (0, 0)))
