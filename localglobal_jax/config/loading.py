@@ -204,12 +204,13 @@ def beside(module: types.ModuleType) -> Iterator[None]:
                 neighbours[name] = sys.modules.pop(name)
 
 
-def _is_neighbour(module: types.ModuleType, top: str, folder: pathlib.Path) -> bool:
-    """Whether a module is `folder`/`top`.py, or in the package `folder`/`top`; not this package."""
-    file = pathlib.Path(getattr(module, "__file__", None) or next(iter(module.__path__)))
-    if top == PACKAGE.name or top.startswith(PREFIX) or not file.is_relative_to(folder):
+def _is_neighbour(module: Any, top: str, folder: pathlib.Path) -> bool:
+    """Returns whether a module is `top`.py of a folder, or in its package `top`; ours is none."""
+    # a package without __init__.py has no file; built-in modules have neither
+    place = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", ())), None)
+    if not place or top == PACKAGE.name or top.startswith(PREFIX):
         return False
-    return file.relative_to(folder).parts[0] in (top, f"{top}.py")
+    return any(pathlib.Path(place).is_relative_to(folder / name) for name in (top, f"{top}.py"))
 
 
 def import_file(path: str | pathlib.Path) -> types.ModuleType:

@@ -96,8 +96,9 @@ class Images(Section):
     # sets are used as stored. None: as False, in a run that began before this option existed
     exif_orientation: bool | None = True
     in_memory: bool | None = None  # decode once, keep as uint8; None: if that takes less than 2 GiB
-    # Training crop. "resized": Inception's (random area and aspect ratio). "pad": random shift of
-    # the image that evaluation sees. "none": that image.
+    # Training crop. "resized": Inception's, a random area with an aspect ratio of 3/4 to 4/3, which
+    # is stretched to `image_size`. "pad": random shift of the image that evaluation sees. "none":
+    # that image.
     crop: Literal["none", "pad", "resized"] = "none"
     # Part of an image that evaluation sees. A number: the central crop in the aspect of
     # `image_size`, its sides so much of the largest one's; above 1: a black border (timm's

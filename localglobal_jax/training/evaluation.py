@@ -126,7 +126,8 @@ def evaluate(
     found, variables, metadata = read_variables(workdir, step, average)
     if config is None and not exported:
         check_config(files, found, metadata)
-    _check_kind(validation.run_class(changed), metadata)
+    where = "the config" if isinstance(config, ConfigDict) else f"--config {config}"
+    _check_kind(validation.run_class(changed), metadata, where)
     if config is not None:
         changed.model = ConfigDict(_model_of(metadata))
         _prepare_as(changed, metadata, overrides)
@@ -180,13 +181,13 @@ def _is_text(metadata: Mapping[str, Any]) -> bool:
     return issubclass(MODELS[metadata["model"]["name"]][0], EncoderDecoder)
 
 
-def _check_kind(kind: type[schema.Run], metadata: Mapping[str, Any]) -> None:
+def _check_kind(kind: type[schema.Run], metadata: Mapping[str, Any], where: str) -> None:
     """Raises ValueError for a run on text and a checkpoint of images, or the other way round."""
     text = _is_text(metadata)
     if text != issubclass(kind, schema.TranslationRun):
         kinds = ("images", "text") if text else ("text", "images")
         raise ValueError(
-            f"the config evaluates {kinds[0]}, but the checkpoint is a model of {kinds[1]}: "
+            f"{where} evaluates {kinds[0]}, but the checkpoint is a model of {kinds[1]}: "
             "give another config"
         )
 

@@ -236,7 +236,7 @@ def test_without_names_the_order_is_taken_and_said(evaluate, given, tmp_path):
         (["--config=nowhere.py"], "nowhere.py"),
         (["CONFIG", "--config.data.name=digits"], "data.name=digits"),
         (["CONFIG", "--config.data.image_size=(50, 50)"], "data.image_size"),
-        (["CONFIG", "--config.data.image_size=64"], "data.image_size"),
+        (["CONFIG", "--config.data.image_size=(64, 64, 64)"], "data.image_size"),
         (["CONFIG", "--config.data.eval_splits=()"], "data.eval_splits"),
         (["CONFIG", "--config.model.classes=3"], "config.model.classes"),
         (["CONFIG", "--config.data.mean=(0.5, 0.5)"], "data.mean"),

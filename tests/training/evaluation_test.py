@@ -54,6 +54,6 @@ def test_splits_share_their_programs(config, fields, splits, functions):
 )
 def test_a_config_of_the_other_kind_is_refused(kind, name, words):
     with pytest.raises(ValueError, match=words):
-        evaluation._check_kind(kind, {"model": {"name": name}}, "c.py")
+        evaluation._check_kind(kind, {"model": {"name": name}}, "--config c.py")
     other = {"muse": schema.TranslationRun, "coatnet": schema.ClassificationRun}[name]
     evaluation._check_kind(other, {"model": {"name": name}}, "c.py")
