@@ -2,10 +2,10 @@
 """T, S, A, E, F, O and M: an operator and an MLP, with norms and residual connections."""
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import flax.linen as nn
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from localglobal_jax.blocks.layers import (
     MLP,
@@ -127,7 +127,7 @@ class RelativeAttentionBlock(TransformerBlock):
 
     bias: Literal["table", "mlp", "none"] = "table"
     bias_hidden: PositiveInt = 512
-    bias_dropout: float = 0.125
+    bias_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.125
 
     @property
     def odd_grids(self) -> Rounding:

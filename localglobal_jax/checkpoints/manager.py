@@ -56,7 +56,7 @@ TRASH = "deleted"  # steps are moved there before deletion, so that a kill leave
 log = logging.getLogger(__name__)
 
 # Orbax numbers the saves of a process, whichever manager writes them, and two at once wait for each
-# other's signals: several runs in threads save one after the other.
+# other's signals: several runs in threads (of one host) save one after the other.
 _ONE_SAVE = threading.Lock()
 _saving: list[ocp.CheckpointManager] = []  # the one that may be writing
 
@@ -210,8 +210,9 @@ class Checkpoints:
             metadata=ocp.args.JsonSave(document),
         )
         with self._or_abandon(), _ONE_SAVE:
-            while _saving and _saving[0].is_saving_in_progress():
-                time.sleep(0.01)
+            with store.told(self.directory, "waiting for another run's save before writing to"):
+                while _saving and _saving[0].is_saving_in_progress():
+                    time.sleep(0.01)
             self._manager = self._manager or self._open()
             self._manager.save(step, args=items, metrics=document["metrics"], force=True)
             _saving[:] = [self._manager]
@@ -278,6 +279,8 @@ class Checkpoints:
             yield
         except BaseException as error:
             manager, self._manager = self._manager, None
+            if manager in _saving:
+                _saving.remove(manager)
             for _ in range(2):  # the first call raises the error again, and closes nothing
                 with contextlib.suppress(Exception):
                     if manager:

@@ -37,9 +37,13 @@ def run(args: argparse.Namespace) -> None:
     from localglobal_jax.data.tfds import records, tfrecord_index
     from localglobal_jax.data.tfds.prepare import from_tfrecord, prepare
 
-    own = name == folder.NAME or getattr(data, "files", ()) or getattr(data, "mock", False)
-    if args.source and (own or not name):
+    own = getattr(data, "files", ()) or getattr(data, "mock", False)
+    if args.source and (own or not name or name == folder.NAME or args.from_tfrecord):
         raise ValueError("--source holds the downloads of a TFDS set, and none is prepared")
+    if args.dir and own:
+        raise ValueError(
+            "--dir holds a TFDS set or a folder of pictures, and this data has its own"
+        )
     for option in ("dir", "from_tfrecord", "index"):
         if given := getattr(args, option):
             records.data_root(given, f"--{option}")
@@ -63,8 +67,9 @@ def run(args: argparse.Namespace) -> None:
 
 def _check_options(args: argparse.Namespace) -> None:
     """Raises ValueError unless the options name one data set, and each of them is read."""
-    ways = {"NAME": args.name, "--config": args.config}
-    ways |= {"--from_tfrecord": args.from_tfrecord, "--index": args.index}
+    ways = {"NAME": args.name, "--config": args.config, "--index": args.index}
+    if not args.config:  # else its data.dir is where the converted set goes
+        ways["--from_tfrecord"] = args.from_tfrecord
     given = [f"{way}={value}" for way, value in ways.items() if value]
     if len(given) != 1:
         raise ValueError(
@@ -74,5 +79,7 @@ def _check_options(args: argparse.Namespace) -> None:
     if args.overrides and not args.config:
         field = next(iter(args.overrides))
         raise ValueError(f"--config.{field} needs --config FILE; a NAME has --dir DIR")
+    if args.index and args.dir:
+        raise ValueError("--index writes beside the TFRecords: leave --dir out")
     if args.name == "folder" and not args.dir:
         raise ValueError("prepare folder needs --dir DIR: the folder with a folder per class")

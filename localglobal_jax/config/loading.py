@@ -51,7 +51,7 @@ def load(spec: str | os.PathLike[str], overrides: Mapping[str, str] | None = Non
         raise
     except (Exception, SystemExit) as error:  # whatever a user's file may do
         raise ValueError(f"{spec}: get_config failed: {type(error).__name__}: {error}") from error
-    config = _editable(given)
+    config = editable(given)
     if not isinstance(config, ConfigDict):
         raise ValueError(f"{spec}: get_config returned {given!r}, not an ml_collections.ConfigDict")
     for field, text in (overrides or {}).items():
@@ -59,7 +59,7 @@ def load(spec: str | os.PathLike[str], overrides: Mapping[str, str] | None = Non
     return config
 
 
-def _editable(config: Any) -> Any:
+def editable(config: Any) -> Any:
     """Returns a config whose fields can be set: a mapping, locked, frozen or a dataclass or not.
 
     The sections of a ConfigDict, and references between its fields, stay.
@@ -74,7 +74,7 @@ def _editable(config: Any) -> Any:
         config.unlock()
     for name, value in list(config.items(preserve_field_references=True)):
         if isinstance(value, ConfigDict) or dataclasses.is_dataclass(value):
-            section = _editable(value)
+            section = editable(value)
             if section is not value:
                 with config.ignore_type():
                     config[name] = section
@@ -325,6 +325,8 @@ def _set(config: ConfigDict, field: str, read: Callable[[Any], Any]) -> Any:
         default = None  # neither a section nor of one type: a Python literal, or a name
     elif leaf in fields and not isinstance(default, ConfigDict):
         default = _example(fields[leaf].annotation, default)
+    if known is None and isinstance(default, str | tuple) and all(map(_is_text, default)):
+        default = None  # a text or a tuple of texts, as ``model.layout`` may be
     is_section = isinstance(default, ConfigDict | pydantic.BaseModel)
     free = isinstance(default, ConfigDict) and section_of(known, leaf) is None and bool(parents)
     value = read({} if free else default) if free or not is_section else None
@@ -349,6 +351,10 @@ def _example(annotation: Any, value: Any) -> Any:
         if kind in kinds:
             return kind()
     return value
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _may_be_dict(annotation: Any) -> bool:

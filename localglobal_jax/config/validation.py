@@ -24,8 +24,10 @@ def unknown(what: str, given: str, allowed: Iterable[str]) -> ValueError:
     return ValueError(f'unknown {what} "{given}"{hint} Known: {", ".join(allowed) or "none"}')
 
 
-def check(config: ConfigDict | Mapping[str, Any]) -> schema.Run:
+def check(config: schema.Run | ConfigDict | Mapping[str, Any]) -> schema.Run:
     """Returns `config` as a frozen `schema.Run`; ValueError lists every wrong field."""
+    if isinstance(config, schema.Run):
+        return config
     tree = to_tree(config)
     kind = run_class(tree)
     problems = [
@@ -63,10 +65,7 @@ READ_IF: Mapping[tuple[str, ...], tuple[str, Callable[[Any], bool]]] = {
         "data.randaugment_layers above 0",
         lambda run: run.data.randaugment_layers > 0,
     ),
-    ("task.length_penalty", "task.bleu_tokenizer"): (
-        "task.beam above 0",
-        lambda run: run.task.beam > 0,
-    ),
+    ("task.bleu_tokenizer",): ("task.beam above 0", lambda run: run.task.beam > 0),
 }
 
 
@@ -117,7 +116,7 @@ def _explain(error: Mapping[str, Any], kind: type[schema.Run]) -> str:
     if error["type"] == "missing" and isinstance(error["loc"][-1], int):
         *field, count = error["loc"]
         where = ".".join(map(str, field))
-        return f"config.{where}={shown(error['input'])}: give more than {count}"
+        return f"config.{where}={shown(error['input'])}: {count} values are too few"
     if error["type"] == "missing":
         return f"config.{where} is missing"
     given, reason = error["input"], error.get("ctx", {}).get("error", error["msg"])

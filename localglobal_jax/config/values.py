@@ -18,13 +18,10 @@ BOOLS = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(
 def parse_value(text: str, default: Any, field: str) -> Any:
     """Parses a command-line `text` as the type of `default` (None: any type).
 
-    Text that is not a Python literal stays text; the schema then accepts or rejects it. So does
-    the text of a field with text, unless it is a tuple: ``model.layout`` is a text or a tuple.
+    Text that is not a Python literal stays text; the schema then accepts or rejects it.
     """
-    if text == "None":
-        return None
-    if isinstance(default, str) and not text.startswith(("(", "[")):
-        return text
+    if text == "None" or isinstance(default, str):
+        return None if text == "None" else text
     if isinstance(default, bool):
         if text.lower() not in BOOLS:
             raise ValueError(f"{field}={shown(text)}: expected true or false")
@@ -33,8 +30,6 @@ def parse_value(text: str, default: Any, field: str) -> Any:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         value = text
-    if isinstance(default, str) and not isinstance(value, list | tuple):
-        return text
     if isinstance(default, tuple) and isinstance(value, str):
         value = [part.strip() for part in value.split(",") if part.strip()]
     elif isinstance(default, tuple) and not isinstance(value, list | tuple):

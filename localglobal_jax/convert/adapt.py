@@ -42,7 +42,7 @@ def resize(
 ) -> Variables:
     """Returns the variables of `module` for images of `image_size` (height, width).
 
-    `channels`: of the images; None: those of the first convolution.
+    `channels`: of the images; None: those of the stem's first convolution, 3 without one.
 
     Relative tables [2h-1, 2w-1, heads] are resized bilinearly, as CoAtNet's authors do (arXiv
     2106.04803, appendix A.2; half-pixel centres, no antialiasing), so displacement zero stays where
@@ -52,7 +52,9 @@ def resize(
     Raises:
       ValueError: another parameter depends on the resolution.
     """
-    channels = channels or _first_convolution(_flat(variables))[1].shape[2]
+    if channels is None:
+        first = _first_convolution(_flat(variables))
+        channels = first[1].shape[2] if first else 3
     return fit(module, variables, jax.ShapeDtypeStruct((1, *image_size, channels), jnp.float32))
 
 
@@ -66,8 +68,10 @@ def recolour(variables: Mapping[str, Any], channels: int) -> tuple[Variables, st
     Raises ValueError for other numbers of channels, and for variables without such a convolution.
     """
     flat = _flat(variables)
-    path, kernel = _first_convolution(flat)
-    change, has = "", kernel.shape[2]
+    first = _first_convolution(flat)
+    if not first:
+        raise ValueError(f"no convolution below {'/'.join(STEM)}: {_list(flat)}")
+    path, change, has = first[0], "", first[1].shape[2]
     if channels != has and {channels, has} != {1, 3}:
         raise ValueError(f"channels={channels}: {'/'.join(path)} has {has}; give 1 or 3")
     if (has, channels) == (3, 1):
@@ -79,12 +83,10 @@ def recolour(variables: Mapping[str, Any], channels: int) -> tuple[Variables, st
     return traverse_util.unflatten_dict(flat), change
 
 
-def _first_convolution(flat: Mapping[Path, Any]) -> tuple[Path, Any]:
-    """Returns the path and the kernel of the stem's first convolution."""
+def _first_convolution(flat: Mapping[Path, Any]) -> tuple[Path, Any] | None:
+    """Returns the path and the kernel of the stem's first convolution; None without one."""
     found = [path for path, leaf in flat.items() if path[:2] == STEM and leaf.ndim == 4]
-    if not found:
-        raise ValueError(f"no convolution below {'/'.join(STEM)}: {_list(flat)}")
-    return min(found), flat[min(found)]
+    return (min(found), flat[min(found)]) if found else None
 
 
 def fit(

@@ -22,8 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from localglobal_jax.checkpoints import gcs
-from localglobal_jax.data.text.tokenizers import DIRECTORY, UNK, Tokenizers
-from localglobal_jax.data.text.tokenizers import load as load_tokenizers
+from localglobal_jax.data.text.tokenizers import UNK, Tokenizers
 from localglobal_jax.inference import decoding, heat_map, hub
 from localglobal_jax.inference import load as inference_load
 from localglobal_jax.models import EncoderDecoder
@@ -349,7 +348,7 @@ def load(
     for one in map(hub.local, paths):
         module, variables = inference_load.load(one, step, average)
         models.append((module.clone(dtype=dtype) if dtype else module, variables))
-        found = load_tokenizers(gcs.LocalMirror(one).local / DIRECTORY)
+        found = inference_load.tokenizers_of(one)
         if found is None:
             raise ValueError(
                 f"{one} has no tokenizer/tokenizer.json. Give the workdir of a translation run, or "

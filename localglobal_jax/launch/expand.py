@@ -84,7 +84,7 @@ def expand(
     prefix = prefix_of(spec, function)
     root = str(absolute(root.rstrip("/") or "/"))
 
-    messages: list[str] = []
+    messages: list[str] = []  # those of one run begin as `RUN`
     valid: dict[int, tuple[schema.Run, dict[str, Any], dict[str, str]]] = {}
     seen: dict[str, int] = {}
     with loading.beside(module):
@@ -134,14 +134,18 @@ def describe(  # noqa: PLR0917 # a record
     return Description(index, name, overrides, run, workdir, arguments)
 
 
+RUN = r"run \d+ of \w+: "
+
+
 def all_of(messages: Sequence[str], runs: int) -> str:
     """Returns the messages of invalid runs as one, equal ones once; a single one as it is."""
     if len(messages) == 1:
         return messages[0]
     runs_of: dict[str, list[str]] = {}
-    for which, _, reason in (message.partition(": ") for message in messages):
-        runs_of.setdefault(reason, []).append(which)
-    lines = (f"{', '.join(which)}: {reason}" for reason, which in runs_of.items())
+    for message in messages:
+        which, reason = (re.match(RUN, message) or ["", ""])[0], re.sub(RUN, "", message)
+        runs_of.setdefault(reason, []).append(which.removesuffix(": "))
+    lines = (", ".join(which) + ": " * bool(which[0]) + reason for reason, which in runs_of.items())
     return "\n".join([f"{len(messages)} of {runs} runs are wrong:", *lines])
 
 

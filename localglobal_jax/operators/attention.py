@@ -232,9 +232,9 @@ class RelativeAttention(nn.Module):
     width: int | None = None
     bias: Literal["table", "mlp", "none"] = "table"
     bias_hidden: int = 512
-    bias_dropout: float = 0.125
     qkv_bias: bool = True
     dtype: str = "float32"
+    bias_dropout: float = 0.125
 
     @property
     def reach(self) -> Reach:

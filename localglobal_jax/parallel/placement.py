@@ -83,7 +83,7 @@ def placeholder_devices(count: int | None = None) -> list[jax.Device]:
 class Partitioner:
     """Places the arrays of a run on a mesh by a sharding strategy, and compiles its steps.
 
-    Raises ValueError if mesh, strategy and compilation do not match.
+    Raises ValueError if the axes of the mesh do not multiply to the number of devices.
     """
 
     def __init__(

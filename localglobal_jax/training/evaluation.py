@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the evaluators of a task, in the training loop or on a saved checkpoint."""
 
+import copy
 import dataclasses
 import logging
 import os
@@ -80,7 +81,7 @@ def evaluate(
     step: int | str | None = None,
     overrides: Mapping[str, Any] | None = None,
     average: int = 1,
-    config: str | os.PathLike[str] | ConfigDict | None = None,
+    config: str | os.PathLike[str] | ConfigDict | Mapping[str, Any] | None = None,
 ) -> tuple[int, dict[str, Any]]:
     """Evaluates a checkpoint of `workdir`, or of an exported folder or ``hf://owner/name``.
 
@@ -120,13 +121,15 @@ def evaluate(
     if config is None:
         changed = ConfigDict(values.tuples(read_run(files).model_dump()))
     else:
-        given = isinstance(config, ConfigDict)
-        changed = ConfigDict(values.to_tree(config)) if given else loading.load(config)
+        if isinstance(config, str | os.PathLike):
+            changed = loading.load(config)
+        else:
+            changed = loading.editable(copy.deepcopy(config))
         changed.init = None
     found, variables, metadata = read_variables(workdir, step, average)
     if config is None and not exported:
         check_config(files, found, metadata)
-    where = "the config" if isinstance(config, ConfigDict) else f"--config {config}"
+    where = f"--config {config}" if isinstance(config, str | os.PathLike) else "the config"
     _check_kind(validation.run_class(changed), metadata, where)
     if config is not None:
         changed.model = ConfigDict(_model_of(metadata))

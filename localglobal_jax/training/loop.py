@@ -58,7 +58,7 @@ def train(
     >>> sorted(metrics["test"])
     ['accuracy', 'count', 'loss', 'step', 'top5']
     """
-    run = config if isinstance(config, schema.Run) else validation.check(config)
+    run = validation.check(config)
     with store.one_end() as end_soon, Lock() as lock, named_in_errors(workdir):
         return _train(run, workdir, lock, end_soon, source)
 

@@ -76,6 +76,8 @@ def test_mock_data_are_counted_and_nothing_is_prepared(config, tmp_path, capsys,
         ["folder"],
         ["--config=configs/coatnet_digits.py:data=mock", "--source=downloads"],
         ["--index=gs://bucket/digits", "--source=downloads"],
+        ["--index=gs://bucket/digits", "--dir=elsewhere"],
+        ["--config=configs/coatnet_digits.py:data=mock", "--dir=elsewhere"],
     ],
     ids=" ".join,
 )

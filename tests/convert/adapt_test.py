@@ -3,6 +3,7 @@
 
 from functools import cache, partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,6 +91,14 @@ def test_grey_models_are_resized_and_other_channels_refused():
     assert resized["params"]["stem"]["conv1"]["kernel"].shape[2] == 1
     with pytest.raises(ValueError, match="channels=4"):
         adapt.recolour(variables, 4)
+
+    class Own(nn.Module):
+        @nn.compact
+        def __call__(self, x, *, train):
+            return nn.Conv(4, (3, 3), name="first")(x)
+
+    own = Own().init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), train=False)
+    assert jax.tree.structure(adapt.resize(Own(), own, (16, 16))) == jax.tree.structure(own)
     with pytest.raises(ValueError, match="no convolution"):
         adapt.recolour({"params": {"classifier": {"bias": jnp.zeros(3)}}}, 1)
 

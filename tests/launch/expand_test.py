@@ -193,6 +193,20 @@ def test_equal_reasons_are_said_once(tmp_path):
     assert str(told.value).count("stepz") == 1
 
 
+def test_layouts_may_be_swept_as_texts_and_tuples(tmp_path):
+    file = write(
+        tmp_path,
+        "def sweep():\n for layout in ('CT', ('C', 'CT')):\n  yield {'model.layout': layout}\n",
+    )
+    runs = expand.expand(file, str(tmp_path / "r")).runs
+    assert [run.run.model["layout"] for run in runs] == ["CT", ("C", "CT")]
+
+
+def test_reasons_with_colons_stay_whole():
+    messages = [f"x-00{i} (mesh={{'data': {i}}}): does not fit" for i in (3, 5)]
+    assert expand.all_of(messages, 2).splitlines()[1:] == messages
+
+
 def test_a_notice_that_all_runs_share_is_said_once(tmp_path, capsys):
     file = write(tmp_path, "def sweep():\n yield from product({'optim.momentum': (0.5, 0.9)})\n")
     command = ["sweep", "--config", file, "--workdir", str(tmp_path / "r"), "--config.data.mock=1"]

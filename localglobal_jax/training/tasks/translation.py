@@ -4,7 +4,6 @@
 import logging
 import math
 import pathlib
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from localglobal_jax.checkpoints import gcs
 from localglobal_jax.checkpoints.workdir import shown
 from localglobal_jax.config import schema
 from localglobal_jax.data.text import bucketing, pairs, pipeline, tokenizers
 from localglobal_jax.inference import bleu, decoding, hub
+from localglobal_jax.inference.load import tokenizers_of
 from localglobal_jax.models.registry import create_model
 from localglobal_jax.training import losses, metrics
 from localglobal_jax.training.tasks.task import Batch, Evaluator, HostBatch, Loss, Task, Variables
@@ -121,9 +120,7 @@ def stored_tokenizers(
         )
     if found is None and run.init:
         try:
-            workdir_of = re.sub(r"/checkpoints(/\d+)?/*$", "", str(hub.local(run.init)))
-            source = gcs.LocalMirror(workdir_of).local
-            found = tokenizers.load(source / tokenizers.DIRECTORY)
+            found = tokenizers_of(hub.local(run.init))
         except OSError as error:  # not a valid path, such as one that is too long
             raise ValueError(f"init={run.init}: {error.strerror or error}") from error
         if found is None:

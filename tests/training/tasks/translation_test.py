@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The translation task: its loss, its evaluators, and whole little runs on a made-up language."""
 
+import functools
 import math
 import pathlib
 import shutil
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import small
 
-from localglobal_jax import load
+from localglobal_jax import load, load_translator
 from localglobal_jax.config import loading, validation
 from localglobal_jax.data.text import pipeline, tokenizers
 from localglobal_jax.inference import load as inference_load
@@ -301,11 +302,12 @@ def test_fine_tuning_takes_weights_and_vocabulary(trained, tmp_path, monkeypatch
     assert compiled[0]._cache_size() == len(shapes) == 2  # each shape is compiled once
     (_, old), (_, new) = load(trained), load(tmp_path / "run")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), old, new)
-    step = make_run(init=str(trained / "checkpoints" / "4"))
-    assert (
-        translation.stored_tokenizers(step, None).source.size
-        == translation.stored_tokenizers(run, None).source.size
+    step = make_run(**{"init": str(trained / "checkpoints" / "4"), "steps": "1", **untouched})
+    loop.train(step, tmp_path / "step")
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, atol=1e-6), old, load(tmp_path / "step")[1]
     )
+    assert load_translator(trained / "checkpoints" / "4").translate(["a b"], beam=1)
     wider = make_run(**{"model.hidden": "(48, 48)", "init": str(trained)})
     with pytest.raises(ValueError, match="shape"):
         loop.train(wider, tmp_path / "wider")
