@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads trained models: from workdirs, checkpoints, and as a start for fine-tuning."""
 
-import contextlib
 import functools
 import json
 import logging
@@ -20,7 +19,6 @@ from localglobal_jax import convert
 from localglobal_jax.checkpoints import gcs, manager, reader
 from localglobal_jax.checkpoints.workdir import in_one_form, shown, without_config
 from localglobal_jax.config import loading, preprocessing, schema, values
-from localglobal_jax.data.text import tokenizers
 from localglobal_jax.inference import hub
 from localglobal_jax.models.registry import Variables, create_model
 
@@ -142,19 +140,6 @@ def read_variables(
                 raise
             log.info("%s; reading again", error)
     return _read_variables(path, step, average, only)
-
-
-def tokenizers_of(path: str | os.PathLike[str]) -> tokenizers.Tokenizers | None:
-    """Returns the tokenizers of a workdir, a folder of weights, or the workdir of a step; or None.
-
-    Raises ValueError if they are damaged, OSError for a path that cannot be read.
-    """
-    places = [path]
-    with contextlib.suppress(ValueError):  # a folder of weights has no steps
-        steps, _ = reader.locate(path)
-        places = [steps.parent if steps.name == "checkpoints" else steps, path]
-    found = (tokenizers.load(gcs.LocalMirror(p).local / tokenizers.DIRECTORY) for p in places)
-    return next(filter(None, found), None)
 
 
 def _read_variables(

@@ -10,7 +10,9 @@ line does not depend on the other lines. Nothing is printed here, see `cli.trans
 """
 
 import collections
+import contextlib
 import math
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -21,8 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from localglobal_jax.checkpoints import gcs
-from localglobal_jax.data.text.tokenizers import UNK, Tokenizers
+from localglobal_jax.checkpoints import gcs, reader
+from localglobal_jax.data.text.tokenizers import DIRECTORY, UNK, Tokenizers
+from localglobal_jax.data.text.tokenizers import load as load_tokenizers
 from localglobal_jax.inference import decoding, heat_map, hub
 from localglobal_jax.inference import load as inference_load
 from localglobal_jax.models import EncoderDecoder
@@ -348,7 +351,7 @@ def load(
     for one in map(hub.local, paths):
         module, variables = inference_load.load(one, step, average)
         models.append((module.clone(dtype=dtype) if dtype else module, variables))
-        found = inference_load.tokenizers_of(one)
+        found = tokenizers_of(one)
         if found is None:
             raise ValueError(
                 f"{one} has no tokenizer/tokenizer.json. Give the workdir of a translation run, or "
@@ -362,6 +365,19 @@ def load(
         tokenizers = found
     assert tokenizers is not None
     return Translator(*models[0], tokenizers, others=models[1:])
+
+
+def tokenizers_of(path: str | os.PathLike[str]) -> Tokenizers | None:
+    """Returns the tokenizers of a workdir, a folder of weights, or the workdir of a step; or None.
+
+    Raises ValueError if they are damaged, OSError for a path that cannot be read.
+    """
+    places = [path]
+    with contextlib.suppress(ValueError):  # a folder of weights has no steps
+        steps, _ = reader.locate(path)
+        places = [steps.parent if steps.name == "checkpoints" else steps, path]
+    found = (load_tokenizers(gcs.LocalMirror(p).local / DIRECTORY) for p in places)
+    return next(filter(None, found), None)
 
 
 def defaults(path: str | pathlib.Path) -> Mapping[str, Any]:

@@ -16,7 +16,7 @@ from localglobal_jax.checkpoints.workdir import shown
 from localglobal_jax.config import schema
 from localglobal_jax.data.text import bucketing, pairs, pipeline, tokenizers
 from localglobal_jax.inference import bleu, decoding, hub
-from localglobal_jax.inference.load import tokenizers_of
+from localglobal_jax.inference.translator import tokenizers_of
 from localglobal_jax.models.registry import create_model
 from localglobal_jax.training import losses, metrics
 from localglobal_jax.training.tasks.task import Batch, Evaluator, HostBatch, Loss, Task, Variables
