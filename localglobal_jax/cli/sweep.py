@@ -85,12 +85,12 @@ def run(args: argparse.Namespace) -> int:
     looks = args.status or args.collect or args.summary or args.prune
     options.check_workdir(args.workdir)
     _check_options(args)
-    wrong: list[str] | None = None if looks else []  # the others are checked too
+    invalid: list[expand.Invalid] | None = None if looks else []  # the others are checked too
     look = not args.dry_run and not args.out  # those use no network
     if args.sampler:
         return _search(args, looks)
     sweep = expand.expand(
-        args.config, args.workdir, args.sweep, args.overrides, look=look, wrong=wrong
+        args.config, args.workdir, args.sweep, args.overrides, look=look, invalid=invalid
     )
     runs = expand.select(sweep.runs, args.only)
     if looks:
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     request = Request(args, sweep, runs, shell.environment(args.env))
     outside = dict(os.environ)  # before `_preview` changes it
     launch = backend.launch(request)
-    rows = _preview(request, wrong or [])
+    rows = _preview(request, invalid or [])
     for notice in (*launch.notices, *_common_notices(args.overrides, runs)):
         _say(f"notice   {notice}")
     if args.dry_run:
@@ -292,24 +292,25 @@ def _summary(
     return summary.ordered(records, args.sort, args.top)
 
 
-def _preview(request: Request, wrong: Sequence[str]) -> list[dict[str, Any]]:
+def _preview(request: Request, invalid: Sequence[expand.Invalid]) -> list[dict[str, Any]]:
     """Returns the description of every run. Raises ValueError with all invalid ones.
 
-    `wrong`: messages of those that are already known.
+    `invalid`: those that are already known.
     """
     if "jax" not in sys.modules:
         os.environ["JAX_PLATFORMS"] = "cpu"  # leaves the accelerator to the runs
     from localglobal_jax.launch import preview
 
     previewed = preview.Preview(request.sweep.base, backends.target(request.args))
-    rows, messages = [], list(wrong)
+    rows, refused = [], list(invalid)
     for run in request.runs:
         try:
             rows.append(previewed.row(run))
         except ValueError as error:
-            messages.append(str(error))
-    if messages:
-        raise ValueError(expand.all_of(messages, len(request.runs) + len(wrong)))
+            name = f"{run.name} ({expand.shown(run.overrides)})"
+            refused.append(expand.Invalid(name, str(error)))
+    if refused:
+        raise ValueError(expand.all_of(refused, len(request.runs) + len(invalid)))
     return rows
 
 

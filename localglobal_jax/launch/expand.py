@@ -8,7 +8,7 @@ import itertools
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from localglobal_jax.checkpoints import objects, store
 from localglobal_jax.checkpoints.workdir import absolute, is_remote
@@ -49,6 +49,13 @@ class Sweep:
     runs: tuple[Description, ...]
 
 
+class Invalid(NamedTuple):
+    """A run that cannot be trained: its number or name, and the reason."""
+
+    run: str
+    reason: str
+
+
 def expand(
     spec: str,
     root: str,
@@ -56,17 +63,17 @@ def expand(
     given: Mapping[str, str] | None = None,
     *,
     look: bool = False,
-    wrong: list[str] | None = None,
+    invalid: list[Invalid] | None = None,
 ) -> Sweep:
     """Returns all runs of ``FILE[:arg]``.
 
     Args:
       given: overrides of the command line, for every run.
       look: whether to look up in a bucket too which runs are there: they keep their names.
-      wrong: receives one message for every invalid run, which is left out.
+      invalid: receives every invalid run, which is left out.
 
     Raises:
-      ValueError: an invalid run and no list `wrong`, two runs with the same overrides, or no run
+      ValueError: an invalid run and no list `invalid`, two runs with the same overrides, or no run
         that is valid. All invalid runs are named.
     """
     module, arg = loading.load_module(spec)
@@ -84,7 +91,7 @@ def expand(
     prefix = prefix_of(spec, function)
     root = str(absolute(root.rstrip("/") or "/"))
 
-    messages: list[str] = []  # those of one run begin as `RUN`
+    refused: list[Invalid] = []
     valid: dict[int, tuple[schema.Run, dict[str, Any], dict[str, str]]] = {}
     seen: dict[str, int] = {}
     with loading.beside(module):
@@ -93,20 +100,20 @@ def expand(
         try:
             run, applied, texts = apply(spec, given, overrides)
         except ValueError as error:
-            messages.append(f"run {place} of {function}: {error}")
+            refused.append(Invalid(f"run {place} of {function}", str(error)))
             continue
         twin = seen.setdefault(sweeps.canonical(applied), place)
         if twin == place:
             valid[place] = run, applied, texts
         else:
             one, other = (sweeps.name(prefix, i, applied) for i in (place, twin))
-            messages.append(f"{one} has the same overrides as {other}: {shown(applied)}")
+            refused.append(Invalid(one, f"the same overrides as {other}: {shown(applied)}"))
     if not found:
         raise ValueError(f"{function} of {spec} yields nothing")
-    if messages and (wrong is None or not valid):
-        raise ValueError(all_of(messages, len(found)))
-    if wrong is not None:
-        wrong += messages
+    if refused and (invalid is None or not valid):
+        raise ValueError(all_of(refused, len(found)))
+    if invalid is not None:
+        invalid += refused
 
     there = names_in(root, prefix) if look or not is_remote(root) else {}
     numbers = numbered({i: sweeps.digest(applied) for i, (_, applied, _) in valid.items()}, there)
@@ -134,19 +141,15 @@ def describe(  # noqa: PLR0917 # a record
     return Description(index, name, overrides, run, workdir, arguments)
 
 
-RUN = r"run \d+ of \w+: "
-
-
-def all_of(messages: Sequence[str], runs: int) -> str:
-    """Returns the messages of invalid runs as one, equal ones once; a single one as it is."""
-    if len(messages) == 1:
-        return messages[0]
+def all_of(invalid: Sequence[Invalid], runs: int) -> str:
+    """Returns the message of invalid runs among `runs`, with equal reasons once."""
     runs_of: dict[str, list[str]] = {}
-    for message in messages:
-        which, reason = (re.match(RUN, message) or ["", ""])[0], re.sub(RUN, "", message)
-        runs_of.setdefault(reason, []).append(which.removesuffix(": "))
-    lines = (", ".join(which) + ": " * bool(which[0]) + reason for reason, which in runs_of.items())
-    return "\n".join([f"{len(messages)} of {runs} runs are wrong:", *lines])
+    for run, reason in invalid:
+        runs_of.setdefault(reason, []).append(run)
+    lines = [f"{', '.join(names)}: {reason}" for reason, names in runs_of.items()]
+    if len(invalid) == 1:
+        return lines[0]
+    return "\n".join([f"{len(invalid)} of {runs} runs are wrong:", *lines])
 
 
 def prefix_of(spec: str, function: str) -> str:

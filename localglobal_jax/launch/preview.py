@@ -29,14 +29,8 @@ class Preview:
         self._devices = placement.placeholder_devices(target.devices if target else None)
         self._known: dict[str, tuple[Any, list[str]]] = {}
 
-    def row(self, run: expand.Description) -> dict[str, Any]:
-        """Returns the description of a run. Raises ValueError, which names an invalid run."""
-        try:
-            return self._row(run)
-        except ValueError as error:
-            raise ValueError(f"{run.name} ({expand.shown(run.overrides)}): {error}") from None
-
-    def _row(self, described: expand.Description) -> dict[str, Any]:
+    def row(self, described: expand.Description) -> dict[str, Any]:
+        """Returns the description of a run. Raises ValueError if it is invalid."""
         run = described.run
         partitioner = placement.Partitioner(run.parallel, self._devices)
         step.check_batches(run, partitioner)

@@ -203,8 +203,16 @@ def test_layouts_may_be_swept_as_texts_and_tuples(tmp_path):
 
 
 def test_reasons_with_colons_stay_whole():
-    messages = [f"x-00{i} (mesh={{'data': {i}}}): does not fit" for i in (3, 5)]
-    assert expand.all_of(messages, 2).splitlines()[1:] == messages
+    invalid = [expand.Invalid(f"x-00{i} (mesh={{'data': {i}}})", f"{i}: too big") for i in (3, 5)]
+    assert expand.all_of(invalid, 2).splitlines()[1:] == [": ".join(run) for run in invalid]
+
+
+def test_the_check_of_training_says_equal_reasons_once(tmp_path, capsys):
+    file = write(tmp_path, "def sweep():\n yield from product({'seed': (1, 2)})\n")
+    command = ["sweep", "--config", file, "--workdir", str(tmp_path / "r"), "--config.data.mock=1"]
+    assert main([*command, "--dry_run", "--config.optim.accumulate=3"]) == 2
+    said = capsys.readouterr().err
+    assert "2 of 2" in said and re.search(r"-000-.*, .*-001-.*: .*accumulate", said)
 
 
 def test_a_notice_that_all_runs_share_is_said_once(tmp_path, capsys):
