@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
         data = validation.check(loading.load(args.config, args.overrides)).data
         name, directory = data.name, directory or data.dir
         layout = getattr(data, "layout", layout)
-    from localglobal_jax.data.images import folder, pipeline
+    from localglobal_jax.data.images import folder, folder_count, pipeline
     from localglobal_jax.data.text import pairs
     from localglobal_jax.data.tfds import records, tfrecord_index
     from localglobal_jax.data.tfds.prepare import from_tfrecord, prepare
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     if name == folder.NAME:
         upright = not isinstance(data, schema.Images) or bool(data.exif_orientation)
         asked = {data.train_split, *data.eval_splits} if data else folder.SPLITS
-        counts = folder.count(directory, layout, upright=upright, needed=asked)
+        counts = folder_count.count(directory, layout, upright=upright, needed=asked)
     elif isinstance(data, schema.Text) and (data.files or data.mock):
         counts = pairs.count(data)
     elif isinstance(data, schema.Images) and data.mock:

@@ -183,6 +183,10 @@ configlib.to_tree                          config.values.to_tree
 configlib.unknown                          config.validation.unknown
 conversion.pretrained                      inference.load.pretrained
 data.buckets.granules                      data.text.bucketing.round_up
+data.folder.FolderReader                   data.images.folder_reader.FolderReader
+data.folder.count                          data.images.folder_count.count
+data.folder.left_out                       data.images.folder_notes.left_out
+data.folder.notes                          data.images.folder_notes.of_folder
 data.images.BLOCK                          data.images.pipeline.BLOCK
 data.images.CHANGE                         data.images.pipeline.CHANGE
 data.images.CROP                           data.images.pipeline.CROP

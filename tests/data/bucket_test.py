@@ -21,7 +21,7 @@ from localglobal_jax.checkpoints import reader
 from localglobal_jax.cli.main import main
 from localglobal_jax.config import loading, schema
 from localglobal_jax.data import loader
-from localglobal_jax.data.images import folder
+from localglobal_jax.data.images import folder, folder_count
 from localglobal_jax.data.images import pipeline as images
 from localglobal_jax.data.text import pairs
 from localglobal_jax.data.text import pipeline as texts
@@ -204,10 +204,10 @@ def pictures(tmp_path):
 
 def test_folders_of_pictures(pictures, bucket, capsys):
     put(pictures, bucket)
-    assert folder.count(bucket) == folder.count(str(pictures))
+    assert folder_count.count(bucket) == folder_count.count(str(pictures))
     config = "--config=configs/finetune_folder.py:size=tiny"
     assert main(["prepare", config, f"--config.data.dir={bucket}", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == folder.count(str(pictures))
+    assert json.loads(capsys.readouterr().out) == folder_count.count(str(pictures))
 
     def batches(root):
         options = schema.Images(name="folder", dir=str(root), image_size=(16, 16), in_memory=False)

@@ -10,7 +10,8 @@ import pytest
 from localglobal_jax.cli.main import main
 from localglobal_jax.config.schema import Images
 from localglobal_jax.data import identity
-from localglobal_jax.data.images import folder, pipeline
+from localglobal_jax.data.images import pipeline
+from localglobal_jax.data.images.folder_reader import FolderReader
 
 CONFIG = "configs/finetune_folder.py:size=tiny"
 
@@ -50,7 +51,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_changes_of_the_training_pictures(root, tmp_path, change):
-    before, names = order(root), folder.FolderReader(str(root), "train").identities
+    before, names = order(root), FolderReader(str(root), "train").identities
     assert before.startswith("20 images, ")
     identity.write(tmp_path, before, names)
     moved = shutil.copytree(root, tmp_path / "elsewhere")
@@ -61,7 +62,7 @@ def test_changes_of_the_training_pictures(root, tmp_path, change):
     after = order(root)
     assert not identity.same(before, after)
     assert identity.same("20 images", after) == (after.startswith("20 images"))  # an old checkpoint
-    found = identity.changes(tmp_path, before, folder.FolderReader(str(root), "train").identities)
+    found = identity.changes(tmp_path, before, FolderReader(str(root), "train").identities)
     assert ("cat/00.bmp" in found) == (change != "add")
     assert ("cat/zz.bmp" in found) == (change in ("rename", "add"))
     assert identity.changes(tmp_path, after, []) == ""  # the file is of another checkpoint

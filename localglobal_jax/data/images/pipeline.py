@@ -19,6 +19,7 @@ import numpy as np
 from localglobal_jax.config import schema
 from localglobal_jax.data import identity
 from localglobal_jax.data.images import augment, folder, label_maps, randaugment
+from localglobal_jax.data.images.folder_reader import CHANNELS, FolderReader
 from localglobal_jax.data.images.readers import (
     Box,
     MockReader,
@@ -46,7 +47,7 @@ def describe(options: schema.Images) -> tuple[int, int]:
     """Returns classes and channels of a data set, prepared or not."""
     if options.name == folder.NAME:
         count = len(folder.classes(options.dir, options.layout))
-        return count, options.channels or folder.CHANNELS
+        return count, options.channels or CHANNELS
     info = records.find_builder(options.name, records.data_root(options.dir)).info
     classes, channels, _ = facts(info)
     return classes, options.channels or channels
@@ -131,11 +132,11 @@ def _reader(options: schema.Images, split: str, train: bool) -> Reader:
     if options.mock:
         return MockReader(*describe(options), options.image_size, train)
     if options.name == folder.NAME:
-        return folder.FolderReader(
+        return FolderReader(
             options.dir,
             split,
             options.layout,
-            channels=options.channels or folder.CHANNELS,
+            channels=options.channels or CHANNELS,
             upright=bool(options.exif_orientation),
         ).announce()
     root = records.data_root(options.dir)
@@ -187,7 +188,7 @@ class ImageSource:
         if self._memory is not None:
             _, labels, mask = self._memory
             return np.bincount(labels[mask > 0], minlength=self.classes).tolist()
-        if isinstance(self._reader, folder.FolderReader):
+        if isinstance(self._reader, FolderReader):
             return [*self._reader.balance().values()]
         counts = np.zeros(self.classes, np.int64)
         for start in range(0, len(self), BLOCK):
@@ -202,7 +203,7 @@ class ImageSource:
     def order(self) -> str:
         """Identifies the records and their order, see `identity`."""
         parts: dict[str, str] = {}
-        if isinstance(self._reader, folder.FolderReader):
+        if isinstance(self._reader, FolderReader):
             parts = self._reader.identity()
         elif isinstance(self._reader, RecordReader):
             parts = identity.of_sample(len(self), self._reader.block)
@@ -299,7 +300,7 @@ class ImageSource:
                 f"resized, not {options.crop}, and data.in_memory=False"
             )
         directory = str(options.label_maps)
-        if isinstance(self._reader, folder.FolderReader):
+        if isinstance(self._reader, FolderReader):
             self._reader.check_names()
         for index in range(min(options.max_bad_records, len(self) - 1) + 1):
             (first,) = self._reader.block([index])

@@ -11,7 +11,8 @@ import small
 from localglobal_jax.cli.main import main
 from localglobal_jax.config.schema import Images
 from localglobal_jax.data import loader
-from localglobal_jax.data.images import folder, pipeline
+from localglobal_jax.data.images import folder, folder_count, pipeline
+from localglobal_jax.data.images.folder_reader import FolderReader
 
 CONFIG = "configs/finetune_folder.py:size=tiny"
 
@@ -44,13 +45,13 @@ def test_every_picture_is_in_one_split_and_stays_there(root):
 
 
 def test_what_is_no_picture_is_left_out_and_counted(root, caplog):
-    before = folder.count(str(root))
+    before = folder_count.count(str(root))
     assert not any("left out" in key for key in before)
     (root / "cat" / "list.txt").write_text("0.jpg")
     (root / "cat" / "0.HEIC").write_text("0.jpg")
     (root / "cat" / ".DS_Store").write_text("")
     write(root / "stray.png")
-    after = folder.count(str(root))
+    after = folder_count.count(str(root))
     assert {key: n for key, n in after.items() if key not in before} == {
         **{"left out, not pictures": 1, "left out, not pictures/cat": 1},
         **{"left out, pictures of another kind": 1, "left out, pictures of another kind/cat": 1},
@@ -62,7 +63,7 @@ def test_what_is_no_picture_is_left_out_and_counted(root, caplog):
 
 
 def test_exact_copies_are_counted(root, caplog):
-    assert "copies" not in folder.count(str(root))
+    assert "copies" not in folder_count.count(str(root))
     found = {split: folder.pictures(str(root), split) for split in folder.SPLITS}
     data = found["train"][0].path.read_bytes()
     for split in ("train", "validation"):
@@ -70,7 +71,7 @@ def test_exact_copies_are_counted(root, caplog):
             picture.path.write_bytes(data)
             break
     (root / "dog" / "more" / "0.png").write_bytes(data)
-    counts = folder.count(str(root))
+    counts = folder_count.count(str(root))
     assert counts["copies"] == 3
     assert counts["copies in two splits"] == counts["copies in two classes"] == 3
     assert "dog/more/0.png" in caplog.text
@@ -79,7 +80,7 @@ def test_exact_copies_are_counted(root, caplog):
 def test_imbalance_is_said(root, caplog):
     for i in range(2, 40):
         (root / "cat" / f"{i}.jpg").unlink()
-    folder.count(str(root))
+    folder_count.count(str(root))
     assert "unbalanced" in caplog.text
 
 
@@ -87,7 +88,7 @@ def test_the_order_of_numbered_classes_is_said(tmp_path, caplog):
     for i in range(11):
         write(tmp_path / str(i) / "a.png")
     assert folder.classes(str(tmp_path))[:3] == ["0", "1", "10"]
-    folder.FolderReader(str(tmp_path), "train").announce()
+    FolderReader(str(tmp_path), "train").announce()
     assert "0, 1, 10, 2" in caplog.text
 
 
@@ -106,7 +107,7 @@ def test_splits_that_are_folders(tmp_path, second):
     for name in ("train/a/1.png", "train/b/2.png", f"{second}/a/3.png"):
         write(tmp_path / name)
     write(tmp_path / "train/a/.hidden.png")
-    assert folder.count(str(tmp_path)) == {
+    assert folder_count.count(str(tmp_path)) == {
         **{"train": 2, "train/a": 1, "train/b": 1},
         **{"validation": 1, "validation/a": 1, "validation/b": 0},
         **{"left out, hidden or of the system": 1, "left out, hidden or of the system/a": 1},
@@ -123,7 +124,7 @@ def test_splits_that_are_folders(tmp_path, second):
 def test_a_flat_folder_of_a_split(tmp_path):
     for name in ("train/a/1.png", "train/b/2.png", "test/3.png", "test/4.png"):
         write(tmp_path / name)
-    counts = folder.count(str(tmp_path))
+    counts = folder_count.count(str(tmp_path))
     assert counts["train"] == 2 and "test" not in counts
     assert counts["left out, pictures in no folder of a class"] == 2
     with pytest.raises(ValueError, match=r"test has 2.*data\.dir="):

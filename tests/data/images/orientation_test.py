@@ -13,7 +13,8 @@ from localglobal_jax.cli.main import main
 from localglobal_jax.config.schema import Images
 from localglobal_jax.data import loader
 from localglobal_jax.data.images import pipeline
-from localglobal_jax.data.images.folder import FolderReader, open_folder
+from localglobal_jax.data.images.folder import open_folder
+from localglobal_jax.data.images.folder_reader import FolderReader
 
 
 @pytest.fixture(scope="module")
