@@ -42,7 +42,8 @@ def run(args: argparse.Namespace) -> None:
         with target.open("x", encoding="utf-8") as file:
             file.write(known[stem].read_text(encoding="utf-8"))
     except FileExistsError:
-        raise ValueError(f"--out {target} exists: give the name of a new file") from None
+        kind = "is a folder" if target.is_dir() else "exists"
+        raise ValueError(f"--out {target} {kind}: give the name of a new file") from None
     print(json.dumps({"copy": str(target)}) if args.json else target)
 
 

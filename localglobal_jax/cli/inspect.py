@@ -28,6 +28,7 @@ def run(args: argparse.Namespace) -> int:
     workdir.check_exists(args.path, workdir.without_checkpoint)
     from localglobal_jax.checkpoints import gcs, reader, store
     from localglobal_jax.training import verification
+    from localglobal_jax.training.reporting.run import short
 
     with store.final_is_wrong():
         found = reader.inspect(args.path, verify=args.verify)
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         if step["error"]:
             print(f"step {step['step']}: DAMAGED: {step['error']}")
             continue
-        metrics = "  ".join(f"{k} {v:.5g}" for k, v in step["metrics"].items())
+        metrics = "  ".join(f"{k} {short(v)}" for k, v in step["metrics"].items())
         verified = "  digests verified" if step["verified"] else ""
         print(
             f"step {step['step']}: {len(step['leaves'])} arrays, {step['bytes']:,} bytes{verified}"

@@ -44,12 +44,14 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(
             "--dir holds a TFDS set or a folder of pictures, and this data has its own"
         )
+    if args.from_tfrecord and (own or name == folder.NAME):
+        raise ValueError("--from_tfrecord makes a TFDS set, which this data does not read")
     for option in ("dir", "from_tfrecord", "index"):
         if given := getattr(args, option):
             records.data_root(given, f"--{option}")
     if name == folder.NAME:
         upright = not isinstance(data, schema.Images) or bool(data.exif_orientation)
-        asked = {data.train_split, *data.eval_splits} if data else folder.SPLITS
+        asked = {data.train_split, *data.eval_splits} if data else None
         counts = folder_count.count(directory, layout, upright=upright, needed=asked)
     elif isinstance(data, schema.Text) and (data.files or data.mock):
         counts = pairs.count(data)
@@ -62,6 +64,10 @@ def run(args: argparse.Namespace) -> None:
         counts = tfrecord_index.prepare(args.index)
     else:
         counts = prepare(name, directory, source=args.source)
+    if data and not own and name != folder.NAME:
+        builder = records.find_builder(name, records.data_root(directory))
+        for split in (data.train_split, *data.eval_splits):
+            records.Records(builder, split)  # raises ValueError for an unknown one
     print(json.dumps(counts) if args.json else "\n".join(f"{k}: {v}" for k, v in counts.items()))
 
 

@@ -56,7 +56,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     more = group.add_argument
     more("--summary", action="store_true",
          help="a table of settings, last and best value, time, disk and state")  # fmt: skip
-    more("--metric", help="test/accuracy, -test/loss, ...; default: checkpoint.best")
+    more("--metric", help="test/accuracy, --metric=-test/loss, ...; default: checkpoint.best")
     more("--group", nargs="+", metavar="FIELD",
          help="a line per setting of the other fields (seed): n, mean, sd, interval")  # fmt: skip
     more("--baseline", nargs="+", metavar="FIELD=VALUE",
@@ -85,22 +85,29 @@ def run(args: argparse.Namespace) -> int:
     looks = args.status or args.collect or args.summary or args.prune
     options.check_workdir(args.workdir)
     _check_options(args)
-    invalid: list[expand.Invalid] | None = None if looks else []  # the others are checked too
-    look = not args.dry_run and not args.out  # those use no network
+    invalid: list[expand.Invalid] = []  # the others are checked, or looked at, too
+    look = not args.dry_run  # which uses no network
     if args.sampler:
         return _search(args, looks)
     sweep = expand.expand(
         args.config, args.workdir, args.sweep, args.overrides, look=look, invalid=invalid
     )
-    runs = expand.select(sweep.runs, args.only)
+    total = len(sweep.runs) + len(invalid)
+    try:
+        runs = expand.select(sweep.runs, args.only)
+    except ValueError as error:
+        told = [expand.all_of(invalid, total)] if invalid else []
+        raise ValueError("\n".join([str(error), *told])) from None
     if looks:
+        for run, reason in invalid:
+            _say(f"wrong    {run}: {reason}")
         return _look(args, sweep, runs)
     backends.check(args)
     backend = backends.BACKENDS[args.backend]
     request = Request(args, sweep, runs, shell.environment(args.env))
     outside = dict(os.environ)  # before `_preview` changes it
     launch = backend.launch(request)
-    rows = _preview(request, invalid or [])
+    rows = _preview(request, invalid)
     for notice in (*launch.notices, *_common_notices(args.overrides, runs)):
         _say(f"notice   {notice}")
     if args.dry_run:
@@ -123,8 +130,9 @@ def run(args: argparse.Namespace) -> int:
     for name in sorted(done):
         _say(f"done     {name}: nothing to do")
     left = [run for run in runs if run.name not in done]
-    request = dataclasses.replace(request, runs=left, done=len(done))
-    started = backend.start(request, {**outside, **request.env}, _say)
+    finished = [run for run in runs if run.name in done]
+    request = dataclasses.replace(request, runs=left, finished=finished)
+    started = backend.start(request, outside, _say)
     if args.json:
         print(json.dumps({"code": started.code, "runs": started.runs}))
     return started.code
@@ -209,7 +217,16 @@ def _search(args: argparse.Namespace, looks: bool) -> int:
         return _dry_run(args, rows, launch, masked)
     study = search.Study(space, args.sampler, args.trials, halving=args.halving)
     slots = local.machine_slots(args, {**outside, **env})
-    started = pool.run_jobs([], slots, args.retries, {**outside, **env}, _say, source=study)
+    started = pool.run_jobs(
+        [],
+        slots,
+        args.retries,
+        {**outside, **env},
+        _say,
+        source=study,
+        ended=study.ended,
+    )
+    study.give_up_refused()
     if reasons := study.left_out():
         count = len(reasons) + len(study.states())
         _say(f"left out {len(reasons)} of {count} draws, with an invalid config: {reasons[-1]}")

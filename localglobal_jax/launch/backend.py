@@ -40,14 +40,14 @@ class Target(NamedTuple):
 class Request:
     """Runs to start with the options `args`; every run gets the environment `env`.
 
-    `done`: the number of runs that were asked for and have finished, which are not among `runs`.
+    `finished`: runs that were asked for and have finished, which are not among `runs`.
     """
 
     args: argparse.Namespace
     sweep: Sweep
     runs: Sequence[Description]
     env: Mapping[str, str]
-    done: int = 0
+    finished: Sequence[Description] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Backend(Protocol):
         """Returns commands and scripts."""
 
     def start(self, request: Request, environment: Mapping[str, str], say: Say) -> Started:
-        """Starts the runs. `environment`: of the tools that are called, `request.env` included."""
+        """Starts the runs. `environment`: of this process, without `request.env`."""
 
 
 def python_command() -> tuple[str, ...]:

@@ -39,6 +39,9 @@ def what_next(code: int, crashes: int, retries: int) -> str:
 def explained(code: int) -> str:
     """Describes an exit code, or the signal that ended a process, in words."""
     if code < 0:
-        return f"killed by {signal.Signals(-code).name}"
+        try:
+            return f"killed by {signal.Signals(-code).name}"
+        except ValueError:  # a signal of real time
+            return f"killed by signal {-code}"
     reason = next((text for known, text in REASONS.items() if known == code), "")
     return f"exit code {code:d}" + (f" ({reason})" if reason else "")

@@ -7,7 +7,7 @@ import inspect
 import itertools
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from localglobal_jax.checkpoints import objects, store
@@ -161,17 +161,28 @@ def prefix_of(spec: str, function: str) -> str:
 
 def points(function: Any, arg: str | None, where: str) -> list[Mapping[str, Any]]:
     """Returns the overrides that a sweep function yields. Raises ValueError if it fails."""
-    try:
-        takes = len(inspect.signature(function).parameters)
-        found = list(function(arg) if takes else function())
-    except ValueError:
-        raise
-    except Exception as error:  # a user's file may raise anything
-        raise ValueError(f"{where} failed: {type(error).__name__}: {error}") from error
+    found = called(function, arg, where)
+    if not isinstance(found, Iterable):
+        raise ValueError(f"{where} returns {found!r}: it has to yield {{'a.field': value}}")
+    found = list(found)
     for item in found:
         if not isinstance(item, Mapping) or not all(isinstance(key, str) for key in item):
             raise ValueError(f"{where} yields {item!r}: it has to yield {{'a.field': value}}")
     return found
+
+
+def called(function: Any, arg: str | None, where: str) -> Any:
+    """Returns the result of a function of a config file; of a generator, a list.
+
+    `arg`: of ``FILE:arg``, for a function that takes one. Raises ValueError if the function fails.
+    """
+    try:
+        found = function(arg) if inspect.signature(function).parameters else function()
+        return list(found) if isinstance(found, Iterator) else found
+    except ValueError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever a user's file may do
+        raise ValueError(f"{where} failed: {type(error).__name__}: {error}") from error
 
 
 def apply(

@@ -34,12 +34,12 @@ def check(args: argparse.Namespace) -> None:
     """Raises ValueError for ``--out``, and for slots that this machine does not have."""
     if args.out:
         raise ValueError("--out is for back ends that make scripts; local runs are started here")
-    machine_slots(args, os.environ)
+    machine_slots(args, _environment(args))
 
 
 def target(args: argparse.Namespace) -> Target | None:
     """Returns the GPUs of a slot; None without GPUs."""
-    gpus = machine_slots(args, os.environ)[0].gpus
+    gpus = machine_slots(args, _environment(args))[0].gpus
     return Target(len(gpus)) if gpus else None
 
 
@@ -54,9 +54,14 @@ def launch(request: Request) -> Launch:
 
 def start(request: Request, environment: Mapping[str, str], say: Say) -> Started:
     """Runs the processes in slots and returns once all have ended."""
-    jobs = [job(run) for run in request.runs]
-    slots = machine_slots(request.args, environment)
-    return pool.run_jobs(jobs, slots, request.args.retries, environment, say, done=request.done)
+    jobs, environment = [job(run) for run in request.runs], {**environment, **request.env}
+    slots, done = machine_slots(request.args, environment), len(request.finished)
+    return pool.run_jobs(jobs, slots, request.args.retries, environment, say, done=done)
+
+
+def _environment(args: argparse.Namespace) -> dict[str, str]:
+    """Returns the environment of the runs."""
+    return {**os.environ, **shell.environment(args.env)}
 
 
 def job(run: Description) -> pool.Job:

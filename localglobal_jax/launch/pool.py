@@ -31,11 +31,13 @@ LOG, ATTEMPTS = "log.txt", "attempts.jsonl"
 BACKENDS = ("local", "tpu-vm")  # whose runs a pool starts
 PRUNED = "pruned"  # the last event of a run that a search has stopped for good
 PAUSE = 0.1  # seconds between two looks at the children
+GRACE = 60.0  # seconds from SIGTERM to SIGKILL, if the pool itself fails
 SHORT = 60.0  # seconds; a preempted attempt shorter than this delays the next one
 LONGEST = 300.0  # seconds; the longest such delay
 DEFAULT_RETRIES = 2
 LOOK = 1.0  # seconds between two looks at a job that another launcher runs
 MOST_IDLE = 10  # consecutive preempted attempts that saved nothing; then the job has failed
+LEFT = {"not started", "stopped", "busy"}  # states of jobs that the next pool goes on with
 ALIKE = 3  # consecutive runs refused for one reason (data not prepared); then no other is started
 
 
@@ -117,9 +119,6 @@ class Source(Protocol):
     def gives_up(self, job: Job) -> bool:
         """Returns whether a running job is to be stopped."""
 
-    def ended(self, job: Job, outcome: JobResult) -> None:
-        """Takes the outcome of a job that is not started again by this pool."""
-
     def states(self) -> list[str]:
         """Returns the state of every job of the source, also of earlier and other pools."""
 
@@ -140,8 +139,16 @@ class Pool:
         self._refusals: list[str] = []  # reasons of the newest runs, if these were refused
         self._began = time.time()
 
-    def run(self, jobs: Sequence[Job], source: Source | None = None) -> dict[str, JobResult]:
-        """Runs all jobs, and those of a `source`, and returns once no child is left."""
+    def run(
+        self,
+        jobs: Sequence[Job],
+        source: Source | None = None,
+        ended: Callable[[Job, JobResult], Any] = lambda job, outcome: None,
+    ) -> dict[str, JobResult]:
+        """Runs all jobs, and those of a `source`, and returns once no child is left.
+
+        `ended`: called with the outcome of each job that this pool does not start again.
+        """
         outcomes = {job.name: JobResult() for job in jobs}
         waiting, free, children = deque(jobs), deque(self._slots), list[_Child]()
         drawing = source is not None
@@ -164,21 +171,23 @@ class Pool:
                                 child.process.terminate()
                         elif outcomes[job.name].state == "busy":
                             waiting.append(job)
-                        elif source:
-                            source.ended(job, outcomes[job.name])
+                        else:
+                            ended(job, outcomes[job.name])
                     time.sleep(PAUSE)
                     for child in [c for c in children if c.process.poll() is not None]:
                         children.remove(child)
                         free.append(child.slot)
                         if self._ended(child):
                             waiting.append(child.job)
-                        elif source:
-                            source.ended(child.job, child.outcome)
+                        else:
+                            ended(child.job, child.outcome)
                     for child in children if source else ():
                         self._prune_unpromising(child, source)
             finally:
-                for child in children:  # only if the pool itself fails
-                    child.process.kill()
+                self._end(children)  # none is left unless the pool itself fails
+        for job in waiting:  # saved, or to be tried again: by the next pool
+            if outcomes[job.name].state == "running":
+                outcomes[job.name].state = "stopped"
         return outcomes
 
     @property
@@ -209,14 +218,13 @@ class Pool:
                 self._say(f"busy     {job.name}: another launcher runs it; waiting for its end")
             outcome.state, outcome.ready = "busy", time.monotonic() + LOOK
             return None
-        taken_over = ", taken over" if outcome.state == "busy" else ""
+        taken_over = "taken over" if outcome.state == "busy" else ""
         if _over(job, outcome, self._began):
             log.close()
-            said = f": {outcome.reason}" if outcome.reason else ""
-            self._say(f"{outcome.state:<8} {job.name}: ended under another launcher{said}")
+            self._say(f"{outcome.state:<8} {job.name}: {outcome.reason or 'it has ended already'}")
             return None
         outcome.attempts += 1
-        again = f", attempt {outcome.attempts}" if outcome.attempts > 1 else ""
+        again = f"attempt {outcome.attempts}" if outcome.attempts > 1 else ""
         environment = {**self._environment, **slot.environment()}
         begin, kills, saved = log.tell(), log_reason.memory_kills(), job.saved_step()
         try:
@@ -235,7 +243,8 @@ class Pool:
             return None
         outcome.state = "running"
         self._record(job, {"event": "start", "pid": process.pid, "log": begin})
-        self._say(f"start    {job.name}  {slot}{again}{taken_over}")
+        said = ", ".join(filter(None, [str(slot), again, taken_over]))
+        self._say(f"start    {job.name}  {said}".rstrip())
         return _Child(job, slot, process, log, outcome, time.monotonic(), begin, kills, saved)
 
     def _prune_unpromising(self, child: "_Child", source: Source | None) -> None:
@@ -246,6 +255,20 @@ class Pool:
         if source.gives_up(child.job):
             child.pruned = True
             child.process.terminate()
+
+    def _end(self, children: "Sequence[_Child]") -> None:
+        """Stops children: by SIGTERM, at which they save, and by SIGKILL after `GRACE` seconds."""
+        for child in children:
+            child.process.terminate()
+        deadline = time.monotonic() + GRACE
+        for child in children:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.process.wait(max(0.0, deadline - time.monotonic()))
+            child.process.kill()
+            code = child.process.wait()
+            following = {} if code in FINAL else {"next": "stopped"}
+            self._record(child.job, {"event": "end", "code": code, **following})
+            child.log.close()
 
     def _not_startable(self, job: Job, outcome: JobResult, error: OSError) -> None:
         """Marks a job that this machine cannot start as failed; the others go on."""
@@ -438,17 +461,19 @@ def run_jobs(
     *,
     done: int = 0,
     source: Source | None = None,
+    ended: Callable[[Job, JobResult], Any] = lambda job, outcome: None,
 ) -> Started:
     """Runs all jobs in a pool; returns their outcomes and the exit code of the whole.
 
-    `done`: the runs of the sweep that had finished before and are not among `jobs`.
+    `done`: the runs of the sweep that had finished before and are not among `jobs`. `source` and
+    `ended`: see `Pool.run`.
     """
     pool = Pool(slots, DEFAULT_RETRIES if retries is None else retries, environment, say)
-    outcomes = pool.run(jobs, source)
+    outcomes = pool.run(jobs, source, ended)
     states = source.states() if source else [o.state for o in outcomes.values()] + ["done"] * done
     counts = f"{states.count('done')} of {len(states)} done, {states.count('failed')} failed"
     say(counts + (f", {states.count(PRUNED)} pruned" if PRUNED in states else ""))
-    if pool.refused and (source or "not started" in states):
+    if pool.refused and (source or not LEFT.isdisjoint(states)):
         say(
             f"{ALIKE} runs in a row were refused for the same reason, so no other was started. "
             "Mend it; the same command goes on"

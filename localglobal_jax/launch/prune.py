@@ -22,6 +22,7 @@ class Candidate(NamedTuple):
     step: int | None
     bytes: int
     why: str
+    logs: str = ""  # of a failed run: the folder of its log and attempts
 
     @property
     def path(self) -> str:
@@ -41,7 +42,9 @@ def candidates(rows: Sequence[Mapping[str, Any]]) -> list[Candidate]:
         over = row["state"] in ("done", pool.PRUNED)
         if row["state"] == "failed":
             used = sum(objects.sizes(directory).values())
-            found.append(Candidate(row["name"], row["workdir"], None, used, row["note"]))
+            found.append(
+                Candidate(row["name"], row["workdir"], None, used, row["note"], row["logs"])
+            )
         elif over and row["saved"] is not None:
             kept, sizes = _kept(row["workdir"]), objects.sizes(directory / "checkpoints")
             for step in steps.scan(directory / "checkpoints"):
@@ -70,6 +73,10 @@ def delete(candidate: Candidate) -> bool:
             return False
         if workdir.is_remote(candidate.path):
             objects.delete_all(there, first=steps.MARKS if candidate.step is not None else ())
+            logs = pathlib.Path(candidate.logs)
+            for backend in pool.BACKENDS if candidate.logs else ():  # now it is "not started"
+                file = logs.parents[1] / backend / logs.name / pool.ATTEMPTS
+                file.unlink(missing_ok=True)
             return True
         if candidate.step is not None:  # an incomplete step is not read, if this is interrupted
             for mark in steps.MARKS:

@@ -8,7 +8,6 @@ same command goes on after a kill: trials that had started run to their end firs
 import contextlib
 import dataclasses
 import importlib.util
-import inspect
 import json
 import math
 import os
@@ -21,6 +20,7 @@ from localglobal_jax.checkpoints import workdir
 from localglobal_jax.checkpoints.workdir import absolute, is_remote
 from localglobal_jax.config import loading, schema, sweeps, validation
 from localglobal_jax.launch import expand, local, pool
+from localglobal_jax.launch.exit_codes import ExitCode
 from localglobal_jax.launch.expand import Description, Sweep
 from localglobal_jax.training import metrics
 from localglobal_jax.training.reporting import metrics_log
@@ -42,6 +42,11 @@ class Space:
     fields: sweeps.Space
 
 
+def named(name: str) -> bool:
+    """Returns whether a function of a config file is a search, by its name."""
+    return name == "search" or name.startswith("search_")
+
+
 def read_space(spec: str, root: str, sweep: str, given: Mapping[str, str]) -> Space:
     """Returns the space of ``search()`` or ``search_NAME()`` of a file. Raises ValueError."""
     if is_remote(root):
@@ -49,13 +54,17 @@ def read_space(spec: str, root: str, sweep: str, given: Mapping[str, str]) -> Sp
             f"--workdir {root}: a search needs a local directory, for the study's file"
         )
     module, arg = loading.load_module(spec)
-    function = "search" if sweep in ("sweep", "search") else f"search_{sweep}"
-    known = {name for name in vars(module) if name == "search" or name.startswith("search_")}
+    function = "search" if sweep == "sweep" else sweep if named(sweep) else f"search_{sweep}"
+    known = {name for name in vars(module) if named(name)}
+    if not known:
+        raise ValueError(
+            f"{spec} has no search: write a function search() that returns a space (configs/"
+            "sweeps.md), or leave out --sampler"
+        )
     if function not in known:
         raise validation.unknown(f"search of {spec}:", function, known)
-    made = getattr(module, function)
     with loading.beside(module):
-        fields = made(arg) if inspect.signature(made).parameters else made()
+        fields = expand.called(getattr(module, function), arg, f"{spec} {function}")
     parts = (sweeps.Range, sweeps.Choice)
     if not isinstance(fields, Mapping) or not fields:
         raise ValueError(
@@ -109,6 +118,8 @@ class Study:
         self._study = self._opened(sampler, stored)
         self._names: dict[str, int] = {}
         self._taken: set[int] = set()  # numbers of the trials whose jobs were returned
+        self._refused: list[int] = []  # the newest ones, if they were refused for one reason
+        self._reason = ""
 
     def _opened(self, sampler: str, stored: bool) -> Any:
         optuna, root = self._optuna, pathlib.Path(self._space.root)
@@ -171,7 +182,10 @@ class Study:
     def states(self) -> list[str]:
         """Returns the states of all trials: "done", "pruned", "failed" or "running"."""
         names = {"COMPLETE": "done", "PRUNED": "pruned", "FAIL": "failed"}
-        return [names.get(trial.state.name, "running") for trial in self._trials()]
+        return [
+            "failed" if trial.number in self._refused else names.get(trial.state.name, "running")
+            for trial in self._trials()
+        ]
 
     def left_out(self) -> list[str]:
         """Returns the reasons of the draws whose config is invalid."""
@@ -229,7 +243,7 @@ class Study:
         texts = {**space.given, **texts}
         return expand.describe(space.spec, folder, number, texts, applied, run)
 
-    # ------------------------------------------------------------------ `pool.Source`
+    # ------------------------------------------------------------------ `pool.Source`, and ends
 
     def next_job(self) -> pool.Job | None:
         """Returns the job of a trial that an earlier or another start has drawn, or of a new one.
@@ -262,19 +276,35 @@ class Study:
         return False
 
     def ended(self, job: pool.Job, outcome: pool.JobResult) -> None:
-        """Takes the outcome: the best value of the metric, or that there is none."""
-        states = self._optuna.trial.TrialState
+        """Takes the outcome: the best value of the metric, or that there is none.
+
+        A trial that was stopped goes on with the next start. So do trials that were refused when
+        these end the pool (see `pool.ALIKE`), as before their data are prepared.
+        """
+        states, number = self._optuna.trial.TrialState, self._names[job.name]
         if outcome.state not in ("done", pool.PRUNED, "failed"):
-            return  # stopped: it goes on with the next start
+            return
+        if outcome.code != ExitCode.WRONG or outcome.reason != self._reason:
+            self.give_up_refused()
+        if outcome.code == ExitCode.WRONG:
+            self._refused.append(number)
+            self._reason = outcome.reason
+            return
         self.gives_up(job)  # reports the evaluations since the last look
         found = [value for _, value in self._values(job) if math.isfinite(value)]
-        number = self._names[job.name]
         if outcome.state == pool.PRUNED:
             self._tell(number, states.PRUNED)
         elif outcome.state == "failed" or not found:
             self._tell(number, states.FAIL)
         else:
             self._tell(number, states.COMPLETE, min(found) if self._smaller else max(found))
+
+    def give_up_refused(self) -> None:
+        """Tells that the refused trials failed, unless they are so many that they end the pool."""
+        if len(self._refused) < pool.ALIKE:
+            for number in self._refused:
+                self._tell(number, self._optuna.trial.TrialState.FAIL)
+            self._refused.clear()
 
     def _tell(self, number: int, state: Any, value: float | None = None) -> None:
         self._study.tell(number, value, state, skip_if_finished=True)

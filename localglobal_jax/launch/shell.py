@@ -55,11 +55,16 @@ def quoted(words: Sequence[str]) -> str:
     return shlex.join(words)
 
 
+def required(name: str) -> str:
+    """Returns a command that ends a script in which the secret `name` is not set."""
+    return f': "${{{name}:?set it: it is a secret, so it is not written here}}"'
+
+
 def exports(env: Mapping[str, str]) -> list[str]:
     """Returns lines of a script; a secret is not written, but must be set where the script runs."""
     hidden = secrets(env)
     return [
-        f': "${{{name}:?set it: it is a secret, so it is not written here}}"; export {name}'
+        f"{required(name)}; export {name}"
         if name in hidden
         else f"export {name}={shlex.quote(value)}"
         for name, value in env.items()

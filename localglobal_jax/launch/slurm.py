@@ -19,6 +19,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 
+from localglobal_jax.checkpoints import workdir
 from localglobal_jax.checkpoints.workdir import is_remote
 from localglobal_jax.launch import execute, shell
 from localglobal_jax.launch.backend import (
@@ -48,7 +49,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("mem", "memory of a node, 64G"),
     Option(
         "sbatch",
-        "another option of sbatch, exclusive or --mem-per-cpu=4G; may be repeated",
+        "another option of sbatch, exclusive or --sbatch=--mem-per-cpu=4G; may be repeated",
         action="append",
     ),
 )
@@ -121,13 +122,11 @@ def start(request: Request, environment: Mapping[str, str], say: Say) -> Started
     With ``--slots`` an array waits for the one before it, so that no more than these run at a time.
     """
     execute.need("sbatch", "it comes with SLURM: start this on a login node of the cluster")
+    environment = {**environment, **request.env}  # which a task inherits
     root = pathlib.Path(request.args.workdir).absolute()
-    waiting = set()
-    for array, task in queued(job_name(request.sweep.prefix, str(root)), environment):
-        # The index of a task is its place in its own script: compare names.
-        names = root / f"slurm-{array}.json"
-        known = json.loads(names.read_text()) if names.exists() else {}
-        waiting.add(known.get(str(task), ""))
+    tasks = queued(job_name(request.sweep.prefix, str(root)), environment)
+    names = {array: _names(root, array) for array, _ in tasks}
+    waiting = {names[array].get(str(task), "") for array, task in tasks}
     left = [run for run in request.runs if run.name not in waiting]
     states = {run.name: "already" if run not in left else "failed" for run in request.runs}
     ended, said, last = ExitCode.DONE, list[str](), ""
@@ -140,11 +139,26 @@ def start(request: Request, environment: Mapping[str, str], say: Say) -> Started
         if code:
             ended = ExitCode.FAILED
             break
-        last = output.partition(";")[0]
+        last = output.splitlines()[-1].partition(";")[0]  # a site may print notes before
         numbered = {task: run.name for task, run in enumerate(runs)}
-        (root / f"slurm-{last}.json").write_text(json.dumps(numbered))
+        workdir.write_atomically(root / f"slurm-{last}.json", json.dumps(numbered))
         states |= {run.name: "queued" for run in runs}
     return execute.report(ended, states, "\n".join(said), say)
+
+
+def _names(root: pathlib.Path, array: int) -> dict[str, str]:
+    """Returns the name of the run of each task of an array that `start` has submitted.
+
+    The index of a task is its place in its own script. Raises ValueError if the names are unknown.
+    """
+    file = root / f"slurm-{array}.json"
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"array {array} of this sweep is in the queue, and {file} does not say which runs it "
+            f"has ({error}), so they might be started twice: wait for its end, or scancel {array}"
+        ) from error
 
 
 def limit(environment: Mapping[str, str]) -> int:
@@ -254,19 +268,28 @@ before=$(saved)
 # srun takes all from sbatch but this.
 cpus=${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}
 srun $cpus --kill-on-bad-exit=1 --output="$directory/log.txt" --open-mode=append "${command[@]}" &
-child=$!
+child=$! asked=no
 # To the processes of the run, not to srun, which would end them after a few seconds.
-trap 'scancel --signal=TERM "$SLURM_JOB_ID"' TERM
+trap 'asked=yes; scancel --signal=TERM "$SLURM_JOB_ID"' TERM
 while kill -0 "$child" 2>/dev/null; do wait "$child"; done  # a signal ends wait too early
 wait "$child"
 code=$?
 [ "$before" = "$(saved)" ] && new=false || new=true
-record "\\"event\\": \\"end\\", \\"code\\": $code, \\"saved\\": $new"
+# A run that does not train yet ends by the signal: it has not failed.
+case "$code:$asked" in
+  0:*) next=done ;; PREEMPTED:*) next=restart ;; 143:yes) next=stopped ;; *) next=failed ;;
+esac
 # A run whose hosts never meet saves nothing: it is not queued for ever.
-idle=$(grep '"end"' "$directory/ATTEMPTS" | tail -n MOST_IDLE | grep -c '"saved": false')
-if [ "$code" -eq PREEMPTED ] && [ "$idle" -ge MOST_IDLE ]; then
+ends=$(grep '"end"' "$directory/ATTEMPTS" | tail -n $((MOST_IDLE - 1)))
+idle=$(grep -c '"saved": false' <<< "$ends")
+if [ "$next:$new" = restart:false ] && [ "$idle" -ge $((MOST_IDLE - 1)) ]; then
   echo "stopped MOST_IDLE times with nothing new saved: not queued again" >&2
-elif [ "$code" -eq PREEMPTED ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 1000 ]; then
+  next=failed
+elif [ "$next" = restart ] && [ "${SLURM_RESTART_COUNT:-0}" -ge 1000 ]; then
+  next=stopped
+fi
+record "\\"event\\": \\"end\\", \\"code\\": $code, \\"saved\\": $new, \\"next\\": \\"$next\\""
+if [ "$next" = restart ]; then
   sleep 10  # a cluster that is not well is not asked every second
   scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -11,7 +11,7 @@ from typing import Any
 
 from localglobal_jax.checkpoints import gcs, objects, reader, steps, workdir
 from localglobal_jax.checkpoints.workdir import is_remote
-from localglobal_jax.config import schema, values
+from localglobal_jax.config import schema
 from localglobal_jax.launch import exit_codes, pool
 from localglobal_jax.launch.expand import Description
 from localglobal_jax.models import registry
@@ -63,9 +63,9 @@ def read(
         last = {}  # another machine went on with the run
     # A lock on another machine cannot be seen; a run writes to a bucket only when it saves.
     locked = pool.is_locked(logs) or (None if is_remote(run.workdir) else False)
-    steps = steps_of(run.run, run.workdir, saved)
+    total = steps_of(run.run, run.workdir, saved)
     about = metrics_log.about_run(run.run.model_dump())
-    state, note = _state(run, saved, last, age, locked, steps=steps)
+    state, note = _state(run, saved, last, age, locked, steps=total)
     if state == "failed":
         note += f": {reason}" if (reason := _reason(events, logs)) else ""
         note += f"; see {logs / pool.LOG}"
@@ -79,7 +79,7 @@ def read(
         "state": state,
         "note": note,
         "step": max([saved or 0, *(line["step"] for line in lines)]),
-        "steps": steps,
+        "steps": total,
         "saved": saved,
         "age": age,
         "attempts": sum(event.get("event") == "start" for event in events),
@@ -94,17 +94,25 @@ def read(
         "commit": machine.get("commit", ""),
         "disk": sum(objects.sizes(workdir.absolute(run.workdir)).values()) if whole else None,
         "workdir": run.workdir,
+        "logs": str(logs),
     }
 
 
 def in_force(run: schema.Run, field: str) -> Any:
     """Returns the value that field ``a.b`` has in `run`, defaults included; None if it has none."""
-    flat = values.flatten(run.model_dump())
-    if field in flat or not field.startswith("model."):
-        return flat.get(field)
-    name = field.removeprefix("model.")
+    found: Any = run.model_dump()
+    for name in field.split("."):
+        if not isinstance(found, Mapping) or name not in found:
+            break
+        found = found[name]
+    else:
+        return found
+    section, _, name = field.partition(".")
+    if section != "model":
+        return None
     model, spec = registry.MODELS.get(run.model["name"], (object, {}))
-    return spec.get(name, getattr(model, name, None))
+    default = spec.get(name, getattr(model, name, None))
+    return dict(default) if isinstance(default, Mapping) else default
 
 
 def override_fields(runs: Sequence[Description]) -> list[str]:
@@ -170,8 +178,8 @@ def _seconds(
     rates = [(line["step"], _rate(line)) for line in lines if line["split"] == "train"]
     compiled = sum(_plain(line.get("compile_seconds")) for line in lines)
     before = [0, *(step for step, _ in rates)]
-    steps_of = ((step - last, rate) for last, (step, rate) in zip(before, rates, strict=False))
-    found = sum(steps * batch / rate for steps, rate in steps_of if rate) + compiled
+    parts = ((step - last, rate) for last, (step, rate) in zip(before, rates, strict=False))
+    found = sum(count * batch / rate for count, rate in parts if rate) + compiled
     return round(found, 1) if found else None
 
 

@@ -129,7 +129,11 @@ def groups(
 
 
 def _against(
-    ours: Mapping[str, float], theirs: Mapping[str, float], of: Metric, *, is_other: bool
+    ours: Mapping[str, float],
+    theirs: Mapping[str, float],
+    of: Metric,
+    *,
+    is_other: bool,
 ) -> Record:
     found = verdicts.verdict(ours, theirs, smaller_is_better=of.smaller)
     if is_other:
@@ -146,12 +150,15 @@ def _against(
 
 
 def _scores(rows: Iterable[Row], of: Metric, by: Sequence[str]) -> dict[str, float]:
-    """Returns the last value of every finished run that has one, by its values of `by`."""
-    return {
-        repr([row["settings"][field] for field in by]): of.last(row)
-        for row in rows
-        if row["state"] == "done" and _is_number(of.last(row))
-    }
+    """Returns the last value of every finished run that has one, by its values of `by`.
+
+    Runs that differ only in notes and tags are no independent samples: it is their mean.
+    """
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if row["state"] == "done" and _is_number(of.last(row)):
+            found.setdefault(repr([row["settings"][f] for f in by]), []).append(of.last(row))
+    return {key: sum(values) / len(values) for key, values in found.items()}
 
 
 def find(

@@ -41,6 +41,11 @@ def target(name: str, slices: int = 1) -> Target:
     return Target(found.devices * slices, (1 if single else max(1, found.chips // 4)) * slices)
 
 
+def accelerator(name: str) -> str:
+    """Returns the cloud's name of a type: v5litepod-16 for v5e-16."""
+    return name.replace("v5e-", "v5litepod-")
+
+
 def notices(spec: str, how: str) -> tuple[str, ...]:
     """Returns why the machines may not have the config file of ``FILE[:arg]``, as it is here.
 

@@ -16,7 +16,9 @@ import argparse
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+from localglobal_jax.checkpoints.workdir import absolute
 from localglobal_jax.launch import execute, pool, shell, tpu
 from localglobal_jax.launch.backend import (
     RETRIES,
@@ -29,6 +31,7 @@ from localglobal_jax.launch.backend import (
     Target,
 )
 from localglobal_jax.launch.exit_codes import FINAL, ExitCode
+from localglobal_jax.launch.expand import Description
 
 NAME, SCRIPT = "tpu-vm", "run.sh"
 OPTIONS: tuple[Option, ...] = (
@@ -77,24 +80,66 @@ def launch(request: Request) -> Launch:
 def start(request: Request, environment: Mapping[str, str], say: Say) -> Started:
     """Runs the scripts here, one process per run, until all have ended."""
     execute.need("gcloud", "see https://cloud.google.com/sdk/docs/install")
-    args = request.args
+    args, by_name = request.args, {run.name: run for run in request.runs}
+    place = {"zone": args.zone, "project": args.project}
+    environment = {**environment, **shell.secrets(request.env)}  # the others are in the script
+    _delete_finished(request.finished, place, environment, say)
     scripts, jobs = launch(request).files, []
     for run in request.runs:
         folder = pool.folder(run, NAME)  # of the script, and of the log of the waiting and of ssh
         (path,) = execute.write({SCRIPT: scripts[f"{run.name}.sh"]}, folder)
         jobs.append(pool.Job(run.name, ("bash", path), folder, *pool.progress(run)))
     slots = [pool.Slot()] * (args.slots or len(jobs))
-    started = pool.run_jobs(jobs, slots, args.retries, environment, say, done=request.done)
-    for run in request.runs:
-        outcome = started.runs[run.name]
-        command = delete(run.cloud_name, zone=args.zone, project=args.project)
-        ended_itself = outcome["code"] not in (NOT_READY, CONNECTION_LOST)
-        if outcome["state"] == "failed" and ended_itself:
-            execute.call(command, environment)
-        elif outcome["state"] in ("failed", "stopped"):
-            say(f"kept     the machines of {run.name}, for the next start; to delete them:")
-            say(f"         {shlex.join(command)}")
+
+    def ended(job: pool.Job, outcome: pool.JobResult) -> None:
+        name = by_name[job.name].cloud_name
+        ended_itself = outcome.code not in (NOT_READY, CONNECTION_LOST)
+        if outcome.state == "done" or (outcome.state == "failed" and ended_itself):
+            _delete(name, place, environment, say)  # unless the script has
+
+    started = pool.run_jobs(
+        jobs, slots, args.retries, environment, say, done=len(request.finished), ended=ended
+    )
+    for name, run in by_name.items():
+        state, code = (started.runs[name][key] for key in ("state", "code"))
+        if state == "stopped" or (state == "failed" and code in (NOT_READY, CONNECTION_LOST)):
+            say(f"kept     the machines of {name}, for the next start; to delete them:")
+            say(f"         {shlex.join(delete(run.cloud_name, **place))}")
     return started
+
+
+def _delete_finished(
+    runs: Sequence[Description], place: Mapping[str, Any], environment: Mapping[str, str], say: Say
+) -> None:
+    """Deletes the machines of runs that ended without their connection.
+
+    The model card is a run's last file.
+    """
+    if not runs:
+        return
+    command = listed(**place)
+    code, output = execute.call(command, environment)
+    if code:
+        say(f"unknown  whether machines of finished runs are left: {_last_line(output)}")
+        say(f"         {shlex.join(command)}")
+        return
+    there = {line.rpartition("/")[2] for line in output.split()}
+    for run in runs:
+        if run.cloud_name in there and (absolute(run.workdir) / "model_card.md").exists():
+            _delete(run.cloud_name, place, environment, say)
+
+
+def _delete(name: str, place: Mapping[str, Any], environment: Mapping[str, str], say: Say) -> None:
+    """Requests the deletion of machines that may be gone already; says if that is refused."""
+    command = delete(name, **place)
+    code, output = execute.call([*command, "--async"], environment)
+    if code and not any(words in output for words in GONE):
+        say(f"kept     the machines of {name} could not be deleted: {_last_line(output)}")
+        say(f"         {shlex.join(command)}")
+
+
+def _last_line(output: str) -> str:
+    return (output.splitlines() or [""])[-1]
 
 
 # ---------------------------------------------------------------------------- commands
@@ -109,7 +154,7 @@ RUNTIMES = {  # from the documentation of Cloud TPU; --runtime overrides
 
 def runtime(accelerator: str) -> str:
     """Returns the system image for an accelerator type."""
-    kind = accelerator.partition("-")[0].replace("v5e", "v5litepod")
+    kind = tpu.accelerator(accelerator).partition("-")[0]
     return RUNTIMES.get(kind, "tpu-ubuntu2204-base")
 
 
@@ -127,7 +172,7 @@ def create(
         *("gcloud", "compute", "tpus", "queued-resources", "create", name),
         f"--node-id={name}",
         *where(zone, project),
-        f"--accelerator-type={accelerator.replace('v5e-', 'v5litepod-')}",
+        f"--accelerator-type={tpu.accelerator(accelerator)}",
         f"--runtime-version={version or runtime(accelerator)}",
         *(["--spot"] if spot else []),
         "--quiet",
@@ -138,6 +183,12 @@ def delete(name: str, *, zone: str, project: str | None = None) -> list[str]:
     """Returns the argument list that deletes the machines."""
     command = ["gcloud", "compute", "tpus", "queued-resources", "delete", name]
     return [*command, *where(zone, project), "--force", "--quiet"]
+
+
+def listed(*, zone: str, project: str | None = None) -> list[str]:
+    """Returns the argument list that prints the names of all requests, one per line."""
+    command = ["gcloud", "compute", "tpus", "queued-resources", "list", *where(zone, project)]
+    return [*command, "--format=value(name)"]
 
 
 def ssh(name: str, *, zone: str, project: str | None = None) -> list[str]:
@@ -182,6 +233,7 @@ def _filled(text: str, values: Mapping[str, str]) -> str:
 
 # Exit codes of a script that are not the run's: after these the machines are kept.
 NOT_READY, CONNECTION_LOST = 78, 255
+GONE = ("NOT_FOUND", "was not found")  # words of gcloud about a name without machines
 
 # The setup may end this shell at any place, with any code, and its last command may be `A && B`,
 # at which `set -e` alone does not stop: the EXIT trap sees all of these.
@@ -189,7 +241,7 @@ PREPARE = """\
 place=~/.localglobal
 (umask 077; mkdir -p "$place") || exit @NOT_READY@
 flock -n "$place/lock" true || exit 0  # the run of an earlier start goes on
-rm -f "$place/environment"
+rm -f "$place/environment" "$place/pid"
 exec 9>>"$place/setup.lock"
 flock 9  # a setup whose connection was lost may still run
 trap 'echo "localglobal: the setup ended with exit code $? on $(hostname): nothing is started" >&2
@@ -224,6 +276,7 @@ if [ "$(cat "$place/start" 2>/dev/null)" != "${start-by hand}" ] && flock -n 9; 
     . "$place/environment" || { echo @NOT_READY@ >"$place/code"; exit; }
     @COMMAND@ &
     echo $! >"$place/pid"
+    [ "$(cat "$place/stop" 2>/dev/null)" != "${start-by hand}" ] || kill -TERM $!
     wait $!
     echo $? >"$place/code"
   ) </dev/null >>"$place/log.txt" 2>&1 &
@@ -239,7 +292,10 @@ code=$(cat "$place/code" 2>/dev/null || echo 1)  # without the file the shell wa
 case "$code" in 1|2|3) code=$((code + 100)) ;; esac
 exit $code"""
 
-STOP = 'kill -TERM "$(cat ~/.localglobal/pid)"'
+# A host that is not connected yet finds `stop` when it starts the run.
+STOP = """\
+echo "$start" >~/.localglobal/stop
+pid=$(cat ~/.localglobal/pid 2>/dev/null) && kill -TERM "$pid\""""
 
 
 def script(
@@ -260,7 +316,7 @@ def script(
     )
     place = shell.quoted(where(zone, project))
     values = {
-        "EXPORTS": "\n".join(shell.exports(env or {})),
+        "ENVIRONMENT": "\n".join(_collected(env or {})),
         "NAME": name,
         "PREPARE": shlex.quote(prepare(setup, env)),
         "REMOTE": shlex.quote(remote(command)),
@@ -269,7 +325,7 @@ def script(
         "DELETE": shell.quoted(delete(name, zone=zone, project=project)),
         "SSH": shell.quoted(ssh(name, zone=zone, project=project)),
         "STOP": shlex.quote(STOP),
-        "NAMES": " ".join(env or {}),
+        "GONE": "|".join(f'*"{words}"*' for words in GONE),
         "FAILED": f"{ExitCode.FAILED:d}",
         "PREEMPTED": f"{ExitCode.PREEMPTED:d}",
         "LOST": f"{CONNECTION_LOST:d}",
@@ -278,16 +334,33 @@ def script(
     return _filled(BODY, values)
 
 
+def _collected(env: Mapping[str, str]) -> list[str]:
+    """Returns lines that add the export of each variable on a host to `environment`.
+
+    They change no variable of the script, whose tools run here. As in `shell.exports`, a secret is
+    not written.
+    """
+    hidden, lines = shell.secrets(env), []
+    for name, value in env.items():
+        if name in hidden:
+            lines.append(f'{shell.required(name)}; environment+="export {name}=${{{name}@Q}}; "')
+        else:
+            lines.append(f"environment+={shlex.quote(exported({name: value}))}")
+    return lines
+
+
 BODY = """\
 #!/bin/bash
 set -u
-@EXPORTS@
+start=$$-$(date +%s)
+environment="start=$start; "
+@ENVIRONMENT@
 say() { echo "$(date +%T) $*"; }
 state() {  # of the request; GONE; or UNKNOWN, with the reason
   local errors
   { errors=$(@DESCRIBE@ --format='value(state.state)' 2>&1 >&3) && return; } 3>&1
   case "$errors" in
-    *NOT_FOUND*|*"not found"*) echo GONE ;;
+    @GONE@) echo GONE ;;
     *) echo "$errors" >&2; echo UNKNOWN ;;
   esac
 }
@@ -314,8 +387,6 @@ while :; do
 done
 
 child=
-environment="start=$$-$(date +%s); "
-for name in @NAMES@; do environment+="export $name=${!name@Q}; "; done
 on_hosts() {  # runs $1 on every host and sets `code`; connects again while the machines are there
   local tries=0 since
   while :; do
@@ -338,7 +409,7 @@ on_hosts() {  # runs $1 on every host and sets `code`; connects again while the 
     pause
   done
 }
-stop() { @SSH@ --command=@STOP@; }
+stop() { @SSH@ --command="start=$start; "@STOP@; }
 trap 'kill $child 2>/dev/null; exit @PREEMPTED@' TERM
 on_hosts @PREPARE@
 case "$code" in 0) ;; 2|3) exit @FAILED@ ;; *) exit "$code" ;; esac
@@ -348,6 +419,6 @@ case "$code" in
   101|102|103) code=$((code - 100)) ;;
   2|3) exit @FAILED@ ;;  # of gcloud
 esac
-case "$code" in @OVER@) remove ;; esac
+case "$code" in @OVER@) remove || say "the machines of @NAME@ could not be deleted" ;; esac
 exit "$code"
 """

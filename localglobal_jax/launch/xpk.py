@@ -103,7 +103,7 @@ def arguments(
         f"--cluster={cluster}",
         *([f"--project={project}"] if project else []),
         *([f"--zone={zone}"] if zone else []),
-        f"--tpu-type={tpu_type}",
+        f"--tpu-type={tpu.accelerator(tpu_type)}",
         f"--num-slices={slices}",
         f"--docker-image={image}",
         f"--priority={priority}",

@@ -38,6 +38,12 @@ def test_a_set_that_is_there_is_said_to_be_there(data_dir, capsys):
     assert f"{data_dir}/digits/1.0.0 is there already" in capsys.readouterr().err
 
 
+def test_splits_that_the_set_lacks_are_named(data_dir, capsys):
+    command = ["prepare", "--config=configs/coatnet_digits.py", f"--config.data.dir={data_dir}"]
+    assert main([*command, "--config.data.eval_splits=trian"]) == 2
+    assert "trian" in capsys.readouterr().err
+
+
 def test_a_set_that_is_there_in_a_bucket_is_not_sent_again(bucket, faults, capsys):
     command = ["prepare", "digits", f"--dir={bucket}"]
     assert main(command) == 0
@@ -78,6 +84,8 @@ def test_mock_data_are_counted_and_nothing_is_prepared(config, tmp_path, capsys,
         ["--index=gs://bucket/digits", "--source=downloads"],
         ["--index=gs://bucket/digits", "--dir=elsewhere"],
         ["--config=configs/coatnet_digits.py:data=mock", "--dir=elsewhere"],
+        ["--config=configs/coatnet_digits.py:data=mock", "--from_tfrecord=elsewhere"],
+        ["--config=configs/muse_lohelp.py:data=mock", "--from_tfrecord=elsewhere"],
     ],
     ids=" ".join,
 )

@@ -8,7 +8,9 @@ import shutil
 import subprocess
 import time
 
+import gcs_server
 import pytest
+from etils import epath
 
 from localglobal_jax.cli.main import main, parser
 from localglobal_jax.launch import (
@@ -19,6 +21,7 @@ from localglobal_jax.launch import (
     pool,
     shell,
     slurm,
+    status,
     tpu,
     tpu_vm,
     xpk,
@@ -86,6 +89,11 @@ def test_tpu_names(name, slices, devices, hosts):
 def test_wrong_tpu_names(name):
     with pytest.raises(ValueError, match=r"topology|--tpu_type"):
         tpu.target(name)
+
+
+def test_xpk_gets_the_cloud_s_name_of_a_type():
+    words = xpk.arguments("n", ["c"], cluster="c", tpu_type="v5e-16", image="i")
+    assert "--tpu-type=v5litepod-16" in words
 
 
 def test_environments():
@@ -157,6 +165,14 @@ def test_a_shared_option_means_the_same_to_every_back_end():
         assert set(module.REQUIRED) <= {option.name for option in module.OPTIONS}
 
 
+def test_the_gpus_of_the_runs_are_those_of_their_environment(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    args = parser().parse_args(
+        ["sweep", "--config=x", "--workdir=r", "--env=CUDA_VISIBLE_DEVICES=2"]
+    )
+    assert local.target(args) == Target(1)
+
+
 def test_a_slot_of_two_gpus_is_a_target_of_two_devices(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
     assert local.target(arguments("--slots=2")) == (2, 1)
@@ -182,9 +198,12 @@ def test_a_run_is_started_with_the_config_as_it_was_given(words):
 
 
 @pytest.mark.parametrize("words", [XPK, TPU_VM, ("--backend=slurm", "--gpus=2")])
-def test_secrets_are_neither_printed_nor_written(words, tmp_path, monkeypatch, capsys):
+def test_secrets_are_neither_printed_nor_written(words, tmp_path, monkeypatch, capsys, gcs):
     monkeypatch.setenv("HF_TOKEN", ENV["HF_TOKEN"])
-    root = str(tmp_path / "root") if "slurm" in words[0] else "gs://b/r"
+    for key, value in gcs_server.environment(gcs).items():
+        monkeypatch.setenv(key, value)
+    bucket = f"gs://{gcs_server.new_bucket(gcs)}/r"
+    root = str(tmp_path / "root") if "slurm" in words[0] else bucket
     command = ["sweep", f"--config={DIGITS}", "--sweep=layouts", f"--workdir={root}"]
     command += ["--only", "0", *words]
     command += ["--env=HF_TOKEN", f"--env=NOTE={ENV['NOTE']}"]
@@ -224,25 +243,50 @@ def executed(script, tools, env, wait_for=None):
 SAVES = """trap 'exit 42' TERM; touch "$PLACE/ready"; while :; do command -p sleep 0.05; done"""
 
 
-@pytest.mark.parametrize(("code", "deleted"), [(1, True), (2, True), (78, False), (255, False)])
-def test_machines_are_deleted_for_a_run_that_failed_but_not_for_a_failed_start(
+@pytest.mark.parametrize(
+    ("code", "deleted"), [(0, True), (1, True), (2, True), (78, False), (255, False)]
+)
+def test_machines_are_deleted_for_a_run_that_ended_but_not_for_a_failed_start(
     code, deleted, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(tpu_vm, "script", lambda *_, **__: f"exit {code}")
     monkeypatch.setattr(pool, "progress", lambda run: (lambda: None, 9))  # no bucket
-    tool(tmp_path, "gcloud", f'echo "$*" >> {tmp_path}/calls')
+    failing = "echo PERMISSION_DENIED; exit 1"
+    tool(tmp_path, "gcloud", f'echo "$*" >> {tmp_path}/calls; {failing}')
     run, said = expand.Description(0, "x-000-12345678", {}, None, "gs://b/r/x", ("train",)), []
     request = Request(arguments(*TPU_VM, "--retries=0"), expand.Sweep("x", None, [run]), [run], {})
     started = tpu_vm.start(request, dict(os.environ), said.append)
-    assert started.code == 1 and started.runs[run.name]["code"] == code
+    assert started.code == (code > 0) and started.runs[run.name]["code"] == code
     assert (tmp_path / "calls").exists() == deleted
     command = "queued-resources delete x-000-12345678-"
+    assert any(command in line for line in said)  # it was not possible, or not done
     if deleted:
         assert command in (tmp_path / "calls").read_text()
-    else:
-        assert command in said[-1]
+        assert any("PERMISSION_DENIED" in line for line in said)
+
+
+def test_machines_of_runs_that_had_finished_are_deleted(tmp_path, monkeypatch, gcs):
+    """Such as of runs whose launcher lost their connection; not before a run's last file."""
+    for key, value in gcs_server.environment(gcs).items():
+        monkeypatch.setenv(key, value)
+    root = f"gs://{gcs_server.new_bucket(gcs)}/r"
+    (epath.Path(root) / "x1" / "model_card.md").write_text("")
+    (epath.Path(root) / "x2" / "config.json").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    runs = [
+        expand.Description(i, f"x-00{i}-12345678", {}, None, f"{root}/x{i}", ("train",))
+        for i in range(3)
+    ]
+    listed = " ".join(f"projects/p/locations/z/queuedResources/{r.cloud_name}" for r in runs[1:])
+    body = f'echo "$*" >> {tmp_path}/calls; [ "$4" != list ] || printf "%s\\n" {listed}'
+    tool(tmp_path, "gcloud", body)
+    request = Request(arguments(*TPU_VM), expand.Sweep("x", None, runs), [], {}, finished=runs)
+    assert tpu_vm.start(request, dict(os.environ), print).code == 0
+    deleted = [c for c in (tmp_path / "calls").read_text().splitlines() if " delete " in c]
+    assert len(deleted) == 1 and runs[1].cloud_name in deleted[0]
 
 
 def test_two_sweeps_of_one_folder_have_a_script_and_a_log_each(tmp_path, monkeypatch):
@@ -356,8 +400,20 @@ def test_the_head_of_an_sbatch_script(tmp_path):
     ]
 
 
-@pytest.mark.parametrize(("body", "code"), [("exit 0", 0), ("exit 2", 2), (SAVES, 42)])
-def test_the_script_of_slurm(body, code, tmp_path):
+ENDS = 'touch "$PLACE/ready"; while :; do command -p sleep 0.05; done'
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "following"),
+    [
+        ("exit 0", 0, "done"),
+        ("exit 2", 2, "failed"),
+        ("exit 143", 143, "failed"),  # nobody asked it to
+        (SAVES, 42, "restart"),
+        (ENDS, 143, "stopped"),  # asked before it trained
+    ],
+)
+def test_the_script_of_slurm(body, code, following, tmp_path):
     """A task that saved is put back into the queue, no other; SIGTERM arrives at the run."""
     tool(tmp_path, "srun", f'echo $$ > "$PLACE/pid"\n{body}')
     tool(tmp_path, "scancel", 'kill -TERM "$(cat "$PLACE/pid")"')
@@ -367,12 +423,12 @@ def test_the_script_of_slurm(body, code, tmp_path):
     text = slurm.script([run], {run.name: COMMAND}, prefix="p", root="/r")
     (tmp_path / "s.sh").write_text(text)
     env = {"PLACE": str(tmp_path), "SLURM_ARRAY_TASK_ID": "0", "SLURM_JOB_ID": "7"}
-    ready = tmp_path / "ready" if body == SAVES else None
+    ready = tmp_path / "ready" if "ready" in body else None
     assert executed(tmp_path / "s.sh", tmp_path, env, ready) == code
     events = pathlib.Path(run.workdir, "attempts.jsonl").read_text().splitlines()
     assert [json.loads(e)["event"] for e in events] == ["start", "end"]
-    assert json.loads(events[1])["code"] == code
-    assert (tmp_path / "requeued").exists() == (code == 42)
+    assert [json.loads(events[1])[key] for key in ("code", "next")] == [code, following]
+    assert (tmp_path / "requeued").exists() == (following == "restart")
 
 
 def test_a_task_that_never_saves_is_not_queued_for_ever(tmp_path):
@@ -390,6 +446,24 @@ def test_a_task_that_never_saves_is_not_queued_for_ever(tmp_path):
         assert executed(tmp_path / "s.sh", tmp_path, env) == 42
     times = len((tmp_path / "requeued").read_text().splitlines())
     assert times == pool.MOST_IDLE + 3
+    assert status.read(run)["state"] == "failed"
+
+
+@pytest.mark.parametrize("text", [None, '{"0": "x'])
+def test_an_array_whose_runs_are_unknown_is_not_started_twice(text, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name in ("sbatch", "scontrol"):
+        tool(tmp_path, name, f"touch {tmp_path}/{name}.called")
+    tool(tmp_path, "squeue", "echo 7001 0")
+    runs, root = described(tmp_path / "root"), tmp_path / "root"
+    if text:
+        root.mkdir()
+        (root / "slurm-7001.json").write_text(text)
+    words = ["sweep", "--config=x", f"--workdir={root}", "--backend=slurm"]
+    request = Request(parser().parse_args(words), expand.Sweep("p", None, runs), runs, {})
+    with pytest.raises(ValueError, match="7001"):
+        slurm.start(request, dict(os.environ), print)
+    assert not (tmp_path / "sbatch.called").exists()
 
 
 SBATCH = """

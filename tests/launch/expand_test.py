@@ -215,6 +215,30 @@ def test_the_check_of_training_says_equal_reasons_once(tmp_path, capsys):
     assert "2 of 2" in said and re.search(r"-000-.*, .*-001-.*: .*accumulate", said)
 
 
+WRONG_SECOND = "def sweep():\n for seed in (0, -1, 2):\n  yield {'seed': seed}\n"
+
+
+def test_a_run_that_is_chosen_and_wrong_is_said_to_be_wrong(tmp_path, capsys):
+    file = write(tmp_path, WRONG_SECOND)
+    command = ["sweep", "--config", file, "--workdir", str(tmp_path / "r"), "--dry_run"]
+    assert main([*command, "--only", "1"]) == 2
+    assert re.search(r"run 1 of sweep: .*\n.*seed=-1", capsys.readouterr().err)
+
+
+def test_a_wrong_run_does_not_hide_the_state_of_the_others(tmp_path, capsys):
+    command = ["sweep", "--config", write(tmp_path, WRONG_SECOND), "--workdir", str(tmp_path / "r")]
+    assert main([*command, "--status"]) == 0
+    printed = capsys.readouterr()
+    assert "2 not started" in printed.out and "seed=-1" in printed.err
+
+
+@pytest.mark.parametrize("body", ["import sys; sys.exit('gone')", "return 7", "return None"])
+def test_a_function_that_is_no_sweep_is_an_error_of_the_config(body, tmp_path):
+    file = write(tmp_path, f"def sweep():\n {body}\n")
+    with pytest.raises(ValueError, match=r"sweep .*(gone|7|None)"):
+        expand.expand(file, str(tmp_path / "r"))
+
+
 def test_a_notice_that_all_runs_share_is_said_once(tmp_path, capsys):
     file = write(tmp_path, "def sweep():\n yield from product({'optim.momentum': (0.5, 0.9)})\n")
     command = ["sweep", "--config", file, "--workdir", str(tmp_path / "r"), "--config.data.mock=1"]

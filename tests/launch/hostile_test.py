@@ -6,6 +6,7 @@ import pathlib
 import shutil
 import subprocess
 
+import gcs_server
 import pytest
 import standins
 
@@ -99,14 +100,17 @@ def sweep():
     ],
     ids=["slurm", "xpk", "tpu-vm"],
 )
-def test_from_a_config_to_the_run(place, words, capsys):
+def test_from_a_config_to_the_run(place, words, gcs, monkeypatch, capsys):
     """The whole way: a hostile folder, file name and field -> the script -> the run's words."""
     folder = place / "a; touch PWNED" / "$(touch PWNED)"
     folder.mkdir(parents=True)
     field = "'; touch PWNED; $(touch PWNED) `touch PWNED` \"@REMOTE@"
     file = folder / "x'; touch PWNED.py"
     file.write_text(CONFIG.replace("DIR", repr(field)))
-    root = str(place / "runs") if "slurm" in words[0] else "gs://bucket/$(touch${IFS}PWNED)"
+    for key, value in gcs_server.environment(gcs).items():
+        monkeypatch.setenv(key, value)
+    remote = f"gs://{gcs_server.new_bucket(gcs)}/$(touch${{IFS}}PWNED)"
+    root = str(place / "runs") if "slurm" in words[0] else remote
     command = ["sweep", f"--config={file}", f"--workdir={root}", f"--out={place / 'out'}"]
     command += [f"--env=NOTE_{i}={text}" for i, text in enumerate(HOSTILE)]
     assert main([*command, *words]) == 0, capsys.readouterr().err

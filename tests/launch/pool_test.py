@@ -172,7 +172,9 @@ class Refused:
 
 def test_no_other_run_is_drawn_after_three_that_were_refused_alike(tmp_path):
     said, source = [], Refused(tmp_path)
-    found = pool.run_jobs([], [pool.Slot()], 2, None, said.append, source=source)
+    found = pool.run_jobs(
+        [], [pool.Slot()], 2, None, said.append, source=source, ended=source.ended
+    )
     assert found.code == exit_codes.ExitCode.FAILED
     assert source.outcomes == ["failed"] * 3
     assert any("no other was started" in line for line in said)
@@ -377,3 +379,50 @@ def wait_for(path, condition=pathlib.Path.exists):
             return
         time.sleep(0.02)
     raise AssertionError(path)
+
+
+def test_a_job_that_waits_for_its_restart_is_stopped_with_the_pool(tmp_path):
+    said = []
+
+    def say(line):
+        said.append(line)
+        if line.startswith("restart") and len(said) > 3:  # the second: the next start is delayed
+            signal.raise_signal(signal.SIGTERM)
+
+    found = pool.run_jobs([job(tmp_path, "saves", "sys.exit(42)")], [pool.Slot()], 2, None, say)
+    assert found.code == exit_codes.ExitCode.PREEMPTED
+    assert found.runs["saves"]["state"] == "stopped"
+
+
+def test_a_job_that_waits_while_others_are_refused_is_named(tmp_path):
+    refused = "print('localglobal train: no data'); sys.exit(2)"
+    jobs = [job(tmp_path, "saves", "sys.exit(42)")]
+    jobs += [job(tmp_path, f"w{i}", refused) for i in range(pool.ALIKE)]
+    said = []
+    found = pool.run_jobs(jobs, [pool.Slot()], 2, None, said.append)
+    assert found.runs["saves"]["state"] == "stopped"
+    assert any("no other was started" in line for line in said)
+
+
+def test_a_pool_that_fails_lets_its_children_save(tmp_path):
+    save = "lambda *_: (open('saved', 'w').close(), os._exit(42))"
+    code = f"signal.signal(signal.SIGTERM, {save}); open('ready', 'w').close(); time.sleep(60)"
+    child = job(tmp_path, "child", code)
+
+    class Full:
+        def next_job(self):
+            return None if child.directory.exists() else child
+
+        def gives_up(self, job):
+            if (job.directory / "ready").exists():
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        pool.Pool([pool.Slot()], 0, say=lambda line: None).run([], Full())
+    assert (child.directory / "saved").exists()
+    assert events(child)[-1]["code"] == 42 and events(child)[-1]["next"] == "stopped"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, 35])  # one of real time has no name
+def test_a_signal_is_explained(number):
+    assert "killed by" in exit_codes.explained(-number)

@@ -12,7 +12,7 @@ from etils import epath
 
 from localglobal_jax.checkpoints import reader
 from localglobal_jax.cli.main import main
-from localglobal_jax.launch import expand, prune
+from localglobal_jax.launch import expand, pool, prune
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = f"""
@@ -175,6 +175,25 @@ def test_in_a_bucket(sweep, gcs, monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out)["freed"] > 10_000
     assert 4 in reader.steps(root / done.name) and len(reader.steps(root / done.name)) <= 2
     assert reader.read(root / done.name, 4)[0] == 4
+
+
+def test_a_failed_run_in_a_bucket_is_deleted_once(sweep, gcs, tmp_path, monkeypatch, capsys):
+    command, (_, failed, *_) = sweep
+    for key, value in gcs_server.environment(gcs).items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.chdir(tmp_path)
+    root = f"gs://{gcs_server.new_bucket(gcs)}/runs"
+    (epath.Path(root) / failed.name / "config.json").write_bytes(
+        (failed / "config.json").read_bytes()
+    )
+    run = expand.expand(command[1].partition("=")[2], root, look=True).runs[1]
+    logs = pool.folder(run, "tpu-vm")
+    logs.mkdir(parents=True)
+    (logs / "attempts.jsonl").write_bytes((failed / "attempts.jsonl").read_bytes())
+    words = [*command[:2], f"--workdir={root}", "--prune", "--yes", "--json"]
+    for folders in (1, 0):
+        assert main(words) == 0
+        assert len(json.loads(capsys.readouterr().out)["folders"]) == folders
 
 
 def test_yes_alone_starts_nothing_and_a_dry_run_deletes_nothing(sweep, capsys):

@@ -5,6 +5,7 @@ The children are stand-ins that write what a run writes, in a second; `-m slow` 
 """
 
 import csv
+import dataclasses
 import importlib.util
 import io
 import json
@@ -47,6 +48,12 @@ def search_wrong():
 
 def search_none():
     return {{"seed": [1, 2]}}
+
+def search_text():
+    return {{"optim.learning_rate": uniform("1e-4", 1e-2)}}
+
+def search_exits():
+    raise SystemExit("no space")
 """
 # The loss is the distance of the rate from 0.01, in decades; every evaluation takes 0.2 s. With
 # eval.patience the run stops at step 20: its loss does not change. If SLOW is set, a bad run waits
@@ -84,6 +91,10 @@ def file(tmp_path):
 
 @pytest.fixture
 def stand_ins(monkeypatch):
+    stand_in(monkeypatch)
+
+
+def stand_in(monkeypatch):
     def job(run):
         from localglobal_jax.config import loading
 
@@ -269,6 +280,44 @@ def test_invalid_draws_are_left_out_and_said(file, tmp_path, stand_ins, capsys):
     assert "--trials" in capsys.readouterr().err
 
 
+def test_trials_that_are_refused_run_at_the_next_start(file, tmp_path, monkeypatch, capsys):
+    """Such as before their data are prepared."""
+
+    def refused(run):
+        code = "import sys; print('localglobal train: no data'); sys.exit(2)"
+        command = (sys.executable, "-c", code)
+        return pool.Job(run.name, command, pathlib.Path(run.workdir), *pool.progress(run))
+
+    words = command(file, tmp_path / "r", "--trials=4")
+    with monkeypatch.context() as patch:
+        patch.setattr(search.local, "job", refused)
+        assert main(words) == 1
+        said = capsys.readouterr().err
+        assert "3 failed" in said and "the same command goes on" in said
+    stand_in(monkeypatch)
+    assert main(words) == 0
+    assert "4 of 4 done, 0 failed" in capsys.readouterr().err
+
+
+def test_a_trial_that_alone_is_refused_has_failed(file, tmp_path, monkeypatch, capsys):
+    """Such as one whose batch does not divide; the others go on, and it is not tried again."""
+    stand_in(monkeypatch)
+    job, tried = search.local.job, []
+
+    def some(run):
+        made = job(run)
+        if run.index != 1:
+            return made
+        tried.append(run.index)
+        return dataclasses.replace(made, command=(sys.executable, "-c", "raise SystemExit(2)"))
+
+    monkeypatch.setattr(search.local, "job", some)
+    for trials in (3, 4):
+        assert main(command(file, tmp_path / "r", f"--trials={trials}")) == 1
+        assert f"{trials - 1} of {trials} done, 1 failed" in capsys.readouterr().err
+    assert tried == [1]
+
+
 def test_listed_numbers_keep_all_their_digits(file, tmp_path, capsys):
     text = CONFIG.replace("uniform(1e-4, 1e-1, log=True)", "choice(2**-10, 2**-11)")
     pathlib.Path(file).write_text(text)
@@ -286,6 +335,9 @@ def test_a_dry_run_writes_nothing(file, tmp_path, capsys):
     [
         (("--sweep=other", "--trials=1"), "search_wrong"),
         (("--sweep=none", "--trials=1"), "seed"),
+        (("--sweep=search_none", "--trials=1"), "seed"),
+        (("--sweep=text", "--trials=1"), "search_text failed"),
+        (("--sweep=exits", "--trials=1"), "no space"),
         ((), "--trials"),
         (("--trials=1", "--config.optim.schedule=cosine"), "optim.schedule"),
         (("--trials=1", "--config.checkpoint.best=None"), "checkpoint.best"),

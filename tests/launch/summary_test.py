@@ -148,6 +148,22 @@ def test_a_note_makes_no_setting(tmp_path, capsys):
     assert [r["log.note"] for r in records(capsys, command)] == ["0", "0", "1", "1", "2", "2"]
 
 
+def test_runs_that_differ_only_in_notes_all_count(sweep, capsys):
+    of = summary.Metric("test/accuracy")
+    values = {(0, "a"): 0.5, (0, "b"): 0.7, (1, "a"): 0.6, (1, "b"): 0.8}
+    rows = [
+        {
+            "state": "done",
+            "settings": {"seed": seed, "log.note": note},
+            "extremes": {"test/accuracy": {"last": value, "max": value}},
+        }
+        for (seed, note), value in values.items()
+    ]
+    (group,) = summary.groups(rows, of, ["seed"])
+    assert group["n"] == 2 and group["mean test/accuracy"] == pytest.approx(0.65)
+    assert group["mean of best"] == pytest.approx(0.65)
+
+
 def test_a_few_runs_of_one_seed_have_groups(sweep, capsys):
     command, _ = sweep
     found = records(capsys, command, "--only", "0-1", "--group", "seed")
@@ -248,6 +264,24 @@ def test_the_value_in_force_of_a_field_of_the_model(sweep):
     assert status.in_force(runs[0].run, "model.head_hidden") is not None  # the module's
     assert status.in_force(runs[0].run, "optim.b1") == 0.9
     assert status.in_force(runs[0].run, "model.none") is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("parallel.mesh", {"data": 1}),
+        ("data.class_weights", {"0": 2.0}),
+        ("model.blocks", {"T": {"head_width": 8}}),
+    ],
+)
+def test_the_value_in_force_of_a_mapping(field, value, tmp_path):
+    (tmp_path / "c.py").write_text(
+        f"{CONFIG}\ndef sweep_maps():\n    return [{{}}, {{{field!r}: {value!r}}}]\n"
+    )
+    runs = expand.expand(str(tmp_path / "c.py"), str(tmp_path / "r"), "maps").runs
+    found = [status.in_force(run.run, field) for run in runs]
+    assert found[1] == value != found[0]
+    json.dumps(found)
 
 
 def test_seconds_without_recorded_attempts(sweep, capsys):

@@ -35,19 +35,20 @@ class Machines:
             standins.tool(self.place / f"bin{i}", "localglobal", counted)
         return self
 
-    def start(self, setup: str | None = None, env: dict[str, str] | None = None):
+    def start(self, setup: str | None = None, env=None, outside=None):
+        """Starts the script; `outside`: variables of its own, those of `env` by default."""
         command, where = ("localglobal", "train"), {"zone": "z", "accelerator": "v4-8"}
         text = tpu_vm.script("n", command, setup=setup, env=env or {}, **where)
         (self.place / "n.sh").write_text(text)
         self.log = self.place / "log.txt"
-        outside = {
+        own = {
             "PATH": f"{self.place}/tools:{SYSTEM}", "HOME": str(self.place),
             "PLACE": str(self.place), "LOCALGLOBAL_POLL": "0.1",
         }  # fmt: skip
+        own |= (env if outside is None else outside) or {}
         with self.log.open("a") as log:
             process = subprocess.Popen(
-                ["bash", self.place / "n.sh"], env={**outside, **(env or {})}, stdout=log,
-                stderr=log,
+                ["bash", self.place / "n.sh"], env=own, stdout=log, stderr=log,
                 start_new_session=True,
             )  # fmt: skip
         self.processes.append(process)
@@ -275,3 +276,29 @@ def test_a_describe_that_fails_is_not_a_request_that_is_gone(machines):
     standins.tool(run.place / "tools", "gcloud", 'echo "ERROR: no network" >&2; exit 1')
     assert run.code() == tpu_vm.CONNECTION_LOST
     assert "no network" in run.said()
+
+
+def test_a_stop_while_the_run_is_being_connected_arrives(machines):
+    run = machines(2).localglobal(SAVES, (0, 1))
+    stopped = 'until [ -e "$PLACE/host1/.localglobal/stop" ]; do sleep 0.05; done'
+    slow = f'  ssh)\n    case "$*" in *"set -m"*) touch "$PLACE/connecting"; {stopped} ;; esac\n'
+    standins.tool(run.place / "tools", "gcloud", standins.GCLOUD.replace("  ssh)\n", slow))
+    process = run.start()
+    wait_for((run.place / "connecting").exists)
+    process.terminate()
+    assert process.wait(60) in (42, 128 + signal.SIGTERM), run.said()  # before or after its trap
+    assert run.kept
+
+
+def test_variables_of_the_run_change_no_tool_of_the_launcher(machines):
+    run = machines().localglobal('test "$HERE" = host && test "$HF_TOKEN" = hunter2')
+    outside = dict(HF_TOKEN="hunter2")
+    path = f"{run.place}/bin0:{SYSTEM}"  # without gcloud
+    env = {"PATH": path, "HERE": "host", **outside}
+    assert run.code(env=env, outside=outside) == 0, run.said()
+
+
+def test_a_gcloud_that_is_not_there_is_no_request_that_is_gone(machines):
+    run = machines().localglobal("exit 0")
+    (run.place / "tools" / "gcloud").unlink()
+    assert run.code() == tpu_vm.CONNECTION_LOST
