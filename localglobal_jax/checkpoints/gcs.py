@@ -118,10 +118,11 @@ class LocalMirror:
         self.confirm()
         files = {
             file.relative_to(self.local).as_posix(): _stamp(file)
-            for file in sorted(self.local.rglob("*"))
+            for top in sorted(self.local.iterdir())
+            if top.name != WANDB  # its files come and go
+            for file in (top, *sorted(top.rglob("*")))
             if file.is_file()  # a dangling link is not a file
         }
-        files = {name: stamp for name, stamp in files.items() if name.split("/")[0] != WANDB}
         changed = [name for name, stamp in files.items() if self._same.get(name) != stamp]
         objects.upload(self._store, self.local, changed)
         objects.delete(self._store, self._same.keys() - files.keys())

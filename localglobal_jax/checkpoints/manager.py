@@ -18,6 +18,7 @@ import math
 import os
 import threading
 import time
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import absl.logging
@@ -135,6 +136,18 @@ class _CommittedInPlace(ocp.path.atomicity.CommitFileTemporaryPath):
             objects.write(path, {steps.WRITTEN: b""})
 
 
+class _Best:
+    """Orbax's policy that preserves the step of the largest score, the newest of equals."""
+
+    def __init__(self, score: Callable[[int, dict | None], float]):
+        self._score = score
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        scores = {info.step: self._score(info.step, info.metrics) for info in checkpoints}
+        best = max(scores, key=lambda step: (scores[step], step), default=None)
+        return [info.step == best for info in checkpoints]
+
+
 class Checkpoints:
     """The checkpoints of one run. Reading changes nothing on disk; the first save tidies up."""
 
@@ -145,6 +158,7 @@ class Checkpoints:
         best = options.best or ""
         self._best, self._sign = best.removeprefix("-"), -1 if best.startswith("-") else 1
         self._manager: ocp.CheckpointManager | None = None
+        self._recorded: dict[int, dict] = {}  # the metrics of steps without orbax's
         self._listed: list[int] = []  # the complete steps, when they were last listed
         self._damaged: set[int] = set()  # found by `restore`, moved aside before the next save
 
@@ -196,7 +210,7 @@ class Checkpoints:
             self.close()
         elif step in self.steps():
             return False
-        document = {
+        document: dict[str, Any] = {
             "format": FORMAT,
             "metadata": metadata,
             "metrics": {name: x for name, x in metrics.items() if math.isfinite(x)},
@@ -211,9 +225,10 @@ class Checkpoints:
         )
         with self._or_abandon(), _ONE_SAVE:
             with store.told(self.directory, "waiting for another run's save before writing to"):
-                while _saving and _saving[0].is_saving_in_progress():
+                while any(one.is_saving_in_progress() for one in _saving[:]):
                     time.sleep(0.01)
             self._manager = self._manager or self._open()
+            self._recorded[step] = document["metrics"]
             self._manager.save(step, args=items, metrics=document["metrics"], force=True)
             _saving[:] = [self._manager]
         return True
@@ -255,7 +270,7 @@ class Checkpoints:
         if self._manager:
             with self._or_abandon(), store.told(self.directory, "writing to"):
                 self._manager.wait_until_finished()
-            if self._manager in _saving:
+            with contextlib.suppress(ValueError):  # a thread may have put its own there
                 _saving.remove(self._manager)
             host_memory.trim_heap()
             trash = self.directory / TRASH
@@ -279,7 +294,7 @@ class Checkpoints:
             yield
         except BaseException as error:
             manager, self._manager = self._manager, None
-            if manager in _saving:
+            with contextlib.suppress(ValueError):
                 _saving.remove(manager)
             for _ in range(2):  # the first call raises the error again, and closes nothing
                 with contextlib.suppress(Exception):
@@ -306,7 +321,7 @@ class Checkpoints:
         if self._options.keep_every:
             policies.append(ocp.checkpoint_managers.EveryNSteps(self._options.keep_every))
         if self._best:
-            policies.append(ocp.checkpoint_managers.BestN(get_metric_fn=self._score, n=1))
+            policies.append(_Best(self._score_of))
         return ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -320,6 +335,16 @@ class Checkpoints:
             item_names=("state", "metadata"),
             item_handlers=_one_transaction() if self._remote else None,
         )
+
+    def _score_of(self, step: int, metrics: dict | None) -> float:
+        """Returns the score of a step; orbax has no `metrics` of one before ``best`` was set."""
+        if not metrics and step not in self._recorded:
+            try:
+                self._recorded[step] = reader.document_of(self.directory, step)["metrics"]
+            except Exception as error:  # damage is reported when the step is restored
+                if reader.cannot_read(error):
+                    raise
+        return self._score(metrics or self._recorded.get(step, {}))
 
     def _score(self, metrics: dict) -> float:
         named = self._named(metrics)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patches for four defects of orbax 0.12 and tensorstore 0.1.86 that end, bloat or delay runs.
+"""Patches for five defects of orbax 0.12 and tensorstore 0.1.86 that end, bloat or delay runs.
 
 - Orbax measures the time limit of a save (ten minutes) by the wall clock. Where that clock jumps
   ahead, as on a machine that wakes up, a save "times out" and the process hangs at its end. The
@@ -14,6 +14,7 @@
 - Orbax cuts every replicated array among the devices that hold it. The first save compiles a
   program for each shape (24 for the smallest CoAtNet on two devices, 0.5 s of its run's 6), and the
   slice of a bias is a few bytes. The patch saves arrays whole where a slice is below `SLICE`.
+- Orbax repeats a request to a bucket for a quarter of an hour. The patch has `store`'s limit.
 
 Each has a test in manager_test.py or gcs_test.py of tests/checkpoints, which fails once the patch
 no longer works.

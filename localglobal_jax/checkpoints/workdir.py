@@ -47,6 +47,13 @@ def shown(path: str | os.PathLike[str]) -> str:
 def refuse_other(run: schema.Run, workdir: pathlib.Path) -> None:
     """Raises ValueError if `workdir` is not writable or holds a run with another config."""
     try:
+        str(workdir).encode()
+    except UnicodeEncodeError:  # tensorstore takes no such path
+        raise ValueError(
+            f"--workdir {str(workdir).encode('utf-8', 'surrogateescape')!r} is not UTF-8: give "
+            "another name"
+        ) from None
+    try:
         existing = next(path for path in (workdir, *workdir.parents) if path.exists())
     except OSError as error:  # not a valid path, such as one that is too long
         raise ValueError(f"--workdir: {error.strerror}: {str(workdir)[:200]}") from error

@@ -2,6 +2,7 @@
 """Published peaks of TPUs and GPUs, and what JAX calls them."""
 
 import dataclasses
+import re
 
 GB, TERA = 1e9, 1e12
 
@@ -106,6 +107,8 @@ def peak_flops(kind: str) -> float | None:
     if kind in KINDS:
         chip = CHIPS[KINDS[kind]]
         return chip.flops / chip.devices
-    slower = "PCIe" in kind or "NVL" in kind
-    found = (gpu.flops for name, gpu in GPUS.items() if name.upper() in kind and not slower)
-    return next(found, None)
+    words = re.split(r"[\s-]+", kind)  # "GB200" is no "B200"
+    if not {"PCIe", "NVL", "MIG"}.isdisjoint(words):  # slower, or a part of one
+        return None
+    words = ["H200" if word == "GH200" else word for word in words]
+    return next((gpu.flops for name, gpu in GPUS.items() if name.upper() in words), None)

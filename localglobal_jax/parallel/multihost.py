@@ -101,6 +101,28 @@ def broadcast_text(name: str, text: str) -> str:
         raise HostLost(f'host {rank()} waited {BARRIER:.0f} s at "{name}" for host 0') from None
 
 
+def all_texts(name: str, text: str) -> list[str]:
+    """Returns the `text` of every host, by rank; raises HostLost if one does not arrive in time.
+
+    All hosts must make the same calls for a `name`, as of `broadcast_text`.
+    """
+    client = _client()
+    if client is None:
+        return [text]
+    _broadcasts[name] += 1
+    key = f"localglobal_jax/{name}/{_broadcasts[name]}"
+    client.key_value_set(f"{key}/{rank()}", f"={text}", allow_overwrite=True)
+    found = []
+    for other in range(count()):
+        try:
+            there = client.blocking_key_value_get(f"{key}/{other}", int(BARRIER * 1000))
+        except jax.errors.JaxRuntimeError:
+            reason = f'host {rank()} waited {BARRIER:.0f} s at "{name}" for host {other}'
+            raise HostLost(reason) from None
+        found.append(there[1:])
+    return found
+
+
 def joined() -> bool:
     """Returns whether this process is one of several, without initializing devices."""
     return _client() is not None
@@ -132,9 +154,7 @@ def naming_the_lost() -> Iterator[None]:
     try:
         yield
     except (jax.errors.JaxRuntimeError, ValueError, OSError) as error:
-        if count() > 1 and re.search(
-            r"Gloo|gloo|NCCL|UNAVAILABLE|coordination|heartbeat", str(error)
-        ):
+        if count() > 1 and _of_collective(error):
             reason = str(error).splitlines()[0][:200]
             for each in _watches:  # a lost host ends this process here
                 reason = each.reason(watch.heartbeat() + 10) or reason
@@ -143,6 +163,24 @@ def naming_the_lost() -> Iterator[None]:
                 "the run goes on from its last checkpoint"
             ) from error
         raise
+
+
+def _of_collective(error: BaseException | None) -> bool:
+    """Returns whether an error, or its cause, is of a collective whose other end is lost.
+
+    The words of jax's errors may also be in a path or in an answer of a store. So a ValueError or
+    an OSError must begin as XLA's do, with a status, and name the service in its own words.
+    """
+    while error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            found = re.search(r"Gloo|gloo|NCCL|UNAVAILABLE|coordination|heartbeat", str(error))
+        else:
+            words = "Gloo|gloo|NCCL|coordination service|heartbeat timeout"
+            found = re.match(f"[A-Z_]+: .*?({words})", str(error), re.DOTALL)
+        if found:
+            return True
+        error = error.__cause__
+    return False
 
 
 def leave(code: int) -> NoReturn:

@@ -37,7 +37,7 @@ def make_mesh(
     if (
         not {"data"} <= shape.keys() <= {*sharding.AXES}
         or len(free) > 1
-        or fixed < 1
+        or any(n < 1 for n in shape.values() if n != -1)
         or count % fixed
     ):
         raise ValueError(
@@ -61,6 +61,10 @@ def make_mesh(
     return Mesh(laid_out, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
 
 
+CACHE = "jax_compilation_cache_dir"
+_CACHES: set[str | None] = set()  # directories that `use_compilation_cache` has set
+
+
 def use_compilation_cache(directory: str | None) -> None:
     """Caches compiled programs in `directory`, see `schema.Parallel`; only host 0 writes.
 
@@ -68,11 +72,12 @@ def use_compilation_cache(directory: str | None) -> None:
     one (jaxlib 0.10.2) has crashed the interpreter in a long process.
     """
     if directory == "auto":
-        if "JAX_COMPILATION_CACHE_DIR" in os.environ:  # the user's own
+        if getattr(jax.config, CACHE) not in (None, *_CACHES):  # the user's own
             return
         on_cpu = jax.default_backend() == "cpu"
         directory = None if on_cpu else os.path.expanduser("~/.cache/localglobal/xla")
-    jax.config.update("jax_compilation_cache_dir", directory)
+    _CACHES.add(directory)
+    jax.config.update(CACHE, directory)
 
 
 def placeholder_devices(count: int | None = None) -> list[jax.Device]:

@@ -139,7 +139,7 @@ def _listen(cluster: Cluster, deadline: float) -> tuple[list[str], Calls]:
 
 
 def _call(cluster: Cluster, deadline: float) -> tuple[list[str], Calls]:
-    host, _, port = cluster.coordinator.rpartition(":")
+    (host, _, port), reason = cluster.coordinator.rpartition(":"), ""
     while True:
         left = deadline - time.monotonic()
         with contextlib.ExitStack() as kept:
@@ -151,15 +151,15 @@ def _call(cluster: Cluster, deadline: float) -> tuple[list[str], Calls]:
                 # rank 0 answers at its own deadline, which is later if it came later
                 call.settimeout(max(left, 0.01) * 2 + 5)
                 answer = _line(call, NAME * (cluster.size + 1))
-            except OSError:
-                answer = ""
+            except OSError as error:
+                answer, reason = "", f": {error.strerror or error}"
             if answer.startswith("!"):
                 raise HostLost(answer.removeprefix("!").strip())
             if answer:
                 kept.pop_all()
                 return answer.split(), {0: call}
         if time.monotonic() >= deadline:
-            raise HostLost(f"host 0 did not answer at {cluster.coordinator}")
+            raise HostLost(f"host 0 did not answer at {cluster.coordinator}{reason}")
         time.sleep(0.2)
 
 

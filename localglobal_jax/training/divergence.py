@@ -25,6 +25,7 @@ from localglobal_jax.parallel import multihost
 from localglobal_jax.training.metrics import Sums
 
 FILE = "diverged.json"
+TINY = 1e-6  # a difference of losses that is none
 SHOWN = 5  # names of parameters in a message; the file has all
 CURES = (
     "Go on with --config.optim.skip_nonfinite=N, or start in another --workdir with a lower "
@@ -194,18 +195,20 @@ class DivergenceMonitor:
 class LossSpikeDetector:
     """Detects a loss far above the moving mean; its state is not saved in checkpoints.
 
-    A spike is more than `far` mean deviations above the mean. The averages take it as exactly that
-    much, so that a new plateau stops counting as a spike. Only the first of consecutive spikes is
-    reported. The first `settled` losses are never spikes.
+    A spike is more than `far` mean deviations above the mean; of a loss that hardly moves, at least
+    a thousandth of it (`least`). The averages take it as exactly that much, so that a new plateau
+    stops counting as a spike. Only the first of consecutive spikes is reported. The first `settled`
+    losses are never spikes.
     """
 
-    def __init__(self, far: float = 10.0, settled: int = 50):
-        self._far, self._settled = far, settled
+    def __init__(self, far: float = 10.0, settled: int = 50, least: float = 1e-3):
+        self._far, self._settled, self._least = far, settled, least
         self._count, self._mean, self._deviation, self._in_spike = 0, 0.0, 0.0, False
 
     def add(self, loss: float) -> str:
         """Takes the next loss; returns a description of a new spike, else an empty string."""
-        limit = self._mean + self._far * self._deviation
+        above = max(self._far * self._deviation, self._least * abs(self._mean), TINY)
+        limit = self._mean + above
         before, known = self._in_spike, self._count >= self._settled
         self._in_spike = known and loss > limit
         text = f"{loss:.4g}, typical are {self._mean:.4g} +- {self._deviation:.2g}"

@@ -83,7 +83,7 @@ def _train(
 
     # ---- state: restored, or initialized
     reserve(run, task, mirror, lock)
-    checkpoints = setup.checkpoints(run)
+    checkpoints = setup.checkpoints()
     start, state, before = setup.restore(checkpoints) or setup.begin()
     setup.note_records()
     params = setup.template.variables["params"]
@@ -120,6 +120,7 @@ def _train(
             new, results = step > start, {}
             stopping = asked_to_stop(step)  # read once: a signal may arrive between two lines
             if new and (last or due(step, run.eval.every)):
+                monitor.settle()  # no evaluation of a state that is not finite
                 with throughput.paused():
                     variables = state.average or state.variables
                     results = evaluation(variables)
@@ -128,8 +129,8 @@ def _train(
                 if stopping_early.done and not last:
                     last = True
                     if throughput.steps:
-                        monitor.settle()
-                        logger.training(step, throughput.close(step) | monitor.line())
+                        window = throughput.close(step, monitor.skipped)
+                        logger.training(step, window | monitor.line())
                     logger.note(f"stopped early at step {step} of {run.steps}: {stopping_early}")
             if new and (last or stopping or due(step, run.checkpoint.every)):
                 with throughput.paused():
@@ -155,8 +156,9 @@ def _train(
             throughput.add(outcome.metrics)
             if step + 1 == run.steps or due(step + 1, run.log.every):
                 monitor.settle()
-                logger.training(step + 1, throughput.close(step + 1) | monitor.line())
-    results = finish(run, task, directory, params, step, source)
+                window = throughput.close(step + 1, monitor.skipped)
+                logger.training(step + 1, window | monitor.line())
+    results = finish(run, task, directory, params, step, source, trained=step > start)
     if multihost.rank() == 0:
         mirror.push()
     return results

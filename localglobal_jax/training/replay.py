@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from localglobal_jax.checkpoints import reader
 from localglobal_jax.config import schema
 from localglobal_jax.parallel import multihost
 from localglobal_jax.training import divergence, freezing
@@ -46,11 +47,15 @@ def replay(run: schema.Run, directory: str | pathlib.Path, step: int) -> dict[st
     if not (setup.mirror.local / "config.json").exists():
         raise ValueError(f"--replay {step}: {directory} holds no run (it has no config.json)")
     run, partitioner, task = setup.run, setup.partitioner, setup.task
-    checkpoints = setup.checkpoints(run)
-    before = [saved for saved in checkpoints.steps() if saved <= step]
-    restored = setup.restore(checkpoints, max(before)) if before else None
+    checkpoints, restored = setup.checkpoints(), None
+    for saved in sorted(saved for saved in checkpoints.steps() if saved <= step)[::-1]:
+        try:
+            restored = setup.restore(checkpoints, saved)
+            break
+        except reader.CorruptCheckpoint as error:
+            log.warning("%s", error)
     start, state, _ = restored or setup.begin()
-    if checkpoints.steps() and not before:
+    if checkpoints.steps() and not restored:
         log.warning("no checkpoint is as old as step %d: computing from step 0", step)
     log.info("replay   steps %d to %d", start, step)
 

@@ -2,6 +2,7 @@
 """Builds and validates everything a run needs, before anything is written."""
 
 import functools
+import json
 import logging
 import math
 import pathlib
@@ -41,9 +42,9 @@ class TrainSetup(NamedTuple):
     pretrained: Callable[[], Variables] | None  # initial variables of a fine-tuning run
     accept_changes: bool = False  # of the training records
 
-    def checkpoints(self, run: schema.Run) -> Checkpoints:
+    def checkpoints(self) -> Checkpoints:
         """Returns the checkpoints of the workdir."""
-        return Checkpoints(self.mirror.checkpoints, run.checkpoint)
+        return Checkpoints(self.mirror.checkpoints, self.run.checkpoint)
 
     def restore(self, checkpoints: Checkpoints, step: int | None = None) -> Restored | None:
         """Restores the newest valid checkpoint, or the given one; None if there is none.
@@ -141,17 +142,33 @@ def batch_bytes(run: schema.Run) -> int:
     return largest * math.prod(run.data.image_size)
 
 
+def _check_same_records(task: Task) -> None:
+    """Raises ValueError, on every host, if the hosts have other training records or classes."""
+    own = json.dumps([task.order, f"{len(task.labels)} classes {identity.digest(task.labels)}"])
+    (order, labels), *others = map(json.loads, multihost.all_texts("records", own))
+    for number, (theirs, names) in enumerate(others, 1):
+        if names != labels or not identity.same(order, theirs):
+            raise ValueError(
+                f"the training data of the hosts differ: {order}, {labels} on host 0, {theirs}, "
+                f"{names} on host {number}. Each host reads a part of every batch: give all the "
+                "same data"
+            )
+
+
 def reserve(run: schema.Run, task: Task, mirror: gcs.LocalMirror, lock: workdir.Lock) -> None:
     """Locks the workdir and writes the config, once the setup has succeeded on every host.
 
     An error on host 0 is raised on every host.
     """
     multihost.barrier("checked")
+    _check_same_records(task)
     if multihost.rank() == 0:
         try:
             lock.take(mirror.lock, run=f"{run.model['name']} on {run.data.name}, seed {run.seed}")
             mirror.confirm = lock.confirm
-            workdir.refuse_other(run, mirror.local)  # again: another run may have started meanwhile
+            # Again: another run may have started meanwhile, or have ended with more lines.
+            mirror.pull()
+            workdir.refuse_other(run, mirror.local)
             workdir.reserve(run, mirror.local)
             task.save(mirror.local)
             mirror.push()
@@ -165,5 +182,5 @@ def reserve(run: schema.Run, task: Task, mirror: gcs.LocalMirror, lock: workdir.
     if failed := multihost.broadcast_text("reserved", ""):
         raise (ValueError if failed[0] == "1" else OSError)(failed[1:])
     if multihost.rank():
-        mirror.pull()
+        mirror.pull()  # what host 0 has written
     workdir.check_shared(mirror.local)

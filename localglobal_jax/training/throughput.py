@@ -120,14 +120,17 @@ class ThroughputMeter:
         sums = {k: [np.asarray(v).item() for v in pair] for k, pair in self._total().items()}
         return {"first": self._first, "sums": sums}
 
-    def close(self, step: int) -> dict[str, float]:
-        """Returns the means over the window, its speed and its memory, and begins a new window."""
+    def close(self, step: int, skipped: int = 0) -> dict[str, float]:
+        """Returns the means over the window, its speed and its memory, and begins a new window.
+
+        `skipped`: the steps up to `step` that made no update (see `make_schedule`).
+        """
         total = self._total()
         items = int(total["loss"][1]) - self._items_before
         line = metrics.compute(total)
         del line["count"]
         seconds = time.perf_counter() - self._began - self._paused
-        line["learning_rate"] = float(self._schedule(step - 1))
+        line["learning_rate"] = float(self._schedule(max(0, step - 1 - skipped)))
         line[f"{self._items}_per_second"] = items / seconds
         line["steps_per_second"] = self._steps / seconds
         line["seconds_left"] = (self._run.steps - step) * seconds / self._steps

@@ -24,7 +24,7 @@ from localglobal_jax.checkpoints import digests, gcs, manager, objects, reader, 
 from localglobal_jax.cli.main import main
 from localglobal_jax.config import loading, schema, validation
 from localglobal_jax.launch import status
-from localglobal_jax.training import evaluation, loop
+from localglobal_jax.training import evaluation, loop, setup
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "workdirs"
 LOCAL = f"{tempfile.gettempdir()}/localglobal-"  # of mirrors: no message names it
@@ -370,3 +370,24 @@ def test_a_gcsfs_that_was_imported_before_does_not_ask_for_the_type_of_a_bucket(
         env=environment, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout.strip() == "False"
+
+
+def small_run(data_dir, **given):
+    texts = small.IMAGES | {"data.dir": str(data_dir), "steps": "2", "log.tensorboard": "false"}
+    texts |= {"optim.warmup_steps": "0"}
+    return validation.check(loading.load("configs/coatnet_digits.py:size=tiny", texts | given))
+
+
+@pytest.mark.parametrize("seed", ["0", "7"])
+def test_a_run_that_ended_while_another_waited_for_its_lock_is_seen(seed, bucket, data_dir):
+    """Its lines are not overwritten by older ones; one with another config is refused."""
+    run = small_run(data_dir, seed=seed)
+    waiting = setup.prepare_setup(run, bucket)
+    loop.train(small_run(data_dir), bucket)  # it ends in between
+    with workdir.Lock() as lock:
+        if seed == "7":
+            with pytest.raises(ValueError, match="seed"):
+                setup.reserve(run, waiting.task, waiting.mirror, lock)
+        else:
+            setup.reserve(run, waiting.task, waiting.mirror, lock)
+            assert (waiting.mirror.local / "metrics.jsonl").read_text()

@@ -730,3 +730,19 @@ def test_runs_in_threads_save_one_after_the_other(tmp_path):
         for restored in threads.map(run, "abcd"):
             assert restored.step == 5
             same(restored.state, state_of(5))
+
+
+def test_the_best_step_is_kept_also_of_those_before_it_was_asked_for(tmp_path):
+    losses = {1: 0.1, 2: 0.5, 3: 0.4, 4: 0.3, 5: 0.4, 6: 0.6}
+
+    def save(steps, **options):
+        checkpoints = open_at(tmp_path, **options)
+        for step in steps:
+            numbers = {"test/loss": losses[step]}
+            checkpoints.save(step, state_of(step), metadata={}, metrics=numbers)
+        checkpoints.close()
+        return checkpoints
+
+    save((1, 2, 3), keep=3)
+    kept = save((4, 5, 6), keep=1, best="-test/loss")
+    assert kept.best() == 1 and kept.steps() == [1, 6]

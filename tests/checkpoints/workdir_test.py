@@ -169,3 +169,8 @@ def test_many_may_write_one_file(tmp_path):
         list(pool.map(write, "abcdef"))  # no error
     found = (tmp_path / "a").read_text()
     assert found == found[0] * 1000 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_path_that_is_not_utf8_is_refused_before_the_run(tmp_path):
+    with pytest.raises(ValueError, match="not UTF-8"):
+        workdir.refuse_other(None, tmp_path / "caf\udce9")

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -37,7 +38,7 @@ def free_port():
 
 
 @contextlib.contextmanager
-def training(workdir, processes, devices, *options):
+def training(workdir, processes, devices, *options, of_host=((), ())):
     """The processes of one run, each with so many fake devices; none of them survives."""
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     coordinator = f"--coordinator=localhost:{free_port()}"
@@ -45,7 +46,8 @@ def training(workdir, processes, devices, *options):
     for host in range(processes):
         many = [coordinator, f"--hosts={processes}", f"--host={host}"] if processes > 1 else []
         log = workdir.with_name(f"{workdir.name}-{host}-of-{processes}.log")
-        command = [*COMMAND, f"--workdir={workdir}", *many, *options]
+        own = of_host[host] if processes > 1 else ()
+        command = [*COMMAND, f"--workdir={workdir}", *many, *options, *own]
         with log.open("w") as stderr:
             environment = {**os.environ, "XLA_FLAGS": flags}
             with log.with_suffix(".out").open("w") as stdout:
@@ -162,6 +164,43 @@ def test_what_is_wrong_ends_all_hosts_and_writes_nothing(tmp_path):
         assert end(two) == [2, 2]
         assert all("batch_size=7 is not divisible by the 2" in p.log.read_text() for p in two)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("other", ["cat", "zebra"])
+def test_hosts_with_other_data_do_not_train_together(other, tmp_path):
+    """Two pictures of dogs in place of one; or a class of another name."""
+    for host in range(2):
+        for name in ("dog", other if host else "cat"):
+            folder = tmp_path / f"data{host}" / "train" / name
+            folder.mkdir(parents=True)
+            for i in range(2 + host * (other == "cat")):
+                Image.new("L", (8, 8), 9 * i).save(folder / f"{i}.png")
+    own = [[f"--config.data.dir={tmp_path}/data{host}"] for host in range(2)]
+    given = ["--config.data.mock=false", "--config.data.name=folder", "--config.data.channels=1"]
+    given += ["--config.data.eval_splits=()", "--config.batch_size=2"]
+    with training(tmp_path / "run", 2, 1, *given, of_host=own) as two:
+        assert end(two) == [2, 2]
+        assert all("of the hosts differ" in p.log.read_text() for p in two)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (ValueError("--config.data.dir=/data/heartbeat: no such data set"), False),
+        (ValueError("gs://b/nccl belongs to a run with another config"), False),
+        (OSError("gs://b/x: UNAVAILABLE: HTTP response code 503"), False),
+        (ValueError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer"), True),
+        (ValueError("INTERNAL: NCCL operation ncclAllReduce failed"), True),
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: Task 1 heartbeat timeout"), True),
+    ],
+    ids=str,
+)
+def test_only_errors_of_collectives_are_lost_hosts(error, lost, monkeypatch):
+    monkeypatch.setattr(multihost, "count", lambda: 2)
+    kind = multihost.HostLost if lost else type(error)
+    with pytest.raises(kind), multihost.naming_the_lost():
+        raise error
 
 
 def test_what_only_the_first_host_can_see_ends_all_hosts(tmp_path):

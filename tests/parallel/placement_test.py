@@ -15,7 +15,11 @@ def test_mesh_takes_all_devices():
 
 
 @pytest.mark.parametrize(
-    "shape", [{"data": 3}, {"data": 1}, {"model": 2}, {"data": -1, "x": -1}, {"data": 0}]
+    "shape",
+    [
+        *({"data": 3}, {"data": 1}, {"model": 2}, {"data": 0}),
+        *({"data": -1, "x": -1}, {"data": -2, "fsdp": -2}),
+    ],
 )
 def test_mesh_that_does_not_fit_is_refused(shape):
     with pytest.raises(ValueError, match=r"parallel\.mesh"):
@@ -58,6 +62,11 @@ def test_the_compilation_cache_is_off_on_cpu_unless_it_is_named(tmp_path):
         assert jax.config.jax_compilation_cache_dir is None
         placement.use_compilation_cache(str(tmp_path))
         assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+        placement.use_compilation_cache("auto")  # that was of another run
+        assert jax.config.jax_compilation_cache_dir is None
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path / "users"))
+        placement.use_compilation_cache("auto")
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "users")
     finally:
         placement.use_compilation_cache(None)
 

@@ -125,3 +125,11 @@ def test_the_first_of_the_losses_far_above_the_typical_ones_is_a_spike():
 def test_spikes_take_any_loss(losses):
     spikes = divergence.LossSpikeDetector()
     assert all(isinstance(spikes.add(loss), str) for loss in losses)
+
+
+@pytest.mark.parametrize("typical", [0.0, 1.0, 300.0])
+def test_a_loss_that_hardly_moves_has_no_spikes(typical):
+    spikes = divergence.LossSpikeDetector()
+    for loss in (*[typical] * 60, *[typical + 1e-7, typical] * 3):
+        assert not spikes.add(loss)
+    assert spikes.add(2 * typical + 1)

@@ -195,3 +195,16 @@ def test_an_evaluation_of_the_training_set_has_a_name_of_its_own(tmp_path):
     assert [line["split"] for line in lines] == ["train", "train_eval", "test"]
     assert "count" not in found["train"] and found["train_eval"]["count"] == 256
     assert "train_eval" in (tmp_path / "model_card.md").read_text()
+
+
+def test_a_finished_run_that_is_started_again_keeps_its_card_and_needs_no_metrics(tmp_path):
+    texts = {"steps": "2", "optim.warmup_steps": "0", "log.tensorboard": "false"}
+    run = validation.check(loading.load(f"{CONFIG}:size=tiny,data=mock", small.IMAGES | texts))
+    loop.train(run, tmp_path, source="configs/coatnet_digits.py")
+    card = (tmp_path / "model_card.md").read_text()
+    loop.train(run, tmp_path, source="elsewhere.py")
+    assert (tmp_path / "model_card.md").read_text() == card
+    for name in ("metrics.jsonl", "model_card.md"):
+        (tmp_path / name).unlink()
+    assert loop.train(run, tmp_path) == {}
+    assert "learning curve" not in (tmp_path / "model_card.md").read_text()

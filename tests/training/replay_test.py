@@ -98,3 +98,21 @@ def test_skipping_goes_on_and_counts(poison, tmp_path):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
     again = replay(run, tmp_path, FIRST)  # the numbers, not the zeros of a skipped step
     assert not again["finite"] and not np.isfinite(again["gradient_norm"])
+
+
+def test_a_damaged_checkpoint_before_the_step_is_gone_around(tmp_path, caplog):
+    run = make_run(steps=6)
+    train(run, tmp_path)
+    last, *_ = (tmp_path / "checkpoints" / "4" / "state").rglob("d/*")
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes(content)
+    found = replay(run, tmp_path, 5)
+    assert found["from"] < 4 and found["finite"]
+
+
+def test_a_state_that_is_not_finite_is_not_evaluated(poison, tmp_path):
+    with pytest.raises(divergence.Diverged):
+        train(make_run(**{"eval.every": 1, "log.every": 50}), tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert max(line["step"] for line in lines if line["split"] == "test") <= FIRST

@@ -115,3 +115,13 @@ def test_work_that_cannot_be_counted_has_no_mfu(run, clock, caplog):
     step(made, clock, input_wait=1, seconds=1)
     assert "mfu" not in made.close(2)
     assert caplog.text.count("a loop of unknown length") == 1
+
+
+@pytest.mark.parametrize(("reached", "skipped"), [(5, 0), (5, 2), (1, 1)])
+def test_the_rate_is_that_of_the_updates_that_were_made(reached, skipped, run, clock):
+    made = meter(run)
+    step(made, clock, input_wait=0, seconds=1)
+    schedule = optim.make_schedule(run.optim, run.steps)
+    rate = float(schedule(max(0, reached - 1 - skipped)))
+    step(made, clock, input_wait=0, seconds=1)
+    assert made.close(reached, skipped)["learning_rate"] == pytest.approx(rate)

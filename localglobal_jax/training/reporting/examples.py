@@ -67,7 +67,7 @@ class ExampleLogger:
         options = run.data.model_copy(update={"in_memory": False})  # a few images are read, once
         source = pipeline.open_split(options, split, train=False)
         batch = source.batch(spread(len(source), self._count), None)
-        return partial(_pictures, options, batch["image"][batch["mask"] > 0])
+        return partial(_pictures, options, batch["image"][batch["mask"] > 0], {})
 
 
 def spread(count: int, most: int) -> np.ndarray:
@@ -75,11 +75,18 @@ def spread(count: int, most: int) -> np.ndarray:
     return np.linspace(0, count - 1, min(count, most)).astype(np.int64)
 
 
-def _pictures(options: schema.Images, shown: np.ndarray, task: Task, variables: Variables) -> Shown:
+def _pictures(
+    options: schema.Images,
+    shown: np.ndarray,
+    compiled: dict[Any, Callable[..., Any]],  # by model
+    task: Task,
+    variables: Variables,
+) -> Shown:
     if not len(shown):
         return {}
     pixels = normalize(jnp.asarray(shown), options)
-    _, maps = jax.jit(partial(grad_cam.grad_cam, task.model))(variables, pixels)
+    explain = compiled.setdefault(task.model, jax.jit(partial(grad_cam.grad_cam, task.model)))
+    _, maps = explain(variables, pixels)
     both = zip(shown, np.asarray(maps), strict=True)
     return {"looked_at": np.hstack([grad_cam.overlay(image, found) for image, found in both])}
 

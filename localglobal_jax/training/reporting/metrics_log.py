@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from localglobal_jax.checkpoints.workdir import shown
+from localglobal_jax.checkpoints.workdir import shown, write_atomically
 from localglobal_jax.training.reporting import wandb as wandb_run
 
 log = logging.getLogger(__name__)
@@ -167,12 +167,7 @@ def _drop_after(path: pathlib.Path, last: int) -> set[tuple[int, str]]:
         dropped = len(before.splitlines()) - len(kept)
         said = "%s: dropping %d lines after step %d, to be computed again"
         log.info(said, shown(path), dropped, last)
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            file.write(after)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_atomically(path, after)
     return set(kept)
 
 

@@ -105,7 +105,7 @@ class MetricLogger:
                 self._writer.show(step, shown)
             for split, line in results.items():
                 self._writer.write(step, split, line)
-                text = "  ".join(f"{name} {value:.5g}" for name, value in line.items())
+                text = "  ".join(f"{name} {short(value)}" for name, value in line.items())
                 self._progress.print(f"step {step}  {split}: {text}")
 
     def note(self, text: str) -> None:
@@ -124,6 +124,11 @@ class MetricLogger:
         if self._writer and self._progress:
             self._progress.close()
             self._writer.close()
+
+
+def short(value: float) -> str:
+    """Returns a metric with five digits, and a count with all."""
+    return str(value) if isinstance(value, int) else f"{value:.5g}"
 
 
 def of_the_machine(name: str) -> bool:
@@ -157,19 +162,28 @@ def finish(  # noqa: PLR0917 # parts of one run
     params: PyTree,
     step: int,
     source: str | None = None,
+    *,
+    trained: bool = True,
 ) -> dict[str, dict[str, float]]:
     """Writes `model_card.md` and the learning curve; returns the last metrics. Rank 0 only.
 
     Args:
+      trained: whether this process did any step. Else a card that is there stays: its versions,
+        environment and command are those of the training.
       step: the last one, fewer than ``steps`` if the run stopped early.
       source: the config file of the run, ``FILE[:arg]``.
     """
     last: dict[str, dict[str, float]] = {}
     if multihost.rank():
         return last
-    for line in metrics_log.read_metrics(directory):
+    lines = metrics_log.read_metrics(directory)
+    for line in lines:
         last[line["split"]] = {k: v for k, v in line.items() if k != "split"}
-    curve = plots.learning_curve(directory)
+    path = directory / "model_card.md"
+    if path.exists() and not trained:
+        return last
+    drawn = any(name in line for line in lines for name in plots.PANELS)
+    curve = plots.learning_curve(directory) if drawn else None
     card = model_card.model_card(
         name=f"{run.model['name']} on {run.data.name}",
         summary=f"A {run.task.name} model trained with localglobal_jax.",
@@ -182,10 +196,10 @@ def finish(  # noqa: PLR0917 # parts of one run
         versions=versions(),
         environment=_environment(source, directory),
         command=_command(),
-        curve=curve.name,
+        curve=curve.name if curve else None,
     )
-    write_atomically(directory / "model_card.md", card)
-    log.info("wrote %s and %s", shown(directory / "model_card.md"), shown(curve))
+    write_atomically(path, card)
+    log.info("wrote %s", " and ".join(shown(file) for file in (path, curve) if file))
     return last
 
 
@@ -195,4 +209,5 @@ def _command() -> str | None:
     package = __name__.partition(".")[0]
     if program.stem != "localglobal" and program.parts[-2:] != (package, "__main__.py"):
         return None
-    return shlex.join(["localglobal", *sys.argv[1:]])
+    command = shlex.join(["localglobal", *sys.argv[1:]])
+    return command.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

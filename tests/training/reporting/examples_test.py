@@ -117,4 +117,18 @@ def test_examples_that_cannot_be_made_end_no_run(tmp_path, monkeypatch, caplog):
 
 def test_damaged_pictures_are_no_examples():
     options = schema.Images(name="digits")
-    assert examples._pictures(options, np.zeros((0, 8, 8, 1), np.uint8), None, {}) == {}
+    assert examples._pictures(options, np.zeros((0, 8, 8, 1), np.uint8), {}, None, {}) == {}
+
+
+def test_the_maps_are_compiled_once(tmp_path, caplog):
+    run = validation.check(loading.load(
+        f"{CONFIGS / 'coatnet_digits.py'}:size=tiny,data=mock",
+        {"log.samples": "2", "log.tensorboard": "true", **small.IMAGES},
+    ))  # fmt: skip
+    task = create_task(run, workdir=tmp_path)
+    state = init_state(task, optim.make_optimizer(run.optim, run.steps), run)
+    logger = examples.ExampleLogger(run, tmp_path)
+    logger(task, state.variables)
+    with jax.log_compiles():
+        logger(task, state.variables)
+    assert "grad_cam" not in caplog.text

@@ -31,7 +31,7 @@ def test_everything_given_is_in_it():
     for text in ("# coatnet-digits\n", "1,234,567 parameters", "1,000 steps", "lg.load("):
         assert text in card
     assert "| split | loss | count |\n| --- | --- | --- |\n| test | 0.0512 | 360 |\n" in card
-    assert "| train | 0.0100 |  |" in card
+    assert "| train | 0.01 |  |" in card
     assert "![learning curve](curve.png)" in card
     assert "```sh\nlocalglobal train\n```" in card
     config = card.split("```json\n")[1].split("\n```")[0]
@@ -60,6 +60,10 @@ def test_the_code_of_the_card_uses_public_names(task):
     [
         (["/bin/localglobal", "train", "--config=a b.py"], "localglobal train '--config=a b.py'"),
         (["/x/localglobal_jax/__main__.py", "train"], "localglobal train"),
+        (
+            ["/x/localglobal", "train", "--config=caf\udce9.py"],
+            r"localglobal train '--config=caf\xe9.py'",
+        ),
         (["/home/me/script.py", "--alpha", "3"], None),
         (["/x/ipykernel_launcher.py", "-f", "kernel.json"], None),
         ([""], None),
@@ -68,3 +72,8 @@ def test_the_code_of_the_card_uses_public_names(task):
 def test_the_command_of_a_card_is_one_of_ours(argv, command, monkeypatch):
     monkeypatch.setattr(sys, "argv", argv)
     assert reporting._command() == command
+
+
+def test_small_numbers_and_large_counts_are_whole():
+    assert model_card._show(2e-5) == "2e-05" and model_card._show(0.98765) == "0.9877"
+    assert reporting.short(123_456) == "123456" and reporting.short(0.123456) == "0.12346"

@@ -297,3 +297,17 @@ def test_a_run_with_the_sigmoid_loss_also_evaluates_it(data_dir, tmp_path):
     p = 1 / (1 + np.exp(-logits))
     expected = -(target * np.log(p) + (1 - target) * np.log(1 - p)).sum(-1).mean()
     assert found["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_record_without_a_label_ends_no_count(data_dir, monkeypatch):
+    """It is a bad record when it is read for training."""
+    source = pipeline.open_split(schema.Images(dir=data_dir, in_memory=False), "train", train=True)
+    label, missing = source._reader.label, iter([KeyError("label"), TypeError("a float")])
+
+    def some(record):
+        if error := next(missing, None):
+            raise error
+        return label(record)
+
+    monkeypatch.setattr(source._reader, "label", some)
+    assert sum(source.class_counts()) == len(source) - 2

@@ -199,7 +199,7 @@ def _axis(
 
 
 def thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Returns at most `MOST_POINTS`: the extremes of every interval, so that spikes stay."""
+    """Returns about `MOST_POINTS`: the last, and the extremes of every interval (spikes)."""
     size = math.ceil(2 * len(points) / MOST_POINTS)
     if size <= 2:
         return points
@@ -207,4 +207,4 @@ def thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
     for start in range(0, len(points), size):
         part = points[start : start + size]
         kept += sorted({min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])})
-    return kept
+    return kept if kept[-1] == points[-1] else [*kept, points[-1]]

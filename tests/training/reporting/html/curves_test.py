@@ -22,3 +22,5 @@ def test_spikes_survive_thinning():
     kept = curves.thinned(points)
     assert len(kept) <= curves.MOST_POINTS and (12_345, 1.0) in kept and kept == sorted(kept)
     assert curves.thinned(points[:500]) == points[:500]
+    for length in range(1200, 1210):  # the last point is the value that a label names
+        assert curves.thinned(points[:length])[-1] == points[length - 1]
