@@ -130,8 +130,8 @@ def check_grid(x: Grid, stride: int, odd: Rounding) -> None:
     """Raises ValueError for an odd grid that a block cannot halve, by its `odd_grids`."""
     if stride == 2 and odd is None and any(side % 2 for side in x.shape[1:3]):
         raise ValueError(
-            f"stride=2 on a grid of {x.shape[1]} x {x.shape[2]}: the two paths of this block round "
-            "differently. Pad it to an even one, or let both paths pool alike"
+            f"stride=2 on a grid of {x.shape[1]} x {x.shape[2]}: one path or both would lose a row "
+            'or a column. Pad it to an even one, or let all paths pool by "avg" or "max"'
         )
 
 
@@ -180,7 +180,7 @@ class DropPath(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, " b *rest"], *, train: bool) -> Float[Array, " b *rest"]:
-        if not train or (isinstance(self.rate, float) and self.rate == 0.0):
+        if not train or (isinstance(self.rate, int | float) and self.rate == 0):
             return x
         shape = (x.shape[0],) + (1,) * (x.ndim - 1)
         keep = 1.0 - self.rate
@@ -201,7 +201,9 @@ class LayerScale(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        scale = self.param("scale", nn.initializers.constant(self.initial), x.shape[-1:])
+        scale = self.param(
+            "scale", nn.initializers.constant(self.initial), x.shape[-1:], jnp.float32
+        )
         return x * grids.per_channel(scale.astype(x.dtype), x)
 
 

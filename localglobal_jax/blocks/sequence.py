@@ -19,7 +19,7 @@ from localglobal_jax.operators import grids
 from localglobal_jax.operators.activations import ACTIVATIONS, Activation
 from localglobal_jax.operators.adaptive import AdaptiveConv, EquivariantSequence
 from localglobal_jax.operators.attention import CrossAttention, SelfAttention
-from localglobal_jax.operators.cache import Cache, CrossKV, Index
+from localglobal_jax.operators.cache import Cache, CrossKV, Index, check_memory
 from localglobal_jax.operators.convolution import DynamicConv, Kind
 from localglobal_jax.operators.dense import Projection, project
 from localglobal_jax.operators.muse import MuseSequence, Pointwise, Source
@@ -182,6 +182,7 @@ class TransformerLayer(nn.Module):
 
     def precompute_kv(self, encoded: Sequence, mask: Mask) -> CrossKV:
         """Returns the keys and values of the encoder's output for the cross-attention."""
+        check_memory(self.memory_features, encoded)
         return self.cross.precompute_kv(encoded, mask)
 
     def init_cache(self, batch: int, length: int) -> Cache:
@@ -204,6 +205,7 @@ class TransformerLayer(nn.Module):
         return self._rest(x, memory, False), cache
 
     def _rest(self, x: Sequence, memory: CrossKV | None, train: bool) -> Sequence:
+        check_memory(self.memory_features, memory)
         if self.memory_features is not None:
             x = self._residual(
                 x, self.cross_norm, lambda y: self.cross(y, memory, train=train), train

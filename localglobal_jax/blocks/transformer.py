@@ -17,6 +17,7 @@ from localglobal_jax.blocks.layers import (
     Pool,
     Rounding,
     Shortcut,
+    check_grid,
     make_norm,
     pool,
     pool_rounding,
@@ -29,6 +30,11 @@ from localglobal_jax.operators.focal import FocalAttention, PoolMethod, fit_wind
 from localglobal_jax.operators.focal_nearest import NearestFocalAttention
 from localglobal_jax.operators.muse import Muse
 from localglobal_jax.operators.outlook import Outlook
+
+
+def up_or_none(kind: Pool) -> Rounding:
+    """Returns "up" for a pool that rounds odd grids up, None for one that would lose a row."""
+    return "up" if pool_rounding(kind) == "up" else None
 
 
 class TransformerBlock(nn.Module):
@@ -69,8 +75,7 @@ class TransformerBlock(nn.Module):
     @property
     def odd_grids(self) -> Rounding:
         """Rounding of a stride of 2 on an odd grid; with positions, no row may be lost."""
-        rounding = pool_rounding(self.pool)
-        return rounding if rounding == "up" else None
+        return up_or_none(self.pool)
 
     @nn.nowrap
     def operator(self, grid: tuple[int, int], **options: Any) -> nn.Module:
@@ -80,6 +85,7 @@ class TransformerBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Grid, *, train: bool = False) -> Grid:
         grids.check_input(self, x, "b h w d")
+        check_grid(x, self.stride, self.odd_grids)
         norm = partial(make_norm, self.norm, eps=self.norm_eps, train=train, dtype=self.dtype)
         width = self.features if self.widen_at == "qkv" else x.shape[-1]
         if width % self.head_width:
@@ -232,6 +238,17 @@ class FocalAttentionBlock(TransformerBlock):
         return FocalAttention(expand=expand, shift=shift, focal_window=self.focal_window, **options)
 
 
+def heads_of(features: int, head_width: int) -> int:
+    """Returns ``features // head_width``, at least 1. Raises ValueError if these do not divide."""
+    heads = max(1, features // head_width)
+    if features % heads:
+        raise ValueError(
+            f"head_width={head_width} makes {heads} heads of a width of {features}, which they do "
+            f"not divide: give another width, such as {head_width * heads}, or another head_width"
+        )
+    return heads
+
+
 class OutlookerBlock(nn.Module):
     """O: ``x + Outlook(Norm(x))``, then ``x + MLP(Norm(x))`` (VOLO, equations 1 and 2).
 
@@ -263,9 +280,16 @@ class OutlookerBlock(nn.Module):
     drop_path: float = 0.0
     dtype: str = "float32"
 
+    @property
+    def odd_grids(self) -> Rounding:
+        """Rounding of a stride of 2 on an odd grid; no row may be lost."""
+        return up_or_none(self.pool)
+
     @nn.compact
     def __call__(self, x: Grid, *, train: bool = False) -> Grid:
         grids.check_input(self, x, "b h w d")
+        check_grid(x, self.stride, self.odd_grids)
+        heads = heads_of(self.features, self.head_width)
         norm = partial(make_norm, "layer", eps=self.norm_eps, train=train, dtype=self.dtype)
         shortcut = Shortcut(
             self.features, self.stride, self.pool, dtype=self.dtype, name="shortcut"
@@ -275,7 +299,7 @@ class OutlookerBlock(nn.Module):
             y = pool(y, self.pool)
         y = Outlook(
             self.features,
-            heads=max(1, self.features // self.head_width),
+            heads=heads,
             window=self.window,
             stride=self.spacing,
             value_bias=self.qkv_bias,
@@ -321,9 +345,16 @@ class MuseBlock(nn.Module):
     drop_path: float = 0.0
     dtype: str = "float32"
 
+    @property
+    def odd_grids(self) -> Rounding:
+        """Rounding of a stride of 2 on an odd grid; no row may be lost."""
+        return up_or_none(self.pool)
+
     @nn.compact
     def __call__(self, x: Grid, *, train: bool = False) -> Grid:
         grids.check_input(self, x, "b h w d")
+        check_grid(x, self.stride, self.odd_grids)
+        heads = heads_of(self.features, self.head_width)
         shortcut = Shortcut(
             self.features, self.stride, self.pool, self.shortcut_bias, self.dtype, name="shortcut"
         )(x)
@@ -333,7 +364,7 @@ class MuseBlock(nn.Module):
             y = pool(y, self.pool)
         y = Muse(
             self.features,
-            max(1, self.features // self.head_width),
+            heads,
             windows=self.windows,
             dynamic=self.dynamic,
             hidden=int(self.expansion * self.features),

@@ -174,7 +174,7 @@ class FocalTransformer(nn.Module):
         )(x.astype(self.dtype), train=train)
         if self.position_embedding:
             shape = (*self.grid(0), self.widths[0])
-            position = self.param("position", nn.initializers.normal(0.02), shape)
+            position = self.param("position", nn.initializers.normal(0.02), shape, jnp.float32)
             position = jax.image.resize(position, x.shape[1:], "bilinear")
             x = x + position[None].astype(self.dtype)
         intermediates = {"stem": x}

@@ -71,7 +71,7 @@ class ClassAttentionHead(nn.Module):
         b, h, w, d = x.shape
         x = grids.grid_to_sequence(x)
         if self.blocks:
-            token = self.param("class_token", nn.initializers.normal(0.02), (d,))
+            token = self.param("class_token", nn.initializers.normal(0.02), (d,), jnp.float32)
             token = jnp.broadcast_to(token.astype(x.dtype), (b, 1, d))
             blocks = [
                 ClassBlock(

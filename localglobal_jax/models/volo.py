@@ -244,4 +244,4 @@ class VOLO(nn.Module):
                     f"these images give {grid[0]}x{grid[1]} of width {width}: "
                     "for another image size, use convert.adapt.resize(module, variables, size)"
                 )
-        return self.param("position", nn.initializers.normal(0.02), shape)[None]
+        return self.param("position", nn.initializers.normal(0.02), shape, jnp.float32)[None]

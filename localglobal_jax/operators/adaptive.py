@@ -237,7 +237,7 @@ class AdaptiveConv(nn.Module):
         else:
             query, key, value = project_heads(x, self.heads, width, self.use_bias, self.dtype)
         shape = (self.window,) * (x.ndim - 2) + (self.heads,)
-        bias = self.param("bias", nn.initializers.normal(0.02), shape)
+        bias = self.param("bias", nn.initializers.normal(0.02), shape, jnp.float32)
         y = convolve(query, key, value, bias).reshape(query.shape)
         return join_heads(y, features, self.use_bias, self.dtype)
 
@@ -278,7 +278,7 @@ class EquivariantAttention(nn.Module):
         space = x.shape[1:-1]
         sequence = grids.grid_to_sequence(x)
         query, key, value = project_heads(sequence, self.heads, width, self.use_bias, self.dtype)
-        table = self.param("bias", nn.initializers.normal(0.02), (*space, self.heads))
+        table = self.param("bias", nn.initializers.normal(0.02), (*space, self.heads), jnp.float32)
         bias = cyclic_bias(table.reshape(space[0], -1, self.heads))  # a sequence is a grid l x 1
         show(self, query, key, bias)
         y = attend(query, key, value, bias=bias)

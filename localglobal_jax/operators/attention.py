@@ -173,7 +173,7 @@ class RelativeBiasTable(nn.Module):
     @nn.compact
     def __call__(self, height: int, width: int) -> Float[Array, "n l l"]:
         shape = (2 * height - 1, 2 * width - 1, self.heads)
-        table = self.param("table", nn.initializers.normal(0.02), shape)
+        table = self.param("table", nn.initializers.normal(0.02), shape, jnp.float32)
         return relative_bias(table, height, width)
 
 
@@ -322,7 +322,7 @@ class DistanceBias(nn.Module):
     @nn.compact
     def __call__(self, displacement: Int[Array, "*b l m"]) -> Float[Array, "*b n l m"]:
         shape = (2 * self.furthest + 1, self.heads)
-        table = self.param("table", nn.initializers.normal(0.02), shape)
+        table = self.param("table", nn.initializers.normal(0.02), shape, jnp.float32)
         displacement = jnp.clip(displacement, -self.furthest, self.furthest)
         return jnp.moveaxis(table[displacement + self.furthest], -1, -3)
 

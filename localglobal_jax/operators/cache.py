@@ -23,6 +23,8 @@ Legend: b batch, l m lengths, d width, n heads, c width of a head.
 ((2, 1, 16), (2, 2, 6, 8))
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import lax
@@ -64,6 +66,14 @@ def check_causal(module: nn.Module) -> None:
     """Raises ValueError for the steps of a module that also looks ahead."""
     if not module.causal:
         raise ValueError(f"{type(module).__name__}: causal=False has no steps: give causal=True")
+
+
+def check_memory(features: int | None, memory: Any) -> None:
+    """Raises ValueError for a `memory` that a module of these `memory_features` would not read."""
+    if memory is not None and features is None:
+        raise ValueError(
+            "memory_features=None reads no memory: give the width of the encoder's output"
+        )
 
 
 def append(

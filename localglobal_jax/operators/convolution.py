@@ -89,7 +89,8 @@ def dynamic(
     """Depthwise convolution with a kernel per position (arXiv 1901.10430).
 
     ``y[i, c] = sum_j kernel[i, head of c, j] x[i + j - padding, c]``, zeros outside; j runs over
-    the window row by row, and heads are n equal runs of channels. LOCAL.
+    the window row by row, and heads are n equal runs of channels. LOCAL. `padding` before and after
+    adds up to k - 1 in every dimension: there is one kernel per position of x.
 
     >>> x = jnp.arange(4.0).reshape(1, 4, 1)
     >>> taps = jnp.array([2, 1, 1, 0])  # right neighbour, itself, itself, left neighbour
@@ -103,6 +104,11 @@ def dynamic(
             "it must end in [heads that divide the width, positions of the window]"
         )
     padding = same_padding(window) if padding is None else padding
+    if [sum(sides) for sides in padding] != [side - 1 for side in window]:
+        raise ValueError(
+            f"dynamic: padding {tuple(padding)} of window {tuple(window)}: before and after have "
+            "to add up to one less than the window"
+        )
 
     def shifted(x: Array, kernel: Array) -> Array:
         n = kernel.shape[-2]
@@ -157,10 +163,10 @@ class DepthwiseConv(nn.Module):
             out_axis=(),
             batch_axis=-1,
         )
-        kernel = self.param("kernel", init, shape)
+        kernel = self.param("kernel", init, shape, jnp.float32)
         y = depthwise(x.astype(self.dtype), kernel.astype(self.dtype), stride=self.stride)
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, shape[-1:])
+            bias = self.param("bias", nn.initializers.zeros, shape[-1:], jnp.float32)
             y = y + grids.per_channel(bias.astype(self.dtype), y)
         return y
 
@@ -222,14 +228,14 @@ class SharedValueConv(nn.Module):
         """
         grids.check_input(self, value, "b l d", "b h w d")
         if not self.causal and any(side % 2 == 0 for side in self.windows):
-            raise ValueError(f"muse: windows {self.windows}: centred windows have an odd size")
+            raise ValueError(f"windows {self.windows}: centred windows have an odd size")
         if len(set(self.windows)) < len(self.windows):
-            raise ValueError(f"muse: windows {self.windows}: give each size once")
+            raise ValueError(f"windows {self.windows}: give each size once")
         parts = [self._convolve(value, side, last, train) for side in self.windows]
         if len(parts) == 1 or not self.gate:
             return jnp.concatenate(parts, -1)
         equal = nn.initializers.constant(1 / len(parts))
-        return mix(parts, self.param("gate", equal, (len(parts),)))
+        return mix(parts, self.param("gate", equal, (len(parts),), jnp.float32))
 
     def _convolve(self, value: Array, side: int, last: bool, train: bool) -> Array:
         rank, width = value.ndim - 2, value.shape[-1]
@@ -245,7 +251,7 @@ class SharedValueConv(nn.Module):
             return convolution(value)
         if self.kind == "depthwise":
             normal = nn.initializers.normal(side ** (-0.5 * rank))
-            kernel = self.param(name, normal, (*window, width)).astype(self.dtype)
+            kernel = self.param(name, normal, (*window, width), jnp.float32).astype(self.dtype)
             return depthwise(value.astype(self.dtype), kernel, padding=padding)
         logits = DenseGeneral(
             (self.heads, side**rank),

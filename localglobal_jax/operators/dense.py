@@ -108,12 +108,13 @@ class Projection(nn.Module):
         outputs = int(np.prod(self.shape))
 
         def init(key: Array) -> Array:
-            return self.kernel_init(key, (self.inputs, outputs)).reshape(self.inputs, *self.shape)
+            kernel = self.kernel_init(key, (self.inputs, outputs)).astype(jnp.float32)
+            return kernel.reshape(self.inputs, *self.shape)
 
         kernel = self.param("kernel", init).reshape(self.inputs, outputs)
         if not self.use_bias:
             return kernel, None
-        bias = self.param("bias", nn.initializers.zeros, self.shape)
+        bias = self.param("bias", nn.initializers.zeros, self.shape, jnp.float32)
         return kernel, bias.reshape(outputs)
 
 

@@ -80,8 +80,10 @@ class WindowPool(nn.Module):
         if self.method not in get_args(PoolMethod):
             raise ValueError(f"focal pool {self.method!r}: allowed are {get_args(PoolMethod)}")
         per_channel = (x.shape[-1],) if self.method == "conv" else ()
-        kernel = self.param("kernel", nn.initializers.normal(0.02), (*x.shape[3:5], *per_channel))
-        bias = self.param("bias", nn.initializers.zeros, per_channel)
+        kernel = self.param(
+            "kernel", nn.initializers.normal(0.02), (*x.shape[3:5], *per_channel), jnp.float32
+        )
+        bias = self.param("bias", nn.initializers.zeros, per_channel, jnp.float32)
         weights = "yxd" if per_channel else "yx"
         y = jnp.einsum(f"bijyxd,{weights}->bijd", x, kernel.astype(self.dtype))
         return y + jnp.broadcast_to(bias.astype(self.dtype), y.shape)
@@ -187,15 +189,17 @@ class FocalAttention(nn.Module):
         """Returns the biases of the keys: own window, neighbours, then every pooled level."""
         window, heads, normal = self.window, self.heads, nn.initializers.normal(0.02)
         side = 2 * window - 1
-        table = self.param("window_bias", nn.initializers.zeros, (side, side, heads))
+        table = self.param("window_bias", nn.initializers.zeros, (side, side, heads), jnp.float32)
         biases = [displacement_bias(table, window, window)]
         if self.expand:
             count = 4 * window**2 - 4 * (window - self.expand) ** 2
-            biases.append(self.param("neighbour_bias", normal, (heads, window**2, count)))
+            biases.append(
+                self.param("neighbour_bias", normal, (heads, window**2, count), jnp.float32)
+            )
         for level in range(1, self.levels):
             size = self.focal_window + (1 << (level - 1)) - 1
             side = window + size - 1
-            table = self.param(f"pooled{level}_bias", normal, (side, side, heads))
+            table = self.param(f"pooled{level}_bias", normal, (side, side, heads), jnp.float32)
             biases.append(displacement_bias(table, window, size))
         return jnp.concatenate(biases, -1)
 

@@ -34,6 +34,7 @@ from localglobal_jax.operators.cache import (
     attention_mask,
     attention_mask_at,
     check_causal,
+    check_memory,
     key_value_cache,
     last_positions,
     split_heads,
@@ -241,6 +242,7 @@ class MuseSequence(nn.Module):
 
     def precompute_kv(self, encoded: Float[Array, "b m e"], mask: Bool[Array, "b m"]) -> CrossKV:
         """Returns the keys and values of the other sequence for the cross-attention."""
+        check_memory(self.memory_features, encoded)
         return self.cross.precompute_kv(encoded, mask)
 
     def init_cache(self, batch: int, length: int) -> Cache:
@@ -320,6 +322,7 @@ class MuseSequence(nn.Module):
         train: bool,
     ) -> Array:
         """Sums all branches after their output matrices."""
+        check_memory(self.memory_features, memory)
         if convolution is not None:
             attention = jnp.concatenate([attention, convolution], -1)
         xs, weights = [attention], [self.output()]

@@ -92,7 +92,7 @@ def measure(
     Variables are newly initialised, which determines the length of decoding. The states of all runs
     are in memory at once. MFU is the share of the peak in bfloat16, whatever the dtype.
 
-    Raises ValueError for an invalid run, or one shorter than `steps`.
+    Raises ValueError for an invalid run, or one not longer than `steps`.
     """
     if steps < 2:
         raise ValueError(f"--steps {steps}: a median needs at least 2")

@@ -126,8 +126,15 @@ def key(run: schema.Run, topology: Topology, step: str) -> str:
     words = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
     tree = {k: v for k, v in run.model_dump(mode="json").items() if k not in ASIDE}
     versions = {name: version(name) for name in PACKAGES}
-    flags = os.environ.get("LIBTPU_INIT_ARGS")
-    parts = [tree, topology.name, step, versions, flags, sources(), *words]
+    flags = {k: v for k, v in os.environ.items() if k.startswith(("JAX_", "LIBTPU_INIT_ARGS"))}
+    for name in ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "JAX_COMPILATION_CACHE_DIR"):
+        flags.pop(name, None)  # of `environment`, or without effect on the program
+    parts: list[Any] = [tree, topology.name, step, versions, flags, sources(), *words]
+    if isinstance(run.data, schema.Images) and run.data.name == "folder" and not run.data.mock:
+        from localglobal_jax.data.images import folder  # noqa: PLC0415 # imports TFDS
+
+        with contextlib.suppress(ValueError, OSError):  # compiling reports it
+            parts.append(len(folder.classes(run.data.dir, run.data.layout)))
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 

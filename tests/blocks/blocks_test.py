@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from localglobal_jax.blocks import BLOCKS, layers
+from localglobal_jax.blocks import BLOCKS, SEQUENCE_BLOCKS, layers
+from localglobal_jax.parallel import context
 
 
 @pytest.mark.parametrize("letter", BLOCKS)
@@ -85,12 +86,61 @@ def test_a_stride_that_a_block_does_not_have_is_refused(letter):
 @pytest.mark.parametrize("letter", BLOCKS)
 def test_an_odd_grid_is_halved_or_refused_by_its_size(letter):
     block, x = BLOCKS[letter](32, stride=2), jnp.ones((1, 7, 8, 32))
-    if letter in "CN":  # whose two paths round differently
+    if letter == "S":  # which has no positions
+        y, _ = jax.eval_shape(block.init_with_output, jax.random.key(0), x)
+        assert y.shape == (1, 3, 4, 32)
+    else:
         with pytest.raises(ValueError, match="grid of 7 x 8"):
             jax.eval_shape(block.init, jax.random.key(0), x)
-    else:
-        y, _ = jax.eval_shape(block.init_with_output, jax.random.key(0), x)
-        assert y.shape in ((1, 3, 4, 32), (1, 4, 4, 32))
+
+
+@pytest.mark.parametrize("letter", "AEFMOST")
+def test_an_odd_grid_is_halved_by_pools_that_round_up(letter):
+    block, x = BLOCKS[letter](32, stride=2, pool="max"), jnp.ones((1, 7, 8, 32))
+    y, _ = jax.eval_shape(block.init_with_output, jax.random.key(0), x)
+    assert y.shape == (1, 4, 4, 32)
+
+
+@pytest.mark.parametrize("letter", ["M", "O"])
+def test_heads_that_do_not_divide_the_width_are_named_by_their_width(letter):
+    with pytest.raises(ValueError, match="head_width=32"):
+        jax.eval_shape(BLOCKS[letter](100).init, jax.random.key(0), jnp.ones((1, 4, 4, 100)))
+
+
+@pytest.mark.parametrize("letter", BLOCKS)
+@pytest.mark.parametrize("implementation", ["reference", "fused"])
+def test_variables_are_float32_under_x64(letter, implementation):
+    with jax.enable_x64(True), context.implementation(implementation):
+        x = jnp.ones((1, 8, 8, 16), jnp.float32)
+        found = jax.eval_shape(BLOCKS[letter](32).init, jax.random.key(0), x)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(found)} == {"float32"}
+
+
+@pytest.mark.parametrize("letter", SEQUENCE_BLOCKS)
+def test_variables_of_sequences_are_float32_under_x64(letter):
+    with jax.enable_x64(True):
+        x = jnp.ones((1, 6, 16), jnp.float32)
+        layer = SEQUENCE_BLOCKS[letter](16, heads=2, hidden=32)
+        found = jax.eval_shape(layer.init, jax.random.key(0), x)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(found)} == {"float32"}
+
+
+@pytest.mark.parametrize("letter", SEQUENCE_BLOCKS)
+def test_a_memory_that_a_layer_would_not_read_is_refused(letter):
+    layer, x = SEQUENCE_BLOCKS[letter](16, heads=2, hidden=32), jnp.ones((1, 6, 16))
+    variables = jax.eval_shape(layer.init, jax.random.key(0), x)
+    for call in (
+        lambda v: layer.apply(v, x, memory={"key": x}),
+        lambda v: layer.apply(v, x, jnp.ones((1, 6), bool), method="precompute_kv"),
+    ):
+        with pytest.raises(ValueError, match="memory_features"):
+            jax.eval_shape(call, variables)
+
+
+@pytest.mark.parametrize("rate", [0, 0.0])
+def test_a_drop_path_of_rate_zero_needs_no_random_key(rate):
+    x = jnp.ones((2, 3))
+    np.testing.assert_array_equal(layers.DropPath(rate).apply({}, x, train=True), x)
 
 
 @pytest.mark.parametrize("letter", ["M", "O"])

@@ -126,3 +126,16 @@ def test_a_table_of_another_grid_is_refused(length, grid):
     table = jnp.arange(2.0 * length - 1).reshape(1, -1, 1)
     with pytest.raises(ValueError, match=f"grid of 1 x {grid}"):
         lg.operators.relative_bias(table, 1, grid)
+
+
+@each
+@pytest.mark.parametrize("padding", [((0, 0),), ((2, 2),), ((5, 4),)])
+def test_a_dynamic_convolution_has_a_kernel_per_position(padding, implementation):
+    x, kernel = heads(1, 12, 4), heads(1, 12, 2, 9)
+    with context.implementation(implementation), pytest.raises(ValueError, match="padding"):
+        lg.operators.dynamic(x, kernel, window=(9,), padding=padding)
+
+
+def test_an_even_window_is_named_as_it_was_given():
+    with pytest.raises(ValueError, match=r"^windows \(4,\)"):
+        lg.operators.DynamicConv(16, 2, window=4).init(jax.random.key(0), heads(1, 6, 16))

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from localglobal_jax.config import loading, validation
 from localglobal_jax.profiling import compiler_process, topologies
 
 
@@ -99,3 +100,25 @@ def test_libtpu_knows_the_slices():
     )
     env = compiler_process.environment(topologies.parse("v5e-4"), os.environ)
     subprocess.run([sys.executable, "-c", code, *SLICES.split()], env=env, check=True)
+
+
+def test_a_compilation_is_another_one_under_other_settings_of_jax(tmp_path, monkeypatch):
+    run = validation.check(loading.load("configs/coatnet_digits.py:size=tiny,data=mock"))
+    topology = topologies.parse("cpu:2")
+    found = [compiler_process.key(run, topology, "train")]
+    monkeypatch.setenv("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+    found.append(compiler_process.key(run, topology, "train"))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))  # changes no program
+    assert compiler_process.key(run, topology, "train") == found[1] != found[0]
+
+
+def test_a_compilation_is_another_one_for_more_classes(tmp_path):
+    given = {"data.name": "folder", "data.dir": str(tmp_path)}
+    run = validation.check(loading.load("configs/coatnet_digits.py:size=tiny", given))
+    found = set()
+    for name in ("cat", "dog", "owl"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").write_bytes(b"1")
+        if name != "cat":
+            found.add(compiler_process.key(run, topologies.parse("cpu:2"), "train"))
+    assert len(found) == 2

@@ -249,11 +249,11 @@ class BatchNorm(nn.Module):
         """Returns the norm by the batch's moments and updates the running ones; None: by those."""
         shape = (self.features,)
         running = (
-            self.variable("batch_stats", "mean", jnp.zeros, shape),
-            self.variable("batch_stats", "var", jnp.ones, shape),
+            self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32),
+            self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32),
         )
-        scale = self.param("scale", nn.initializers.ones, shape)
-        bias = self.param("bias", nn.initializers.zeros, shape)
+        scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
         batch = None if self.is_frozen() else batch
         mean, variance = batch or (running[0].value, running[1].value)
         if batch and not self.is_initializing():
@@ -269,4 +269,6 @@ class Kernel(nn.Module):
 
     @nn.compact
     def __call__(self, width: int) -> Float[Array, "d e"]:
-        return self.param("kernel", nn.linear.default_kernel_init, (width, self.features))
+        return self.param(
+            "kernel", nn.linear.default_kernel_init, (width, self.features), jnp.float32
+        )
