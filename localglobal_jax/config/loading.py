@@ -281,6 +281,10 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
         if not equals and not isinstance(defaults[key], bool):
             raise ValueError(f'config argument "{key}" needs a value: write {key}=VALUE')
         values[key] = parse_value(text, defaults[key], key) if equals else True
+        kind = tuple if isinstance(defaults[key], list) else type(defaults[key])
+        free = defaults[key] is None or values[key] is None or key in choices
+        if not free and not isinstance(values[key], kind):
+            raise ValueError(f"config argument {key}={text}: want {kind.__name__}")
         if key in choices and values[key] not in choices[key]:
             raise unknown(f"value of the config argument {key}:", text, map(str, choices[key]))
     return ConfigDict(values)
@@ -307,9 +311,10 @@ def _set(config: ConfigDict, field: str, read: Callable[[Any], Any]) -> Any:
     for name in parents:
         if known is not None and name not in known.model_fields:
             raise unknown("config section", name, known.model_fields)
-        known = section_of(known, name)
+        known_before, known = known, section_of(known, name)
         if name not in section:
-            section[name] = ConfigDict()
+            former = known_before.model_fields[name].default if known_before is not None else None
+            section[name] = ConfigDict(former if isinstance(former, Mapping) else None)
         section = section[name]
         if not isinstance(section, ConfigDict):
             raise ValueError(f"config.{field}: {name} is a value, not a section")
@@ -346,10 +351,15 @@ def _example(annotation: Any, value: Any) -> Any:
 
     The value of a config file may be None, or have another type: 1 for a number like 0.5.
     """
-    kinds = [typing.get_origin(kind) or kind for kind in _types(annotation)]
-    for kind in (str, bool, int, float, tuple):
+    alternatives = _types(annotation)
+    kinds = [typing.get_origin(kind) or kind for kind in alternatives]
+    for kind in (str, bool, int, float):
         if kind in kinds:
             return kind()
+    if tuple in kinds:
+        tuple_type = alternatives[kinds.index(tuple)]
+        elements = {t for part in typing.get_args(tuple_type) for t in _types(part)} - {...}
+        return ("",) if elements == {str} else ()
     return value
 
 

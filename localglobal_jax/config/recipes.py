@@ -45,10 +45,17 @@ def images_of(dataset: str, size: str = "full") -> int:
     if "://" not in root:
         folder = pathlib.Path(root).expanduser() / name
         files = folder.glob(f"{version or '*'}/dataset_info.json")
-        for file in sorted(files, key=_version, reverse=True):
-            splits = json.loads(file.read_text(encoding="utf-8")).get("splits", [])
-            lengths = {s.get("name"): s.get("shardLengths", []) for s in splits}
-            if found := sum(map(int, lengths.get("train", []))):
+        whole = (file for file in files if re.fullmatch(r"\d+(\.\d+)*", file.parent.name))
+        for file in sorted(whole, key=_version, reverse=True):
+            try:
+                splits = json.loads(file.read_text(encoding="utf-8")).get("splits", [])
+                lengths = {s.get("name"): s.get("shardLengths", []) for s in splits}
+                found = sum(map(int, lengths.get("train", [])))
+            except (ValueError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"{file} is damaged ({error}): delete {file.parent} and prepare the set again"
+                ) from None
+            if found:
                 return found
     if name in SIZES:
         return SIZES[name]

@@ -21,6 +21,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    WrapValidator,
 )
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -48,6 +49,13 @@ def _square(value: Any) -> Any:
 
 
 Crop = Annotated[float, Field(ge=0.1, le=2)] | Literal["squash"]
+
+
+def _crop(given: Any, check: pydantic.ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return check(_number(given))
+    except pydantic.ValidationError:  # one line instead of one for every alternative
+        raise ValueError('give a number from 0.1 to 2, or "squash"') from None
 
 
 Tag = Annotated[str, Field(min_length=1, max_length=64)]  # as long as wandb allows
@@ -105,7 +113,7 @@ class Images(Section):
     # crop_pct).
     # "squash": the whole image, in the aspect of `image_size`. None: 0.875 if `crop` is "resized",
     # else "squash"
-    eval_crop: Annotated[Crop | None, BeforeValidator(_number)] = None
+    eval_crop: Annotated[Crop | None, WrapValidator(_crop)] = None
     # How images are resized. "area": averages along a side that shrinks, cubic along one that
     # grows (OpenCV); "bilinear", "bicubic": those of Pillow, as torchvision and timm resize
     interpolation: Literal["area", "bilinear", "bicubic"] = "area"
@@ -473,6 +481,7 @@ MAY_CHANGE = (
         if field not in ("batch_norm", "formulation")
     ),
     "optim.skip_nonfinite",
+    "optim.accumulate",  # BatchNorm has the statistics of a part
     *("data.dir", "data.in_memory", "data.max_bad_records", "data.threads", "data.workers"),
     # data may move: checksums guard the records
     *("data.files", "data.dicts", "data.layout", "data.accept_changes"),

@@ -32,7 +32,8 @@ def check(config: schema.Run | ConfigDict | Mapping[str, Any]) -> schema.Run:
     kind = run_class(tree)
     problems = [
         f"config.{field}={shown(value)}: the largest number is {LARGEST:g} (float32)"
-        for field, value in flatten(tree).items()
+        for field, given in flatten(tree).items()
+        for value in leaves(tuples(given))
         if isinstance(value, int | float) and LARGEST < abs(value) < math.inf
     ]
     try:
@@ -66,6 +67,15 @@ READ_IF: Mapping[tuple[str, ...], tuple[str, Callable[[Any], bool]]] = {
         lambda run: run.data.randaugment_layers > 0,
     ),
     ("task.bleu_tokenizer",): ("task.beam above 0", lambda run: run.task.beam > 0),
+    ("data.vocab", "data.joint"): (
+        "data.tokenizer=bpe or unigram",
+        lambda run: run.data.tokenizer != "dict" or run.data.mock,
+    ),
+    ("data.layout",): ("data.name=folder", lambda run: run.data.name == "folder"),
+    ("data.name", "data.dir", "data.max_bad_records"): (
+        "data.files=()",
+        lambda run: not getattr(run.data, "files", ()),
+    ),
 }
 
 

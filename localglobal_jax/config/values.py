@@ -2,6 +2,7 @@
 """Values of config fields: parsed from text, coerced, flattened, compared, shown in errors."""
 
 import ast
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,7 +19,8 @@ BOOLS = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(
 def parse_value(text: str, default: Any, field: str) -> Any:
     """Parses a command-line `text` as the type of `default` (None: any type).
 
-    Text that is not a Python literal stays text; the schema then accepts or rejects it.
+    Text that is not a Python literal stays text; the schema then accepts or rejects it. Elements of
+    a tuple of texts stay as they are written ("1.10").
     """
     if text == "None" or isinstance(default, str):
         return None if text == "None" else text
@@ -26,10 +28,11 @@ def parse_value(text: str, default: Any, field: str) -> Any:
         if text.lower() not in BOOLS:
             raise ValueError(f"{field}={shown(text)}: expected true or false")
         return BOOLS[text.lower()]
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        value = text
+    value: Any = text
+    words = isinstance(default, tuple) and bool(default) and isinstance(default[0], str)
+    if not words or text.lstrip().startswith(("(", "[", "'", '"')):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            value = ast.literal_eval(text)
     if isinstance(default, tuple) and isinstance(value, str):
         value = [part.strip() for part in value.split(",") if part.strip()]
     elif isinstance(default, tuple) and not isinstance(value, list | tuple):
@@ -42,18 +45,19 @@ def coerce(value: Any, default: Any) -> Any:
 
     Lists become tuples and NumPy values Python values. Anything else is returned as it is.
     """
-    if type(value).__module__ == "numpy":
-        value = value.tolist()
+    value = tuples(value)
     if {type(value), type(default)} == {int, float}:
         try:
             return pydantic.TypeAdapter(type(default)).validate_python(value)
         except pydantic.ValidationError:
             return value
-    return tuples(value)
+    return value
 
 
 def tuples(tree: Any) -> Any:
-    """Returns `tree` with tuples for lists, as it was before JSON."""
+    """Returns `tree` with tuples for lists, as it was before JSON, and without NumPy's values."""
+    if type(tree).__module__ == "numpy":
+        tree = tree.tolist()
     if isinstance(tree, Mapping):
         return {key: tuples(value) for key, value in tree.items()}
     return tuple(map(tuples, tree)) if isinstance(tree, list | tuple) else tree
@@ -71,7 +75,8 @@ def to_tree(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
     try:
         if isinstance(config, ConfigDict):
             return config.to_dict()
-        return {k: to_tree(v) if isinstance(v, ConfigDict) else v for k, v in config.items()}
+        inside = (ConfigDict, dict)
+        return {k: to_tree(v) if isinstance(v, inside) else v for k, v in config.items()}
     except RequiredValueError:
         fields = ", ".join(f"--config.{name}=VALUE" for name in _required(config))
         raise ValueError(f"the config requires values that are not set: give {fields}") from None

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 from etils import epath
 from hypothesis import given
@@ -152,7 +153,11 @@ def test_override(field, text, value):
 
 @pytest.mark.parametrize(
     ("text", "tags"),
-    [("1", ("1",)), ("2026,7", ("2026", "7")), ("2026,a", ("2026", "a")), ("0.5", ("0.5",))],
+    [
+        *[("1", ("1",)), ("2026,7", ("2026", "7")), ("2026,a", ("2026", "a")), ("0.5", ("0.5",))],
+        *[("1.10", ("1.10",)), ("1e3,0x10", ("1e3", "0x10")), ("True", ("True",))],
+        *[("('1.10', 'a')", ("1.10", "a")), ("", ())],
+    ],
 )
 def test_tags_may_be_numbers(text, tags):
     config = loading.load("configs/coatnet_digits.py", {"log.tags": text})
@@ -204,6 +209,8 @@ def test_override_refuses(field, text, message):
         ({"optim": {"warmup": 3}}, r'config.optim.warmup: .*"warmup_steps"'),
         ({"dtype": "float16"}, "bfloat16"),
         ({"model": None}, "config.model=None"),
+        ({"data": {"eval_crop": 5.0}}, r"config.data.eval_crop=5.0 .*squash"),
+        ({"data": {"mean": (1e39,)}}, "config.data.mean=1e[+]39: the largest"),
         ({"data": {"area": (0.5,)}}, r"config.data.area=\(0.5,\): 1 values are too few"),
         ({"parallel": {"strategy": "fsdp"}}, r'config.parallel: .*"fsdp" in parallel.mesh'),
         ({"parallel": {"compile": "pmap", "mesh": {"data": 1, "model": 2}}}, "compile=pmap"),
@@ -470,6 +477,19 @@ def test_paths_and_mappings_of_python_are_values(tmp_path):
         ({"data.randaugment_magnitude": "20"}, "randaugment_magnitude"),
         ({"data.randaugment_magnitude": "20", "data.randaugment_layers": "2"}, ""),
         ({"model.name": "coatnet_0"}, "model.layout"),
+        ({"data.layout": "splits"}, "data.layout"),
+        ({"data.layout": "splits", "data.name": "folder"}, ""),
+        ({"task.name": "translation", "task.beam": "0", "task.length_penalty": "2"}, ""),
+        ({"task.name": "translation", "data.files": "a.tsv", "data.name": "opus"}, "data.name"),
+        (
+            {
+                "task.name": "translation",
+                "data.tokenizer": "dict",
+                "data.dicts": "d.txt",
+                "data.vocab": "99",
+            },
+            "data.vocab",
+        ),
         ({"task.name": "translation", "task.beam": "0", "task.bleu_tokenizer": "intl"}, "bleu"),
     ],
     ids=str,
@@ -488,6 +508,7 @@ def test_an_override_that_is_not_read_is_noticed(given, noticed):
         ("c.parallel = dict(mesh=ConfigDict(dict(data=2)))",
          {"parallel.mesh": '{"data": 1, "model": 2}'}),
         ("c.parallel = dict(mesh=dict(data=1))", {"parallel.mesh.model": "2"}),
+        ("", {"parallel.mesh.data": "1", "parallel.mesh.model": "2"}),
         ("", {"parallel.mesh": "{'data': 1, 'model': 2}"}),
     ],
 )  # fmt: skip
@@ -543,3 +564,29 @@ def test_a_config_that_changed_within_a_second_is_read_again(tmp_path, monkeypat
         os.utime(file, (1e9, 1e9))
         assert number == loading.import_file(file).NUMBER
     assert [path.name for path in tmp_path.iterdir()] == ["same_size.py"]
+
+
+def test_a_section_of_one_key_keeps_the_other_defaults():
+    config = loading.load("configs/coatnet_digits.py", {"parallel.mesh.model": "2"})
+    assert validation.check(config).parallel.mesh == {"data": -1, "model": 2}
+
+
+@pytest.mark.parametrize("arg", ["steps=abc", "steps=1.5", "rate=x"])
+def test_an_argument_has_the_type_of_its_default(arg):
+    with pytest.raises(ValueError, match=f"config argument {arg}"):
+        loading.parse_arg(arg, steps=10, rate=0.5)
+    found = loading.parse_arg("steps=1e3,rate=1,init=None", steps=10, rate=0.5, init="x")
+    assert (found.steps, found.rate, found.init) == (1000, 1.0, None)
+    assert loading.parse_arg("steps=None,size=auto", steps=10, size=(0, "auto")).size == "auto"
+    assert loading.parse_arg("sides=[64]", sides=[32]).sides == (64,)
+
+
+def test_values_of_numpy_and_sections_inside_dicts():
+    size = (np.int64(8), np.int64(8))
+    tree = {
+        "model": {"name": "coatnet", "blocks": ConfigDict({"T": {"head_width": np.int32(8)}})},
+        "data": {"image_size": size},
+    }
+    run = validation.check(tree)
+    assert run.data.image_size == (8, 8) and run.model["blocks"] == {"T": {"head_width": 8}}
+    loading.to_json(run)

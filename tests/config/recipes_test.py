@@ -333,6 +333,12 @@ def test_a_prepared_set_tells_its_own_size(tmp_path):
     assert recipes.images_of("photos:2.0.0") == 4_096
     prepared(tmp_path, "photos", "10.0.0", [8_192])
     assert recipes.images_of("photos") == 8_192
+    prepared(tmp_path, "photos", "incomplete.9XY7_11.0.0", [7])
+    assert recipes.images_of("photos") == 8_192
+    for content in ("", "[]", '{"splits": 3}'):
+        (tmp_path / "photos" / "10.0.0" / "dataset_info.json").write_text(content)
+        with pytest.raises(ValueError, match=r"photos/10.0.0/dataset_info.json is damaged"):
+            recipes.images_of("photos")
 
 
 @pytest.mark.parametrize("config", ["coatnet_imagenet.py", "coatnet_finetune.py"])

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MixUp and CutMix of a batch on the device. Pure functions.
+"""Normalization, MixUp, CutMix and token targets of a batch on the device. Pure functions.
 
-Both add a part of another image and the same part of its label; they differ in the shape of the
-part: MixUp takes a share of every pixel, CutMix every pixel of a rectangle.
+MixUp and CutMix add a part of another image and the same part of its label; they differ in the
+shape of the part: MixUp takes a share of every pixel, CutMix every pixel of a rectangle.
 """
 
 import jax
@@ -16,7 +16,9 @@ from localglobal_jax.operators import grids
 def normalize(image: UInt8[Array, "b h w c"], options: schema.Images) -> Float[Array, "b h w c"]:
     """Returns float32 ``(x / 255 - mean) / std`` per channel."""
     pixels = image.astype(jnp.float32) / 255
-    mean, std = (grids.per_channel(jnp.array(v), pixels) for v in (options.mean, options.std))
+    mean, std = (
+        grids.per_channel(jnp.array(v, jnp.float32), pixels) for v in (options.mean, options.std)
+    )
     return (pixels - mean) / std
 
 

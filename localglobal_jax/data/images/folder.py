@@ -12,9 +12,9 @@ import hashlib
 import os
 import pathlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from localglobal_jax.config import schema
+from localglobal_jax.config import renamed, schema
 from localglobal_jax.config.validation import unknown
 from localglobal_jax.data.images import layout as layouts
 from localglobal_jax.data.images import scan
@@ -198,3 +198,7 @@ def _root(directory: str | None) -> gcs.Place:
     if not root.is_dir():
         raise ValueError(f"data.dir={readable(directory)}: there is no such folder")
     return root
+
+
+if not TYPE_CHECKING:  # names that moved from here
+    __getattr__ = renamed.attributes(__name__)

@@ -22,13 +22,14 @@ def count(
     layout: str = "auto",
     *,
     upright: bool = True,
-    needed: Collection[str] = SPLITS,
+    needed: Collection[str] | None = None,
 ) -> dict[str, int]:
     """Returns ``{"train": 90, "train/cat": 45, ...}``, after decoding every picture.
 
     Logs how many have an EXIF orientation; `upright`: whether a run turns them. Also counts what is
-    left out, by reason and class, and exact copies. Splits that are not `needed` may be empty.
-    Raises ValueError that lists the files that are not whole pictures.
+    left out, by reason and class, and exact copies. Splits that are not `needed` may be empty
+    (None: all are needed, or those that have a folder). Raises ValueError that lists the files that
+    are not whole pictures.
     """
     counts: dict[str, int] = {}
     bad: list[str] = []
@@ -39,10 +40,13 @@ def count(
     for text in folder_notes.of_folder(opened):
         log.warning("%s", text)
     log.info("classes  %s", shorten(f"{i} {label}" for i, label in enumerate(labels)))
-    for split in SPLITS:
-        if folders := opened.layout.splits:
+    folders = opened.layout.splits
+    if needed is None:
+        needed = () if folders else SPLITS
+    for split in dict.fromkeys([*SPLITS, *needed]):  # an unknown one is an error of the reader
+        if folders:
             node = opened.tree.at(folders[split]) if split in folders else layouts.Node()
-            if node.pictures == node.direct:  # left out, see `folder_notes`
+            if node.pictures == node.direct and split not in needed:  # see `folder_notes`
                 continue
         try:
             reader = FolderReader(directory, split, opened=opened)

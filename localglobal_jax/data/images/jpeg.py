@@ -6,9 +6,9 @@ follows, such as the video of a motion photo, is not looked at. Inside entropy-c
 followed by 0x00 or a restart marker, so that the next marker is found without decoding.
 
 A JPEG of one scan stores its rows in order, and most of the decoder's time goes into entropy-coded
-data. OpenCV and `simplejpeg` decode all rows. `decode_rows` lowers the number of rows in the frame
-header first, and libjpeg-turbo, in `simplejpeg`, stops there. The pixels are those of the whole
-image, bit for bit.
+data. OpenCV and `simplejpeg` decode all rows. `decode` with ``rows`` lowers the number of rows in
+the frame header first, and libjpeg-turbo, in `simplejpeg`, stops there. The pixels are those of the
+whole image, bit for bit.
 """
 
 import bisect

@@ -10,7 +10,9 @@ their classes. ``.npy`` files of the same arrays are read, too, and preferred.
 import collections
 import io
 import pickle  # nosec B403
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +20,11 @@ import numpy as np
 
 from localglobal_jax.data.tfds import gcs
 
+# of NumPy's header, which is Python, and of zip archives
+DAMAGE = (
+    *(ValueError, OverflowError, EOFError, TypeError, LookupError, RuntimeError),
+    *(SyntaxError, tokenize.TokenError, zlib.error),
+)
 EXACT = 2049  # classes, whose numbers float16 holds exactly
 PUBLISHED = (2, 5, 18, 18)  # shape of the authors' maps
 TYPES = {"HalfStorage": np.float16, "FloatStorage": np.float32}
@@ -59,7 +66,7 @@ class LabelMaps:
                 continue
             try:
                 return self._checked(parse(data))
-            except (ValueError, OverflowError, EOFError, TypeError, LookupError) as error:
+            except DAMAGE as error:
                 raise ValueError(f"its label map {file} is damaged: {error}") from error
         raise ValueError(f"it has no label map: {self._folder / name}.npy or .pt (data.label_maps)")
 
@@ -99,6 +106,8 @@ def name_of(record: Mapping[str, Any]) -> str:
 
 
 def _numpy(data: bytes) -> np.ndarray:
+    if not data.startswith(np.lib.format.MAGIC_PREFIX):  # such as an .npz
+        raise ValueError("it is not an array of numpy.save")
     return np.load(io.BytesIO(data), allow_pickle=False)
 
 

@@ -7,6 +7,7 @@ Where the images wait in between changes no pixel.
 """
 
 import concurrent.futures
+import contextlib
 import logging
 import math
 import time
@@ -194,8 +195,11 @@ class ImageSource:
         for start in range(0, len(self), BLOCK):
             numbers = range(start, min(start + BLOCK, len(self)))
             for record in self._reader.block(numbers):
-                label = -1 if isinstance(record, records.BadRecord) else self._reader.label(record)
-                if 0 <= label < self.classes:  # a wrong one is met, and counted, in training
+                label = -1  # a wrong one is met, and counted, in training
+                with contextlib.suppress(ValueError, TypeError, LookupError):
+                    if not isinstance(record, records.BadRecord):
+                        label = self._reader.label(record)
+                if 0 <= label < self.classes:
                     counts[label] += 1
         return counts.tolist()
 

@@ -17,6 +17,7 @@ import sentencepiece
 
 from localglobal_jax.checkpoints.workdir import shown
 from localglobal_jax.config import schema
+from localglobal_jax.data.tfds import gcs
 
 BOS, PAD, EOS, UNK = 0, 1, 2, 3
 SPECIAL = 4  # ids below this one
@@ -230,8 +231,8 @@ def of_dictionaries(files: Sequence[str | pathlib.Path], option: str = "data.dic
     sides = []
     for file in files:
         try:
-            text = pathlib.Path(file).expanduser().read_text(encoding="utf-8")
-            sides.append(Dictionary.parse(text))
+            text = gcs.place(str(file)).expanduser().read_bytes().decode()
+            sides.append(Dictionary.parse(text.replace("\r\n", "\n").replace("\r", "\n")))
         except (OSError, ValueError) as error:
             raise ValueError(f"{option}: cannot read {file}: {error}") from error
     return Tokenizers(sides[0], sides[-1])

@@ -11,6 +11,7 @@ import difflib
 import logging
 import os
 import re
+import shlex
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -108,7 +109,10 @@ def missing(builder: tfds.core.DatasetBuilder) -> str:
     """Returns the message for a data set that is not prepared: where it was sought, what to run."""
     name = _asked_name(builder)
     root = builder.data_path.parents[len(name.split("/"))]
-    where = "" if str(root) == data_root(None) else f" --dir {root}"
+    usual = None
+    with contextlib.suppress(ValueError):  # a wrong $TFDS_DATA_DIR, which was not used
+        usual = data_root(None)
+    where = "" if str(root) == usual else f" --dir {shlex.quote(str(root))}"
     others = _prepared_versions(builder.data_path.parent)
     hint = f' (there is "{name}:{others[-1]}", if that version will do)' if others else ""
     return (

@@ -21,6 +21,10 @@ DEPTH = 3  # a set, its configs, their versions
 PLAIN = re.compile(r"\w[\w.+@-]*")  # a name that is one folder or file, and no way out of it
 
 
+class Damaged(ValueError):
+    """A description is no JSON of the expected form."""
+
+
 @contextlib.contextmanager
 def trusted(folder: gcs.Place) -> Iterator[None]:
     """Context manager that checks the descriptions in `folder` before TFDS reads them.
@@ -28,11 +32,15 @@ def trusted(folder: gcs.Place) -> Iterator[None]:
     Whatever damage makes TFDS raise becomes a ValueError that names the folder.
     """
     for path in _described(folder):
-        if not any(part.startswith("incomplete.") for part in path.parts):  # a preparation's
-            _refuse_foreign_code(path)
-            if gcs.is_bucket(path):  # TFDS sends three requests, each with all retries
-                with contextlib.suppress(FileNotFoundError):
-                    gcs.check_readable(path.parent / INFO)
+        below = str(path)[len(str(folder)) :].split("/")
+        if any(part.startswith("incomplete.") for part in below):  # a preparation writes there
+            with contextlib.suppress(Damaged):
+                _refuse_foreign_code(path)
+            continue
+        _refuse_foreign_code(path)
+        if gcs.is_bucket(path):  # TFDS sends three requests, each with all retries
+            with contextlib.suppress(FileNotFoundError):
+                gcs.check_readable(path.parent / INFO)
     try:
         yield
     except (AssertionError, tfds.core.DatasetNotFoundError):
@@ -84,7 +92,7 @@ def _refuse_foreign_code(path: gcs.Place) -> None:
         foreign = sorted(_foreign(json.loads(path.read_bytes())))
     except (OSError, ValueError, RecursionError) as error:
         gcs.raise_failure_behind(error)
-        raise ValueError(
+        raise Damaged(
             f"{path} is damaged ({error}): delete {path.parent} and prepare the data set again"
         ) from None
     if foreign:

@@ -200,3 +200,13 @@ def test_it_trains(root, tmp_path, capsys):
     assert main(["train", *given, "--workdir", str(workdir)]) == 0
     last = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()][-1]
     assert last["split"] == "validation" and 0 <= last["accuracy"] <= 1
+
+
+@pytest.mark.parametrize("asked", ["validation", "val"])
+def test_a_split_that_a_run_evaluates_has_to_be_there(asked, tmp_path):
+    for name in ("cat", "dog"):
+        for i in range(2):
+            write(tmp_path / "train" / name / f"{i}.png")
+    with pytest.raises(ValueError, match=asked):
+        folder_count.count(str(tmp_path), needed={"train", asked})
+    assert folder_count.count(str(tmp_path), needed={"train"})["train"] == 4

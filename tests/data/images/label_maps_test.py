@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Label maps for token labelling: made up here, read, cropped and flipped with their images."""
 
+import contextlib
 import io
 import shutil
 import struct
@@ -120,6 +121,17 @@ def test_damaged_maps_are_named(found, message, tmp_path):
         maps.read("a/2")
     with pytest.raises(ValueError, match="a/3"):
         maps.read("a/3")
+    np.savez(tmp_path / "a" / "5.npz", some_map())
+    (tmp_path / "a" / "5.npz").rename(tmp_path / "a" / "5.npy")
+    with pytest.raises(ValueError, match=r"a/5\.npy"):
+        maps.read("a/5")
+    whole = bytearray((tmp_path / "a" / "1.npy").read_bytes())
+    for bit in range(8 * 128):  # of the header
+        whole[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "a" / "6.npy").write_bytes(whole)
+        with contextlib.suppress(ValueError):
+            maps.read("a/6")
+        whole[bit // 8] ^= 1 << bit % 8
     (tmp_path / "a" / "4.pt").write_bytes(torch_file(some_map(4)))
     np.testing.assert_array_equal(maps.read("a/4"), some_map(4))
 

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import gzip
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -117,3 +119,9 @@ def test_files_that_do_not_fit(tmp_path):
     tsv = put(tmp_path / "t.tsv", "a\tb\nc\nd\te\n")
     with pytest.raises(ValueError, match=r"line 2 of .*t\.tsv"):
         read_pairs((tsv,), "train")
+
+
+def test_a_compressed_file_is_said_to_be_one(tmp_path):
+    (tmp_path / "a.tsv").write_bytes(gzip.compress(b"a\tb\n"))
+    with pytest.raises(ValueError, match="gzip"):
+        read_lines(tmp_path / "a.tsv")

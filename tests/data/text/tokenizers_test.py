@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -206,3 +207,16 @@ def test_a_model_with_other_special_ids_is_refused():
     )
     with pytest.raises(ValueError, match="pad_id"):
         tokenizers.SentencePiece(model.getvalue())
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_dictionary_has_lines_of_any_system(end, tmp_path):
+    (tmp_path / "dict.txt").write_bytes(f"hello 5{end}world 3{end}".encode())
+    found = tokenizers.of_dictionaries([tmp_path / "dict.txt"])
+    assert found.source.encode(["world hello"]) == [[5, 4]]
+
+
+def test_a_dictionary_may_be_in_a_bucket(bucket):
+    epath.Path(f"{bucket}/dict.txt").write_text("hello 5\nworld 3\n")
+    found = tokenizers.of_dictionaries([f"{bucket}/dict.txt"])
+    assert found.source.encode(["world hello"]) == [[5, 4]]

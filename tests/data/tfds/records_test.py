@@ -177,6 +177,22 @@ def test_no_description_is_named(described, name, content):
         opened(described)
 
 
+def test_a_set_whose_config_is_called_incomplete_is_checked(described, tmp_path, monkeypatch):
+    (tmp_path / "hostile_code.py").write_text("raise SystemExit('it ran')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    text = (described / "features.json").read_text()
+    own = "tensorflow_datasets.core.features.image_feature.Image"
+    (described / "features.json").write_text(text.replace(own, "hostile_code.Image"))
+    shutil.copytree(described, described.parent / "incomplete.x" / "1.0.0")
+    (described.parent / ".config").mkdir()
+    about = json.dumps({"default_config_name": "incomplete.x"})
+    (described.parent / ".config" / "metadata.json").write_text(about)
+    shutil.rmtree(described)
+    with pytest.raises(ValueError, match=r"hostile_code\.Image"):
+        opened(described)
+    assert "hostile_code" not in sys.modules
+
+
 @pytest.mark.parametrize("escaped", [False, True])
 def test_a_set_cannot_have_code_imported(described, escaped, tmp_path, monkeypatch):
     (tmp_path / "hostile_code.py").write_text("raise SystemExit('it ran')\n")
