@@ -22,13 +22,15 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from localglobal_jax.convert import weights
 from localglobal_jax.convert.weights import Path, Variables
 
 STEM: Path = ("params", "stem")  # of every image model; begins with its first convolution
 
-# End of the path of a parameter with the axes of the grid -> its two space axes.
+DISPLACEMENTS = ("relative_bias", "table")
+# End of the path of a parameter [height, width, channels] of a grid -> its two space axes.
 PICTURES: dict[Path, tuple[int, int]] = {
-    ("relative_bias", "table"): (0, 1),
+    DISPLACEMENTS: (0, 1),
     ("position",): (0, 1),  # VOLO
 }
 
@@ -36,11 +38,11 @@ PICTURES: dict[Path, tuple[int, int]] = {
 def resize(
     module: nn.Module,
     variables: Mapping[str, Any],
-    image_size: tuple[int, int],
+    image_size: int | tuple[int, int],
     *,
     channels: int | None = None,
 ) -> Variables:
-    """Returns the variables of `module` for images of `image_size` (height, width).
+    """Returns the variables of `module` for images of `image_size`, (height, width) or one number.
 
     `channels`: of the images; None: those of the stem's first convolution, 3 without one.
 
@@ -55,7 +57,11 @@ def resize(
     if channels is None:
         first = _first_convolution(_flat(variables))
         channels = first[1].shape[2] if first else 3
-    return fit(module, variables, jax.ShapeDtypeStruct((1, *image_size, channels), jnp.float32))
+    return fit(
+        module,
+        variables,
+        jax.ShapeDtypeStruct((1, *weights.sides(image_size), channels), jnp.float32),
+    )
 
 
 def recolour(variables: Mapping[str, Any], channels: int) -> tuple[Variables, str]:
@@ -94,6 +100,9 @@ def fit(
 ) -> Variables:
     """Returns the variables of `module` for inputs of these shapes: images, or tokens.
 
+    The biases of relative attention over tokens, [2 furthest + 1, heads], are cut, or repeat those
+    of the furthest positions, as the operator does.
+
     The collection "nearest" of a converted Focal Transformer, which `init` does not make, stays. On
     another grid the module does not read it.
     """
@@ -104,9 +113,9 @@ def fit(
     shapes, flat = _flat(jax.eval_shape(init, *inputs)), _flat(variables)
     kept = {path: flat.pop(path) for path in list(flat) if path[0] == "nearest"}
     if shapes.keys() != flat.keys():
-        raise ValueError(
-            f"these are not variables of this module: {_list(shapes.keys() ^ flat.keys())}"
-        )
+        sides = {"it needs": shapes.keys() - flat.keys(), "unknown": flat.keys() - shapes.keys()}
+        found = "; ".join(f"{side} {_list(paths)}" for side, paths in sides.items() if paths)
+        raise ValueError(f"these are not variables of this module: {found}")
     return traverse_util.unflatten_dict(
         kept | {path: _resize(path, leaf, shapes[path].shape) for path, leaf in flat.items()}
     )
@@ -115,10 +124,18 @@ def fit(
 def _resize(path: Path, leaf: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     if leaf.shape == shape:
         return leaf
+    if path[-2:] == DISPLACEMENTS and leaf.ndim == 2 and leaf.shape[1:] == shape[1:]:
+        more = shape[0] - leaf.shape[0]
+        half = abs(more) // 2
+        return jnp.pad(leaf, ((half, half), (0, 0)), "edge") if more > 0 else leaf[half:-half]
     axes = next((axes for end, axes in PICTURES.items() if path[-len(end) :] == end), None)
-    kept = axes and all(
-        old == new or axis in axes
-        for axis, (old, new) in enumerate(zip(leaf.shape, shape, strict=True))
+    kept = (
+        axes
+        and leaf.ndim == 3
+        and all(
+            old == new or axis in axes
+            for axis, (old, new) in enumerate(zip(leaf.shape, shape, strict=True))
+        )
     )
     if not kept:
         raise ValueError(
@@ -164,6 +181,8 @@ def choose_classes(
         raise ValueError(f"no parameter belongs to a classifier: {_list(flat)}")
     if wrong := [row for row in rows if not 0 <= row < known]:
         raise ValueError(f"rows={wrong}: the module has the classes 0 to {known - 1}")
+    if not rows:
+        raise ValueError("rows=[]: `reclassify` with classes=0 removes the classifier")
     index = jnp.asarray(rows, jnp.int32)
     chosen = {
         path: leaf[..., index] if _of_classifier(path) else leaf for path, leaf in flat.items()
@@ -200,4 +219,4 @@ def _flat(variables: Mapping[str, Any]) -> dict[Path, Any]:
 
 
 def _list(paths: Iterable[Path]) -> str:
-    return ", ".join(sorted("/".join(path) for path in paths)) or "none"
+    return weights.some(sorted("/".join(path) for path in paths), 8) or "none"

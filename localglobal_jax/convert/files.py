@@ -12,8 +12,9 @@ import jax
 from ml_collections import ConfigDict
 
 from localglobal_jax import convert
-from localglobal_jax.checkpoints import gcs, manager, workdir
+from localglobal_jax.checkpoints import gcs, manager, steps, workdir
 from localglobal_jax.config import loading, preprocessing, schema, validation
+from localglobal_jax.convert import downloads
 from localglobal_jax.data.text import files as text_files
 from localglobal_jax.data.text import tokenizers
 from localglobal_jax.models import registry
@@ -74,11 +75,14 @@ def convert_file(
     folder = mirror.local
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {out} is a file: give a directory")
-    for taken in ("checkpoints", tokenizers.DIRECTORY):
-        if (folder / taken).exists():
-            raise ValueError(f"{out} holds {taken} already: give another --out")
+    # A conversion that failed leaves no step, so that it can be repeated.
+    if steps.scan(mirror.checkpoints) or (folder / "config.json").exists():
+        raise ValueError(f"{out} holds a checkpoint or a run already: give another --out")
     if dictionaries and source != "fairseq":
         raise ValueError(f"--dict is for fairseq: models of {source} have no vocabulary")
+    if source == "fairseq" and (labels or overrides):
+        option = "--labels" if labels else f"--config.{next(iter(overrides or {}))}"
+        raise ValueError(f"{option} is for models of images, and fairseq's translate")
     given = _preprocessing_given(overrides or {})
     weights = weights.removeprefix("hf-hub:")
     file = find_weights(weights)
@@ -96,9 +100,15 @@ def convert_file(
         raise ValueError(f"{error}{_advice(source, file, name, arguments)}") from None
     hub = _hub_config(weights, file) if source != "fairseq" else None
     names = _labels(labels, hub, getattr(module, "classes", 0))
-    if dictionaries:
-        tokenizers.save(vocabularies(dictionaries, module), folder / tokenizers.DIRECTORY)
-    elif source == "fairseq":
+    channels = registry.image_channels(variables) if source != "fairseq" else 0
+    for field in given.keys() & {"mean", "std"}:
+        if len(given[field]) not in (1, channels):
+            raise ValueError(
+                f"--config.data.{field}={given[field]} has {len(given[field])} values; the model "
+                f"has {channels} channels: give one value, or one for each"
+            )
+    words = vocabularies(dictionaries, module) if dictionaries else None
+    if source == "fairseq" and not words:
         log.warning("no --dict, no words: the model loads, but `localglobal translate` needs it")
     found = {**prepared(source, name, arguments, variables, hub), **given}
     metadata: dict[str, Any] = {
@@ -115,6 +125,8 @@ def convert_file(
         report |= {field: found.get(field, "not known") for field in preprocessing.FIELDS}
     report |= {"written": out}
     saved = manager.Checkpoints(mirror.checkpoints, schema.Checkpoints())
+    if words:
+        tokenizers.save(words, folder / tokenizers.DIRECTORY)
     saved.save(0, {"variables": variables}, metadata=metadata)
     saved.close()
     workdir.write_atomically(folder / CARD, card(source, name, report))
@@ -314,15 +326,6 @@ def find_weights(weights: str) -> pathlib.Path:
         raise ValueError(
             f"{weights}: no such file (a hub name looks like timm/coatnet_0_rw_224.sw_in1k)"
         )
-    try:
-        from huggingface_hub import hf_hub_download  # noqa: PLC0415, an optional package
-    except ImportError:
-        raise ValueError(
-            f"{weights} is not a file; to fetch it as a hub name, "
-            "pip install 'localglobal_jax[hub]'"
-        ) from None
-    try:
+    with downloads.naming_failures(f"{weights} (no file, so a name of the hub)") as client:
         # of any revision, only arrays are read: .safetensors holds no code
-        return pathlib.Path(hf_hub_download(weights, "model.safetensors"))  # nosec B615
-    except ValueError as error:  # of huggingface_hub: a name that no hub has
-        raise ValueError(f"{weights}: {error}") from None
+        return pathlib.Path(client.hf_hub_download(weights, "model.safetensors"))  # nosec B615

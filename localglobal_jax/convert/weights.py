@@ -121,7 +121,7 @@ def assemble(
     left_over = [name for name in state_dict if name not in used and not ignored(name)]
     problems = {"missing": missing, "left over": left_over, "of another shape": shapes}
     if any(problems.values()):
-        lists = "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
+        lists = "; ".join(f"{kind}: {some(names)}" for kind, names in problems.items() if names)
         raise ValueError(f"the state dict does not fit {what}: {lists}")
     return variables
 
@@ -163,7 +163,7 @@ def with_batch_counts(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {**state, **counts}
 
 
-def _some(names: list[str], at_most: int = 20) -> str:
+def some(names: list[str], at_most: int = 20) -> str:
     """Returns each name once: the first `at_most`, and how many more there are."""
     names = list(dict.fromkeys(names))
     more = f" and {len(names) - at_most} more" if len(names) > at_most else ""

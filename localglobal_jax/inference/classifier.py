@@ -12,7 +12,7 @@ Nothing is printed here, see `cli.classify`.
 import concurrent.futures
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -73,6 +73,9 @@ class _Asked(NamedTuple):
 class Classifier:
     """A trained model: `module`, `variables`, preprocessing (`options`), class names (`labels`).
 
+    `loss`: that of the training (`schema.Classification`). After "sigmoid" the probability of each
+    class is its own, and they do not add up to 1.
+
     Position tables are resized if `options.image_size` differs from that of the training. Raises
     ValueError for a module that does not classify images, or cannot take this image size.
     """
@@ -83,8 +86,10 @@ class Classifier:
         variables: Variables,
         options: schema.Images,
         labels: Sequence[str] = (),
+        loss: Literal["softmax", "sigmoid"] = "softmax",
     ):
         check_classifier(module)
+        self._probabilities = {"softmax": nn.softmax, "sigmoid": nn.sigmoid}[loss]
         self.channels = image_channels(variables)
         pipeline.check_channels(options, self.channels)
         shape = (1, *options.image_size, self.channels)
@@ -109,7 +114,7 @@ class Classifier:
         else:
             with context.implementation(context.chosen_implementation("fused")):
                 logits, _ = self.module.apply(variables, x, train=False)
-        return nn.softmax(logits), maps
+        return self._probabilities(logits), maps
 
     def classify(
         self,
@@ -269,8 +274,9 @@ def of_checkpoint(
     assert isinstance(options, schema.Images), (
         "the data of a classification run is of the class Images"
     )
+    labels, task = metadata.get("labels") or (), (saved or {}).get("task") or {}
     classifier = Classifier(
-        module, jax.device_put(variables), options, metadata.get("labels") or ()
+        module, jax.device_put(variables), options, labels, task.get("loss", "softmax")
     )
     if "mean" in found:
         source = f"{path} was trained with"

@@ -8,6 +8,7 @@ place, or inside if that is there, and renamed: an export that is interrupted le
 an empty one.
 """
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -95,7 +96,8 @@ def export(
     inside = folder.exists()  # it may be a mount, or the current folder: it stays
     name = f".{folder.name}.{os.getpid()}.partial"
     partial = folder / PARTIAL if inside else folder.with_name(name)
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    made = [place for place in partial.parents if not place.exists()]
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         FORMATS[format](source, partial)
@@ -109,6 +111,9 @@ def export(
         shutil.rmtree(partial, ignore_errors=True)
         for entry in folder.iterdir() if inside else ():  # it was empty
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        for place in made:
+            with contextlib.suppress(OSError):  # others have put something there
+                place.rmdir()
         raise
     return {
         "format": format,
@@ -270,6 +275,8 @@ def _timm(source: Source, folder: pathlib.Path) -> None:
     found = preprocessing.of_checkpoint(source.metadata)
     size = found.get("image_size", (224, 224))
     name, arguments = convert.timm.describe(module, variables, size)
+    if "image_size" in found:
+        variables = dict(convert.adapt.resize(module, variables, size))
     state = convert.timm.state_dict(module, variables)
     _, back = convert.timm.load(name, state, **arguments)
     same = functools.partial(np.array_equal, equal_nan=True)

@@ -19,6 +19,7 @@ import safetensors.numpy
 
 from localglobal_jax.checkpoints import reader
 from localglobal_jax.config.values import shown
+from localglobal_jax.convert import downloads
 from localglobal_jax.models.registry import Variables
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -121,32 +122,12 @@ def local(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
     match = NAME.fullmatch(given)
     if not match:
         raise ValueError(f"{given}: give hf://OWNER/NAME, or hf://OWNER/NAME@REVISION")
-    try:
-        import huggingface_hub as client  # noqa: PLC0415, an optional package
-        from huggingface_hub import errors  # noqa: PLC0415
-    except ImportError:
-        raise ValueError(
-            f"{given} needs the extra hub: pip install 'localglobal_jax[hub]'"
-        ) from None
     repository, revision = match.groups()
-    try:
+    with downloads.naming_failures(given) as client:
         # any revision is safe: these files are data
-        return client.snapshot_download(  # nosec B615
+        folder = client.snapshot_download(  # nosec B615
             repository, revision=revision, allow_patterns=[*DOWNLOADED]
         )
-    except errors.RevisionNotFoundError:
-        raise ValueError(f"{given}: {repository} has no revision {revision}") from None
-    except errors.HFValidationError as error:
-        raise ValueError(f"{given}: {_line(error)}") from None
-    except Exception as error:  # of its HTTP library, of the network, of the disk
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status in (401, 403, 404):  # the hub answers 401 also for what is not there
-            raise ValueError(
-                f"{given}: the hub answers {status}: it has no such model, or the model is "
-                "private: check the name, or set HF_TOKEN to a token that may read it"
-            ) from None
-        raise OSError(f"{given} cannot be downloaded: {_line(error)}") from error
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".")
+    if not os.path.isfile(os.path.join(folder, WEIGHTS)):
+        raise ValueError(f"{given}: {repository} has no file {WEIGHTS}")
+    return folder

@@ -28,7 +28,7 @@ ATTEMPTS = 5  # of a read while the run that writes there deletes old steps
 
 def find_step(path: str | os.PathLike[str], step: int | str | None) -> int | None:
     """Returns the step named by a number or "best" (of a workdir); None for None: the newest."""
-    if step is None or str(step).isdigit():
+    if step is None or str(step).isdecimal():
         return None if step is None else int(step)
     if step != "best":
         raise ValueError(f'step="{step}": give a number, or "best"')
@@ -136,7 +136,7 @@ def read_variables(
         try:
             return _read_variables(path, step, average, only)
         except reader.Deleted as error:
-            if str(step).isdigit():
+            if str(step).isdecimal():
                 raise
             log.info("%s; reading again", error)
     return _read_variables(path, step, average, only)
@@ -269,8 +269,12 @@ def pretrained(
         note_preprocessing(
             data, preprocessing.of_checkpoint(metadata), f"init={path} was trained with"
         )
+    try:
+        fitted = convert.adapt.fit(module, variables, *inputs)
+    except ValueError as error:
+        raise ValueError(f"init={path}: {error}") from error
     log.info("weights  of %s%s", path, done)
-    return convert.adapt.fit(module, variables, *inputs)
+    return fitted
 
 
 def fit_classifier(

@@ -215,9 +215,11 @@ class Translator:
     def attention(self, line: str, hypothesis: Hypothesis) -> Attention:
         """Returns the cross-attention between a line and one of its hypotheses.
 
-        The weights are the mean over layers and heads.
+        The weights are the mean over layers and heads. Raises ValueError for a line without words.
         """
         (ids,) = self._encode([line])
+        if not ids:
+            raise ValueError(f"line={line!r} has no words to attend to")
         before = (self.module.start, *hypothesis.tokens[:-1])
         source, target = (jnp.asarray([side], jnp.int32) for side in (ids, before))
         layers = _cross_attention(self.module, self.variables, source, target)
@@ -381,10 +383,15 @@ def tokenizers_of(path: str | os.PathLike[str]) -> Tokenizers | None:
 
 
 def defaults(path: str | pathlib.Path) -> Mapping[str, Any]:
-    """Returns beam and length penalty of the run in `path`; 4 and 1 if it has no config."""
-    workdir = gcs.LocalMirror(hub.local(path)).local
-    task = inference_load.read_run(workdir).task if inference_load.has_run(workdir) else None
+    """Returns beam and length penalty of the run of `path`; 4 and 1 if it is of no run.
+
+    `path`: any that `lg.load` reads.
+    """
+    metadata: Mapping[str, Any] = {}
+    with contextlib.suppress(ValueError, OSError):  # reading the weights reports it
+        metadata = inference_load.read_metadata(path)
+    task = (metadata.get("config") or {}).get("task") or {}
     return {
-        "beam": getattr(task, "beam", 0) or 4,  # 0 there: evaluation only measures the loss
-        "length_penalty": getattr(task, "length_penalty", 1.0),
+        "beam": task.get("beam") or 4,  # 0 there: evaluation only measures the loss
+        "length_penalty": task.get("length_penalty", 1.0),
     }

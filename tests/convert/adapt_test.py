@@ -107,7 +107,7 @@ def test_what_cannot_be_resized_is_named():
     module, variables = tiny()
     with pytest.raises(ValueError, match=r"head/classifier/bias .*\(3,\)"):
         adapt.resize(module.clone(classes=4), variables, (32, 32))
-    with pytest.raises(ValueError, match="stage3/block1"):
+    with pytest.raises(ValueError, match="stage1/block2"):
         adapt.resize(create_model("coatnet_0"), variables, (32, 32))
 
 
@@ -185,3 +185,44 @@ def test_classes_that_are_not_there_cannot_be_chosen():
     headless, backbone = adapt.reclassify(module, variables, 0)
     with pytest.raises(ValueError, match="classifier"):
         adapt.choose_classes(headless, backbone, [0])
+
+
+@pytest.mark.parametrize("furthest", [4, 16])
+def test_biases_of_displacements_stay_those_of_their_displacement(furthest):
+    """Between tokens they are cut or repeated at their ends, as the operator does."""
+    fields = {"layout": "TT", "depths": (1, 1), "widths": (16, 16), "heads": (2, 2)}
+    fields |= {"hidden": (16, 16), "source_vocab": 20, "target_vocab": 20}
+    old, new = (
+        create_model("muse", **fields, blocks={"T": {"furthest": n}}) for n in (8, furthest)
+    )
+    tokens = jax.ShapeDtypeStruct((1, 6), jnp.int32)
+    ids = jnp.arange(4, 10)[None]
+    variables = jax.jit(old.init)(jax.random.key(0), ids, ids)
+    displacements = jnp.tile(jnp.arange(-8.0, 9)[:, None], (1, 2))
+    flat = traverse_util.flatten_dict(variables)
+    tables = [path for path in flat if path[-2:] == adapt.DISPLACEMENTS]
+    flat |= dict.fromkeys(tables, displacements)
+    found = adapt.fit(new, traverse_util.unflatten_dict(flat), tokens, tokens)
+    expected = jnp.clip(jnp.arange(-furthest, furthest + 1), -8, 8)
+    for path in tables:
+        table = traverse_util.flatten_dict(found)[path]
+        np.testing.assert_array_equal(table, jnp.tile(expected[:, None], (1, 2)))
+    if furthest > 8:
+        one, other = (m.apply(v, ids, ids)[0] for m, v in (
+            (old, traverse_util.unflatten_dict(flat)), (new, found)))  # fmt: skip
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+def test_a_size_may_be_one_number_and_classes_are_some():
+    module, variables = tiny()
+    one, other = (adapt.resize(module, variables, size) for size in (48, (48, 48)))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    with pytest.raises(ValueError, match="reclassify"):
+        adapt.choose_classes(module, variables, [])
+
+
+def test_variables_of_another_depth_are_listed_by_side_and_not_all():
+    module, _ = tiny(depths=(4, 4))
+    with pytest.raises(ValueError, match=r"it needs .* and \d+ more") as told:
+        adapt.fit(module, tiny()[1], jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32))
+    assert len(str(told.value)) < 700

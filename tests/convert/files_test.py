@@ -129,6 +129,8 @@ def test_half_precision_becomes_float32(tmp_path):
         (["--args=args.json", "--dict", "dict.txt", "dict.txt", "dict.txt"], "or two"),
         (["--args=args.json", "--dict", "args.json"], "--dict: cannot read args.json: line 1"),
         (["--args=args.json", "--dict", "nowhere"], "--dict: cannot read nowhere"),
+        (["--args=args.json", "--config.data.mean=(0.1,)"], "--config.data.mean is for models of"),
+        (["--args=args.json", "--labels=dict.txt"], "--labels is for models of images"),
     ],
 )  # fmt: skip
 def test_what_is_refused_writes_nothing(options, message, tmp_path, capsys, monkeypatch):
@@ -246,7 +248,8 @@ def test_hub_names_have_tags(monkeypatch, tmp_path):
         asked.append((name, file))
         return str(tmp_path / "model.safetensors")
 
-    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(hf_hub_download=download))
+    client = SimpleNamespace(hf_hub_download=download, errors=None)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", client)
     found = files.find_weights("timm/coatnet_0_rw_224.sw_in1k")
     assert found == tmp_path / "model.safetensors"
     assert asked == [("timm/coatnet_0_rw_224.sw_in1k", "model.safetensors")]
@@ -285,3 +288,21 @@ def test_arguments_of_another_type_or_length_are_named(source, file, arguments, 
     assert main([*command, f"--args={json.dumps(given)}"]) == 2
     assert next(iter(arguments)) in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_conversion_that_fails_can_be_repeated(tmp_path):
+    """The file of the arrays is larger than a process may write."""
+    words, out = dictionary(tmp_path / "dict.txt"), tmp_path / "out"
+    given = f"'fairseq', {MUSE!r}, {str(out)!r}, arguments={ARGS!r}, dictionaries=[{words!r}] * 2"
+    code = f"""
+import resource, signal
+from localglobal_jax.convert import files
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+files.convert_file({given})
+"""
+    command = [sys.executable, "-c", code]
+    failed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert failed.returncode and "SaveFailed" in failed.stderr, failed.stderr
+    files.convert_file("fairseq", MUSE, str(out), arguments=ARGS, dictionaries=[words, words])
+    assert text_tokenizers.load(out / "tokenizer")

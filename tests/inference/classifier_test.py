@@ -20,7 +20,8 @@ from localglobal_jax.cli.main import main
 from localglobal_jax.config import schema
 from localglobal_jax.convert import files, weights
 from localglobal_jax.data.images import folder
-from localglobal_jax.inference.classifier import load
+from localglobal_jax.inference import load as inference_load
+from localglobal_jax.inference.classifier import load, of_checkpoint
 from localglobal_jax.models import registry
 from localglobal_jax.training import evaluation
 
@@ -299,3 +300,14 @@ def test_models_of_text_do_not_classify(run, tmp_path):
 def test_images_are_not_translated(workdir, capsys):
     assert main(["translate", f"--workdir={workdir}"]) == 2
     assert "tokenizer.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_probabilities_are_those_of_the_loss(loss, workdir, root):
+    _, variables, metadata = inference_load.read_variables(workdir)
+    metadata["config"]["task"]["loss"] = loss
+    classifier = of_checkpoint(workdir, variables, metadata)
+    picture = next((root / "PICTURES" / "red").iterdir())
+    (answer,) = classifier.classify([picture], top=3)
+    total = sum(guess.probability for guess in answer.best)
+    assert (abs(total - 1) < 1e-5) == (loss == "softmax")

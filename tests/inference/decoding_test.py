@@ -47,6 +47,11 @@ class Table:
         return logits, {**cache, "state": state}
 
 
+@dataclasses.dataclass(frozen=True)
+class Sized(Table):
+    target_vocab: int = 0
+
+
 def follow(state, token):
     return (state * VOCABULARY + token + 1) % STATES  # another state after every prefix
 
@@ -380,6 +385,19 @@ def test_greedy_and_samples_of_an_ensemble():
 def test_members_of_other_vocabularies():
     with pytest.raises(ValueError, match=r"end=2.*end=3"):
         decoding.Ensemble((Table(), Table(end=3)))
+    with pytest.raises(ValueError, match="vocab"):
+        decoding.Ensemble(
+            (
+                decoding.Ensemble((Sized(target_vocab=5),)),
+                decoding.Ensemble((Sized(target_vocab=6),)),
+            )
+        )
+    assert (
+        decoding.Ensemble(
+            (decoding.Ensemble((Sized(target_vocab=5),)), Sized(target_vocab=5))
+        ).target_vocab
+        == 5
+    )
     with pytest.raises(ValueError, match="0 models"):
         decoding.Ensemble(())
 

@@ -472,3 +472,32 @@ def test_a_step_is_chosen(tmp_path):
         export.export(tmp_path / "run", out, **options)
         assert jax.tree.leaves(lg.load(out)[1])[0].ravel()[0] == value
         assert ("metrics" in hub.describe(out)) == (value != 1.5)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_size_other_than_that_of_the_tables_is_exported_to_timm(known, tmp_path, monkeypatch):
+    """The tables are those of the images that evaluation sees; of an unknown size, none."""
+    module = lg.create_model("volo_d1", classes=3, depths=(1, 1, 1, 1))
+    monkeypatch.setattr(lg.convert.timm, "describe", lambda *_: ("volo_d1_96", {}))
+    monkeypatch.setattr(lg.convert.timm, "load", lambda name, state, **_: (module, loaded[0]))
+    x = jax.ShapeDtypeStruct((1, 64, 64, 3), "float32")
+    shapes = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False), x)
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), shapes)
+    resized = lg.convert.adapt.resize(module, variables, 96) if known else variables
+    loaded = [resized]
+    found = {"image_size": (96, 96), "mean": (0.5,), "std": (0.5,)} if known else {}
+    metadata = {"model": lg.models.registry.describe(module), "preprocessing": found}
+    kept = manager.Checkpoints(tmp_path / "run" / "checkpoints", schema.Checkpoints())
+    kept.save(0, {"variables": variables}, metadata=metadata)
+    kept.close()
+    export.export(tmp_path / "run", tmp_path / "out", "timm")
+    with safetensors.safe_open(tmp_path / "out" / hub.WEIGHTS, framework="numpy") as written:
+        table = written.get_tensor("pos_embed")[0]
+    np.testing.assert_array_equal(table, resized["params"]["position"])
+
+
+def test_an_export_that_fails_leaves_no_folder(workdirs, tmp_path):
+    with pytest.raises(ValueError, match="timm has no"):
+        export.export(workdirs / "muse", tmp_path / "a" / "b" / "c", "timm")
+    assert not [*tmp_path.iterdir()]

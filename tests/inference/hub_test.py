@@ -91,7 +91,8 @@ def test_a_private_model_needs_the_token(server, monkeypatch):
     ("name", "message"),
     [
         ("hf://someone/absent", "hf://someone/absent"),
-        ("hf://someone/digits@v9", "no revision v9"),
+        ("hf://someone/digits@v9", "hf://someone/digits@v9: it has no such revision"),
+        ("hf://someone/bare", "someone/bare has no file model.safetensors"),
         ("hf://digits", "hf://OWNER/NAME"),
         ("hf://someone/digits/more", "hf://OWNER/NAME"),
         ("hf://-x/..", "hf://-x/.."),
@@ -104,6 +105,10 @@ def test_wrong_names_end_with_2_and_one_line(name, message, server, models, tmp_
     (other / hub.CONFIG).write_text('{"architecture": "volo_d1_224"}')
     (other / hub.WEIGHTS).write_bytes((models / "coatnet" / hub.WEIGHTS).read_bytes())
     server.add("someone/other", other)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / hub.CONFIG).write_text("{}")
+    server.add("someone/bare", bare)
     assert main(["export", name, "--format=safetensors", f"--out={tmp_path}/out"]) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert error[-1].startswith("localglobal export: ") and message in error[-1]
@@ -133,3 +138,15 @@ def test_without_the_extra_one_line_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match=r"localglobal_jax\[hub\]"):
         lg.load("hf://someone/digits")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("someone/absent", "401"), ("someone/bare", "model.safetensors")]
+)
+def test_a_wrong_name_of_weights_to_convert_ends_with_2(name, message, server, tmp_path, capsys):
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / hub.CONFIG).write_text("{}")
+    server.add("someone/bare", tmp_path / "bare")
+    assert main(["convert", "timm", name, f"--out={tmp_path}/out"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert name in line and message in line

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import localglobal_jax as lg
+from localglobal_jax.checkpoints import manager
 from localglobal_jax.config import loading, schema
 from localglobal_jax.convert import fairseq, weights
 from localglobal_jax.data.text.tokenizers import (
@@ -300,9 +301,15 @@ def test_wrong_parts():
 
 def test_beam_and_length_penalty_are_those_of_the_run(tmp_path):
     assert defaults(tmp_path) == {"beam": 4, "length_penalty": 1.0}
-    run = schema.TranslationRun(model={"name": "muse"}, task={"name": "translation"})
+    task = {"name": "translation", "beam": 7, "length_penalty": 0.3}
+    run = schema.TranslationRun(model={"name": "muse"}, task=task)
+    saved = manager.Checkpoints(tmp_path / "checkpoints", schema.Checkpoints())
+    metadata = {"config": run.model_dump(mode="json")}
+    saved.save(4, {"variables": {"x": np.zeros(1, np.float32)}}, metadata=metadata)
+    saved.close()
     (tmp_path / "config.json").write_text(loading.to_json(run))
-    assert defaults(tmp_path) == {"beam": 4, "length_penalty": 1.0}
+    for path in ("", "checkpoints", "checkpoints/4"):
+        assert defaults(tmp_path / path) == {"beam": 7, "length_penalty": 0.3}
 
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
@@ -333,3 +340,10 @@ def test_unknown_words_are_replaced_by_attention(place, monkeypatch):
     (found,) = translator.translate([line], replace_unknown=True, **SHORT)
     assert found.text == " ".join(wanted)
     assert translator.translate([line], **SHORT)[0].text == "not used"
+
+
+def test_attention_needs_words():
+    translator, _, _ = fixture("muse_post")
+    (found,) = translator.translate(["w27 w17"], **SHORT)
+    with pytest.raises(ValueError, match="no words"):
+        translator.attention("  ", found.hypotheses[0])

@@ -52,6 +52,14 @@ class Ensemble:
             )
 
     @property
+    def source_vocab(self) -> int:
+        return self.members[0].source_vocab
+
+    @property
+    def target_vocab(self) -> int:
+        return self.members[0].target_vocab
+
+    @property
     def pad(self) -> int:
         return self.members[0].pad
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from localglobal_jax.parallel import context
@@ -150,7 +151,7 @@ def check_source(source: Any) -> Int[Array, "b ls"]:
 
 def check_number(name: str, value: float, *, positive: bool = False) -> None:
     """Raises ValueError unless `value` is finite and >= 0, or > 0 with `positive`."""
-    if not math.isfinite(value) or value < 0 or (positive and not value):
+    if not math.isfinite(value) or value < 0 or (positive and value < np.finfo(np.float32).tiny):
         raise ValueError(f"{name}={value}: give a finite number {'> 0' if positive else '>= 0'}")
 
 

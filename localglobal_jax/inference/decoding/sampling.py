@@ -90,7 +90,8 @@ def sample(
     """Draws hypotheses token by token; `token_scores` are the model's log probabilities.
 
     Args:
-      key: the draws of a sentence are a function of the key and the sentence's number only.
+      key: the draws of a sentence are a function of the key, of the sentence's number and of
+        `samples`.
       numbers: the numbers of the sentences; None: their rows.
       samples: hypotheses per sentence.
       temperature: divides the logits before drawing. For 0, use `greedy`.
