@@ -81,6 +81,7 @@ def test_every_public_name_has_an_example(package):
     shown = " ".join(example.source for example in examples(package))
     for name in package.__all__:
         found = getattr(package, name)
+        found = getattr(found, "_function", found)  # another test has imported the old module
         if is_data(found):
             assert re.search(rf"\b{name}\b", shown), f"{name}: none in the package's docstring"
         elif isinstance(found, types.ModuleType):
