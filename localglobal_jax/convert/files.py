@@ -76,8 +76,8 @@ def convert_file(
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {out} is a file: give a directory")
     # A conversion that failed leaves no step, so that it can be repeated.
-    if steps.scan(mirror.checkpoints) or (folder / "config.json").exists():
-        raise ValueError(f"{out} holds a checkpoint or a run already: give another --out")
+    if steps.scan(mirror.checkpoints) or (folder / "metrics.jsonl").exists():
+        raise ValueError(f"{out} holds checkpoints already, or a run: give another --out")
     if dictionaries and source != "fairseq":
         raise ValueError(f"--dict is for fairseq: models of {source} have no vocabulary")
     if source == "fairseq" and (labels or overrides):

@@ -46,7 +46,9 @@ def lines(data: bytes, name: str, *, first: int = 1) -> list[str]:
         if bad < 0 or at < bad:
             bad, why = at, f"the byte 0x{data[at]:02x}"
     if data.startswith(b"\x1f\x8b"):
-        raise ValueError(f"{name} is compressed by gzip: unpack it (gzip -d)")
+        raise ValueError(
+            f"{name} is not UTF-8 text: line {first} begins as a file of gzip: unpack it (gzip -d)"
+        )
     if bad >= 0:
         raise ValueError(
             f"{name} is not UTF-8 text: line {data[:bad].count(10) + first} holds {why}. "
