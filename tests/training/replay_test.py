@@ -13,7 +13,7 @@ import small
 
 from localglobal_jax.checkpoints import reader
 from localglobal_jax.config import loading, validation
-from localglobal_jax.training import divergence, setup
+from localglobal_jax.training import divergence, optim, setup
 from localglobal_jax.training.loop import train
 from localglobal_jax.training.replay import replay
 from localglobal_jax.training.tasks import create_task
@@ -95,6 +95,10 @@ def test_skipping_goes_on_and_counts(poison, tmp_path):
     assert results["train"]["skipped"] == 1 and np.isfinite(results["train"]["loss"])
     _, state, metadata = reader.read(tmp_path)
     assert state["step"] == STEPS and metadata["skipped"] == 1
+    leaves = [np.asarray(x) for x in jax.tree.leaves(state["optimizer"])]
+    (updates,) = {int(x) for x in leaves if not x.ndim and np.issubdtype(x.dtype, np.integer)}
+    used = optim.make_schedule(run.optim, run.steps)(updates - 1)  # by the last update
+    assert updates == STEPS - 1 and results["train"]["learning_rate"] == pytest.approx(float(used))
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
     again = replay(run, tmp_path, FIRST)  # the numbers, not the zeros of a skipped step
     assert not again["finite"] and not np.isfinite(again["gradient_norm"])
